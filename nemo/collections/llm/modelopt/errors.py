@@ -1,0 +1,25 @@
+"""The one error type for what a user can put right."""
+
+
+class ModelOptConfigError(ValueError, AssertionError):
+    """A setting or combination of settings that cannot work.
+
+    It is a ``ValueError``, and an ``AssertionError`` too because the stock subpackage asserted its checks and callers
+    may catch that. The message says what was given, what is allowed and what to do.
+    """
+
+
+def one_of(name: str, value: object, allowed) -> None:
+    """Raise unless ``value`` is among ``allowed``, suggesting the nearest name.
+
+    Raises:
+        ModelOptConfigError: naming the setting, the value, the allowed values and the nearest one.
+    """
+    import difflib
+
+    allowed = list(allowed)
+    if value in allowed:
+        return
+    near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ModelOptConfigError(f"{name}={value!r} is not supported; allowed: {allowed}.{hint}")

@@ -1,0 +1,58 @@
+"""The versions this drop-in supports, and the one clear error where another one is installed."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+# distribution -> (first supported, first unsupported, why the upper bound)
+SUPPORTED = {
+    "nemo-toolkit": ("2.5.3", "2.8", "nemo-toolkit dropped its LLM collection after 2.7.3"),
+    "megatron-core": ("0.14", "0.16", "0.16 removed a checkpoint module that NeMo imports"),
+    "nvidia-modelopt": (
+        "0.37",
+        "0.44",
+        "0.44 turned quant_cfg into lists and needs Transformer Engine for its Megatron plugins",
+    ),
+}
+
+
+class UnsupportedVersionError(ImportError):
+    """An installed package is outside of the range this drop-in was tested with."""
+
+
+def check(installed: dict[str, str | None] | None = None) -> None:
+    """Raise where nemo-toolkit, megatron-core or nvidia-modelopt is missing or unsupported.
+
+    Args:
+        installed: distribution name to version (None: not installed); read from the environment by default.
+
+    Raises:
+        UnsupportedVersionError: naming every offender, the supported range, the reason and the way back to stock.
+    """
+    from packaging.version import Version
+
+    if installed is None:
+        installed = {name: _installed(name) for name in SUPPORTED}
+    problems = []
+    for name, (low, high, why) in SUPPORTED.items():
+        found = installed.get(name)
+        if found is None:
+            problems.append(f"{name} is not installed (supported: >={low},<{high})")
+        elif Version(found) < Version(low):
+            problems.append(f"{name} {found} is installed (supported: >={low},<{high})")
+        # A release candidate or local build of the first unsupported version is unsupported too.
+        elif Version(Version(found).base_version) >= Version(high):
+            problems.append(f"{name} {found} is installed (supported: >={low},<{high}; {why})")
+    if problems:
+        raise UnsupportedVersionError(
+            "nemo-modelopt-dropin cannot serve nemo.collections.llm.modelopt: "
+            + "; ".join(problems)
+            + ". Install a supported version, or set NEMO_MODELOPT=stock to use nemo-toolkit's own subpackage."
+        )
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
