@@ -1,0 +1,142 @@
+"""Held-out loss, parameters and sizes of a NeMo checkpoint: one measure for every stage.
+
+Source of the pipeline-parallel forward: ``megatron.core.pipeline_parallel.schedules``, as training uses it.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+from nemo import lightning as nl
+from nemo.collections.llm.inference.base import _setup_trainer_and_restore_model
+from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
+from nemo.utils.model_utils import unwrap_model
+from nemo_modelopt_dropin.compress import training
+from nemo_modelopt_dropin.compress.settings import Layout
+from nemo_modelopt_dropin.compress.tokens import Windows
+
+
+def load(checkpoint: str | Path, layout: Layout) -> torch.nn.Module:
+    """Return the Megatron-Core model of a NeMo checkpoint on this rank, quantizers included, ready for inference."""
+    run = training.trainer(
+        layout,
+        {"ddp": "pytorch", "setup_optimizers": False, "ckpt_load_optimizer": False, "ckpt_parallel_save_optim": False},
+    )
+    model = nl.io.load_context(ckpt_to_context_subdir(checkpoint), subpath="model")
+    if hasattr(model, "optim"):
+        del model.optim
+    _setup_trainer_and_restore_model(Path(checkpoint), run, model)
+    core = unwrap_model(model)
+    core.eval()
+    return core
+
+
+def heldout_loss(core: torch.nn.Module, ids: np.ndarray, seq_length: int, batch_size: int) -> dict[str, float]:
+    """Return the mean next-token loss over consecutive windows of ``ids``, in nats, the same on every rank.
+
+    Args:
+        core: a Megatron-Core GPT (this rank's part of it).
+        ids: token ids `[n]`; the rest after the last whole window is left out.
+        seq_length: tokens a window.
+        batch_size: windows a pass and data-parallel rank.
+
+    Returns:
+        ``loss``, ``tokens`` (predicted), ``seconds`` and ``tokens_per_second`` of the forward passes.
+    """
+    batches = _batches(Windows(ids, seq_length), batch_size)
+    started = time.perf_counter()
+    with torch.no_grad():
+        outputs = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=iter(batches),
+            model=core,
+            num_microbatches=len(batches),
+            seq_length=seq_length,
+            micro_batch_size=batch_size,
+            forward_only=True,
+        )
+    total = torch.zeros(2, dtype=torch.float64, device=next(core.parameters()).device)
+    if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
+        total += torch.stack([out["sums"] for out in outputs]).sum(0)
+    torch.distributed.all_reduce(total)
+    seconds = time.perf_counter() - started
+    loss_sum, tokens = total.tolist()
+    return {
+        "loss": loss_sum / tokens,
+        "tokens": int(tokens),
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+    }
+
+
+def _batches(windows: Windows, batch_size: int) -> list[dict[str, torch.Tensor]]:
+    """Return this data-parallel rank's batches; all ranks get equally many, filled up with windows of weight zero."""
+    index, count = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    each = -(-len(windows) // (batch_size * count)) * batch_size
+    rows = []
+    for i in range(each):
+        number = i * count + index
+        row = dict(windows[min(number, len(windows) - 1)])
+        if number >= len(windows):
+            row["loss_mask"] = torch.zeros_like(row["loss_mask"])
+        rows.append(row)
+    collate = torch.utils.data.default_collate
+    return [collate(rows[i : i + batch_size]) for i in range(0, each, batch_size)]
+
+
+def _forward_step(batches, core):
+    """Run one batch; on the last pipeline stage Megatron then asks for the loss, of which we keep sum and count."""
+    device = next(core.parameters()).device
+    batch = {name: value.to(device) for name, value in next(batches).items()}
+    output = core(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
+
+    def reduce(loss):
+        mask = batch["loss_mask"].double()
+        sums = torch.stack([(loss.double() * mask).sum(), mask.sum()])
+        return sums[0] / mask.sum().clamp(min=1), {"sums": sums}
+
+    return output, reduce
+
+
+def parameters(core: torch.nn.Module) -> dict[str, int]:
+    """Return how many parameters the whole model has, and how many outside of embedding and output layer."""
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    counts = torch.zeros(2, dtype=torch.int64, device=next(core.parameters()).device)
+    if parallel_state.get_data_parallel_rank() == 0:
+        for name, parameter in core.named_parameters():
+            split = getattr(parameter, "tensor_model_parallel", False)
+            if not split and tp_rank != 0:
+                continue  # a replica of rank zero's
+            counts[0] += parameter.numel()
+            counts[1] += 0 if "embedding" in name or "output_layer" in name else parameter.numel()
+    torch.distributed.all_reduce(counts)
+    total, body = counts.tolist()
+    return {"parameters": total, "body_parameters": body}
+
+
+def folder_bytes(path: str | Path) -> int:
+    """Return the size of all files below a folder."""
+    return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
+
+
+def shape(core: torch.nn.Module) -> dict[str, Any]:
+    """Return the sizes that pruning changes."""
+    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
+    return {name: getattr(core.config, name) for name in names}
+
+
+def measure(checkpoint: str | Path, tokens: Path, layout: Layout, seq_length: int, batch_size: int) -> dict[str, Any]:
+    """Load a checkpoint and return its held-out loss, speed, parameters, shape and bytes on disk."""
+    training.release()
+    core = load(checkpoint, layout)
+    found = {f"heldout_{k}": v for k, v in heldout_loss(core, np.load(tokens), seq_length, batch_size).items()}
+    found |= parameters(core) | {"shape": shape(core), "bytes": folder_bytes(checkpoint)}
+    training.release()
+    return found

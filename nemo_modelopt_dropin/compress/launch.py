@@ -1,0 +1,89 @@
+"""Start this script once per local rank, as torchrun would, and end all of them when one fails or we are ended.
+
+torchrun works as well (and is the way across nodes); this launcher only spares the CPU user the second command, and
+imports no torch: the parent stays at a few megabytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+_GRACE_S = 10.0
+
+
+def is_rank() -> bool:
+    """Return whether this process already is one rank of a job (torchrun, Slurm with torchrun, or `run_ranks`)."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def run_ranks(count: int, argv: Sequence[str] | None = None) -> int:
+    """Run ``argv`` (this command by default) in ``count`` processes; return the first exit code that is not zero."""
+    command = [sys.executable, *(argv if argv is not None else sys.argv)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = [
+        subprocess.Popen(command, env=_environment(rank, count, port), preexec_fn=_die_with_parent)
+        for rank in range(count)
+    ]
+    try:
+        return _wait(children)
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        _end(children)
+
+
+def _environment(rank: int, count: int, port: int) -> dict[str, str]:
+    return {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "local",  # Lightning then knows that the processes exist and starts none itself
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_MAX_RESTARTS": "0",
+    }
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to end this child when its parent dies, so that ``kill -9`` of the parent leaves no ranks behind."""
+    with contextlib.suppress(OSError, AttributeError):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+
+
+def _wait(children: list[subprocess.Popen]) -> int:
+    """Wait for all children, or for the first that fails."""
+    while True:
+        codes = [child.poll() for child in children]
+        failed = [code for code in codes if code]
+        if failed:
+            return failed[0] if failed[0] > 0 else 128 - failed[0]
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(0.1)
+
+
+def _end(children: list[subprocess.Popen]) -> None:
+    alive = [child for child in children if child.poll() is None]
+    for child in alive:
+        child.terminate()
+    deadline = time.monotonic() + _GRACE_S
+    for child in alive:
+        try:
+            child.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()

@@ -1,0 +1,238 @@
+"""The job's settings, checked before anything heavy is imported. Standard library only."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+ALGORITHMS = ("fp8", "int8", "int8_sq", "int4", "int4_awq", "w4a8_awq", "nvfp4")
+EXPORT_FORMATS = ("nemo", "hf")
+TARGETS = (
+    "target_ffn_hidden_size",
+    "target_hidden_size",
+    "target_num_attention_heads",
+    "target_num_query_groups",
+    "target_num_layers",
+)
+
+
+class SettingsError(ValueError):
+    """Settings that cannot work; the message lists every problem found."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the job runs: ranks, and how the model is split over them."""
+
+    devices: int = 1
+    num_nodes: int = 1
+    tp: int = 1
+    pp: int = 1
+    cpu: bool = False
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the layout."""
+        found = _positive(self, ("devices", "num_nodes", "tp", "pp"))
+        world = self.devices * self.num_nodes
+        if not found and world % (self.tp * self.pp):
+            found.append(
+                f"{self.devices} devices x {self.num_nodes} nodes = {world} ranks cannot be split into tp={self.tp} x "
+                f"pp={self.pp}; choose --devices as a multiple of {self.tp * self.pp}"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training run: Adam, linear warm-up, cosine decay."""
+
+    steps: int = 1000
+    global_batch_size: int = 16
+    micro_batch_size: int = 4
+    lr: float = 1e-4
+    min_lr: float = 1e-5
+    warmup_steps: int = 50
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+    seed: int = 1234
+    evaluate_every: int = 0  # steps between held-out losses during training; 0: none
+    save_every: int = 0  # steps between intermediate checkpoints; 0: none
+
+    def problems(self, name: str, layout: Layout) -> list[str]:
+        """Return what is wrong with the run called ``name``."""
+        found = _positive(self, ("steps", "global_batch_size", "micro_batch_size", "lr"), name)
+        data_parallel = max(1, layout.devices * layout.num_nodes // (layout.tp * layout.pp or 1))
+        unit = self.micro_batch_size * data_parallel
+        if not found and self.global_batch_size % unit:
+            found.append(
+                f"{name}: global batch size {self.global_batch_size} is not a multiple of micro batch size "
+                f"{self.micro_batch_size} x {data_parallel} data parallel ranks"
+            )
+        if not found and self.warmup_steps >= self.steps:
+            found.append(f"{name}: warm-up of {self.warmup_steps} steps does not fit into {self.steps} steps")
+        return found
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Targets of llm.prune, by importance, or the layers to drop; None leaves a dimension as it is."""
+
+    target_ffn_hidden_size: int | None = None
+    target_hidden_size: int | None = None
+    target_num_attention_heads: int | None = None
+    target_num_query_groups: int | None = None
+    target_num_layers: int | None = None
+    drop_layers: tuple[int, ...] | None = None
+    num_samples: int = 256
+    micro_batch_size: int = 4
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the pruning targets."""
+        given = [name for name in TARGETS if getattr(self, name) is not None]
+        found = _positive(self, (*given, "num_samples", "micro_batch_size"), "pruning")
+        if given and self.drop_layers:
+            found.append(f"pruning: drop_layers cannot be combined with {', '.join(given)}")
+        if not given and not self.drop_layers:
+            found.append("pruning: nothing to prune; give at least one of " + ", ".join(TARGETS) + " or drop_layers")
+        if (self.target_num_attention_heads is None) != (self.target_num_query_groups is None):
+            found.append("pruning: target_num_attention_heads and target_num_query_groups go together")
+        if self.num_samples < self.micro_batch_size:
+            found.append(f"pruning: {self.num_samples} samples are less than one batch of {self.micro_batch_size}")
+        return found
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Algorithm and calibration of llm.ptq, and the formats to write."""
+
+    algorithm: str = "fp8"
+    calibration_size: int = 256
+    calibration_batch_size: int = 16
+    calibration_seq_len: int = 128
+    enable_kv_cache: bool | None = False
+    formats: tuple[str, ...] = ("nemo",)
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the quantization settings."""
+        found = _positive(self, ("calibration_size", "calibration_batch_size", "calibration_seq_len"), "quantization")
+        found += unknown("algorithm", [self.algorithm], ALGORITHMS)
+        found += unknown("export format", self.formats, EXPORT_FORMATS)
+        if not found and self.calibration_size < self.calibration_batch_size:
+            found.append(
+                f"quantization: calibration size {self.calibration_size} is less than one batch of "
+                f"{self.calibration_batch_size}"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that `compress` needs: one teacher checkpoint, text, and the settings of each stage."""
+
+    teacher: str
+    train_text: str
+    heldout_text: str
+    seq_length: int = 128
+    distill_config: str | None = None
+    layout: Layout = field(default_factory=Layout)
+    pruning: Pruning = field(default_factory=Pruning)
+    distillation: Training = field(default_factory=Training)
+    quantization: Quantization = field(default_factory=Quantization)
+    scratch: bool = False  # also train a student of the pruned shape from random weights, as a baseline
+
+    def check(self, teacher_exists: bool = True) -> None:
+        """Raise where anything is wrong; ``teacher_exists`` False: an earlier stage writes the teacher.
+
+        Raises:
+            SettingsError: listing every problem, not only the first.
+        """
+        found = self.layout.problems() + self.pruning.problems()
+        found += self.distillation.problems("distillation", self.layout) + self.quantization.problems()
+        paths = [self.train_text, self.heldout_text] if teacher_exists else []
+        paths += [self.distill_config] if self.distill_config else []
+        found += [f"file {path} does not exist" for path in paths if not Path(path).is_file()]
+        if teacher_exists and not Path(self.teacher).is_dir():
+            found.append(f"teacher checkpoint {self.teacher} is not a folder")
+        if self.seq_length < 2:
+            found.append(f"seq_length must be at least 2, got {self.seq_length}")
+        if self.layout.tp > 1 and not self.pruning.drop_layers:
+            found.append("pruning by importance needs tp=1; split over the pipeline (pp) or give drop_layers")
+        raise_all(found)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as nested dictionaries."""
+        return asdict(self)
+
+
+def raise_all(problems: list[str]) -> None:
+    """Raise one error that lists every problem; do nothing where there is none.
+
+    Raises:
+        SettingsError: with one line a problem.
+    """
+    if problems:
+        raise SettingsError("\n".join(problems))
+
+
+def unknown(what: str, values: Iterable[str], allowed: Iterable[str]) -> list[str]:
+    """Return a sentence for each value that is not allowed, with the nearest name."""
+    import difflib
+
+    allowed = list(allowed)
+    found = []
+    for value in values:
+        if value not in allowed:
+            near = difflib.get_close_matches(value, allowed, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            found.append(f"unknown {what} {value!r}; allowed: {', '.join(allowed)}{hint}")
+    return found
+
+
+def from_dict(cls, content: Mapping[str, Any], where: str = ""):
+    """Build a settings dataclass from nested dictionaries.
+
+    Raises:
+        SettingsError: for names that the dataclass does not have, with the nearest one.
+    """
+    nested = {"layout": Layout, "pruning": Pruning, "distillation": Training, "quantization": Quantization}
+    names = [f.name for f in fields(cls)]
+    raise_all(unknown(f"setting{f' in {where}' if where else ''}", content, names))
+    values = {}
+    for name, value in content.items():
+        if name in nested and isinstance(value, Mapping):
+            value = from_dict(nested[name], value, name)
+        elif isinstance(value, list):
+            value = tuple(value)
+        values[name] = value
+    return cls(**values)
+
+
+def file_digest(path: str | Path) -> str:
+    """Return the SHA-256 of a file's content: text that changed is another text."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def folder_digest(path: str | Path) -> str:
+    """Return a SHA-256 of names, sizes and times below a folder: enough to see that a checkpoint was replaced."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(path).rglob("*")):
+        if file.is_file():
+            stat = file.stat()
+            digest.update(f"{file.relative_to(path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _positive(settings: Any, names: Iterable[str], where: str = "") -> list[str]:
+    prefix = f"{where}: " if where else ""
+    return [
+        f"{prefix}{name} must be positive, got {getattr(settings, name)}"
+        for name in names
+        if not getattr(settings, name) > 0
+    ]

@@ -1,0 +1,137 @@
+"""Text to packed token sequences, and the Lightning data module over them.
+
+Documents are joined with the end-of-text token between them and cut into windows of ``seq_length + 1`` tokens, so no
+position is padding. Held-out windows follow each other without overlap; training windows start anywhere, drawn from the
+seed and the sample's number alone: every layout and every resumed run sees the same samples in the same order.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from nemo.lightning.pytorch.plugins import MegatronDataSampler
+
+
+def read_documents(path: str | Path) -> list[str]:
+    """Return the ``text`` column of a JSON-lines file, without blank documents."""
+    with open(path, encoding="utf-8") as file:
+        texts = [json.loads(line)["text"] for line in file if line.strip()]
+    return [text for text in texts if text.strip()]
+
+
+def encode(path: str | Path, tokenizer) -> np.ndarray:
+    """Return the token ids of a JSON-lines file as one array, each document ended by ``tokenizer.eos_id``."""
+    ids: list[int] = []
+    for text in read_documents(path):
+        ids.extend(tokenizer.text_to_ids(text))
+        ids.append(tokenizer.eos_id)
+    return np.asarray(ids, dtype=np.int32)
+
+
+class Windows(Dataset):
+    """Windows of ``seq_length + 1`` tokens as the batches of NeMo's GPT.
+
+    Args:
+        ids: token ids `[n]`.
+        seq_length: tokens a sample.
+        samples: how many random windows; None: consecutive windows, each token predicted once.
+        seed: of the random starts.
+    """
+
+    def __init__(self, ids: np.ndarray, seq_length: int, samples: int | None = None, seed: int = 0):
+        if len(ids) <= seq_length:
+            raise ValueError(f"{len(ids)} tokens are too few for windows of {seq_length} + 1")
+        self.ids, self.seq_length, self.seed = ids, seq_length, seed
+        self.random = samples is not None
+        self.samples = samples if samples is not None else (len(ids) - 1) // seq_length
+        # True where attention is forbidden; Megatron's local attention wants it, Transformer Engine makes its own.
+        self.mask = torch.ones(seq_length, seq_length, dtype=torch.bool).triu(1)[None]
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        s = self.seq_length
+        if self.random:
+            start = int(np.random.default_rng((self.seed, index)).integers(len(self.ids) - s))
+        else:
+            start = index * s
+        window = torch.from_numpy(self.ids[start : start + s + 1].astype(np.int64))
+        return {
+            "tokens": window[:-1],
+            "labels": window[1:],
+            "loss_mask": torch.ones(s),
+            "position_ids": torch.arange(s),
+            "attention_mask": self.mask,
+        }
+
+
+class TokenDataModule(pl.LightningDataModule):
+    """Random training windows and consecutive held-out windows over two token files.
+
+    Args:
+        folder: holds ``train.npy`` and ``heldout.npy``.
+        tokenizer: what the tokens were made with; NeMo reads the vocabulary size from it.
+        seq_length: tokens a sample.
+        micro_batch_size: samples a rank and pass.
+        global_batch_size: samples an optimizer step.
+        train_samples: length of the training set.
+        seed: of the training windows.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        tokenizer,
+        seq_length: int,
+        micro_batch_size: int,
+        global_batch_size: int,
+        train_samples: int,
+        seed: int = 1234,
+    ):
+        super().__init__()
+        self.folder, self.tokenizer, self.seq_length = str(folder), tokenizer, seq_length
+        self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
+        self.train_samples, self.seed = train_samples, seed
+        self.init_global_step = 0
+        self.data_sampler = MegatronDataSampler(
+            seq_len=seq_length, micro_batch_size=micro_batch_size, global_batch_size=global_batch_size
+        )
+
+    def _loader(self, ids_name: str, samples: int | None, mode: str) -> DataLoader:
+        ids = np.load(Path(self.folder) / f"{ids_name}.npy")
+        loader = DataLoader(Windows(ids, self.seq_length, samples, self.seed), num_workers=0)
+        # NeMo's strategy reads the mode to know whether consumed samples count for this loader.
+        loader.mode = mode  # type: ignore[attr-defined]
+        return loader
+
+    def train_dataloader(self) -> DataLoader:
+        """Return the training windows; NeMo's strategy wraps them in Megatron's sampler."""
+        self.init_global_step = self.trainer.global_step if self.trainer else 0
+        self.data_sampler.init_global_step = self.init_global_step
+        return self._loader("train", self.train_samples, "train")
+
+    def val_dataloader(self) -> DataLoader:
+        """Return the held-out windows."""
+        return self._loader("heldout", None, "validation")
+
+    def test_dataloader(self) -> DataLoader:
+        """Return the held-out windows."""
+        return self._loader("heldout", None, "test")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of samples consumed so far, for an intermediate checkpoint."""
+        done = self.data_sampler.compute_consumed_samples(self.trainer.global_step - self.init_global_step)
+        return {"consumed_samples": done}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Skip the samples that an interrupted run has consumed."""
+        self.data_sampler.init_consumed_samples = state_dict["consumed_samples"]
+        self.data_sampler.prev_consumed_samples = state_dict["consumed_samples"]

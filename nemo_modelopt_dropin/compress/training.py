@@ -1,0 +1,222 @@
+"""Trainers, training runs and checkpoints of the compression job, over NeMo's public API."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from tqdm import tqdm
+
+from nemo import lightning as nl
+from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
+from nemo.lightning.io.pl import TrainerContext
+from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
+from nemo_modelopt_dropin.compress.settings import Layout, Training
+
+
+def rank() -> int:
+    """Return this process's global rank, whether or not process groups exist yet."""
+    return int(os.environ.get("RANK", "0"))
+
+
+class TorchRanks:
+    """The distributed job as the stages see it: rank zero's decisions reach every rank."""
+
+    def __init__(self, cpu: bool):
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo" if cpu else "nccl")
+        self.rank = torch.distributed.get_rank()
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank zero's value on every rank."""
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def release() -> None:
+    """Drop Megatron's groups and NeMo's memory of them, so that the next stage may choose another layout."""
+    import gc
+
+    from megatron.core import num_microbatches_calculator, parallel_state
+    from nemo.utils import AppState
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    num_microbatches_calculator.unset_num_microbatches_calculator()
+    AppState().model_parallel_size = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def strategy(layout: Layout, **options) -> nl.MegatronStrategy:
+    """Return the Megatron strategy of a layout; ``options`` are MegatronStrategy's own."""
+    settings: dict[str, Any] = {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "sequence_parallel": False,
+        "pipeline_dtype": torch.float32 if layout.cpu else torch.bfloat16,
+        "ckpt_async_save": False,
+        "replace_progress_bar": False,
+        "ddp": DistributedDataParallelConfig(use_distributed_optimizer=not layout.cpu),
+    }
+    return nl.MegatronStrategy(**{**settings, **options})
+
+
+def trainer(layout: Layout, strategy_options: dict[str, Any] | None = None, **options) -> nl.Trainer:
+    """Return a trainer that shows and writes only what ``options`` ask for: fp32 on CPU ranks, bf16 on GPUs."""
+    settings: dict[str, Any] = {
+        "accelerator": "cpu" if layout.cpu else "gpu",
+        "devices": layout.devices,
+        "num_nodes": layout.num_nodes,
+        "strategy": strategy(layout, **(strategy_options or {})),
+        "limit_val_batches": 0,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger": False,
+    }
+    if not layout.cpu:
+        settings["plugins"] = nl.MegatronMixedPrecision(precision="bf16-mixed", params_dtype=torch.bfloat16)
+    return nl.Trainer(**{**settings, **options})
+
+
+def optimizer(training: Training, layout: Layout) -> nl.MegatronOptimizerModule:
+    """Return Adam with linear warm-up and cosine decay."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=training.lr,
+        min_lr=training.min_lr,
+        weight_decay=training.weight_decay,
+        adam_beta2=0.95,
+        clip_grad=training.clip_grad,
+        use_distributed_optimizer=not layout.cpu,
+        bf16=not layout.cpu,
+        params_dtype=torch.float32 if layout.cpu else torch.bfloat16,
+    )
+    schedule = CosineAnnealingScheduler(
+        max_steps=training.steps,
+        warmup_steps=training.warmup_steps,
+        constant_steps=0,
+        min_lr=training.min_lr,
+    )
+    return nl.MegatronOptimizerModule(config, schedule)
+
+
+def save_checkpoint(run: nl.Trainer, path: Path, weights_only: bool = False) -> None:
+    """Write a NeMo checkpoint beside ``path`` and rename it, so that a checkpoint which exists is whole."""
+    beside = path.with_name(f"{path.name}.part")
+    if rank() == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+    run.strategy.barrier()
+    run.save_checkpoint(beside, weights_only=weights_only)
+    if rank() == 0:
+        TrainerContext.from_trainer(run).io_dump(ckpt_to_context_subdir(beside), yaml_attrs=["model"])
+        shutil.rmtree(path, ignore_errors=True)
+        beside.rename(path)
+    run.strategy.barrier()
+
+
+class Keeper(Checkpoint):
+    """Save an intermediate checkpoint every so many steps, the final one at the end, and remember where to go on.
+
+    A subclass of Lightning's ``Checkpoint`` so that NeMo's ``AutoResume`` finds it; NeMo's own ModelCheckpoint marks a
+    checkpoint whose saving was killed as unfinished and then refuses to resume until a person removes it.
+    """
+
+    def __init__(self, folder: Path, save_every: int = 0):
+        self.folder, self.save_every = Path(folder), save_every
+        self.last_model_path = ""
+
+    def latest(self) -> Path | None:
+        """Return the newest whole intermediate checkpoint."""
+        found = [p for p in (self.folder / "steps").glob("step-*") if p.suffix != ".part"]
+        return max(found, default=None)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        """Save after every ``save_every`` steps and drop the checkpoint before."""
+        step = trainer.global_step
+        if not self.save_every or step % self.save_every or step >= trainer.max_steps:
+            return
+        before = self.latest()
+        save_checkpoint(trainer, self.folder / "steps" / f"step-{step:08d}")
+        if before is not None and rank() == 0:
+            shutil.rmtree(before, ignore_errors=True)
+
+    def on_train_end(self, trainer, pl_module):
+        """Save the weights while ``fit`` still runs: keys then start with ``module.`` as in NeMo's checkpoints."""
+        save_checkpoint(trainer, self.folder / "checkpoint", weights_only=True)
+        if rank() == 0:
+            shutil.rmtree(self.folder / "steps", ignore_errors=True)
+        trainer.strategy.barrier()
+
+
+class Curve(pl.Callback):
+    """Show one bar on rank zero and keep the losses of every step in ``losses.jsonl``, which resuming continues."""
+
+    def __init__(self, folder: Path, title: str, tokens_a_step: int):
+        self.path = Path(folder) / "losses.jsonl"
+        self.title, self.tokens_a_step = title, tokens_a_step
+        self.points: list[dict[str, float]] = []
+        self.bar: tqdm | None = None
+
+    def on_train_start(self, trainer, pl_module):
+        """Forget the steps after the checkpoint that is resumed from, and open the bar."""
+        self.points = [point for point in read_curve(self.path) if point["step"] <= trainer.global_step]
+        if rank() == 0:
+            with open(self.path, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(point) + "\n" for point in self.points)
+            self.bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, desc=self.title, unit="step")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        """Append the training loss of the step."""
+        loss = trainer.callback_metrics.get("reduced_train_loss")
+        if rank() != 0 or loss is None:
+            return
+        self._add({"step": trainer.global_step, "loss": round(float(loss), 6)})
+        if self.bar is not None:
+            self.bar.update(trainer.global_step - self.bar.n)
+            self.bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
+
+    def on_validation_end(self, trainer, pl_module):
+        """Append the held-out loss."""
+        loss = trainer.callback_metrics.get("val_loss")
+        if rank() == 0 and loss is not None and not trainer.sanity_checking:
+            self._add({"step": trainer.global_step, "heldout": round(float(loss), 6)})
+
+    def on_train_end(self, trainer, pl_module):
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def on_exception(self, trainer, pl_module, exception):
+        """Close the bar."""
+        self.on_train_end(trainer, pl_module)
+
+    def _add(self, point: dict[str, float]) -> None:
+        self.points.append(point)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(point) + "\n")
+
+
+def read_curve(path: Path) -> list[dict[str, float]]:
+    """Return the points of a ``losses.jsonl``; a last line cut by a kill is left out."""
+    points = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                points.append(json.loads(line))
+            except ValueError:
+                continue
+    return points

@@ -1,0 +1,45 @@
+"""Fixtures of the suite: the CPU backend in this process, and the pool of live ranks."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def _pools(tmp_path_factory):
+    from test_code.ranks import RankPool
+
+    pools: dict[int, RankPool] = {}
+
+    def get(world_size: int) -> RankPool:
+        if world_size not in pools:
+            pools[world_size] = RankPool(world_size, tmp_path_factory.mktemp(f"ranks{world_size}"))
+        return pools[world_size]
+
+    yield get
+    for pool in pools.values():
+        pool.close()
+
+
+@pytest.fixture
+def ranks(_pools):
+    """Return the pool of that many live ranks: ``ranks(2).run(jobs.function, argument)``."""
+    return _pools
+
+
+@pytest.fixture(scope="session")
+def cpu_backend():
+    """Enable the CPU backend in the test process itself, where there is no GPU."""
+    import torch
+
+    from nemo_modelopt_dropin import cpu_backend as backend
+
+    if not torch.cuda.is_available():
+        backend.enable()
+    return backend

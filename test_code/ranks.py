@@ -1,0 +1,241 @@
+"""A pool of live CPU ranks: started once a test run, it executes named functions on every rank.
+
+Importing NeMo takes 15 seconds, so ranks are kept alive between tests. A function runs on all ranks at once with the
+CPU backend enabled and the environment torchrun would set; NeMo's strategy (or `tiny.init_parallel`) makes the process
+groups, and `reset` takes them down after the job. Its return values come back in order of rank. When a rank raises, the
+error shows the traceback of each rank and the ends of their logs; when one hangs, the stack where it hangs. A pool
+that failed is thrown away, because its ranks may be in the middle of a collective, and the next test gets a fresh one.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import importlib
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import sys
+import time
+import traceback
+from multiprocessing.connection import wait
+from pathlib import Path
+
+_START_TIMEOUT = 240.0
+_GRACE = 5.0
+
+
+class RankError(RuntimeError):
+    """A function failed, or did not end in time, on at least one rank."""
+
+
+class RankPool:
+    """``world_size`` live processes that form one gloo group."""
+
+    def __init__(self, world_size: int, log_dir: Path, env: dict[str, str] | None = None):
+        """Remember the settings; the ranks start with the first job.
+
+        Args:
+            world_size: number of ranks.
+            log_dir: folder that receives what each rank prints.
+            env: environment variables set in the ranks before anything is imported.
+        """
+        self.world_size = world_size
+        self.log_dir = Path(log_dir)
+        self.env = dict(env or {})
+        self._processes: list = []
+        self._pipes: list = []
+
+    def run(self, function, *args, timeout: float = 180.0, **kwargs) -> list:
+        """Execute a module-level function on every rank and return its values in order of rank.
+
+        Args:
+            function: found again in the ranks by its module and name.
+            *args: positional arguments, pickled.
+            timeout: seconds until the job counts as hanging.
+            **kwargs: keyword arguments, pickled.
+
+        Raises:
+            RankError: where a rank raised, died or did not end in time.
+        """
+        if not self._processes:
+            self._start()
+        job = pickle.dumps((function.__module__, function.__qualname__, args, kwargs))
+        for pipe in self._pipes:
+            pipe.send_bytes(job)
+        return self._collect(f"{function.__module__}.{function.__qualname__}", timeout)
+
+    def close(self) -> None:
+        """End the ranks: politely first, then not."""
+        for pipe in self._pipes:
+            try:
+                pipe.send_bytes(b"")
+            except OSError:
+                pass
+        deadline = time.monotonic() + _GRACE
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._processes, self._pipes = [], []
+
+    def _start(self) -> None:
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        context = multiprocessing.get_context("spawn")
+        port = _first_port()
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve,
+                args=(rank, self.world_size, port, theirs, str(self._log(rank)), self.env),
+                daemon=False,
+            )
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+        self._collect("start of the ranks", _START_TIMEOUT)
+
+    def _collect(self, what: str, timeout: float) -> list:
+        values: dict[int, object] = {}
+        failures: dict[int, str] = {}
+        deadline = time.monotonic() + timeout
+        while len(values) + len(failures) < self.world_size:
+            waiting = {r: p for r, p in enumerate(self._pipes) if r not in values and r not in failures}
+            ready = wait(list(waiting.values()), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for rank, pipe in waiting.items():
+                if pipe not in ready:
+                    continue
+                try:
+                    ok, value = pickle.loads(pipe.recv_bytes())
+                except EOFError:
+                    ok, value = False, "the process died"
+                (values if ok else failures)[rank] = value
+                if not ok:
+                    deadline = min(deadline, time.monotonic() + _GRACE)
+        if len(values) == self.world_size:
+            return [values[rank] for rank in range(self.world_size)]
+        raise RankError(self._failure(what, values, failures, timeout))
+
+    def _failure(self, what, values, failures, timeout) -> str:
+        silent = [r for r in range(self.world_size) if r not in values and r not in failures]
+        for rank in silent:
+            if self._processes[rank].is_alive():
+                os.kill(self._processes[rank].pid, signal.SIGUSR1)
+        time.sleep(0.5)
+        lines = [f"{what} failed on {self.world_size} ranks"]
+        for rank in range(self.world_size):
+            if rank in values:
+                lines.append(f"--- rank {rank}: finished")
+                continue
+            reason = failures.get(rank, f"no answer (limit {timeout:.0f} s); its stack is at the end of its log")
+            log = self._log(rank)
+            tail = log.read_text(errors="replace")[-3000:] if log.exists() else ""
+            lines.append(f"--- rank {rank}: {reason}\n--- end of the log of rank {rank}:\n{tail}")
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
+        return "\n".join(lines)
+
+    def _log(self, rank: int) -> Path:
+        return self.log_dir / f"world{self.world_size}-rank{rank}.log"
+
+
+def _first_port() -> int:
+    """Return where this pool's ports begin: below the ephemeral range, 500 a pool, one a job."""
+    return random.SystemRandom().randrange(12_000, 31_000, 500)
+
+
+def _serve(rank: int, world_size: int, port: int, pipe, log: str, env: dict[str, str]) -> None:
+    """Be one rank: set up, then execute jobs until an empty one comes."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)
+    # As torchrun would: Lightning then takes the ranks as they are instead of starting its own.
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        GROUP_RANK="0",
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_RUN_ID="pool",
+        OMP_NUM_THREADS="1",
+        **env,
+    )
+    try:
+        _set_up()
+        answer: tuple = (True, None)
+    except BaseException:
+        answer = (False, traceback.format_exc())
+    pipe.send_bytes(pickle.dumps(answer))
+    while answer is not None:
+        try:
+            job = pipe.recv_bytes()
+        except EOFError:
+            return
+        if not job:
+            return
+        pipe.send_bytes(_execute(job))
+
+
+def _set_up() -> None:
+    import warnings
+
+    import torch
+
+    torch.set_num_threads(1)
+    from nemo_modelopt_dropin import cpu_backend
+
+    cpu_backend.enable()
+    warnings.filterwarnings("error", module=r"nemo\.collections\.llm\.modelopt")
+
+
+def _execute(job: bytes) -> bytes:
+    module, name, args, kwargs = pickle.loads(job)
+    print(f"=== {module}.{name}", flush=True)
+    try:
+        function = getattr(importlib.import_module(module), name)
+        answer = pickle.dumps((True, function(*args, **kwargs)))
+    except BaseException:
+        # The pool throws its ranks away after a failure; a reset would wait for ranks that hang.
+        return pickle.dumps((False, traceback.format_exc()))
+    try:
+        reset()
+    except BaseException:
+        answer = pickle.dumps((False, "while resetting the rank: " + traceback.format_exc()))
+    sys.stdout.flush()
+    return answer
+
+
+def reset() -> None:
+    """Take a rank back to where a fresh process is: no process group, no batch calculator, no NeMo state.
+
+    NeMo builds Megatron's groups only where it initialises ``torch.distributed`` itself, so that goes too. All ranks
+    must call it. A job that runs two layouts in a row calls it in between.
+    """
+    import torch.distributed as dist
+    from megatron.core import num_microbatches_calculator, parallel_state, tensor_parallel
+    from nemo.utils import AppState
+    from nemo.utils.metaclasses import Singleton
+
+    parallel_state.destroy_model_parallel()
+    num_microbatches_calculator.unset_num_microbatches_calculator()
+    tensor_parallel.get_cuda_rng_tracker().reset()
+    # NeMo keeps the parallel layout of a process in a singleton for good.
+    Singleton._Singleton__instances.pop(AppState, None)  # type: ignore[attr-defined]
+    gc.collect()
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    # The next group meets at a new port: the old store may not have left its own yet.
+    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
