@@ -170,9 +170,10 @@ def _is_cuda(device) -> bool:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Read ``device="cuda"`` as the CPU and drop ``pin_memory`` in every torch call.
+    """Read ``device="cuda"`` as the CPU, drop ``pin_memory``, and name tensor types as Megatron's optimizers do.
 
-    A mode and not patched factory functions: TorchScript recognises ``torch.empty`` and the like by identity.
+    Those know only ``torch.cuda.FloatTensor`` and its like by name, in gradient clipping and in the distributed
+    optimizer. A mode and not patched functions: TorchScript recognises ``torch.empty`` and the like by identity.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -183,7 +184,17 @@ class _CudaMeansCpu(TorchFunctionMode):
             kwargs = {**kwargs, "pin_memory": False}
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], _CPU, *args[2:])
+        if func is torch.Tensor.type:
+            return self._tensor_type(*args, **kwargs)
         return func(*args, **kwargs)
+
+    @staticmethod
+    def _tensor_type(tensor, dtype=None, **kwargs):
+        if dtype is None:
+            return torch.Tensor.type(tensor).replace("torch.", "torch.cuda.", 1)
+        if isinstance(dtype, str):
+            dtype = dtype.replace("torch.cuda.", "torch.", 1)
+        return torch.Tensor.type(tensor, dtype, **kwargs)
 
 
 def patch_devices() -> None:
@@ -276,23 +287,53 @@ def _stage_seed(seed: int) -> int:
     return seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
 
 
-def patch_gradient_clipping() -> None:
-    """Megatron's clipping asserts the type ``torch.cuda.FloatTensor``; the same scaling on CPU tensors instead."""
-    from megatron.core.optimizer import clip_grads, optimizer
+def patch_distributed_adam() -> None:
+    """torch's Adam counts steps in a tensor a parameter; Megatron's distributed optimizer shards every state it finds.
 
-    def clip_grad_by_total_norm_fp32(parameters, max_norm, total_norm, use_decoupled_grad=False):
-        """Scale the gradients in place by ``max_norm / total_norm`` where that is below one."""
-        scale = max_norm / (total_norm + 1.0e-6)
-        if scale >= 1.0:
-            return
-        name = "decoupled_grad" if use_decoupled_grad else "grad"
-        for parameter in [parameters] if isinstance(parameters, torch.Tensor) else parameters:
-            grad = getattr(parameter, name, None)
-            if grad is not None:
-                grad.mul_(scale)
+    Fused Adam, which a GPU run has, counts in the group, and that count is saved and restored on its own: leave the
+    tensors out of what is sharded.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    for module in (clip_grads, optimizer):
-        module.clip_grad_by_total_norm_fp32 = clip_grad_by_total_norm_fp32
+    get_states = DistributedOptimizer._get_main_param_and_optimizer_states
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    @functools.wraps(get_states)
+    def _get_main_param_and_optimizer_states(self, model_param):
+        return {name: state for name, state in get_states(self, model_param).items() if name != "step"}
+
+    @functools.wraps(set_states)
+    def _set_main_param_and_optimizer_states(self, model_param, tensors):
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        kept = {"step": state["step"].clone()} if "step" in state else {}
+        set_states(self, model_param, {**tensors, **kept})
+
+    DistributedOptimizer._get_main_param_and_optimizer_states = _get_main_param_and_optimizer_states
+    DistributedOptimizer._set_main_param_and_optimizer_states = _set_main_param_and_optimizer_states
+
+
+def patch_torch_norms() -> None:
+    """torch's norms refuse sequence parallelism; they are right under it once their weights are marked.
+
+    Megatron adds up the gradients of marked weights over the tensor-parallel ranks, each of which saw a part of the
+    sequence. Without Transformer Engine or Apex these norms are all there is.
+    """
+    from megatron.core.transformer import torch_norm
+
+    def __new__(cls, config, hidden_size, eps=1e-5, persist_layer_norm=False, zero_centered_gamma=False, **kwargs):
+        """Return a ``torch.nn`` norm over ``hidden_size``, marked for sequence parallelism where it is on."""
+        if zero_centered_gamma or config.layernorm_zero_centered_gamma:
+            raise CpuBackendError("zero-centered norm weights need Transformer Engine; there is no such torch norm.")
+        kinds = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+        if config.normalization not in kinds:
+            raise CpuBackendError(f"normalization={config.normalization!r} has no torch norm; use one of {list(kinds)}.")
+        norm = kinds[config.normalization](hidden_size, eps=eps)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return norm
+
+    torch_norm.WrappedTorchNorm.__new__ = __new__
 
 
 # --- NeMo and Lightning -----------------------------------------------------------------------------------------------
@@ -356,7 +397,8 @@ PATCHES: tuple[Callable[[], None], ...] = (
     patch_gloo_scalars,
     patch_transformer_config,
     patch_parallel_seed,
-    patch_gradient_clipping,
+    patch_distributed_adam,
+    patch_torch_norms,
     patch_checkpoint_devices,
     patch_accelerator,
     patch_mock_attention_mask,

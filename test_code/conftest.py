@@ -12,7 +12,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @pytest.fixture(scope="session")
-def _pools(tmp_path_factory):
+def ranks_factory(tmp_path_factory):
+    """Return the pools of live ranks, for fixtures of a wider scope than one test."""
     from test_code.ranks import RankPool
 
     pools: dict[int, RankPool] = {}
@@ -28,9 +29,9 @@ def _pools(tmp_path_factory):
 
 
 @pytest.fixture
-def ranks(_pools):
+def ranks(ranks_factory):
     """Return the pool of that many live ranks: ``ranks(2).run(jobs.function, argument)``."""
-    return _pools
+    return ranks_factory
 
 
 @pytest.fixture(scope="session")

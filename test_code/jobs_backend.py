@@ -30,7 +30,32 @@ def hang_on(rank: int) -> None:
 def train(steps: int = 4, distributed: bool = False, save_to=None, restore=None, data=None, overrides=None, **layout):
     from test_code import tiny
 
-    model = tiny.model(**(overrides or {}))
-    model.optim = tiny.optim(distributed=distributed)
+    model = tiny.model(optimizer=tiny.optim(distributed=distributed), **(overrides or {}))
     layout.setdefault("strategy_kwargs", {})["distributed"] = distributed
     return tiny.fit(model, tiny.data(**(data or {})), save_to, restore, max_steps=steps, **layout)
+
+
+def clipped_norms(restore: str, **layout) -> tuple[float, float]:
+    """Return the gradient norm that the optimizer saw in one step, and the norm that it left after clipping at 0.1."""
+    import lightning.pytorch as pl
+
+    from test_code import tiny
+
+    seen = {}
+
+    class Norms(pl.Callback):
+        def on_before_zero_grad(self, trainer, pl_module, optimizer):
+            grads = [p.main_grad.float() for p in tiny.core(pl_module).parameters()]
+            # Gradients of sharded weights differ by rank, those of norms are the same on all: count these once.
+            shared = [not getattr(p, "tensor_model_parallel", False) for p in tiny.core(pl_module).parameters()]
+            once = int(os.environ["RANK"]) == 0
+            total = sum(g.pow(2).sum() for g, s in zip(grads, shared, strict=True) if once or not s)
+            torch.distributed.all_reduce(total)
+            seen.setdefault("norms", []).append(float(total.sqrt()))
+
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            seen["reported"] = float(trainer.callback_metrics["grad_norm"])
+
+    model = tiny.model(optimizer=tiny.optim(clip_grad=0.1))
+    tiny.fit(model, restore=restore, callbacks=[Norms()], max_steps=1, **layout)
+    return seen["reported"], seen["norms"][-1]

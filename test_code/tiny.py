@@ -96,9 +96,9 @@ def config(**overrides) -> llm.GPTConfig:
     return llm.GPTConfig(**{**settings, **overrides})
 
 
-def model(model_config: llm.GPTConfig | None = None, **overrides) -> llm.GPTModel:
+def model(model_config: llm.GPTConfig | None = None, optimizer=None, **overrides) -> llm.GPTModel:
     """Return an ``llm.GPTModel`` that is not yet configured (weights are drawn when a trainer or restore does it)."""
-    return llm.GPTModel(model_config or config(**overrides), optim=optim(), tokenizer=tokenizer())
+    return llm.GPTModel(model_config or config(**overrides), optim=optimizer or optim(), tokenizer=tokenizer())
 
 
 def optim(lr: float = 1e-3, clip_grad: float = 1.0, distributed: bool = False) -> nl.MegatronOptimizerModule:

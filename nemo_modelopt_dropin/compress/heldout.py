@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-
-from nemo import lightning as nl
 from nemo.collections.llm.inference.base import _setup_trainer_and_restore_model
 from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
 from nemo.utils.model_utils import unwrap_model
+
+from nemo import lightning as nl
 from nemo_modelopt_dropin.compress import training
 from nemo_modelopt_dropin.compress.settings import Layout
 from nemo_modelopt_dropin.compress.tokens import Windows

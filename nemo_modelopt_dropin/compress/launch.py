@@ -15,6 +15,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+# Where the ranks of `run_ranks` agree on which stages to run; its presence also tells a rank who started it.
+STORE_PORT = "NEMO_MODELOPT_STORE_PORT"
 _GRACE_S = 10.0
 
 
@@ -26,11 +28,9 @@ def is_rank() -> bool:
 def run_ranks(count: int, argv: Sequence[str] | None = None) -> int:
     """Run ``argv`` (this command by default) in ``count`` processes; return the first exit code that is not zero."""
     command = [sys.executable, *(argv if argv is not None else sys.argv)]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    ports = _free_ports(2)
     children = [
-        subprocess.Popen(command, env=_environment(rank, count, port), preexec_fn=_die_with_parent)
+        subprocess.Popen(command, env=_environment(rank, count, *ports), preexec_fn=_die_with_parent)
         for rank in range(count)
     ]
     try:
@@ -41,7 +41,16 @@ def run_ranks(count: int, argv: Sequence[str] | None = None) -> int:
         _end(children)
 
 
-def _environment(rank: int, count: int, port: int) -> dict[str, str]:
+def _free_ports(count: int) -> list[int]:
+    """Return free ports; NeMo's groups use those just above the first one."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def _environment(rank: int, count: int, port: int, store_port: int) -> dict[str, str]:
     return {
         **os.environ,
         "RANK": str(rank),
@@ -50,6 +59,8 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        STORE_PORT: str(store_port),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))),
         "TORCHELASTIC_RUN_ID": "local",  # Lightning then knows that the processes exist and starts none itself
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_MAX_RESTARTS": "0",

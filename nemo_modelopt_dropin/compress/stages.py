@@ -1,9 +1,9 @@
 """Resumable stages: a finished one is not run again, an interrupted one is, changed settings undo what follows.
 
-A stage owns the folder ``<root>/<name>``. It is finished exactly when that folder holds a ``stage.json``, written in one
-step after everything else. Its fingerprint covers its settings and the identity of the stages it builds on, so a stage
-that runs again invalidates those after it, whatever their settings. Standard library only: reading the state of a run
-costs nothing.
+A stage owns the folder ``<root>/<name>``. It is finished exactly when that folder holds a ``stage.json``, written in
+one step after everything else. Its fingerprint covers its settings and the identity of the stages it builds on, so a
+stage that runs again invalidates those after it, whatever their settings. Standard library only: reading the state of
+a run costs nothing.
 """
 
 from __future__ import annotations

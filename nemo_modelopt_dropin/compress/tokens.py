@@ -1,8 +1,8 @@
 """Text to packed token sequences, and the Lightning data module over them.
 
 Documents are joined with the end-of-text token between them and cut into windows of ``seq_length + 1`` tokens, so no
-position is padding. Held-out windows follow each other without overlap; training windows start anywhere, drawn from the
-seed and the sample's number alone: every layout and every resumed run sees the same samples in the same order.
+position is padding. Held-out windows follow each other without overlap; training windows start anywhere, drawn from
+the seed and the sample's number alone: every layout and every resumed run sees the same samples in the same order.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
-
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
+from torch.utils.data import DataLoader, Dataset
 
 
 def read_documents(path: str | Path) -> list[str]:

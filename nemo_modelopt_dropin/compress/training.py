@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import datetime
+import gc
 import json
 import os
+import pickle
 import shutil
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from megatron.core import num_microbatches_calculator, parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
-from tqdm import tqdm
-
-from nemo import lightning as nl
 from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
 from nemo.lightning.io.pl import TrainerContext
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
+from nemo.utils import AppState
+from nemo.utils.metaclasses import Singleton
+from tqdm import tqdm
+
+from nemo import lightning as nl
+from nemo_modelopt_dropin.compress import launch
 from nemo_modelopt_dropin.compress.settings import Layout, Training
 
 
@@ -27,33 +35,56 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-class TorchRanks:
-    """The distributed job as the stages see it: rank zero's decisions reach every rank."""
+class StoreRanks:
+    """The distributed job as the stages see it: rank zero's decisions reach every rank.
 
-    def __init__(self, cpu: bool):
-        if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo" if cpu else "nccl")
-        self.rank = torch.distributed.get_rank()
+    A store of its own and not a process group: stages end with `release`, which takes all groups down.
+    """
+
+    def __init__(self, timeout_s: float = 3600.0):
+        self.rank, self.count = rank(), 0
+        port = int(os.environ.get(launch.STORE_PORT) or int(os.environ["MASTER_PORT"]) + 997)
+        self.store = torch.distributed.TCPStore(
+            os.environ["MASTER_ADDR"],
+            port,
+            int(os.environ["WORLD_SIZE"]),
+            is_master=self.rank == 0,
+            timeout=datetime.timedelta(seconds=timeout_s),
+        )
 
     def broadcast(self, value: Any) -> Any:
-        """Return rank zero's value on every rank."""
-        box = [value]
-        torch.distributed.broadcast_object_list(box, src=0)
-        return box[0]
+        """Return rank zero's value on every rank, when all have come here."""
+        key = f"decision/{self.count}"
+        self.count += 1
+        if self.rank == 0:
+            self.store.set(key, pickle.dumps(value))
+        found = pickle.loads(self.store.get(key))
+        self.store.add(f"{key}/seen", 1)
+        while self.store.add(f"{key}/seen", 0) < int(os.environ["WORLD_SIZE"]):
+            time.sleep(0.01)
+        return found
 
 
 def release() -> None:
-    """Drop Megatron's groups and NeMo's memory of them, so that the next stage may choose another layout."""
-    import gc
+    """Take this process back to where NeMo found it, so that the next stage may choose another layout.
 
-    from megatron.core import num_microbatches_calculator, parallel_state
-    from nemo.utils import AppState
-
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    NeMo builds Megatron's groups only where it initialises ``torch.distributed`` itself, and keeps the layout of a
+    process in a singleton for good; so both go. All ranks call it.
+    """
+    parallel_state.destroy_model_parallel()
     num_microbatches_calculator.unset_num_microbatches_calculator()
-    AppState().model_parallel_size = None
+    tensor_parallel.get_cuda_rng_tracker().reset()
+    Singleton._Singleton__instances.pop(AppState, None)  # type: ignore[attr-defined]
     gc.collect()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    # The next group meets at a port of its own: the old store may not have left this one yet.
+    if launch.is_rank():
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    else:
+        os.environ.pop("MASTER_PORT", None)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -165,11 +196,15 @@ class Keeper(Checkpoint):
 class Curve(pl.Callback):
     """Show one bar on rank zero and keep the losses of every step in ``losses.jsonl``, which resuming continues."""
 
-    def __init__(self, folder: Path, title: str, tokens_a_step: int):
+    def __init__(self, folder: Path, title: str, out: TextIO | None = None):
         self.path = Path(folder) / "losses.jsonl"
-        self.title, self.tokens_a_step = title, tokens_a_step
+        self.title, self.out = title, out
         self.points: list[dict[str, float]] = []
         self.bar: tqdm | None = None
+
+    def __getstate__(self):
+        """Leave the stream and the bar out: NeMo's trainer copies its arguments to save them with checkpoints."""
+        return {**self.__dict__, "out": None, "bar": None}
 
     def on_train_start(self, trainer, pl_module):
         """Forget the steps after the checkpoint that is resumed from, and open the bar."""
@@ -177,7 +212,9 @@ class Curve(pl.Callback):
         if rank() == 0:
             with open(self.path, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(point) + "\n" for point in self.points)
-            self.bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, desc=self.title, unit="step")
+            self.bar = tqdm(
+                total=trainer.max_steps, initial=trainer.global_step, desc=self.title, unit="step", file=self.out
+            )
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         """Append the training loss of the step."""

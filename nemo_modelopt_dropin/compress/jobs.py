@@ -1,0 +1,194 @@
+"""The stages of the compression job: what each does with NeMo's API, and what it reports."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
+
+from nemo import lightning as nl
+from nemo.collections import llm
+from nemo.collections.llm.modelopt import ExportConfig, PruningConfig, QuantizationConfig
+from nemo_modelopt_dropin.compress import heldout, tokens, training
+from nemo_modelopt_dropin.compress.settings import TARGETS, Job, Layout, Training
+
+_CHECKPOINT = "checkpoint"
+
+
+def measure(checkpoint: Path, token_folder: Path, job: Job) -> dict[str, Any]:
+    """Return held-out loss, speed, parameters, shape and size of a checkpoint under the job's layout."""
+    return heldout.measure(
+        checkpoint, token_folder / "heldout.npy", job.layout, job.seq_length, job.distillation.micro_batch_size
+    )
+
+
+def tokenize(folder: Path, job: Job) -> dict[str, Any]:
+    """Encode both texts with the teacher's tokenizer into ``train.npy`` and ``heldout.npy``."""
+    counts: dict[str, Any] = {}
+    if training.rank() == 0:
+        tokenizer = load_tokenizer(job.teacher)
+        for name, path in (("train", job.train_text), ("heldout", job.heldout_text)):
+            ids = tokens.encode(path, tokenizer)
+            if len(ids) <= job.seq_length + 1:
+                raise ValueError(f"{path} has {len(ids)} tokens; at least {job.seq_length + 2} are needed")
+            np.save(folder / f"{name}.npy", ids)
+            counts[f"{name}_tokens"] = len(ids)
+            counts[f"{name}_documents"] = len(tokens.read_documents(path))
+    return counts
+
+
+def load_tokenizer(checkpoint: str | Path):
+    """Return the tokenizer saved with a NeMo checkpoint."""
+    return nl.io.load_context(ckpt_to_context_subdir(checkpoint), subpath="model.tokenizer")
+
+
+def prune(folder: Path, job: Job, token_folder: Path) -> dict[str, Any]:
+    """Prune the teacher with llm.prune; ranks that would be data parallel become pipeline stages.
+
+    Importance is measured per rank and compared across the pipeline only: data-parallel ranks would each prune for
+    their own share of the data.
+    """
+    settings, layout = job.pruning, job.layout
+    world = layout.devices * layout.num_nodes
+    pp = world // layout.tp
+    config = PruningConfig(
+        **{name: getattr(settings, name) for name in TARGETS},
+        drop_layers=list(settings.drop_layers) if settings.drop_layers else None,
+    )
+    batch, samples = settings.micro_batch_size, settings.num_samples
+    data = None
+    if not settings.drop_layers:
+        tokenizer = load_tokenizer(job.teacher)
+        data = tokens.TokenDataModule(token_folder, tokenizer, job.seq_length, batch, batch, samples)
+    training.release()
+    llm.prune(
+        nemo_checkpoint=job.teacher,
+        save_path=str(folder / _CHECKPOINT),
+        pruning_config=config,
+        devices=layout.devices,
+        num_nodes=layout.num_nodes,
+        tp_size=layout.tp,
+        pp_size=pp,
+        num_train_samples=samples,
+        data=data,
+    )
+    return measure(folder / _CHECKPOINT, token_folder, job)
+
+
+def fit_trainer(folder: Path, title: str, settings: Training, layout: Layout, out: TextIO | None) -> nl.Trainer:
+    """Return the trainer of a training run: checkpoints, curve, and held-out losses where they are asked for."""
+    options: dict[str, Any] = {"max_steps": settings.steps, "enable_checkpointing": True}
+    if settings.evaluate_every:
+        options |= {"val_check_interval": settings.evaluate_every, "limit_val_batches": 1.0}
+    callbacks = [training.Keeper(folder, settings.save_every), training.Curve(folder, title, out)]
+    return training.trainer(layout, callbacks=callbacks, **options)
+
+
+def fit_data(token_folder: Path, tokenizer, settings: Training, seq_length: int) -> tokens.TokenDataModule:
+    """Return the data of a training run: as many windows as it has steps for."""
+    return tokens.TokenDataModule(
+        token_folder,
+        tokenizer,
+        seq_length,
+        settings.micro_batch_size,
+        settings.global_batch_size,
+        settings.steps * settings.global_batch_size,
+        settings.seed,
+    )
+
+
+def resume(run: nl.Trainer, start_from: str | None = None) -> nl.AutoResume:
+    """Go on from the newest intermediate checkpoint of the trainer's `Keeper`, else from ``start_from``'s weights."""
+    latest = next(c for c in run.callbacks if isinstance(c, training.Keeper)).latest()
+    restore = nl.RestoreConfig(path=start_from) if start_from else None
+    return nl.AutoResume(resume_from_path=str(latest) if latest else None, restore_config=restore)
+
+
+def logger(folder: Path) -> nl.NeMoLogger:
+    """Return a NeMo logger that writes its files below the stage's folder."""
+    return nl.NeMoLogger(name="log", log_dir=str(folder), use_datetime_version=False, log_global_rank_0_only=True)
+
+
+def distill(folder: Path, job: Job, student: Path, token_folder: Path, out: TextIO | None) -> dict[str, Any]:
+    """Train the pruned student on the teacher's logits with llm.distill."""
+    settings = job.distillation
+    training.release()
+    torch.manual_seed(settings.seed)
+    run = fit_trainer(folder, "distill", settings, job.layout, out)
+    llm.distill(
+        student_model_path=str(student),
+        teacher_model_path=str(job.teacher),
+        data=fit_data(token_folder, load_tokenizer(job.teacher), settings, job.seq_length),
+        trainer=run,
+        distillation_config_path=job.distill_config,
+        log=logger(folder),
+        resume=resume(run, str(student)),
+        optim=training.optimizer(settings, job.layout),
+    )
+    found = measure(folder / _CHECKPOINT, token_folder, job)
+    return found | {"curve": training.read_curve(folder / "losses.jsonl")}
+
+
+def from_scratch(folder: Path, job: Job, student: Path, token_folder: Path, out: TextIO | None) -> dict[str, Any]:
+    """Train a model of the student's shape from random weights: same steps, same samples, no teacher."""
+    settings = job.distillation
+    training.release()
+    torch.manual_seed(settings.seed)
+    model = nl.io.load_context(ckpt_to_context_subdir(student), subpath="model")
+    run = fit_trainer(folder, "from scratch", settings, job.layout, out)
+    llm.train(
+        model=model,
+        data=fit_data(token_folder, model.tokenizer, settings, job.seq_length),
+        trainer=run,
+        log=logger(folder),
+        resume=resume(run),
+        optim=training.optimizer(settings, job.layout),
+    )
+    found = measure(folder / _CHECKPOINT, token_folder, job)
+    return found | {"curve": training.read_curve(folder / "losses.jsonl")}
+
+
+def quantize(folder: Path, job: Job, student: Path, token_folder: Path) -> dict[str, Any]:
+    """Quantize the student with llm.ptq, calibrated on the training text, into a NeMo checkpoint."""
+    settings, layout = job.quantization, job.layout
+    training.release()
+    llm.ptq(
+        model_path=str(student),
+        export_config=ExportConfig(path=str(folder / _CHECKPOINT), export_format="nemo", dtype="bf16"),
+        calibration_tp=layout.tp,
+        calibration_pp=layout.pp,
+        devices=layout.devices,
+        num_nodes=layout.num_nodes,
+        quantization_config=QuantizationConfig(
+            algorithm=settings.algorithm,
+            enable_kv_cache=settings.enable_kv_cache,
+            calibration_dataset=job.train_text,
+            calibration_dataset_size=settings.calibration_size,
+            calibration_batch_size=settings.calibration_batch_size,
+            calibration_seq_len=settings.calibration_seq_len,
+        ),
+    )
+    return measure(folder / _CHECKPOINT, token_folder, job)
+
+
+def export(folder: Path, job: Job, quantized: Path) -> dict[str, Any]:
+    """Write the quantized model in the other formats asked for."""
+    result: dict[str, Any] = {}
+    for target in job.quantization.formats:
+        if target == "nemo":
+            result[target] = {"path": str(quantized), "bytes": heldout.folder_bytes(quantized)}
+            continue
+        training.release()
+        beside, path = folder / f"{target}.part", folder / target
+        if training.rank() == 0:
+            shutil.rmtree(beside, ignore_errors=True)
+        llm.export_ckpt(path=quantized, target=target, output_path=beside, overwrite=True)
+        if training.rank() == 0:
+            beside.rename(path)
+            result[target] = {"path": str(path), "bytes": heldout.folder_bytes(path)}
+    training.release()
+    return result
