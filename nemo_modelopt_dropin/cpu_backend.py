@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -47,8 +48,9 @@ def enable() -> None:
             "Drop the call (or --cpu), or hide the GPUs with CUDA_VISIBLE_DEVICES=''."
         )
     # Imported whole before torch is patched: their modules look torch functions up by identity.
-    import nemo.collections.llm  # noqa: F401
     from torch import _dynamo  # noqa: F401
+
+    import nemo.collections.llm  # noqa: F401
 
     for patch in PATCHES:
         patch()
@@ -119,11 +121,11 @@ def _answer(value=None):
 def patch_cuda_runtime() -> None:
     """Streams, events, devices: Megatron's schedules, DDP buckets and checkpoint writers ask for them on every step."""
     cuda = torch.cuda
-    cuda.Stream, cuda.Event = _Stream, _Event  # type: ignore[misc,assignment]
-    cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment]
-    cuda.current_stream = lambda *args, **kwargs: _Stream()  # type: ignore[assignment]
-    cuda.default_stream = lambda *args, **kwargs: _Stream()  # type: ignore[assignment]
-    cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
+    cuda.Stream, cuda.Event = _Stream, _Event
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.current_stream = lambda *args, **kwargs: _Stream()
+    cuda.default_stream = lambda *args, **kwargs: _Stream()
+    cuda.current_device = lambda: _CPU
     cuda.is_current_stream_capturing = lambda: False
     for name in ("synchronize", "empty_cache", "set_device", "set_stream", "ipc_collect", "init"):
         setattr(cuda, name, _answer())
@@ -138,7 +140,7 @@ def patch_cuda_memory() -> None:
         "memory_reserved",
     ):
         setattr(torch.cuda, name, _answer(0))
-    torch.cuda.memory_stats = lambda *args, **kwargs: {}  # type: ignore[assignment]
+    torch.cuda.memory_stats = lambda *args, **kwargs: {}
     torch.cuda.reset_peak_memory_stats = _answer()
 
 
@@ -149,10 +151,10 @@ def patch_random_state() -> None:
     """
     import megatron.core.tensor_parallel.random as mcore_random
 
-    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # type: ignore[assignment]
-    torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)  # type: ignore[assignment]
+    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     # torch.manual_seed calls both of these itself, so they must not call it back.
-    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed)) and None  # type: ignore
+    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed)) and None
     torch.cuda.manual_seed_all = _answer()
     mcore_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     mcore_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
@@ -199,10 +201,10 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 def patch_devices() -> None:
     """``device="cuda"``, ``.cuda()`` and pinned memory: models, buffers and batches all stay where they are."""
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment]
-    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[assignment]
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment]
-    torch.cuda.FloatTensor = torch.FloatTensor  # type: ignore[attr-defined,misc]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    torch.cuda.FloatTensor = torch.FloatTensor
     _state["mode"] = _CudaMeansCpu()
     _state["mode"].__enter__()
 
@@ -327,10 +329,12 @@ def patch_torch_norms() -> None:
             raise CpuBackendError("zero-centered norm weights need Transformer Engine; there is no such torch norm.")
         kinds = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
         if config.normalization not in kinds:
-            raise CpuBackendError(f"normalization={config.normalization!r} has no torch norm; use one of {list(kinds)}.")
+            raise CpuBackendError(
+                f"normalization={config.normalization!r} has no torch norm; use one of {list(kinds)}."
+            )
         norm = kinds[config.normalization](hidden_size, eps=eps)
         for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            parameter.sequence_parallel = config.sequence_parallel
         return norm
 
     torch_norm.WrappedTorchNorm.__new__ = __new__
@@ -353,6 +357,20 @@ def patch_accelerator() -> None:
     accelerator_connector._AcceleratorConnector._choose_gpu_accelerator_backend = staticmethod(lambda: "cpu")
 
 
+def patch_local_checkpoint_callback() -> None:
+    """NeMo's logger asks every checkpoint callback whether it is one of nvidia-resiliency-ext's, a GPU-only package.
+
+    Where that is missing the question itself raises, so any trainer with Lightning's default checkpointing fails. The
+    answer is no.
+    """
+    import nemo.lightning.nemo_logger as nemo_logger
+
+    try:
+        isinstance(None, nemo_logger.lcp.LocalCheckpointCallback)
+    except Exception:
+        nemo_logger.lcp = types.SimpleNamespace(LocalCheckpointCallback=())
+
+
 def patch_mock_attention_mask() -> None:
     """NeMo's mock data passes "create the mask" in the place of the seed, so local-spec models get no mask.
 
@@ -360,7 +378,7 @@ def patch_mock_attention_mask() -> None:
     """
     import nemo.collections.llm.gpt.data.mock as mock
 
-    class _MockGPTDataset(mock._MockGPTDataset):  # type: ignore[name-defined,misc]
+    class _MockGPTDataset(mock._MockGPTDataset):
         def __init__(self, tokenizer, name, num_samples, seq_length, seed=42, create_attention_mask=False):
             if isinstance(seed, bool):
                 seed, create_attention_mask = 42, seed
@@ -401,6 +419,7 @@ PATCHES: tuple[Callable[[], None], ...] = (
     patch_torch_norms,
     patch_checkpoint_devices,
     patch_accelerator,
+    patch_local_checkpoint_callback,
     patch_mock_attention_mask,
     patch_stock_quantizer,
 )

@@ -202,7 +202,7 @@ def _set_up() -> None:
 
 def _execute(job: bytes) -> bytes:
     module, name, args, kwargs = pickle.loads(job)
-    print(f"=== {module}.{name}", flush=True)
+    sys.stdout.write(f"=== {module}.{name}\n")
     try:
         function = getattr(importlib.import_module(module), name)
         answer = pickle.dumps((True, function(*args, **kwargs)))
@@ -232,7 +232,7 @@ def reset() -> None:
     num_microbatches_calculator.unset_num_microbatches_calculator()
     tensor_parallel.get_cuda_rng_tracker().reset()
     # NeMo keeps the parallel layout of a process in a singleton for good.
-    Singleton._Singleton__instances.pop(AppState, None)  # type: ignore[attr-defined]
+    Singleton._Singleton__instances.pop(AppState, None)
     gc.collect()
     if dist.is_initialized():
         dist.barrier()

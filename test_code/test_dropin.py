@@ -7,7 +7,6 @@ import csv
 import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
 import sysconfig
@@ -121,7 +120,7 @@ def test_stock_serves_when_switched_off(tmp_path):
 
 def changed_files(distribution: str) -> list[str]:
     """Return the files of an installed distribution that are missing or differ from its RECORD."""
-    record = next(f for f in metadata.files(distribution) if f.name == "RECORD").locate()
+    record = next(f for f in metadata.files(distribution) or () if f.name == "RECORD").locate()
     bad = []
     for name, digest, _ in csv.reader(Path(record).read_text().splitlines()):
         path = SITE / name
@@ -165,16 +164,21 @@ def test_wheel_in_an_environment_of_its_own(tmp_path):
 
 
 def test_start_up_costs_under_two_milliseconds(tmp_path):
-    """The best of five, because a busy machine only ever adds to it."""
-
-    def cost() -> int:
-        log = run(sys.executable, "-X", "importtime", "-c", "pass", cwd=tmp_path).stderr
-        found = {m[2].strip(): int(m[1]) for m in re.finditer(r"import time: +\d+ \| +(\d+) \|(.*)", log)}
-        heavy = {"torch", "nemo", "megatron", "modelopt", "packaging", "numpy"} & set(found)
-        assert not heavy, heavy
-        return found["nemo_modelopt_dropin"] + found["nemo_modelopt_dropin.finder"]
-
-    assert min(cost() for _ in range(5)) < 2000
+    """Processor time of what activate.pth executes, in a fresh interpreter; the best of ten, for a busy machine."""
+    line = (ROOT / "nemo_modelopt_dropin" / "activate.pth").read_text().strip()
+    script = (
+        f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); before = set(sys.modules)\n"
+        "start = time.process_time_ns()\n"
+        f"{line}\n"
+        "cost = time.process_time_ns() - start\n"
+        "print(cost / 1e6, sorted(set(sys.modules) - before))"
+    )
+    costs = []
+    for _ in range(10):
+        cost, new_modules = run(sys.executable, "-S", "-c", script, cwd=tmp_path).stdout.split(maxsplit=1)
+        assert new_modules.strip() == "['nemo_modelopt_dropin', 'nemo_modelopt_dropin.finder']"
+        costs.append(float(cost))
+    assert min(costs) < 2.0, costs
 
 
 GOOD = {"nemo-toolkit": "2.7.3", "megatron-core": "0.15.3", "nvidia-modelopt": "0.43.0"}
@@ -182,7 +186,12 @@ GOOD = {"nemo-toolkit": "2.7.3", "megatron-core": "0.15.3", "nvidia-modelopt": "
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"nvidia-modelopt": "0.37.0"}, {"nemo-toolkit": "2.6.2"}, {"nemo-toolkit": "2.5.3", "megatron-core": "0.14.0"}],
+    [
+        {},
+        {"nvidia-modelopt": "0.37.0"},
+        {"nemo-toolkit": "2.6.2"},
+        {"nemo-toolkit": "2.5.3", "megatron-core": "0.14.0"},
+    ],
 )
 def test_supported_versions_pass(change):
     versions.check({**GOOD, **change})
@@ -191,13 +200,19 @@ def test_supported_versions_pass(change):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"nvidia-modelopt": "0.44.0"}, r"nvidia-modelopt 0\.44\.0 .*>=0\.37,<0\.44; 0\.44 turned quant_cfg into lists"),
+        (
+            {"nvidia-modelopt": "0.44.0"},
+            r"nvidia-modelopt 0\.44\.0 .*<0\.44; 0\.44 turned quant_cfg into lists",
+        ),
         ({"nvidia-modelopt": "0.44.0rc1"}, r"nvidia-modelopt 0\.44\.0rc1"),
         ({"nvidia-modelopt": "0.31.0"}, r"nvidia-modelopt 0\.31\.0 .*>=0\.37"),
         ({"nvidia-modelopt": None}, r"nvidia-modelopt is not installed"),
         ({"megatron-core": "0.16.0"}, r"megatron-core 0\.16\.0 .*removed a checkpoint module"),
         ({"nemo-toolkit": "3.0.0"}, r"nemo-toolkit 3\.0\.0 .*dropped its LLM collection"),
-        ({"nemo-toolkit": "3.0.0", "megatron-core": "0.13"}, r"nemo-toolkit 3.*megatron-core 0\.13.*NEMO_MODELOPT=stock"),
+        (
+            {"nemo-toolkit": "3.0.0", "megatron-core": "0.13"},
+            r"toolkit 3.*megatron-core 0\.13.*NEMO_MODELOPT=stock",
+        ),
     ],
 )
 def test_unsupported_versions_are_named(change, message):

@@ -14,11 +14,12 @@ import lightning.pytorch as pl
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
-from nemo import lightning as nl
-from nemo.collections import llm
 from nemo.collections.llm.gpt.model.base import local_layer_spec
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from nemo.utils.model_utils import unwrap_model
+
+from nemo import lightning as nl
+from nemo.collections import llm
 
 VOCABULARY = 256
 SEQ_LENGTH = 32
@@ -131,7 +132,14 @@ def strategy(tp: int = 1, pp: int = 1, sp: bool = False, cp: int = 1, distribute
 
 
 def trainer(
-    tp: int = 1, pp: int = 1, sp: bool = False, cp: int = 1, max_steps: int = 4, callbacks=(), strategy_kwargs=None, **kw
+    tp: int = 1,
+    pp: int = 1,
+    sp: bool = False,
+    cp: int = 1,
+    max_steps: int = 4,
+    callbacks=(),
+    strategy_kwargs=None,
+    **kw,
 ) -> nl.Trainer:
     """Return a trainer over all ranks of this process group that logs nothing and writes nothing by itself."""
     settings = {
