@@ -93,9 +93,9 @@ def pretrain(
     """Train the teacher, an ``llm.LlamaModel`` of the given sizes, with llm.train."""
     import numpy as np
     import torch
+    from nemo.collections.common.tokenizers import AutoTokenizer
 
     from nemo.collections import llm
-    from nemo.collections.common.tokenizers import AutoTokenizer
     from nemo_modelopt_dropin.compress import jobs, tokens, training
 
     training.release()

@@ -5,6 +5,8 @@ Source of the pipeline-parallel forward: ``megatron.core.pipeline_parallel.sched
 
 from __future__ import annotations
 
+import contextlib
+import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -132,11 +134,25 @@ def shape(core: torch.nn.Module) -> dict[str, Any]:
     return {name: getattr(core.config, name) for name in names}
 
 
+def device_name() -> str:
+    """Return the GPU's name, or the processor's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def measure(checkpoint: str | Path, tokens: Path, layout: Layout, seq_length: int, batch_size: int) -> dict[str, Any]:
     """Load a checkpoint and return its held-out loss, speed, parameters, shape and bytes on disk."""
     training.release()
     core = load(checkpoint, layout)
-    found = {f"heldout_{k}": v for k, v in heldout_loss(core, np.load(tokens), seq_length, batch_size).items()}
-    found |= parameters(core) | {"shape": shape(core), "bytes": folder_bytes(checkpoint)}
+    found: dict[str, Any] = {
+        f"heldout_{k}": v for k, v in heldout_loss(core, np.load(tokens), seq_length, batch_size).items()
+    }
+    found |= parameters(core)
+    found |= {"shape": shape(core), "bytes": folder_bytes(checkpoint), "device": device_name()}
     training.release()
     return found

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -65,18 +68,30 @@ def prune(folder: Path, job: Job, token_folder: Path) -> dict[str, Any]:
         tokenizer = load_tokenizer(job.teacher)
         data = tokens.TokenDataModule(token_folder, tokenizer, job.seq_length, batch, batch, samples)
     training.release()
-    llm.prune(
-        nemo_checkpoint=job.teacher,
-        save_path=str(folder / _CHECKPOINT),
-        pruning_config=config,
-        devices=layout.devices,
-        num_nodes=layout.num_nodes,
-        tp_size=layout.tp,
-        pp_size=pp,
-        num_train_samples=samples,
-        data=data,
-    )
+    with _working_folder(folder):
+        llm.prune(
+            nemo_checkpoint=job.teacher,
+            save_path=str(folder / _CHECKPOINT),
+            pruning_config=config,
+            devices=layout.devices,
+            num_nodes=layout.num_nodes,
+            tp_size=layout.tp,
+            pp_size=pp,
+            num_train_samples=samples,
+            data=data,
+        )
     return measure(folder / _CHECKPOINT, token_folder, job)
+
+
+@contextlib.contextmanager
+def _working_folder(folder: Path) -> Iterator[None]:
+    """Work in ``folder``: importance is measured with llm.validate, whose default logger writes where we stand."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def fit_trainer(folder: Path, title: str, settings: Training, layout: Layout, out: TextIO | None) -> nl.Trainer:
@@ -84,8 +99,9 @@ def fit_trainer(folder: Path, title: str, settings: Training, layout: Layout, ou
     options: dict[str, Any] = {"max_steps": settings.steps, "enable_checkpointing": True}
     if settings.evaluate_every:
         options |= {"val_check_interval": settings.evaluate_every, "limit_val_batches": 1.0}
-    callbacks = [training.Keeper(folder, settings.save_every), training.Curve(folder, title, out)]
-    return training.trainer(layout, callbacks=callbacks, **options)
+    curve = training.Curve(folder, title)
+    curve.out = out
+    return training.trainer(layout, callbacks=[training.Keeper(folder, settings.save_every), curve], **options)
 
 
 def fit_data(token_folder: Path, tokenizer, settings: Training, seq_length: int) -> tokens.TokenDataModule:

@@ -42,7 +42,7 @@ def execute(make_stages: MakeStages, root: Path, layout: Layout, finish: Finish,
     """
     root.mkdir(parents=True, exist_ok=True)
     if layout.cpu:
-        _cpu_environment()
+        cpu_environment()
     started_by_us = launch.STORE_PORT in os.environ
     if not launch.is_rank() and (layout.devices > 1 and pending(make_stages(sys.stderr), root)):
         code = launch.run_ranks(layout.devices)
@@ -54,11 +54,13 @@ def execute(make_stages: MakeStages, root: Path, layout: Layout, finish: Finish,
     return code
 
 
-def _cpu_environment() -> None:
+def cpu_environment() -> None:
     """Settings that must be there before torch is imported."""
     # Megatron compiles its small fused functions; with a C++ compiler that takes 20 s, and without one it fails.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Threads that wait by spinning starve the other ranks.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _as_rank(make_stages: MakeStages, root: Path, layout: Layout, verbose: bool) -> int:

@@ -1,3 +1,134 @@
-def finish(records, root, title, job, scratch=False):
-    for k,r in records.items(): print(k, r.seconds, r.result.get("heldout_loss"), r.result.get("parameters"), r.result.get("body_parameters"))
-    return 0
+"""From the records of finished stages to the report: numbers, checks, table, page."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from nemo_modelopt_dropin.compress.plan import MODELS
+from nemo_modelopt_dropin.compress.settings import Job
+from nemo_modelopt_dropin.compress.stages import Record
+
+# What the demo promises; a run that misses one is not a good compression, whatever its exit code.
+RECOVERED_AT_LEAST = 0.5
+PTQ_COSTS_AT_MOST = 0.05
+_PACKAGES = (
+    "nemo-modelopt-dropin",
+    "nemo-toolkit",
+    "megatron-core",
+    "nvidia-modelopt",
+    "torch",
+    "lightning",
+    "transformers",
+)
+_CURVES = {"pretrain": "teacher", "distill": "distilled", "scratch": "from scratch"}
+
+
+def build(records: Mapping[str, Record], title: str, job: Job) -> dict[str, Any]:
+    """Return the report as plain data: everything that the page and the table show."""
+    models = [_model(MODELS[name], records[name].result) for name in MODELS if name in records]
+    return {
+        "title": title,
+        "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "models": models,
+        "stages": [
+            {"name": record.name, "seconds": record.seconds, "attempts": record.attempts} for record in records.values()
+        ],
+        "total_seconds": round(sum(record.seconds for record in records.values()), 1),
+        "curves": [
+            {"model": label, "points": records[name].result["curve"]}
+            for name, label in _CURVES.items()
+            if name in records
+        ],
+        "exports": records["export"].result if "export" in records else {},
+        "checks": checks({model["name"]: model["heldout_loss"] for model in models}),
+        "settings": {"job": job.as_dict(), **{name: record.settings for name, record in records.items()}},
+        "versions": _versions(),
+        "machine": _machine(records),
+    }
+
+
+def _model(label: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("heldout_loss", "heldout_tokens_per_second", "parameters", "body_parameters", "bytes", "shape")
+    found = {name: result[name] for name in names}
+    return {"name": label, "perplexity": math.exp(found["heldout_loss"]), **found}
+
+
+def checks(losses: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Return what the held-out losses must satisfy, each with its numbers in one sentence; only what can be judged."""
+    found: list[dict[str, Any]] = []
+
+    def check(name: str, ok: bool, sentence: str) -> None:
+        found.append({"name": name, "ok": bool(ok), "sentence": sentence})
+
+    if {"teacher", "pruned"} <= losses.keys():
+        teacher, pruned = losses["teacher"], losses["pruned"]
+        check(
+            "pruning costs", pruned > teacher, f"Pruning raised the held-out loss from {teacher:.4f} to {pruned:.4f}."
+        )
+        if "distilled" in losses:
+            lost, regained = pruned - teacher, pruned - losses["distilled"]
+            share = regained / lost if lost > 0 else math.nan
+            check(
+                "distillation recovers",
+                share >= RECOVERED_AT_LEAST,
+                f"Distillation recovered {share:.0%} of the {lost:.4f} nats that pruning cost "
+                f"(at least {RECOVERED_AT_LEAST:.0%} expected).",
+            )
+    if {"distilled", "from scratch"} <= losses.keys():
+        better = losses["from scratch"] - losses["distilled"]
+        check(
+            "distilled beats from scratch",
+            better > 0,
+            f"The distilled student is {better:.4f} nats better than one of its shape trained from random weights on "
+            "the same steps (above 0 expected).",
+        )
+    if {"distilled", "quantized"} <= losses.keys():
+        cost = losses["quantized"] - losses["distilled"]
+        check(
+            "quantization is cheap",
+            cost <= PTQ_COSTS_AT_MOST,
+            f"Quantization cost {cost:.4f} nats (at most {PTQ_COSTS_AT_MOST} expected).",
+        )
+    return found
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _machine(records: Mapping[str, Record]) -> dict[str, str]:
+    device = records["teacher"].result.get("device", "") if "teacher" in records else ""
+    return {"system": platform.platform(), "cores": str(os.cpu_count()), "device": device or platform.machine()}
+
+
+def finish(records: Mapping[str, Record], root: Path, title: str, job: Job, strict: bool = False) -> int:
+    """Write ``report.json``, ``report.html`` and the PNGs, show the table; return 1 where a strict check fails."""
+    import sys
+
+    from rich.console import Console
+
+    from nemo_modelopt_dropin import report
+
+    content = build(records, title, job)
+    report.write(content, root)
+    screen = Console(file=sys.stdout)
+    screen.print(report.table(content))
+    failed = [check for check in content["checks"] if not check["ok"]]
+    for check in content["checks"]:
+        mark = "[green]ok[/green]  " if check["ok"] else "[red]FAIL[/red]"
+        screen.print(f"{mark} {check['sentence']}", highlight=False)
+    screen.print(f"Report: {root / 'report.html'}", highlight=False, soft_wrap=True)
+    return 1 if failed and strict else 0

@@ -104,11 +104,13 @@ class TokenDataModule(pl.LightningDataModule):
             seq_len=seq_length, micro_batch_size=micro_batch_size, global_batch_size=global_batch_size
         )
 
+    def _ids(self, name: str) -> np.ndarray:
+        return np.load(Path(self.folder) / f"{name}.npy")
+
     def _loader(self, ids_name: str, samples: int | None, mode: str) -> DataLoader:
-        ids = np.load(Path(self.folder) / f"{ids_name}.npy")
-        loader = DataLoader(Windows(ids, self.seq_length, samples, self.seed), num_workers=0)
+        loader = DataLoader(Windows(self._ids(ids_name), self.seq_length, samples, self.seed), num_workers=0)
         # NeMo's strategy reads the mode to know whether consumed samples count for this loader.
-        loader.mode = mode  # type: ignore[attr-defined]
+        loader.mode = mode
         return loader
 
     def train_dataloader(self) -> DataLoader:
@@ -134,3 +136,29 @@ class TokenDataModule(pl.LightningDataModule):
         """Skip the samples that an interrupted run has consumed."""
         self.data_sampler.init_consumed_samples = state_dict["consumed_samples"]
         self.data_sampler.prev_consumed_samples = state_dict["consumed_samples"]
+
+
+class TextDataModule(TokenDataModule):
+    """`TokenDataModule` straight over JSON-lines texts, encoded with a checkpoint's tokenizer when first needed.
+
+    Args:
+        text: training text.
+        checkpoint: NeMo checkpoint whose tokenizer encodes it.
+        heldout_text: text to validate on; the training text where there is none.
+        **sizes: the sizes, sample count and seed of `TokenDataModule`.
+    """
+
+    def __init__(self, text: str | Path, checkpoint: str | Path, heldout_text: str | Path | None = None, **sizes):
+        from nemo.lightning import io
+        from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
+
+        tokenizer = io.load_context(ckpt_to_context_subdir(checkpoint), subpath="model.tokenizer")
+        super().__init__("", tokenizer, **sizes)
+        self.texts = {"train": str(text), "heldout": str(heldout_text or text)}
+        self.encoded: dict[str, np.ndarray] = {}
+
+    def _ids(self, name: str) -> np.ndarray:
+        path = self.texts[name]
+        if path not in self.encoded:
+            self.encoded[path] = encode(path, self.tokenizer)
+        return self.encoded[path]

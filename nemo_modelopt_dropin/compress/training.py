@@ -74,7 +74,7 @@ def release() -> None:
     parallel_state.destroy_model_parallel()
     num_microbatches_calculator.unset_num_microbatches_calculator()
     tensor_parallel.get_cuda_rng_tracker().reset()
-    Singleton._Singleton__instances.pop(AppState, None)  # type: ignore[attr-defined]
+    Singleton._Singleton__instances.pop(AppState, None)
     gc.collect()
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
@@ -196,14 +196,16 @@ class Keeper(Checkpoint):
 class Curve(pl.Callback):
     """Show one bar on rank zero and keep the losses of every step in ``losses.jsonl``, which resuming continues."""
 
-    def __init__(self, folder: Path, title: str, out: TextIO | None = None):
+    def __init__(self, folder: Path, title: str):
         self.path = Path(folder) / "losses.jsonl"
-        self.title, self.out = title, out
+        self.title = title
+        # Not an argument: NeMo copies the arguments of everything that a trainer holds, and a stream cannot be copied.
+        self.out: TextIO | None = None
         self.points: list[dict[str, float]] = []
         self.bar: tqdm | None = None
 
     def __getstate__(self):
-        """Leave the stream and the bar out: NeMo's trainer copies its arguments to save them with checkpoints."""
+        """Leave the stream and the bar out of copies."""
         return {**self.__dict__, "out": None, "bar": None}
 
     def on_train_start(self, trainer, pl_module):

@@ -1,0 +1,245 @@
+"""Settings of a distillation, and the checks that need nothing but settings.
+
+A layer is named by its path in the Megatron-Core model, with the layer's index over the whole model, for example
+``decoder.layers.11`` or ``decoder.layers.11.input_layernorm``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from modelopt.torch.distill import DistillationLossBalancer
+
+from ..errors import ModelOptConfigError, one_of
+from ._vocab_parallel import DIRECTIONS, FORWARD
+from .loss import HiddenStateCosineLoss, MSELoss
+
+INTERMEDIATE_LOSSES = {"cosine": HiddenStateCosineLoss, "mse": MSELoss}
+# The index of a layer: the first number that is a whole component of the path.
+LAYER_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+@dataclass
+class DistillationConfig:
+    """Settings of a distillation, as in the YAML file.
+
+    Attributes:
+        intermediate_layer_pairs: (student layer, teacher layer) or (student layer, teacher layer, loss), the loss
+            being ``cosine`` (default) or ``mse``.
+        logit_layers: (student layer, teacher layer) whose outputs are the logits.
+        skip_lm_loss: leave the language-model loss out of training.
+        kd_loss_scale: weight of the distillation loss.
+        criterion: losses by layer pair; filled in from the settings above.
+        loss_balancer: combines the losses; filled in from the settings above.
+        logit_kl_temperature: divides the logits of student and teacher.
+        logit_kl_direction: ``forward`` for KL(teacher || student), ``reverse`` for KL(student || teacher).
+        logit_kl_temperature_squared: multiply the logits loss by the square of the temperature.
+
+    Raises:
+        ModelOptConfigError: where a setting cannot be used.
+    """
+
+    intermediate_layer_pairs: list[tuple[str, ...]] = field(default_factory=list)
+    logit_layers: tuple[str, str] = ("output_layer", "output_layer")
+    skip_lm_loss: bool = True
+    kd_loss_scale: float = 1.0
+    criterion: dict[tuple[str, str], torch.nn.Module] | None = None
+    loss_balancer: DistillationLossBalancer | None = None
+    logit_kl_temperature: float = 1.0
+    logit_kl_direction: str = FORWARD
+    logit_kl_temperature_squared: bool = True
+
+    def __post_init__(self):
+        student, teacher = _names("logit_layers", self.logit_layers, (2,))
+        self.logit_layers = student, teacher
+        if not _is_list(self.intermediate_layer_pairs):
+            raise ModelOptConfigError(
+                f"intermediate_layer_pairs={self.intermediate_layer_pairs!r} must be a list of [student layer, "
+                "teacher layer] pairs."
+            )
+        self.intermediate_layer_pairs = [
+            _names("intermediate_layer_pairs", pair, (2, 3)) for pair in self.intermediate_layer_pairs
+        ]
+        for pair in self.intermediate_layer_pairs:
+            if len(pair) == 3:
+                one_of(f"intermediate loss of {pair[:2]}", pair[2], INTERMEDIATE_LOSSES)
+        pairs = [self.logit_layers, *(pair[:2] for pair in self.intermediate_layer_pairs)]
+        repeated = sorted({pair for pair in pairs if pairs.count(pair) > 1})
+        if repeated:
+            raise ModelOptConfigError(f"The layer pairs {repeated} are given more than once; give each pair once.")
+        for name in ("kd_loss_scale", "logit_kl_temperature"):
+            setattr(self, name, _positive(name, getattr(self, name)))
+        for name in ("skip_lm_loss", "logit_kl_temperature_squared"):
+            if not isinstance(getattr(self, name), bool):
+                raise ModelOptConfigError(f"{name}={getattr(self, name)!r} must be true or false.")
+        one_of("logit_kl_direction", self.logit_kl_direction, DIRECTIONS)
+
+
+def read_distillation_config(config_path: str | Path | DistillationConfig | None) -> DistillationConfig:
+    """Return the settings in a YAML file, the given settings, or the defaults.
+
+    Raises:
+        ModelOptConfigError: where the file is missing, is not a mapping, or holds settings that do not exist or fit.
+    """
+    if config_path is None:
+        return DistillationConfig()
+    if isinstance(config_path, DistillationConfig):
+        return config_path
+    path = Path(config_path)
+    if not path.is_file():
+        raise ModelOptConfigError(f"The distillation config {str(path)!r} is not a file. Give a YAML file, or None.")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ModelOptConfigError(f"The distillation config {str(path)!r} is not valid YAML: {error}") from error
+    if settings is None:
+        settings = {}
+    if not isinstance(settings, dict):
+        raise ModelOptConfigError(
+            f"The distillation config {str(path)!r} holds a {type(settings).__name__}; it must map settings to values."
+        )
+    _known_settings(settings, str(path))
+    return DistillationConfig(**settings)
+
+
+def check_models(config: DistillationConfig, student: Any, teacher: Any) -> None:
+    """Raise where two model configurations cannot be distilled with these settings. Needs no model.
+
+    Args:
+        config: settings.
+        student: Megatron-Core configuration of the student.
+        teacher: the teacher's, already brought to the student's parallel layout.
+
+    Raises:
+        ModelOptConfigError: naming the layer pair or the setting.
+    """
+    if student.tensor_model_parallel_size > 1 and not getattr(student, "parallel_output", True):
+        raise ModelOptConfigError(
+            "parallel_output=False gathers the logits, but the distillation loss works on tensor-parallel shards. "
+            "Leave it True."
+        )
+    for pair in config.intermediate_layer_pairs:
+        for name, model, whose in ((pair[0], student, "student"), (pair[1], teacher, "teacher")):
+            check_layer_exists(name, model, whose)
+        reason = recomputed(pair[0], student)
+        if reason:
+            raise ModelOptConfigError(
+                f"The intermediate pair {pair[:2]} cannot be trained: {pair[0]!r} runs inside of activation "
+                f"recomputation ({reason}), which drops its gradient. Capture a layer outside of it, for example "
+                "'decoder.final_layernorm', or change the recomputation."
+            )
+
+
+def check_layer_exists(name: str, model: Any, whose: str) -> None:
+    """Raise where a layer index is beyond the model, or is not on its last pipeline stage.
+
+    Raises:
+        ModelOptConfigError: naming the layer, and the layers that can be used.
+    """
+    match = LAYER_INDEX.search(name)
+    if not match:
+        return
+    first = first_layer_of_last_stage(model) or 0
+    index = int(match.group())
+    if index >= model.num_layers:
+        raise ModelOptConfigError(
+            f"Layer {name!r} does not exist: the {whose} has {model.num_layers} layers, counted from 0."
+        )
+    if index < first:
+        raise ModelOptConfigError(
+            f"Layer {name} does not fall on final PP rank: with pipeline_model_parallel_size="
+            f"{model.pipeline_model_parallel_size} it holds the {whose}'s layers {first} to {model.num_layers - 1}. "
+            "Intermediate losses are computed there; choose a layer among them."
+        )
+
+
+def first_layer_of_last_stage(model: Any) -> int | None:
+    """Return the index of the first layer on the last pipeline stage; None where only Megatron's layout tells."""
+    stages = model.pipeline_model_parallel_size
+    if stages == 1:
+        return 0
+    if getattr(model, "pipeline_model_parallel_layout", None):
+        return None
+    last = getattr(model, "num_layers_in_last_pipeline_stage", None)
+    if last is not None:
+        return model.num_layers - last
+    first = getattr(model, "num_layers_in_first_pipeline_stage", None)
+    if first is not None:
+        return model.num_layers - (model.num_layers - first) // (stages - 1)
+    embedding = bool(getattr(model, "account_for_embedding_in_pipeline_split", False))
+    loss = bool(getattr(model, "account_for_loss_in_pipeline_split", False))
+    per_stage = (model.num_layers + embedding + loss) // stages
+    return model.num_layers - (per_stage - loss)
+
+
+def recomputed(name: str, model: Any) -> str | None:
+    """Return which recomputation setting would drop the gradient of a layer's captured output, or None.
+
+    Megatron runs recomputed parts without a graph in the forward pass, and that is when outputs are captured.
+    """
+    match = LAYER_INDEX.search(name)
+    granularity = getattr(model, "recompute_granularity", None)
+    if not match or granularity is None:
+        return None
+    if granularity == "full":
+        local = int(match.group()) - (first_layer_of_last_stage(model) or 0)
+        if model.recompute_method == "block" and local >= (model.recompute_num_layers or 0):
+            return None
+        return f"recompute_granularity='full', recompute_method={model.recompute_method!r}"
+    inside = {
+        "core_attn": (".core_attention",),
+        "mlp": (".mlp",),
+        "moe": (".mlp",),
+        "moe_act": (".mlp.",),
+        "shared_experts": (".shared_experts",),
+        "layernorm": (".input_layernorm", ".pre_mlp_layernorm"),
+        "mla_up_proj": (".self_attention.linear_",),
+    }
+    rest = name[match.end() :]
+    for module in getattr(model, "recompute_modules", None) or ():
+        if any(part in rest for part in inside.get(module, ())):
+            return f"recompute_modules contains {module!r}"
+    return None
+
+
+def _known_settings(settings: dict, where: str) -> None:
+    known = [f.name for f in fields(DistillationConfig)]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ModelOptConfigError(f"{where}: there is no setting {name!r}; there are {known}.{hint}")
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _names(setting: str, value: Any, lengths: tuple[int, ...]) -> tuple[str, ...]:
+    """Return layer names as a tuple; YAML gives lists."""
+    if not _is_list(value) or len(value) not in lengths or not all(isinstance(v, str) and v for v in value):
+        wanted = " or ".join(str(length) for length in lengths)
+        raise ModelOptConfigError(
+            f"{setting}={value!r} must hold {wanted} names: [student layer, teacher layer"
+            + ("" if len(lengths) == 1 else ", optionally the loss")
+            + "]."
+        )
+    return tuple(value)
+
+
+def _positive(name: str, value: Any) -> float:
+    """Return the value as a positive number; YAML 1.1 reads 1e-1 as text."""
+    try:
+        number = float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not 0 < number < float("inf"):
+        raise ModelOptConfigError(f"{name}={value!r} must be a positive number.")
+    return number

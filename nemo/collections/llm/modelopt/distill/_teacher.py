@@ -1,0 +1,221 @@
+"""What `teacher_provider` needs: the teacher's configuration, the keys of its checkpoint, and the strictness."""
+
+from __future__ import annotations
+
+import collections
+import copy
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.validation import StrictHandling, parse_strict_flag
+from nemo.lightning import get_vocab_size
+from nemo.utils import logging
+
+from ..errors import ModelOptConfigError
+
+# The ranks and the schedule are shared, so these follow the student. Pipeline splits are derived below.
+_FOLLOWS_STUDENT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+    "hierarchical_context_parallel_sizes",
+    "cp_comm_type",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "sequence_parallel",
+    "pipeline_dtype",
+    "variable_seq_lengths",
+    "params_dtype",
+    "bf16",
+    "fp16",
+    "attention_backend",
+    "parallel_output",
+    "use_cpu_initialization",
+    "calculate_per_token_loss",
+)
+_SPLIT = (
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "pipeline_model_parallel_layout",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
+_LENIENT = (StrictHandling.LOG_UNEXPECTED, StrictHandling.LOG_ALL, StrictHandling.IGNORE_ALL)
+_MODULE = "module."
+_EXTRA_STATE = "_extra_state"
+
+
+def derive_teacher_config(student: Any, teacher: Any) -> Any:
+    """Return a copy of the teacher's configuration that fits the student's ranks, schedule and precision.
+
+    The teacher runs without gradients, so its own recomputation is dropped.
+
+    Args:
+        student: Megatron-Core configuration of the student, its parallel sizes set.
+        teacher: configuration found in the teacher's checkpoint; left as it is.
+
+    Raises:
+        ModelOptConfigError: where the teacher's layers cannot be split over the student's pipeline stages.
+    """
+    derived = copy.copy(teacher)
+    for name in _FOLLOWS_STUDENT:
+        if hasattr(student, name) and hasattr(derived, name):
+            setattr(derived, name, getattr(student, name))
+    for name, value in _pipeline_split(student, teacher).items():
+        if hasattr(derived, name):
+            setattr(derived, name, value)
+    for name in ("recompute_granularity", "recompute_method", "recompute_num_layers"):
+        if hasattr(derived, name):
+            setattr(derived, name, None)
+    return derived
+
+
+def _pipeline_split(student: Any, teacher: Any) -> dict[str, Any]:
+    """Return how the teacher's layers are split: as the student's where both are equally deep, else evenly."""
+    stages = student.pipeline_model_parallel_size
+    if teacher.num_layers == student.num_layers:
+        return {name: getattr(student, name, None) for name in _SPLIT}
+    even: dict[str, Any] = dict.fromkeys(_SPLIT[:3]) | dict.fromkeys(_SPLIT[3:], False)
+    layers = teacher.num_layers
+    if layers % stages == 0:
+        return even
+    if layers < stages:
+        raise ModelOptConfigError(
+            f"The teacher's {layers} layers cannot be split over pipeline_model_parallel_size={stages} stages; use at "
+            f"most {layers}."
+        )
+    # What does not divide goes to the outer stages: Megatron lets only those differ.
+    outer = layers - (layers // stages) * (stages - 2)
+    even["num_layers_in_first_pipeline_stage"] = outer // 2
+    even["num_layers_in_last_pipeline_stage"] = outer - outer // 2
+    return even
+
+
+def padded_vocab_size(config: Any, tokenizer: Any) -> int:
+    """Return the rows of a model's embedding: as configured, or the tokenizer's padded for tensor parallelism."""
+    if config.vocab_size is not None:
+        return config.vocab_size
+    return get_vocab_size(config, tokenizer.vocab_size, config.make_vocab_size_divisible_by)
+
+
+def check_vocabularies(student: Any, teacher: Any, tokenizer: Any) -> None:
+    """Raise where the logits of student and teacher have different sizes.
+
+    Raises:
+        ModelOptConfigError: with both sizes.
+    """
+    sizes = padded_vocab_size(student, tokenizer), padded_vocab_size(teacher, tokenizer)
+    if sizes[0] != sizes[1]:
+        raise ModelOptConfigError(
+            f"Student and teacher have different vocabularies: {sizes[0]} and {sizes[1]} entries after padding. "
+            "Logits can be compared only over one vocabulary: use models of one tokenizer, and set the same "
+            "vocab_size (or make_vocab_size_divisible_by) in both configurations."
+        )
+
+
+def is_strict(strict: Any) -> bool | None:
+    """Return the strictness for ``load_state_dict``: True, False, or None where none was given.
+
+    Args:
+        strict: bool, name or member of ``StrictHandling``, or None.
+
+    Raises:
+        ModelOptConfigError: where the name does not exist.
+    """
+    if strict is None or isinstance(strict, bool):
+        return strict
+    try:
+        flag = parse_strict_flag(strict)
+    except ValueError as error:
+        allowed = [member.value for member in StrictHandling]
+        raise ModelOptConfigError(f"ckpt_load_strictness={strict!r} is not supported; allowed: {allowed}.") from error
+    return flag in (StrictHandling.ASSUME_OK_UNEXPECTED, StrictHandling.RAISE_UNEXPECTED, StrictHandling.RAISE_ALL)
+
+
+def strip_module_prefix(key: str) -> str:
+    """Return a key without the ``module.`` that each wrapper put in front of it; inside, the word is left alone."""
+    while key.startswith(_MODULE):
+        key = key[len(_MODULE) :]
+    return key
+
+
+def saved_keys(ckpt_path: Any) -> list[str]:
+    """Return the keys of the tensors and objects in a distributed checkpoint; empty where there is none to look at."""
+    from megatron.core import dist_checkpointing
+    from nemo.lightning.io.pl import ckpt_to_weights_subdir
+
+    try:
+        folder = ckpt_to_weights_subdir(ckpt_path, is_saving=False)
+        if not folder.is_dir() or not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
+            return []
+        return list(dist_checkpointing.load_sharded_metadata(str(folder)))
+    except (TypeError, AttributeError):  # a path that is none, such as a stand-in's
+        return []
+
+
+def saved_prefix(keys: list[str]) -> str:
+    """Return what the keys of a checkpoint's weights begin with: ``module.`` once for each wrapper, once by default.
+
+    NeMo's callbacks save inside of ``fit`` (``module.``); afterwards the DDP wrapper is off or on, and
+    ``trainer.save_checkpoint`` writes ``module.module.`` or ``module.``. Optimizer entries do not count.
+    """
+    depths: collections.Counter[int] = collections.Counter()
+    for key in keys:
+        name = strip_module_prefix(key)
+        if not name.startswith("optimizer."):
+            depths[(len(key) - len(name)) // len(_MODULE)] += 1
+    return _MODULE * depths.most_common(1)[0][0] if depths else _MODULE
+
+
+def drop_missing_extra_state(sharded: Any, keys: list[str]) -> None:
+    """Take entries of Transformer Engine's ``_extra_state`` that the checkpoint lacks out of a request, in place.
+
+    They hold scaling histories that a checkpoint written without FP8, or by another layer implementation, has not.
+    """
+    if not keys or not isinstance(sharded, dict):
+        return
+    saved = set(keys)
+    for name in [name for name in sharded if name.endswith(_EXTRA_STATE)]:
+        stored = getattr(sharded[name], "unique_key", getattr(sharded[name], "key", name))
+        if stored not in saved and getattr(sharded[name], "key", name) not in saved:
+            del sharded[name]
+
+
+def load_weights(model: Any, state_dict: dict[str, Any], strict: bool | None) -> None:
+    """Load weights into the teacher; keys of ``_extra_state`` may be missing, weights only where not strict.
+
+    Args:
+        model: Megatron-Core model.
+        state_dict: keys as the model has them.
+        strict: as `is_strict` returns it. None: NeMo's default, strict for weights.
+
+    Raises:
+        ModelOptConfigError: where weights are missing, because they would stay random.
+    """
+    lenient_extra = strict is True and isinstance(model, torch.nn.Module) and _lacks_extra_state(model, state_dict)
+    result = model.load_state_dict(state_dict, strict=None if lenient_extra else strict)
+    missing = getattr(result, "missing_keys", None)
+    unexpected = getattr(result, "unexpected_keys", None)
+    if strict is False or not isinstance(missing, list):
+        return
+    lost = [key for key in missing if not key.endswith(_EXTRA_STATE)]
+    extra = [key for key in unexpected or [] if not key.endswith(_EXTRA_STATE)] if strict else []
+    if lost or extra:
+        raise ModelOptConfigError(
+            f"The teacher's checkpoint does not fit its configuration: {len(lost)} weights are missing (first "
+            f"{lost[:5]}), {len(extra)} are unknown (first {extra[:5]}). Give the matching checkpoint, or set "
+            "strategy.ckpt_load_strictness to False to load what is there."
+        )
+    if unexpected:
+        logging.warning(f"Distillation: the teacher's checkpoint holds unknown weights, first {unexpected[:5]}.")
+
+
+def may_leave_weights_unset(strict: Any) -> bool:
+    """Return whether a load with this strictness may leave weights at their initial values."""
+    return is_strict(strict) is False
+
+
+def _lacks_extra_state(model: torch.nn.Module, state_dict: dict[str, Any]) -> bool:
+    expected = model.state_dict(keep_vars=True)
+    return any(key.endswith(_EXTRA_STATE) and key not in state_dict for key in expected)

@@ -1,0 +1,317 @@
+"""Distillation losses on Megatron-Core tensors, and the balancer that combines them.
+
+Axes: s sequence, b batch, h hidden, v vocabulary. Under tensor parallelism v is a shard, under sequence parallelism
+the s of intermediate activations is one. A loss returns what ``post_forward`` packs: the loss of every token [b, s],
+and whether its value still has to be summed over the tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from abc import ABCMeta
+from typing import TYPE_CHECKING
+
+import modelopt.torch.distill as mtd
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.transformer import MegatronModule
+from modelopt.torch.distill import DistillationLossBalancer
+from nemo.utils import logging
+from torch import Tensor
+from torch.nn.modules.loss import _Loss
+
+from ..errors import ModelOptConfigError
+from ._vocab_parallel import FORWARD, REVERSE, kl_divergence
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+_LOGITS = "Logits"  # in the class name of every loss on logits
+
+
+class BaseLoss(_Loss, metaclass=ABCMeta):
+    """Base of the distillation losses: brings both tensors to one size, and the result to [b, s]."""
+
+    def __init__(self, model_config: TransformerConfig, projection_layer: nn.Module | None = None):
+        """Remember the configuration.
+
+        Args:
+            model_config: Megatron-Core configuration of the student.
+            projection_layer: brings student activations to the teacher's hidden size.
+        """
+        super().__init__()
+        self._config = model_config
+        self._projection = projection_layer
+
+    def pre_forward(self, predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the student's tensor, projected where needed, and the teacher's without its graph.
+
+        Megatron layers return (output, bias) or (hidden states, context): the first is meant.
+        """
+        student, teacher = (x[0] if isinstance(x, tuple) else x for x in (predictions, targets))
+        if self._projection is not None:
+            student = self._projection(student)
+        return student, teacher.detach()
+
+    def post_forward(self, loss: Tensor, tp_reduce: bool = False, is_sequence_parallel: bool = False):
+        """Return ([b, s] loss, tp_reduce, is_sequence_parallel) from an [s, b] loss.
+
+        Args:
+            loss: loss of every token [s, b].
+            tp_reduce: each tensor-parallel rank holds a part of every token's loss.
+            is_sequence_parallel: each tensor-parallel rank holds its own stretch of the sequence.
+        """
+        return loss.transpose(0, 1).contiguous(), tp_reduce, is_sequence_parallel
+
+
+class MSELoss(BaseLoss):
+    """Squared error of two activations, summed over the hidden axis."""
+
+    def forward(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """Return the squared error of each token.
+
+        Args:
+            predictions: student activations [s, b, h].
+            targets: teacher activations [s, b, h].
+
+        Returns:
+            ([b, s] loss, tp_reduce, is_sequence_parallel).
+        """
+        student, teacher = self.pre_forward(predictions, targets)
+        _same_shape(student, teacher, "hidden sizes", type(self).__name__)
+        squared = F.mse_loss(student, teacher, reduction="none").sum(dim=-1)
+        return self.post_forward(squared, is_sequence_parallel=self._config.sequence_parallel)
+
+
+class HiddenStateCosineLoss(BaseLoss):
+    """One minus the cosine of two activations along the full hidden axis."""
+
+    def __init__(self, model_config: TransformerConfig, projection_layer: nn.Module | None = None):
+        """Warn where tensor parallelism may have split the hidden axis.
+
+        Args:
+            model_config: Megatron-Core configuration of the student.
+            projection_layer: brings student activations to the teacher's hidden size.
+        """
+        super().__init__(model_config, projection_layer=projection_layer)
+        if model_config.tensor_model_parallel_size > 1 and not model_config.sequence_parallel:
+            logging.warning(
+                "HiddenStateCosineLoss needs activations with the full hidden axis. With tensor parallelism take the "
+                "output of a norm or of a whole layer, or turn sequence parallelism on."
+            )
+
+    def forward(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """Return the cosine distance of each token.
+
+        Args:
+            predictions: student activations [s, b, h].
+            targets: teacher activations [s, b, h].
+
+        Returns:
+            ([b, s] loss, tp_reduce, is_sequence_parallel).
+        """
+        student, teacher = self.pre_forward(predictions, targets)
+        _same_shape(student, teacher, "hidden sizes", type(self).__name__)
+        distance = 1.0 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)
+        return self.post_forward(distance, is_sequence_parallel=self._config.sequence_parallel)
+
+
+class LogitsKLLoss(BaseLoss):
+    """KL divergence of two sets of logits: exact, chunked and vocabulary-parallel (see ``_vocab_parallel``)."""
+
+    def __init__(
+        self,
+        model_config: TransformerConfig,
+        temperature: float = 1.0,
+        reverse: bool = False,
+        *,
+        temperature_squared: bool = False,
+    ):
+        """Choose the divergence.
+
+        Args:
+            model_config: Megatron-Core configuration of the student.
+            temperature: divides both logits.
+            reverse: KL(student || teacher) instead of KL(teacher || student).
+            temperature_squared: multiply the loss by temperature ** 2, which keeps the size of its gradients
+                independent of the temperature (Hinton et al., arXiv 1503.02531).
+
+        Raises:
+            ModelOptConfigError: where the temperature is not positive.
+        """
+        super().__init__(model_config)
+        if not temperature > 0:
+            raise ModelOptConfigError(f"temperature={temperature!r} must be a positive number.")
+        self._temperature = temperature
+        self._reverse = reverse
+        self._factor = temperature**2 if temperature_squared else 1.0
+
+    def forward(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """Return the divergence of each token; its value is global over the tensor-parallel ranks already.
+
+        Args:
+            predictions: student logits [s, b, v].
+            targets: teacher logits [s, b, v].
+
+        Returns:
+            ([b, s] loss, tp_reduce, is_sequence_parallel).
+
+        Raises:
+            ModelOptConfigError: where the vocabularies differ.
+        """
+        student, teacher = self.pre_forward(predictions, targets)
+        _same_shape(student, teacher, "vocabulary sizes", type(self).__name__)
+        split = self._config.tensor_model_parallel_size > 1
+        loss = kl_divergence(
+            student,
+            teacher,
+            self._temperature,
+            REVERSE if self._reverse else FORWARD,
+            parallel_state.get_tensor_model_parallel_group() if split else None,
+        )
+        return self.post_forward(loss if self._factor == 1.0 else loss * self._factor)
+
+
+class LogitsAndIntermediatesLossBalancer(DistillationLossBalancer):
+    """Combine the logits loss, the mean of the intermediate losses and the language-model loss.
+
+    The intermediate loss is rescaled to the value of the logits loss, and the distillation loss to that of the
+    language-model loss. The scales are constants to the gradient and stay on the device: nothing is synchronised.
+    """
+
+    def __init__(self, kd_loss_scale: float = 1.0, skip_original_loss: bool = False):
+        """Choose the weights.
+
+        Args:
+            kd_loss_scale: weight of the distillation loss, with or without a language-model loss beside it.
+            skip_original_loss: leave the language-model loss out, whether it was given or not.
+        """
+        super().__init__()
+        self._kd_loss_scale = kd_loss_scale
+        self._skip_original_loss = skip_original_loss
+
+    def forward(self, loss_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the total and its parts.
+
+        Args:
+            loss_dict: scalar losses by name as ``mtd.DistillationModel.compute_kd_loss`` collects them.
+
+        Returns:
+            Dictionary of scalars: ``kd_loss`` (the total to train on), ``logits_loss``, ``intermediate_loss``.
+
+        Raises:
+            ModelOptConfigError: where no loss on logits is among them.
+        """
+        logits, intermediate, original = split_losses(loss_dict)
+        kd_loss = logits if intermediate is None else logits + rescale(intermediate, logits)
+        if self._skip_original_loss or original is None:
+            total = kd_loss * self._kd_loss_scale
+        else:
+            total = original + rescale(kd_loss, original) * self._kd_loss_scale
+        if intermediate is None:
+            intermediate = torch.zeros_like(logits)
+        return {"kd_loss": total, "logits_loss": logits, "intermediate_loss": intermediate}
+
+
+class ProjectionLayer(MegatronModule):
+    """Linear map from the student's hidden size to the teacher's; the identity where they agree."""
+
+    def __init__(self, student_config: TransformerConfig, teacher_config: TransformerConfig):
+        """Create the map.
+
+        Args:
+            student_config: Megatron-Core configuration of the student.
+            teacher_config: Megatron-Core configuration of the teacher.
+        """
+        super().__init__(config=student_config)
+        sizes = student_config.hidden_size, teacher_config.hidden_size
+        self._fit: nn.Module = nn.Identity() if sizes[0] == sizes[1] else nn.Linear(*sizes)
+        self.apply(self._init_weights)
+
+    def forward(self, student_tensor: Tensor):
+        """Return the student's activations [s, b, h] in the teacher's hidden size."""
+        return self._fit(student_tensor)
+
+    def _init_weights(self, module):
+        if not isinstance(module, nn.Linear):
+            return
+        self.config.init_method(module.weight.data)
+        nn.init.zeros_(module.bias)
+        for parameter in module.parameters():
+            # Megatron sums the gradients of parameters so marked over the ranks that share a sequence.
+            parameter.sequence_parallel = self.config.sequence_parallel
+
+
+class _AllReduce(torch.autograd.Function):
+    """All-reduce whose gradient is all-reduced as well: for values that each rank goes on with differently."""
+
+    @staticmethod
+    def forward(ctx, op, group, tensor):
+        ctx.op, ctx.group = op, group
+        reduced = tensor.clone()
+        torch.distributed.all_reduce(reduced, op, group)
+        return reduced
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return None, None, _AllReduce.apply(ctx.op, ctx.group, grad_output)
+
+
+def all_reduce_autograd(tensor, op=torch.distributed.ReduceOp.SUM, group=torch.distributed.group.WORLD):
+    """Return ``tensor`` reduced over ``group``, with the reduction in the graph (each rank uses it differently)."""
+    return _AllReduce.apply(op, group, tensor)
+
+
+class _SumValue(torch.autograd.Function):
+    """Sum over ranks in value, the identity in gradient: each rank backpropagates through its own part only."""
+
+    @staticmethod
+    def forward(ctx, tensor, group):
+        total = tensor.detach().clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return grad_output, None
+
+
+def sum_value_over(tensor: Tensor, group) -> Tensor:
+    """Return the sum of ``tensor`` over ``group`` while gradients flow to this rank's own summand."""
+    return _SumValue.apply(tensor, group)
+
+
+def split_losses(losses: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return (logits loss, mean of the intermediate losses or None, language-model loss or None).
+
+    Raises:
+        ModelOptConfigError: where there is not exactly one loss on logits.
+    """
+    distillation = {name: loss for name, loss in losses.items() if name != mtd.loss_balancers.STUDENT_LOSS_KEY}
+    on_logits = [name for name in distillation if _LOGITS in name]
+    if len(on_logits) != 1:
+        raise ModelOptConfigError(
+            f"LogitsAndIntermediatesLossBalancer needs exactly one loss on logits (a class with {_LOGITS!r} in its "
+            f"name), got {sorted(distillation)}."
+        )
+    logits = distillation.pop(on_logits[0])
+    intermediate = torch.stack(list(distillation.values())).mean() if distillation else None
+    return logits, intermediate, losses.get(mtd.loss_balancers.STUDENT_LOSS_KEY)
+
+
+def rescale(loss: Tensor, target: Tensor) -> Tensor:
+    """Return ``loss`` times the constant that gives it the value of ``target``.
+
+    A loss of zero (equal models, a fully masked micro-batch) has no such constant and stays as it is.
+    """
+    value, wanted = loss.detach(), target.detach().clamp(min=0.0)
+    return loss * torch.where(value > 0, wanted / torch.where(value > 0, value, 1.0), 1.0)
+
+
+def _same_shape(student: Tensor, teacher: Tensor, what: str, name: str) -> None:
+    if student.shape != teacher.shape:
+        raise ModelOptConfigError(
+            f"{name}: the {what} of student and teacher differ: {student.shape[-1]} and {teacher.shape[-1]} "
+            f"(shapes {tuple(student.shape)} and {tuple(teacher.shape)} on this rank). Give both the same."
+        )

@@ -1,0 +1,299 @@
+"""A NeMo GPT model that trains a student against a teacher."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import modelopt.torch.distill as mtd
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer import TransformerConfig
+from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
+from nemo.utils import logging
+from nemo.utils.megatron_utils import average_losses_across_data_parallel_group  # noqa: F401  a name of stock's module
+from nemo.utils.model_utils import unwrap_model
+from torch import Tensor, nn
+
+from nemo.collections import llm
+
+from ..errors import ModelOptConfigError
+from ._config import check_models, read_distillation_config
+from ._teacher import check_vocabularies, derive_teacher_config, may_leave_weights_unset, strip_module_prefix
+from .loss import sum_value_over
+from .utils import adjust_distillation_model_for_mcore, load_distillation_config, teacher_provider
+
+if TYPE_CHECKING:
+    from nemo.collections.common.tokenizers.tokenizer_spec import TokenizerSpec
+    from nemo.lightning.pytorch.optim import OptimizerModule
+
+# Names of the balancer's results, in the order of the tensor that is reduced; what is logged is named below.
+_PARTS = ("kd_loss", "logits_loss", "intermediate_loss", "lm_loss")
+METRICS = ("kd_loss", "kd_logits_loss", "kd_intermediate_loss", "lm_loss")
+
+
+class _DistillationLossReduction(MaskedTokenLossReduction):
+    """Masks and reduces the losses of a training micro-batch.
+
+    A loss is the mean over the micro-batch's tokens that count, over all context-parallel ranks; a micro-batch without
+    any has loss zero. What is logged is the mean over the tokens of the global batch, as NeMo logs it. What is
+    differentiated follows Megatron's ``calculate_per_token_loss``: the mean over the tokens of the global batch when
+    it is set, the mean of the micro-batches' means otherwise.
+    """
+
+    def __init__(self, distillation_loss_fn, *args, per_token_loss: bool = False, **kwargs):
+        """Remember how losses are made.
+
+        Args:
+            distillation_loss_fn: ``DistillationModel.compute_kd_loss``.
+            *args: for NeMo's reduction.
+            per_token_loss: Megatron's ``calculate_per_token_loss``.
+            **kwargs: for NeMo's reduction.
+        """
+        super().__init__(*args, **kwargs)
+        self._distillation_loss_fn = distillation_loss_fn
+        self._per_token_loss = per_token_loss
+        self._cp_size = parallel_state.get_context_parallel_world_size()
+        self._tp_size = parallel_state.get_tensor_model_parallel_world_size()
+        self._metrics: Tensor | None = None
+
+    def forward(self, batch: dict[str, Tensor], forward_out: Tensor):
+        """Return the loss of a micro-batch and what `reduce` needs.
+
+        Args:
+            batch: holds ``loss_mask`` [b, s].
+            forward_out: language-model loss [b, s], or (loss, loss mask) from multimodal models.
+
+        Returns:
+            (loss, report), or (loss sum, number of tokens, report) for Megatron's per-token loss.
+        """
+        if isinstance(forward_out, tuple):
+            forward_out, batch["loss_mask"] = forward_out
+        mask = batch["loss_mask"]
+        lm_loss = self._masked_token_loss(forward_out, mask)
+        losses = self._distillation_loss_fn(
+            student_loss=lm_loss, loss_reduction_fn=partial(self._masked_token_loss, mask=mask)
+        )
+        if isinstance(losses, Tensor):  # a balancer that returns the total alone
+            losses = {"kd_loss": losses}
+        total = losses["kd_loss"]
+
+        tokens = mask.sum().float()
+        parts = {"lm_loss": lm_loss, **losses}
+        means = torch.stack([parts[name].detach().float() if name in parts else tokens * 0 for name in _PARTS])
+        report = {
+            "loss_sum_and_ub_size": torch.stack([total.detach().float() * tokens, tokens]),
+            "kd_sums": means * tokens,
+        }
+        if not self._per_token_loss:
+            return total, report
+        return total * self._tokens_of_sequence(tokens), tokens.to(torch.int), report
+
+    def reduce(self, losses_reduced_per_micro_batch) -> Tensor:
+        """Return the mean loss over the tokens of the global batch, and keep the metrics for `take_metrics`."""
+        if not losses_reduced_per_micro_batch:
+            return super().reduce(losses_reduced_per_micro_batch)
+        sums = sum(
+            torch.cat([report["loss_sum_and_ub_size"], report["kd_sums"]]) for report in losses_reduced_per_micro_batch
+        )
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        torch.distributed.all_reduce(sums, group=group)
+        tokens = sums[1].clamp(min=1.0)
+        self._metrics = sums[2:] / tokens
+        return sums[0] / tokens
+
+    def take_metrics(self) -> Tensor | None:
+        """Return the last global batch's `METRICS` once, [4]; None on ranks that compute no loss."""
+        metrics, self._metrics = self._metrics, None
+        return metrics
+
+    def _masked_token_loss(self, loss_output: Tensor, mask: Tensor):
+        """Return the mean of a token loss over the tokens that count, a scalar with the same value on all ranks.
+
+        Args:
+            loss_output: [b, s], alone or as (loss, tp_reduce, is_sequence_parallel).
+            mask: [b, s], zero where a token does not count.
+        """
+        tp_reduce = is_sequence_parallel = False
+        if isinstance(loss_output, tuple):
+            loss_output, tp_reduce, is_sequence_parallel = loss_output
+        tokens = self._tokens_of_sequence(mask.sum().float()).clamp(min=1.0)
+        if is_sequence_parallel:
+            rank = parallel_state.get_tensor_model_parallel_rank()
+            mask = mask.tensor_split(self._tp_size, dim=1)[rank]
+        loss = (loss_output.reshape(-1).float() * mask.reshape(-1).float()).sum() / tokens
+        if self._cp_size > 1:
+            loss = sum_value_over(loss, parallel_state.get_context_parallel_group())
+        if tp_reduce or is_sequence_parallel:
+            loss = sum_value_over(loss, parallel_state.get_tensor_model_parallel_group())
+        return loss
+
+    def _tokens_of_sequence(self, tokens: Tensor) -> Tensor:
+        """Return a number of tokens summed over the ranks that share the sequences."""
+        if self._cp_size == 1:
+            return tokens
+        tokens = tokens.clone()
+        torch.distributed.all_reduce(tokens, group=parallel_state.get_context_parallel_group())
+        return tokens
+
+
+class DistillationGPTModel(llm.GPTModel):
+    """GPT model that holds a frozen teacher beside the student and trains on their distance.
+
+    Its checkpoints hold the student alone and load into the student's own class.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        teacher_config: TransformerConfig,
+        teacher_ckpt_path: str,
+        distillation_config_path: str | None = None,
+        optim: OptimizerModule | None = None,
+        tokenizer: TokenizerSpec | None = None,
+        model_transform: Callable[[nn.Module], nn.Module] | None = None,
+    ):
+        """Check the settings; models are built by `configure_model`.
+
+        Args:
+            config: configuration of the student.
+            teacher_config: configuration of the teacher.
+            teacher_ckpt_path: NeMo checkpoint of the teacher.
+            distillation_config_path: YAML file with a ``DistillationConfig``; the logits alone by default.
+            optim: optimizer.
+            tokenizer: tokenizer.
+            model_transform: applied to the model during setup.
+
+        Raises:
+            ModelOptConfigError: where the settings cannot be used.
+        """
+        super().__init__(config, optim, tokenizer, model_transform)
+        self._training_loss_reduction: _DistillationLossReduction | None = None
+        self._teacher_config = teacher_config
+        self._teacher_ckpt_path = teacher_ckpt_path
+        self._distillation_config_path = distillation_config_path
+        if not all(isinstance(c, llm.GPTConfig) for c in (config, teacher_config)):
+            logging.warning(
+                "DistillationGPTModel is made for llm.GPTConfig and its subclasses; got "
+                f"{type(config).__name__} (student) and {type(teacher_config).__name__} (teacher)."
+            )
+        self._skip_lm_loss = read_distillation_config(distillation_config_path).skip_lm_loss
+        _refuse_virtual_pipeline(config)
+
+    def configure_model(self):
+        """Build the student, load the teacher and make one model of them, once.
+
+        Raises:
+            ModelOptConfigError: where student, teacher and settings do not fit; before anything is built.
+        """
+        if hasattr(self, "module"):
+            return
+        strategy = self.trainer.strategy
+        _refuse_virtual_pipeline(self.config, strategy)
+        teacher_config = derive_teacher_config(self.config, self._teacher_config)
+        check_vocabularies(self.config, teacher_config, self.tokenizer)
+        check_models(read_distillation_config(self._distillation_config_path), self.config, teacher_config)
+        if not may_leave_weights_unset(getattr(strategy, "ckpt_load_strictness", None)):
+            # Every weight is about to be read: drawing random ones would take as long as reading them.
+            teacher_config.perform_initialization = False
+        self._teacher_config = teacher_config
+
+        student = self.config.configure_model(self.tokenizer)
+        settings = load_distillation_config(self._distillation_config_path, self.config, teacher_config)
+        _check_student_layers(student, settings.criterion or {})
+        kd_config = {
+            "teacher_model": (
+                teacher_provider,
+                [teacher_config, self._teacher_ckpt_path],
+                {"tokenizer": self.tokenizer, "trainer": self.trainer},
+            ),
+            "criterion": settings.criterion,
+            "loss_balancer": settings.loss_balancer,
+        }
+        distillation_model = mtd.convert(student, mode=[("kd_loss", kd_config)])
+        adjust_distillation_model_for_mcore(distillation_model, distill_cfg=settings)
+        self.module = distillation_model
+
+    def get_inference_wrapper(self, *args, **kwargs) -> Tensor:
+        """Refuse: a model in distillation does not generate.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "A DistillationGPTModel does not generate text. Load its checkpoint with the student's own class first."
+        )
+
+    @property
+    def training_loss_reduction(self) -> _DistillationLossReduction:
+        """The reduction of training losses, made when it is first needed."""
+        if not self._training_loss_reduction:
+            self._training_loss_reduction = _DistillationLossReduction(
+                distillation_loss_fn=self.core_module.compute_kd_loss,
+                per_token_loss=bool(getattr(self.config, "calculate_per_token_loss", False)),
+            )
+        return self._training_loss_reduction
+
+    @property
+    def core_module(self):
+        """The Megatron-Core model inside of the wrappers."""
+        return unwrap_model(self.module)
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """Load the student's weights, whatever wrappers they were saved from.
+
+        The core model's own method is called, because it leaves the teacher out and this class's would not.
+        """
+        weights = {strip_module_prefix(key): value for key, value in state_dict.items()}
+        return self.core_module.load_state_dict(weights, *args, **kwargs)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
+        """Log the parts of the loss of this global batch, on every rank the same."""
+        for name, value in zip(METRICS, self._metrics_of_last_stage(), strict=True):
+            if name != "lm_loss" or not self._skip_lm_loss:
+                self.log(name, value, batch_size=1)
+
+    def _metrics_of_last_stage(self) -> Tensor:
+        reduction = self._training_loss_reduction
+        metrics = reduction.take_metrics() if reduction else None
+        if metrics is None:
+            metrics = torch.zeros(len(METRICS), device=torch.cuda.current_device())
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            torch.distributed.broadcast(
+                metrics,
+                src=parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
+        return metrics
+
+
+def _refuse_virtual_pipeline(config: Any, strategy: Any = None) -> None:
+    """Raise where an interleaved pipeline schedule is set, on the model or on the strategy.
+
+    Megatron sends fixed shapes between virtual stages, which cannot be widened for the teacher.
+
+    Raises:
+        ModelOptConfigError: naming where it is set.
+    """
+    for where, holder in (("model config", config), ("strategy", strategy)):
+        size = getattr(holder, "virtual_pipeline_model_parallel_size", None)
+        if size is not None:
+            raise ModelOptConfigError(
+                f"virtual_pipeline_model_parallel_size={size} on the {where}: distillation is incompatible with the "
+                "interleaved pipeline schedule. Set it to None."
+            )
+
+
+def _check_student_layers(student: nn.Module, criterion: Mapping[tuple[str, str], Any]) -> None:
+    """Raise where a layer to capture is not in the student, before the teacher is loaded.
+
+    Raises:
+        ModelOptConfigError: naming the layer and similar ones.
+    """
+    names = [name for name, _ in student.named_modules()]
+    for layer, _ in criterion:
+        if layer not in names:
+            near = difflib.get_close_matches(layer, names, n=3)
+            raise ModelOptConfigError(f"The student has no layer {layer!r} on this stage. Similar names: {near}.")

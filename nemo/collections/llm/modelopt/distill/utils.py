@@ -1,0 +1,367 @@
+"""Teacher loading, and what Megatron-Core needs to train a student and a teacher as one model."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import modelopt.torch.opt as mto
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel.schedules import get_tensor_shapes
+from megatron.core.transformer import TransformerLayer
+from megatron.core.utils import get_model_config
+from modelopt.torch.distill import DistillationModel
+from nemo.utils import logging
+from torch import Tensor
+
+from nemo import lightning as nl
+from nemo.collections import llm
+
+from ..errors import ModelOptConfigError
+from ._config import (
+    INTERMEDIATE_LOSSES,
+    LAYER_INDEX,
+    DistillationConfig,
+    check_models,
+    read_distillation_config,
+)
+from ._teacher import (
+    drop_missing_extra_state,
+    is_strict,
+    load_weights,
+    saved_keys,
+    saved_prefix,
+    strip_module_prefix,
+)
+from ._vocab_parallel import REVERSE
+from .loss import LogitsAndIntermediatesLossBalancer, LogitsKLLoss, ProjectionLayer
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+    from megatron.core.models.gpt.gpt_model import GPTModel as MCoreGPTModel
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from nemo.collections.common.tokenizers.tokenizer_spec import TokenizerSpec
+
+__all__ = [
+    "DistillationConfig",
+    "adjust_distillation_model_for_mcore",
+    "get_tensor_shapes_adjust_fn_for_distillation",
+    "load_distillation_config",
+    "teacher_provider",
+]
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def load_distillation_config(
+    config_path: str | None, student_cfg: TransformerConfig, teacher_cfg: TransformerConfig
+) -> DistillationConfig:
+    """Return the settings with the losses and the balancer made of them; the losses live on the last pipeline stage.
+
+    Hidden sizes of intermediate layers are taken to be the models' ``hidden_size``.
+
+    Args:
+        config_path: YAML file, or a ``DistillationConfig``; None for distillation of the logits with the defaults.
+        student_cfg: Megatron-Core configuration of the student.
+        teacher_cfg: Megatron-Core configuration of the teacher.
+
+    Raises:
+        ModelOptConfigError: where the settings cannot be read, or do not fit the models.
+    """
+    if not config_path:
+        logging.info("Distillation: no settings given, the logits alone are distilled.")
+    cfg = read_distillation_config(config_path or None)
+    check_models(cfg, student_cfg, teacher_cfg)
+    cfg.criterion = {}
+    if student_cfg.pipeline_model_parallel_size == 1 or parallel_state.is_pipeline_last_stage():
+        cfg.criterion = _criterion(cfg, student_cfg, teacher_cfg)
+    cfg.loss_balancer = LogitsAndIntermediatesLossBalancer(
+        kd_loss_scale=cfg.kd_loss_scale, skip_original_loss=cfg.skip_lm_loss
+    )
+    return cfg
+
+
+def _criterion(cfg: DistillationConfig, student_cfg, teacher_cfg) -> dict[tuple[str, str], torch.nn.Module]:
+    """Return a loss for each pair of layers, named as on this stage; all intermediate losses share one projection."""
+    criterion: dict[tuple[str, str], torch.nn.Module] = {
+        cfg.logit_layers: LogitsKLLoss(
+            student_cfg,
+            temperature=cfg.logit_kl_temperature,
+            reverse=cfg.logit_kl_direction == REVERSE,
+            temperature_squared=cfg.logit_kl_temperature_squared,
+        )
+    }
+    projection = ProjectionLayer(student_cfg, teacher_cfg)
+    for student_layer, teacher_layer, *chosen in cfg.intermediate_layer_pairs:
+        loss = INTERMEDIATE_LOSSES[chosen[0] if chosen else "cosine"]
+        pair = (
+            _adjust_layer_index_for_pp(student_layer, student_cfg),
+            _adjust_layer_index_for_pp(teacher_layer, teacher_cfg),
+        )
+        criterion[pair] = loss(student_cfg, projection_layer=projection)
+        if parallel_state.get_tensor_and_context_parallel_rank() == 0:
+            logging.info(
+                f"Distillation: {loss.__name__} between {student_layer} of the student (hidden size "
+                f"{student_cfg.hidden_size}) and {teacher_layer} of the teacher ({teacher_cfg.hidden_size})"
+                + (f", here {pair}." if pair != (student_layer, teacher_layer) else ".")
+            )
+    return criterion
+
+
+def _adjust_layer_index_for_pp(submodule_name, model_cfg):
+    """Return the name of a layer on the last pipeline stage, where layers are counted from zero again.
+
+    Raises:
+        ModelOptConfigError: where the layer is on an earlier stage.
+    """
+    match = LAYER_INDEX.search(submodule_name)
+    if not match:
+        return submodule_name
+    with warnings.catch_warnings():
+        # Megatron calls it deprecated in favour of a function that has the same answer.
+        warnings.simplefilter("ignore")
+        first = TransformerLayer._get_layer_offset(model_cfg)
+    index = int(match.group()) - first
+    if index < 0:
+        raise ModelOptConfigError(
+            f"Layer {submodule_name} does not fall on final PP rank, which begins at layer {first}. Intermediate "
+            "losses are computed there; choose a layer on it."
+        )
+    return f"{submodule_name[: match.start()]}{index}{submodule_name[match.end() :]}"
+
+
+# --- teacher ---------------------------------------------------------------------------------------------------------
+
+
+def teacher_provider(
+    config: llm.GPTConfig, ckpt_path: str, tokenizer: TokenizerSpec, trainer: nl.Trainer
+) -> MCoreGPTModel:
+    """Return the teacher with this rank's shards of its weights loaded (top-level, so that it can be pickled).
+
+    Keys saved with ``module.`` or ``module.module.``, the checkpoint's folder or the ``weights`` in it, every
+    strictness that NeMo knows, and checkpoints without Transformer Engine's ``_extra_state`` are understood.
+
+    Args:
+        config: configuration of the teacher, its parallel sizes as in the trainer's strategy.
+        ckpt_path: NeMo checkpoint of the teacher.
+        tokenizer: gives the size of the vocabulary where the configuration has none.
+        trainer: its strategy reads the checkpoint.
+
+    Raises:
+        ModelOptConfigError: where the strictness does not exist, or weights are missing.
+    """
+    strategy = trainer.strategy
+    strict = strategy.ckpt_load_strictness
+    strict_flag = is_strict(strict)
+    logging.info(f"Distillation: loading the teacher from {ckpt_path}")
+    model = config.configure_model(tokenizer)
+
+    keys = saved_keys(ckpt_path)
+    metadata = strategy.unwrapped_checkpoint_io.load_content_metadata(ckpt_path)
+    sharded = model.sharded_state_dict(prefix=saved_prefix(keys), metadata=metadata)
+    drop_missing_extra_state(sharded, keys)
+    checkpoint = strategy.checkpoint_io.load_checkpoint(ckpt_path, {"state_dict": sharded}, strict=strict)
+    weights = {strip_module_prefix(key): value for key, value in checkpoint["state_dict"].items()}
+    load_weights(model, weights, strict_flag)
+
+    del sharded, checkpoint, weights
+    gc.collect()
+    torch.cuda.empty_cache()
+    logging.info("Distillation: the teacher is loaded.")
+    return model
+
+
+# --- the two models as one -------------------------------------------------------------------------------------------
+# Each function below becomes a method of one ``DistillationModel``. modelopt makes its class from the student's, so
+# ``type(self)`` has the student's own methods.
+
+
+def _sharded_state_dict_of_student(self, *args, **kwargs) -> ShardedStateDict:
+    """Return what checkpoints hold: the student, without the teacher."""
+    with self.hide_teacher_model():
+        return type(self).sharded_state_dict(self, *args, **kwargs)
+
+
+def _student_lm_loss(self, labels: Tensor, logits: Tensor, *, distill_cfg: DistillationConfig) -> Tensor:
+    """Return the language-model loss [b, s]; zeros in training where the settings skip it."""
+    if not self.training:
+        return type(self).compute_language_model_loss(self, labels, logits)
+    if distill_cfg.skip_lm_loss:
+        return _no_lm_loss(self, labels, logits)
+    if logits.dtype == torch.float32:
+        # Megatron's cross entropy works in place on fp32 logits, and the distillation loss still needs them.
+        _copy_captured(self, logits)
+    return type(self).compute_language_model_loss(self, labels, logits)
+
+
+def _no_lm_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+    """Return zeros [b, s] in the place of a language-model loss that nobody uses."""
+    return torch.zeros_like(labels, dtype=logits.dtype)
+
+
+def _set_student_input_tensor_shape(self, shapes: list[tuple[int, ...]]) -> None:
+    """Remember how much of a tensor's last axis is the student's, for `_set_input_tensor`."""
+    self._tensor_split_idx = shapes[0][-1]
+
+
+def _set_input_tensor(self, input_tensors: list[Tensor]) -> None:
+    """Give each model its part of what the previous pipeline stage sent, [s, b, h of student + h of teacher].
+
+    Before the first training step, and in validation, the student's part is all there is.
+    """
+    student, teacher = [], []
+    for tensor in input_tensors:
+        split = None if tensor is None else tensor.shape[-1]
+        if self._tensor_split_idx is not None:
+            split = self._tensor_split_idx
+        student.append(None if tensor is None else tensor[..., :split])
+        teacher.append(None if tensor is None else tensor[..., split:])
+    type(self).set_input_tensor(self.teacher_model, teacher)
+    type(self).set_input_tensor(self, student)
+
+
+def _forward_student_and_teacher(self, *args, **kwargs) -> Tensor:
+    """Run both models in training and the student alone otherwise.
+
+    Returns:
+        The student's output; on a pipeline stage that is not the last, the outputs of both joined along the last axis.
+    """
+    if not self.training:
+        with self.only_student_forward():
+            output = type(self).forward(self, *args, **kwargs)
+        _forget_captured_outputs(self)
+        return output
+
+    with torch.no_grad():
+        # Whoever calls `train()` reaches the teacher too.
+        self._teacher_model.eval()
+        teacher_output = self._teacher_model(*args, **kwargs)
+    with self.only_student_forward():
+        student_output = type(self).forward(self, *args, **kwargs)
+    if parallel_state.is_pipeline_last_stage():
+        return student_output
+    return torch.cat([student_output, teacher_output.to(student_output.dtype)], dim=-1)
+
+
+def _captured_layers(self) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
+    """Return the (student layer, teacher layer) pairs whose outputs modelopt's hooks keep."""
+    layers_to_loss = getattr(self, "_layers_to_loss", None)
+    return list(layers_to_loss) if isinstance(layers_to_loss, dict) else []
+
+
+def _forget_captured_outputs(self) -> None:
+    """Drop what was captured in an evaluation, where no distillation loss takes it.
+
+    Otherwise the next training step would find it, warn, and hold it in memory until then.
+    """
+    for pair in _captured_layers(self):
+        for layer in pair:
+            layer._intermediate_output = None
+
+
+def _copy_captured(self, tensor: Tensor) -> None:
+    """Put a copy in the place of every captured student output that shares memory with ``tensor``."""
+    for layer, _ in _captured_layers(self):
+        output = layer._intermediate_output
+        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(first, Tensor) and first.data_ptr() == tensor.data_ptr():
+            copied = first.clone()
+            layer._intermediate_output = (copied, *output[1:]) if isinstance(output, tuple) else copied
+
+
+def adjust_distillation_model_for_mcore(model: DistillationModel, distill_cfg: DistillationConfig):
+    """Adapt a ``DistillationModel`` to Megatron-Core, in place.
+
+    Its modelopt state goes (the losses hold a configuration that cannot be pickled), checkpoints hold the student
+    alone, language-model losses that nobody needs are skipped, and student and teacher share pipeline messages.
+
+    Args:
+        model: result of ``mtd.convert``.
+        distill_cfg: settings of the distillation.
+
+    Raises:
+        ModelOptConfigError: where the model has another modelopt state than that of distillation.
+    """
+    state = mto.ModeloptStateManager(model).state_dict()
+    modes = [entry[0] for entry in state]
+    if modes != ["kd_loss"]:
+        raise ModelOptConfigError(
+            f"The model's modelopt modes are {modes}, expected ['kd_loss'] alone. Distil a student that is not "
+            "quantized, pruned or sparsified in the same process."
+        )
+    mto.ModeloptStateManager.remove_state(model)
+
+    model._tensor_split_idx = None
+    methods: dict[str, Callable[..., Any]] = {
+        "sharded_state_dict": _sharded_state_dict_of_student,
+        "compute_language_model_loss": partial(_student_lm_loss, distill_cfg=distill_cfg),
+        "set_student_input_tensor_shape": _set_student_input_tensor_shape,
+        "set_input_tensor": _set_input_tensor,
+        "forward": _forward_student_and_teacher,
+    }
+    for name, function in methods.items():
+        setattr(model, name, MethodType(function, model))
+    teacher = model.teacher_model
+    teacher.compute_language_model_loss = MethodType(_no_lm_loss, teacher)
+
+
+# --- pipeline messages -----------------------------------------------------------------------------------------------
+
+
+def get_tensor_shapes_adjust_fn_for_distillation(
+    model: torch.nn.Module | list[torch.nn.Module],
+    seq_length: int,
+    micro_batch_size: int,
+    decoder_seq_length: int | None = None,
+    forward_only: bool = False,
+) -> Callable | None:
+    """Return what widens Megatron's pipeline messages for the outputs of student and teacher together.
+
+    Args:
+        model: model chunk, or the list of one, wrapped or not.
+        seq_length: tokens of a sequence.
+        micro_batch_size: sequences of a micro-batch.
+        decoder_seq_length: tokens of the decoder's sequence where that differs.
+        forward_only: no training step: the student runs alone.
+
+    Returns:
+        Function of the shapes to receive and to send, [(s, b, h), ...] each, that adds the teacher's h to them and
+        returns both; None where messages stay as they are: no pipeline, an interleaved one, a forward pass only, or
+        a model without a teacher.
+    """
+    if forward_only or parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        return None
+    if parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None:
+        return None
+    unwrapped: Any = model[0] if isinstance(model, list) else model
+    while hasattr(unwrapped, "module"):
+        unwrapped = unwrapped.module
+    if not isinstance(unwrapped, DistillationModel):
+        return None
+
+    def widen(shapes: list[tuple[int, ...]]) -> None:
+        teacher_shapes = get_tensor_shapes(
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
+            decoder_seq_length=decoder_seq_length,
+            config=get_model_config(unwrapped.teacher_model),
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            cp_group=parallel_state.get_context_parallel_group(),
+        )
+        width = teacher_shapes[0][-1]
+        shapes[:] = [(*shape[:-1], shape[-1] + width) for shape in shapes]
+
+    def adjust_tensor_shapes(recv_tensor_shapes: list[tuple[int, ...]], send_tensor_shapes: list[tuple[int, ...]]):
+        """Widen both lists in place and return them."""
+        unwrapped.set_student_input_tensor_shape(recv_tensor_shapes)
+        for shapes in (recv_tensor_shapes, send_tensor_shapes):
+            widen(shapes)
+        return recv_tensor_shapes, send_tensor_shapes
+
+    return adjust_tensor_shapes

@@ -1,0 +1,226 @@
+"""Checks of a pruning request: all of them run before the first forward pass."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nemo.utils import logging
+
+from ..errors import ModelOptConfigError
+
+# Width hparams whose size GPU kernels want as a multiple of something; a ratio is rounded to it.
+_ROUNDED = ("hidden_size", "ffn_hidden_size")
+_TENSOR_CORE_MULTIPLE = 8
+_ROUND_TO = 64
+
+
+def check_target(name: str, value: Any) -> None:
+    """Refuse a target that no model could satisfy.
+
+    Args:
+        name: the field, such as ``target_hidden_size``.
+        value: the size, or the ratio of the original size.
+
+    Raises:
+        ModelOptConfigError: where it is neither a whole number of at least 1 nor a ratio between 0 and 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ModelOptConfigError(
+            f"{name}={value!r} is not a number; give a size (a whole number of at least 1), "
+            "or a ratio of the original size between 0 and 1."
+        )
+    legal = value >= 1 if isinstance(value, int) else 0.0 < float(value) < 1.0
+    if not legal:
+        raise ModelOptConfigError(
+            f"{name}={value!r} is out of range; give a size (a whole number of at least 1), "
+            "or a ratio of the original size between 0 and 1 (None leaves the dimension as it is)."
+        )
+
+
+def check_targets(targets: Mapping[str, Any]) -> None:
+    """Refuse targets that contradict each other whatever the model is.
+
+    Args:
+        targets: hparam name without ``target_`` -> requested size or ratio; nothing for dimensions left alone.
+
+    Raises:
+        ModelOptConfigError: for an illegal value, query groups without heads, or heads not divisible by groups.
+    """
+    for name, value in targets.items():
+        check_target(f"target_{name}", value)
+    heads, groups = targets.get("num_attention_heads"), targets.get("num_query_groups")
+    if groups is not None and heads is None:
+        raise ModelOptConfigError(
+            f"target_num_query_groups={groups} needs target_num_attention_heads: removing a query group removes its "
+            "attention heads. Give both, with heads divisible by groups."
+        )
+    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+        raise ModelOptConfigError(
+            f"target_num_attention_heads={heads} is not divisible by target_num_query_groups={groups}; "
+            f"allowed number of heads: multiples of {groups}."
+        )
+
+
+def check_drop_layers(drop_layers: Sequence[int], num_layers: int) -> None:
+    """Refuse layer numbers that the model does not have.
+
+    Args:
+        drop_layers: 1-indexed numbers of the layers to remove.
+        num_layers: number of layers of the whole model.
+
+    Raises:
+        ModelOptConfigError: for a number out of range, given twice, or when no layer would be left.
+    """
+    wrong = [n for n in drop_layers if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= num_layers]
+    if wrong:
+        raise ModelOptConfigError(
+            f"drop_layers={list(drop_layers)}: {wrong} not among the model's layers; "
+            f"allowed: whole numbers from 1 to {num_layers} (the first layer is 1)."
+        )
+    twice = sorted({n for n in drop_layers if list(drop_layers).count(n) > 1})
+    if twice:
+        raise ModelOptConfigError(
+            f"drop_layers={list(drop_layers)}: {twice} given more than once; name each layer once."
+        )
+    if len(drop_layers) >= num_layers:
+        raise ModelOptConfigError(
+            f"drop_layers={list(drop_layers)} removes all {num_layers} layers; keep at least one."
+        )
+
+
+def model_sizes(core: Any) -> dict[str, int]:
+    """Return the prunable sizes that a model has.
+
+    Args:
+        core: the Megatron-Core model.
+    """
+    config = core.config
+    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+    sizes = {name: getattr(config, name, None) for name in names}
+    if sizes["num_query_groups"] is None:
+        sizes["num_query_groups"] = sizes["num_attention_heads"]
+    # A Mamba configuration may leave its sizes to the mixer; every Megatron configuration has the fields.
+    mixer = next((layer.mixer for layer in core.decoder.layers if hasattr(layer, "mixer")), None)
+    if mixer is not None:
+        sizes["mamba_num_heads"], sizes["mamba_head_dim"] = mixer.nheads, mixer.headdim
+    return {name: size for name, size in sizes.items() if isinstance(size, int)}
+
+
+def resolve_targets(targets: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, int]:
+    """Return the requested sizes as whole numbers, ratios rounded to a legal size.
+
+    Args:
+        targets: hparam -> requested size, or ratio of the original.
+        sizes: hparam -> size of the model as it is.
+
+    Raises:
+        ModelOptConfigError: where the model cannot be pruned to a target; the message names what is allowed.
+    """
+    missing = [name for name in targets if name not in sizes]
+    if missing:
+        raise ModelOptConfigError(
+            f"{[f'target_{name}' for name in missing]}: the model has no such dimension; allowed: "
+            f"{[f'target_{name}' for name in sizes]}."
+        )
+    resolved = {
+        name: value if isinstance(value, int) else _rounded(name, value, sizes) for name, value in targets.items()
+    }
+    for name, value in resolved.items():
+        if value > sizes[name]:
+            raise ModelOptConfigError(
+                f"target_{name}={value} is above the model's {sizes[name]}; allowed: 1 to {sizes[name]}."
+            )
+        if name in _ROUNDED and value % _TENSOR_CORE_MULTIPLE and sizes[name] % _TENSOR_CORE_MULTIPLE == 0:
+            logging.warning(
+                f"target_{name}={value} is not a multiple of {_TENSOR_CORE_MULTIPLE}: GPUs compute slowly with it."
+            )
+    if "num_attention_heads" in resolved:
+        resolved = _resolve_heads(resolved, targets, sizes)
+    if all(resolved[name] == sizes[name] for name in resolved):
+        raise ModelOptConfigError(f"All targets equal the model's sizes ({resolved}): there is nothing to prune.")
+    return resolved
+
+
+def _rounded(name: str, ratio: float, sizes: Mapping[str, int]) -> int:
+    """Return the legal size nearest to a ratio of the original one."""
+    original = sizes[name]
+    if name not in _ROUNDED:
+        step = 1
+    elif original % _ROUND_TO == 0 and original >= 16 * _ROUND_TO:
+        step = _ROUND_TO
+    else:
+        step = _TENSOR_CORE_MULTIPLE if original % _TENSOR_CORE_MULTIPLE == 0 else 1
+    size = min(original, max(step, round(ratio * original / step) * step))
+    logging.info(f"target_{name}={ratio} of {original} is {size}")
+    return size
+
+
+def _resolve_heads(resolved: dict[str, int], targets: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, int]:
+    """Return the targets with query groups filled in, and heads from a ratio made divisible by them."""
+    groups = resolved.get("num_query_groups", sizes["num_query_groups"])
+    heads = resolved["num_attention_heads"]
+    per_group = sizes["num_attention_heads"] // sizes["num_query_groups"]
+    allowed = [groups * n for n in range(1, per_group + 1)]
+    if not isinstance(targets["num_attention_heads"], int):
+        heads = min(allowed, key=lambda legal: (abs(legal - heads), -legal))
+        logging.info(f"target_num_attention_heads is {heads}: a multiple of {groups} query groups")
+    if heads not in allowed:
+        given = "" if "num_query_groups" in resolved else " (target_num_query_groups is not given)"
+        raise ModelOptConfigError(
+            f"target_num_attention_heads={heads} with {groups} query groups{given} is impossible for a model of "
+            f"{sizes['num_attention_heads']} heads in {sizes['num_query_groups']} groups; allowed: {allowed}."
+        )
+    return {**resolved, "num_attention_heads": heads, "num_query_groups": groups}
+
+
+def check_layout(config: Any, by_importance: bool) -> None:
+    """Refuse parallel layouts in which the model would be pruned wrongly.
+
+    Args:
+        config: the model's ``TransformerConfig``.
+        by_importance: whether activations are measured (else layers are dropped by number).
+
+    Raises:
+        ModelOptConfigError: naming the setting and what to use instead.
+    """
+    if (getattr(config, "virtual_pipeline_model_parallel_size", None) or 1) > 1:
+        raise ModelOptConfigError(
+            f"virtual_pipeline_model_parallel_size={config.virtual_pipeline_model_parallel_size}: pruning handles one "
+            "model chunk a rank; restore the checkpoint without virtual pipeline stages."
+        )
+    if not by_importance:
+        return
+    for name, what in (
+        ("tensor_model_parallel_size", "tensor"),
+        ("context_parallel_size", "context"),
+        ("expert_model_parallel_size", "expert"),
+    ):
+        size = getattr(config, name, 1) or 1
+        if size > 1:
+            raise ModelOptConfigError(
+                f"{name}={size}: importance is measured on whole layers, so {what} parallelism must be 1; restore the "
+                "checkpoint with pipeline parallelism instead (any size), or use drop_layers."
+            )
+    if getattr(config, "sequence_parallel", False):
+        raise ModelOptConfigError(
+            "sequence_parallel=True: importance pruning needs it off; set sequence_parallel=False."
+        )
+
+
+def check_batches(data_module: Any, trainer: Any) -> None:
+    """Refuse a trainer that would measure nothing.
+
+    Raises:
+        ModelOptConfigError: where the trainer's limit leaves no validation batch.
+    """
+    limit = getattr(trainer, "limit_val_batches", None)
+    if isinstance(limit, numbers.Real) and not isinstance(limit, bool) and limit <= 0:
+        batch = getattr(data_module, "global_batch_size", None)
+        batch = f" ({batch})" if isinstance(batch, int) else ""
+        raise ModelOptConfigError(
+            f"trainer.limit_val_batches={limit}: no batch would be measured. llm.prune takes num_train_samples // "
+            f"global_batch_size batches, so give num_train_samples of at least the global batch size{batch}; with a "
+            "trainer of your own set limit_val_batches to 1 or more."
+        )

@@ -1,0 +1,67 @@
+"""Norm classes of PyTorch as prunable modules, so that models prune without Transformer Engine and Apex."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from ..errors import ModelOptConfigError
+
+
+def register_torch_norms() -> None:
+    """Make ``nn.LayerNorm`` and ``nn.RMSNorm`` known to modelopt's registry of dynamic modules.
+
+    modelopt knows no ``nn.RMSNorm``, and from 0.41 on passes the shared hidden size to a norm's set-up, which its own
+    ``nn.LayerNorm`` class does not take. Called when a model is pruned, not at import; a second call does nothing.
+    """
+    from modelopt.torch.nas.modules import _DynamicLayerNorm
+    from modelopt.torch.nas.registry import DMRegistry
+    from modelopt.torch.nas.traced_hp import TracedHp
+
+    def setup(self: Any, *, num_features: Any = None) -> None:
+        if num_features is None:
+            num_features = TracedHp(list(range(1, self.normalized_shape[-1] + 1)))
+        self._register_hparam("num_features", num_features)
+        for name in ("weight", "bias"):
+            if hasattr(self, name):
+                self._register_dynamic_attribute(name, self._cut_to_active_features)
+        self._register_dynamic_attribute("normalized_shape", self._get_normalized_shape)
+
+    for norm in (nn.LayerNorm, nn.RMSNorm):
+        if norm in DMRegistry:
+            if "num_features" in inspect.signature(DMRegistry[norm]._setup).parameters:
+                continue
+            DMRegistry.unregister(norm)
+        dynamic = type(f"_Dynamic{norm.__name__}", (_DynamicLayerNorm,), {"_setup": setup})
+        DMRegistry.register({norm: f"nn.{norm.__name__}"})(dynamic)
+
+
+def check_norms(core: nn.Module) -> None:
+    """Refuse a model whose norms modelopt cannot slice.
+
+    Args:
+        core: a Megatron-Core ``GPTModel`` or ``MambaModel``.
+
+    Raises:
+        ModelOptConfigError: naming the norm classes and the layer spec to use.
+    """
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    from modelopt.torch.nas.registry import DMRegistry
+
+    decoder: Any = core.decoder
+    norms: list[Any] = [getattr(decoder, name, None) for name in ("final_layernorm", "final_norm")]
+    for layer in decoder.layers:
+        norms.append(getattr(layer, "norm", None))
+        for norm, block in (("input_layernorm", "self_attention"), ("pre_mlp_layernorm", "mlp")):
+            if not isinstance(getattr(layer, block, None), IdentityOp):
+                norms.append(getattr(layer, norm, None))
+    unknown = sorted({type(norm).__name__ for norm in norms if norm is not None and type(norm) not in DMRegistry})
+    if unknown:
+        raise ModelOptConfigError(
+            f"Norm layers of class {unknown} cannot be pruned (IdentityOp: the norm is fused into the linear layer); "
+            "restore the model with modelopt's layer spec or Megatron's local spec, in which norms are "
+            "LayerNorm or RMSNorm modules of their own."
+        )

@@ -1,0 +1,221 @@
+"""modelopt's Minitron search on a real Megatron model: sizes, activation sums over data-parallel ranks, way back."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import nn
+from torch.distributed import all_reduce
+
+from ..errors import ModelOptConfigError
+from . import _checks, _groups, _norms, _scores
+
+# A layer that changes nothing has a score of zero, which modelopt takes for "not measured".
+_LOWEST_SCORE = 1e-30
+
+
+def search_mode() -> list[tuple[str, Any]]:
+    """Return modelopt's mode with every size allowed.
+
+    By default modelopt allows multiples only (0.43: hidden 256, ffn 512, layers 2; 0.37: 64 and 64). Where that leaves
+    nothing but the original size, a target is ignored silently although the configuration then claims it. Our checks
+    have refused what is illegal by now, so the grid is 1.
+    """
+    from modelopt.torch.prune.plugins.mcore_minitron import MCoreMinitronConfig
+
+    rules = MCoreMinitronConfig().model_dump()
+    return [("mcore_minitron", _with_divisors_of_one(rules))]
+
+
+def _with_divisors_of_one(rules: Any) -> Any:
+    if not isinstance(rules, dict):
+        return rules
+    return {key: 1 if str(key).endswith("_divisor") else _with_divisors_of_one(value) for key, value in rules.items()}
+
+
+def prunes_query_groups() -> bool:
+    """Return whether this modelopt prunes query groups (up to 0.40 it does)."""
+    from modelopt.torch.prune.plugins import mcore_minitron
+
+    return "num_query_groups" in mcore_minitron.SUPPORTED_HPARAMS
+
+
+def check(core: nn.Module, targets: Mapping[str, Any], data_module: Any, trainer: Any) -> dict[str, int]:
+    """Check a request by importance against the model, and return its targets as whole numbers.
+
+    Raises:
+        ModelOptConfigError: for a layout, size, norm or amount of data that cannot work.
+    """
+    model: Any = core
+    _checks.check_layout(model.config, by_importance=True)
+    resolved = _checks.resolve_targets(targets, _checks.model_sizes(core))
+    _checks.check_batches(data_module, trainer)
+    _norms.register_torch_norms()
+    _norms.check_norms(core)
+    return resolved
+
+
+def prune_by_importance(
+    core: nn.Module, targets: Mapping[str, int], minitron: Callable, measure: Callable, scores_path: str | None
+) -> None:
+    """Run modelopt's search on a Megatron model; query groups are pruned here where modelopt does not.
+
+    Args:
+        core: the model without wrappers, pruned in place.
+        targets: what `check` returned.
+        minitron: runs the search: ``minitron(model, mode, export_config, forward_loop, scores_path)``.
+        measure: runs the forward passes.
+        scores_path: folder of the scores, None to keep none.
+
+    Raises:
+        ModelOptConfigError: where nothing was measured, or the scores belong to another model; the model is as before.
+        RuntimeError: where cutting failed half-way.
+    """
+    config: Any = core.config
+    sizes = _checks.model_sizes(core)
+    ours = set() if prunes_query_groups() else {"num_query_groups"}
+    shrink = bool(ours) and targets.get("num_query_groups", sizes["num_query_groups"]) != sizes["num_query_groups"]
+    if shrink:
+        ours.add("num_attention_heads")
+    # A search for query groups alone has nothing else to cut: it is asked for the depth that is there.
+    export_config = {name: size for name, size in targets.items() if name not in ours}
+    export_config = export_config or {"num_layers": sizes["num_layers"]}
+    attentions = {name: part for name, part in core.named_modules() if hasattr(part, "linear_qkv")}
+    identity = _scores.fingerprint(core) if scores_path is not None else {}
+    scores_file = _scores.prepare(scores_path, identity) if scores_path is not None else None
+    hooks, measured = forward_hooks(core), scores_path is not None and _scores.complete(scores_path)
+
+    def forward_loop(converted: nn.Module) -> None:
+        nonlocal measured
+        with counted_forwards(core) as count:
+            measure(converted)
+        finish_scores(core, count[0])
+        measured = True
+
+    try:
+        with quiet_score_files():
+            result = minitron(core, search_mode(), export_config, forward_loop, scores_file)
+    except BaseException as error:
+        if measured:
+            raise RuntimeError("Pruning failed half-way: the model is no longer usable, restore it anew.") from error
+        undo(core, hooks)
+        raise
+    forget_conversion(core)
+    if scores_path is not None:
+        _scores.record(scores_path, identity)
+    if shrink:
+        squares = result[1]["activations_per_rank"][parallel_state.get_pipeline_model_parallel_rank()]
+        _groups.prune_groups(attentions, squares, targets["num_attention_heads"], targets["num_query_groups"], config)
+
+
+@contextlib.contextmanager
+def counted_forwards(core: nn.Module) -> Iterator[list[int]]:
+    """Yield a list of one number: how often the model was called."""
+    count = [0]
+
+    def add_one(*_: Any) -> None:
+        count[0] += 1
+
+    handle = core.register_forward_pre_hook(add_one)
+    try:
+        yield count
+    finally:
+        handle.remove()
+
+
+def finish_scores(core: nn.Module, forwards: int) -> None:
+    """Add the sums of activations up over data-parallel ranks and make them fit for ranking.
+
+    Each rank has seen its share of the data; modelopt would rank on that share alone, and the replicas of the model
+    would lose different channels.
+
+    Args:
+        core: the converted model, whose modules hold ``_activations`` and ``_scores``.
+        forwards: number of forward passes since the conversion.
+
+    Raises:
+        ModelOptConfigError: where nothing was measured or the measurement is not finite.
+    """
+    if forwards == 0:
+        raise ModelOptConfigError(
+            "No batch reached the model, so there is no importance to prune by: the training loader holds less than "
+            "one global batch. Give more samples or a smaller global batch size. The model is as it was."
+        )
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    share = torch.distributed.get_world_size(group) > 1
+    device = next(core.parameters()).device
+    for module in core.modules():
+        measured = getattr(module, "_activations", None)
+        for sums in measured.values() if isinstance(measured, dict) else [measured]:
+            if isinstance(sums, torch.Tensor):
+                if share:
+                    all_reduce(sums, group=group)
+                if not bool(torch.isfinite(sums).all()):
+                    raise ModelOptConfigError(
+                        "An activation is infinite or not a number, so importance cannot be ranked; check the weights "
+                        "and the precision of the checkpoint. The model is as it was."
+                    )
+        score = getattr(module, "_scores", None)
+        if isinstance(score, float):
+            if share:
+                total = torch.tensor([score], dtype=torch.float64, device=device)
+                all_reduce(total, group=group)
+                score = float(total)
+            module._scores = max(score, _LOWEST_SCORE) if math.isfinite(score) else score
+
+
+def forward_hooks(core: nn.Module) -> dict[nn.Module, tuple[dict, dict, dict]]:
+    """Return each module's forward hooks, to put back later with `undo`."""
+    return {
+        module: (dict(module._forward_hooks), dict(module._forward_pre_hooks), dict(module._forward_hooks_with_kwargs))
+        for module in core.modules()
+    }
+
+
+def undo(core: nn.Module, hooks: dict[nn.Module, tuple[dict, dict, dict]]) -> None:
+    """Turn a converted, not yet pruned model back into the one it was.
+
+    Args:
+        core: the model, all sizes still at their maximum.
+        hooks: what `forward_hooks` returned before the conversion.
+    """
+    import modelopt.torch.nas as mtn
+    from modelopt.torch.opt.dynamic import DynamicModule
+
+    for module, (after, before, with_kwargs) in hooks.items():
+        module._forward_hooks.clear()
+        module._forward_hooks.update(after)
+        module._forward_pre_hooks.clear()
+        module._forward_pre_hooks.update(before)
+        module._forward_hooks_with_kwargs.clear()
+        module._forward_hooks_with_kwargs.update(with_kwargs)
+    if isinstance(core, DynamicModule):
+        mtn.export(core)
+    forget_conversion(core)
+
+
+def forget_conversion(core: nn.Module) -> None:
+    """Drop modelopt's record of the search.
+
+    The pruned model is an ordinary one that its configuration describes in full. With the record it could not be
+    pruned again, and its checkpoints would repeat the conversion, which wants TP=1, when they are restored.
+    """
+    from modelopt.torch.opt.conversion import ModeloptStateManager
+
+    if ModeloptStateManager.is_converted(core, is_root=True):
+        ModeloptStateManager.remove_state(core)
+
+
+@contextlib.contextmanager
+def quiet_score_files() -> Iterator[None]:
+    """Silence modelopt's advice about score files that do not exist yet."""
+    with warnings.catch_warnings():
+        for message in (".*does not exist.*", ".*not found, falling back.*", ".*torch.distributed is initialized.*"):
+            warnings.filterwarnings("ignore", message=message)
+        yield

@@ -1,0 +1,239 @@
+"""Structured pruning of a NeMo language model: the configuration, the run, and the checkpoint of the result."""
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from megatron.core import dist_checkpointing
+from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
+from nemo.lightning.io.pl import TrainerContext, ckpt_to_weights_subdir
+from nemo.utils import logging
+from nemo.utils.get_rank import is_global_rank_zero
+
+import modelopt.torch.prune as mtp
+from nemo import lightning as nl
+from nemo.collections import llm
+
+from ..errors import ModelOptConfigError
+from . import _checks, _report, _search, _state
+
+SUPPORTED_PRUNING_HPARAMS = {
+    # width
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "mamba_num_heads",
+    "mamba_head_dim",
+    # depth
+    "num_layers",
+}
+
+
+@dataclass
+class PruningConfig:
+    """What to prune a model to; None leaves a dimension as it is.
+
+    Each ``target_*`` is a size, or a ratio of the original size between 0 and 1 that is rounded to a legal size.
+
+    Args:
+        target_ffn_hidden_size: size of the MLP's inner layer.
+        target_hidden_size: size of the residual stream.
+        target_num_attention_heads: number of attention heads, divisible by the number of query groups.
+        target_num_query_groups: number of query groups; needs ``target_num_attention_heads`` too.
+        target_mamba_num_heads: number of Mamba heads.
+        target_mamba_head_dim: size of a Mamba head.
+        target_num_layers: number of layers; the least important go.
+        drop_layers: 1-indexed layers to remove without measuring anything; excludes all targets.
+        scores_path: folder that keeps the measured importance. Where it holds scores of this very model they are used
+            and no forward pass is run. They are unpickled: use only folders that you trust.
+
+    Raises:
+        ModelOptConfigError: for settings that no model can satisfy.
+    """
+
+    target_ffn_hidden_size: int | None = None
+    target_hidden_size: int | None = None
+    target_num_attention_heads: int | None = None
+    target_num_query_groups: int | None = None
+    target_mamba_num_heads: int | None = None
+    target_mamba_head_dim: int | None = None
+    target_num_layers: int | None = None
+    drop_layers: list[int] | None = None
+    scores_path: str | None = None
+
+    def __post_init__(self):
+        targets = _requested(self)
+        if self.drop_layers and targets:
+            raise ModelOptConfigError(
+                f"drop_layers={self.drop_layers} cannot be used with other pruning parameters "
+                f"({', '.join(f'target_{name}' for name in targets)}); prune twice to do both."
+            )
+        _checks.check_targets(targets)
+
+
+def _requested(config: PruningConfig) -> dict[str, Any]:
+    """Return hparam -> requested size or ratio, for the dimensions to prune."""
+    targets = {name: getattr(config, f"target_{name}") for name in sorted(SUPPORTED_PRUNING_HPARAMS)}
+    return {name: value for name, value in targets.items() if value is not None}
+
+
+def prune_language_model(
+    model: llm.GPTModel,
+    pruning_config: PruningConfig,
+    data_module: pl.LightningDataModule | None = None,
+    trainer: nl.Trainer | None = None,
+) -> llm.GPTModel:
+    """Prune a GPT or Mamba model in place: whole layers, or width and depth by importance measured on its data.
+
+    Importance is that of Minitron (arXiv 2407.14679), as modelopt computes it from forward passes over the training
+    loader. Loaders, trainer limits, random states and train/eval modes are as before afterwards, and the model too
+    where the measurement fails. A trainer that has trained this model keeps an optimizer of the old parameters: train
+    the pruned model with a new one.
+
+    Args:
+        model: the model, with weights.
+        pruning_config: what to prune.
+        data_module: data to measure importance on; not needed for ``drop_layers``.
+        trainer: runs the measurement for ``limit_val_batches`` batches; not needed for ``drop_layers``.
+
+    Returns:
+        The model that was given.
+
+    Raises:
+        ModelOptConfigError: for a request that this model, data or layout cannot satisfy, before any forward pass.
+    """
+    drop_layers, targets = pruning_config.drop_layers, _requested(pruning_config)
+    if not drop_layers:
+        _require(targets, data_module, trainer)
+    # A stand-in (a mock) has neither sizes to check nor modules to look into.
+    core: Any = _state.find_core(model) if issubclass(type(model), torch.nn.Module) else None
+    if core is not None and drop_layers:
+        _checks.check_layout(core.config, by_importance=False)
+        _checks.check_drop_layers(drop_layers, core.config.num_layers)
+    elif core is not None:
+        targets = _search.check(core, targets, data_module, trainer)
+    with contextlib.nullcontext() if core is None else _reported(model, core, trainer):
+        if drop_layers:
+            mtp.plugins.drop_mcore_language_model_layers(model, layers_to_drop=list(drop_layers))
+            return model
+        measure = partial(_validate_on_training_data, model, data_module, trainer)
+        with _training_data_for_validation(data_module):
+            if core is None:
+                _minitron(model, "mcore_minitron", targets, measure)
+            else:
+                _search.prune_by_importance(core, targets, _minitron, measure, pruning_config.scores_path)
+    return model
+
+
+def describe_pruning(model: llm.GPTModel) -> dict[str, Any]:
+    """Return what pruning did to a model in this process.
+
+    Args:
+        model: what `prune_language_model` returned.
+
+    Returns:
+        ``before`` and ``after``: number of parameters over all ranks and the prunable sizes; ``kept_layers``: the
+        1-indexed original numbers of the layers that are left.
+
+    Raises:
+        ModelOptConfigError: where the model was not pruned in this process.
+    """
+    report = getattr(model, "pruning_report", None)
+    if not isinstance(report, dict):
+        raise ModelOptConfigError("The model was not pruned in this process; call prune_language_model first.")
+    return {**report}
+
+
+def _require(targets: dict[str, Any], data_module: Any, trainer: Any) -> None:
+    """Refuse a request by importance that has nothing to prune, or nothing to measure it with."""
+    if not targets:
+        names = sorted(f"target_{name}" for name in SUPPORTED_PRUNING_HPARAMS)
+        raise ModelOptConfigError(f"The pruning configuration is empty; set drop_layers or at least one of {names}.")
+    if data_module is None:
+        raise ModelOptConfigError("data_module is required to prune the model.")
+    if trainer is None:
+        raise ModelOptConfigError("trainer is required to prune the model.")
+
+
+def _minitron(
+    model: Any, mode: Any, export_config: dict[str, Any], forward_loop: Callable, scores_path: str | None = None
+) -> Any:
+    """Let modelopt measure, rank and cut; return what it returns."""
+    config: dict[str, Any] = {"forward_loop": forward_loop}
+    if scores_path is not None:
+        config["scores_path"] = scores_path
+    return mtp.prune(model, mode=mode, constraints={"export_config": export_config}, dummy_input=None, config=config)
+
+
+def _validate_on_training_data(model: Any, data_module: Any, trainer: Any, converted: Any = None) -> None:
+    """Run the forward passes. modelopt hands its unwrapped model in, NeMo wants its own around it."""
+    logging.info("Measuring the importance of the model's parts...")
+    llm.validate(model, data=data_module, trainer=trainer, tokenizer="model")
+
+
+@contextlib.contextmanager
+def _training_data_for_validation(data_module: Any) -> Iterator[None]:
+    """Let validation read the training loader, and put the module's own loader and tokenizer back."""
+    own = {name: getattr(data_module, name) for name in ("val_dataloader", "tokenizer") if hasattr(data_module, name)}
+    inherited = [name for name in own if name not in vars(data_module) and hasattr(type(data_module), name)]
+    data_module.val_dataloader = data_module.train_dataloader
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            if name not in inherited:
+                setattr(data_module, name, value)
+            elif name in vars(data_module):
+                delattr(data_module, name)
+
+
+@contextlib.contextmanager
+def _reported(model: Any, core: Any, trainer: Any) -> Iterator[None]:
+    """Put back what pruning must not change, and record what it did change in ``model.pruning_report``."""
+    before, layers = _report.measure(core), _report.numbered_layers(core)
+    with _state.kept(model, core, trainer):
+        yield
+    _state.unwrap_data_parallel(model)
+    kept = _report.kept_layers(layers, core)
+    _report.keep_hybrid_pattern(core, kept)
+    after = _report.measure(core)
+    model.pruning_report = {"before": before, "after": after, "kept_layers": kept}
+    logging.info(f"Pruned the model; layers kept: {kept}\n{_report.table(before, after)}")
+
+
+def save_pruned_model(trainer: nl.Trainer, save_path: str) -> None:
+    """Save the pruned model of a trainer as a NeMo checkpoint that loads at any parallel layout.
+
+    The folder is complete or not there: it is written beside and renamed. Weights of the optimizer are not saved.
+
+    Args:
+        trainer: the trainer that holds the pruned model.
+        save_path: the checkpoint's folder; one that exists is replaced.
+    """
+    logging.info(f"Saving pruned model to {save_path}...")
+    _state.write_sizes(trainer.model.__io__.config, trainer.model.config, SUPPORTED_PRUNING_HPARAMS)
+    target = Path(save_path)
+    partial_path = target.with_name(target.name + ".partial")
+    if is_global_rank_zero():
+        shutil.rmtree(partial_path, ignore_errors=True)
+    _state.barrier()
+    weights = ckpt_to_weights_subdir(partial_path, is_saving=True)
+    weights.mkdir(parents=True, exist_ok=True)
+    dist_checkpointing.save(
+        trainer.strategy.megatron_parallel.sharded_state_dict(),
+        weights,
+        content_metadata=trainer.strategy.sharded_state_dict_metadata,
+    )
+    _state.barrier()
+    if is_global_rank_zero():
+        TrainerContext.from_trainer(trainer).io_dump(ckpt_to_context_subdir(partial_path), yaml_attrs=["model"])
+        _state.replace_folders(partial_path, target)
+    _state.barrier()
+    logging.info(f"Pruned model saved to {save_path}\n")

@@ -1,0 +1,280 @@
+"""Calibration: text -> tokens -> sequences -> microbatches -> forward passes through the pipeline.
+
+All but the last step are pure functions of lists; the last one is Megatron's own schedule.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from nemo.utils import logging
+from nemo.utils.get_rank import is_global_rank_zero
+from tqdm import tqdm
+
+from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+
+# name -> (arguments of datasets.load_dataset, text column)
+HUB_DATASETS: dict[str, tuple[tuple, dict[str, Any], str]] = {
+    "wikitext": (("wikitext", "wikitext-103-v1"), {"split": "train"}, "text"),
+    "cnn_dailymail": (("cnn_dailymail",), {"name": "3.0.0", "split": "train"}, "article"),
+}
+LOCAL_COLUMN = "text"
+
+
+def open_dataset(data: Any, load: Callable) -> tuple[Any, str | None]:
+    """Return a dataset that can be sliced, and its text column.
+
+    Args:
+        data: "cnn_dailymail", "wikitext", the path of a JSON or JSON-lines file with a column "text", a
+            ``datasets.Dataset`` with such a column, or a list of texts.
+        load: ``datasets.load_dataset``.
+
+    Returns:
+        The dataset and the column; the column is None for a list.
+
+    Raises:
+        ModelOptConfigError: If the file is missing or unreadable, or has no such column.
+    """
+    if not isinstance(data, (str, Path)):
+        column = LOCAL_COLUMN if hasattr(data, "column_names") else None
+        return (data if column else list(data)), column
+    name = str(data)
+    if name in HUB_DATASETS:
+        arguments, keywords, column = HUB_DATASETS[name]
+        return load(*arguments, **keywords), column
+    try:
+        dataset = load("json", data_files=name, split="train")
+    except Exception as error:
+        # `datasets` raises half a dozen kinds of exception for a file it cannot use.
+        reason = "there is no such file" if not Path(name).exists() else str(error)
+        raise ModelOptConfigError(
+            f"calibration_dataset={name!r} cannot be read: {reason}. Give one of {sorted(HUB_DATASETS)} or the "
+            f'path of a JSON or JSON-lines file with a column "{LOCAL_COLUMN}".'
+        ) from error
+    columns = getattr(dataset, "column_names", None)
+    if isinstance(columns, list) and LOCAL_COLUMN not in columns:
+        raise ModelOptConfigError(
+            f'calibration_dataset={name!r} has no column "{LOCAL_COLUMN}"; its columns are {columns}.'
+        )
+    return dataset, LOCAL_COLUMN
+
+
+def text_batches(dataset: Any, column: str | None, batch_size: int, limit: int, max_characters: int) -> Iterator[list]:
+    """Yield lists of at most ``batch_size`` texts until ``limit`` rows are read; rows without text are left out.
+
+    Args:
+        dataset: What `open_dataset` returned.
+        column: Its text column, or None for a list of texts.
+        batch_size: Texts in a list; the last list may be shorter.
+        limit: Rows to read.
+        max_characters: Longer texts are cut.
+    """
+    rows = min(len(dataset), limit)
+    for start in range(0, rows, batch_size):
+        chunk = dataset[start : min(start + batch_size, rows)]
+        texts = chunk if column is None else chunk[column]
+        kept = [text[:max_characters] for text in texts if isinstance(text, str) and text.strip()]
+        if kept:
+            yield kept
+
+
+def tokenize(texts: Iterable[str], tokenizer: Any, seq_len: int) -> list[list[int]]:
+    """Return the first ``seq_len`` token ids of each text; texts without tokens are left out."""
+    rows = (list(tokenizer.text_to_ids(text)[:seq_len]) for text in texts)
+    return [row for row in rows if row]
+
+
+def pack(rows: list[list[int]], seq_len: int, separator: int) -> list[list[int]]:
+    """Join rows with ``separator`` between them and cut the whole into sequences of ``seq_len``.
+
+    No position is padding, so none enters the statistics. The last sequence may be shorter.
+    """
+    stream: list[int] = []
+    for index, row in enumerate(rows):
+        if index:
+            stream.append(separator)
+        stream.extend(row)
+    return [stream[start : start + seq_len] for start in range(0, len(stream), seq_len)]
+
+
+def pad(rows: list[list[int]], seq_len: int, filler: int) -> list[list[int]]:
+    """Fill every row up to ``seq_len``: the stock form, in which the filler takes part in the statistics."""
+    return [row + [filler] * (seq_len - len(row)) for row in rows]
+
+
+def share_of_rank(sequences: list, rank: int, ranks: int) -> list:
+    """Return this rank's part of the sequences; with fewer sequences than ranks, every rank gets them all.
+
+    A rank without data would have no amax, and the reduction over ranks would wait for it forever.
+    """
+    return sequences[rank::ranks] if len(sequences) >= ranks else sequences
+
+
+def microbatches(sequences: list[list[int]], batch_size: int) -> list[torch.Tensor]:
+    """Return tensors `[b, s]` of at most ``batch_size`` sequences of equal length, longest first; all are used."""
+    by_length: dict[int, list[list[int]]] = {}
+    for sequence in sequences:
+        by_length.setdefault(len(sequence), []).append(sequence)
+    return [
+        torch.tensor(group[start : start + batch_size])
+        for _, group in sorted(by_length.items(), reverse=True)
+        for start in range(0, len(group), batch_size)
+    ]
+
+
+def arrange(rows, seq_len: int, batch_size: int, tokenizer: Any, packed: bool, shard: bool) -> list[torch.Tensor]:
+    """Return the microbatches `[b, s]` of tokenized rows: packed or padded, of all ranks or of this one."""
+    if not rows:
+        return []
+    sequences = (pack if packed else pad)(rows, seq_len, tokenizer.eos)
+    if shard:
+        sequences = share_of_rank(sequences, *data_parallel_position())
+    return microbatches(sequences, batch_size)
+
+
+def collect(batches: Iterable[list[str]], name: Any, wanted: int) -> list[str]:
+    """Return all texts as one list, and say so where there are fewer than wanted.
+
+    Raises:
+        ModelOptConfigError: If there is none.
+    """
+    texts = [text for batch in batches for text in batch]
+    label = name if isinstance(name, (str, Path)) else type(name).__name__
+    if not texts:
+        raise ModelOptConfigError(f"calibration_dataset={str(label)!r} has no row with text.")
+    if len(texts) < wanted:
+        logging.warning(f"calibration_dataset_size={wanted}, but {label} has {len(texts)} rows with text: using these")
+    return texts
+
+
+def split_rows(available: int, wanted: int, evaluation: int) -> tuple[slice, slice, bool]:
+    """Divide rows into those that calibrate and those that compare.
+
+    Args:
+        available: Rows there are, at most ``wanted + evaluation``.
+        wanted: Rows asked for calibration.
+        evaluation: Rows asked for the comparison.
+
+    Returns:
+        The slices for calibration and comparison, and whether the comparison's are held out. Rows after those that
+        calibrate are used first; without such, a sixteenth is withheld; with fewer than 16 rows all of them calibrate
+        and the comparison runs on the same.
+    """
+    if evaluation <= 0:
+        return slice(0, min(available, wanted)), slice(0, 0), False
+    if available > wanted:
+        return slice(0, wanted), slice(wanted, wanted + evaluation), True
+    withheld = min(available // 16, evaluation)
+    if withheld:
+        return slice(0, available - withheld), slice(available - withheld, available), True
+    return slice(0, available), slice(0, min(available, evaluation)), False
+
+
+def same_shape_runs(batches: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Yield runs of consecutive microbatches of one shape: pipeline stages exchange tensors of a fixed shape."""
+    run: list[torch.Tensor] = []
+    for batch in batches:
+        if run and run[-1].shape != batch.shape:
+            yield run
+            run = []
+        run.append(batch)
+    if run:
+        yield run
+
+
+def ticking(items: Iterable, total: int | None, title: str) -> Iterator:
+    """Return an iterator over ``items`` that advances a progress bar on rank zero."""
+    return iter(tqdm(items, total=total, desc=title, disable=not is_global_rank_zero()))
+
+
+def forward_step(consume: Callable[[torch.Tensor], None] | None = None) -> Callable:
+    """Return a forward step for Megatron's schedules that feeds token ids and gives the last stage's output away.
+
+    Args:
+        consume: Called on the last pipeline stage with the output of each microbatch.
+    """
+
+    def step(data_iterator, model):
+        tokens = next(data_iterator)
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        # Without a mask every Megatron attention is causal by itself.
+        output = model(tokens, positions, None)
+
+        def no_loss(tensor):
+            if consume is not None:
+                consume(tensor)
+            return torch.zeros(1), {}
+
+        return output, no_loss
+
+    return step
+
+
+def run_forward(model, batches: list[torch.Tensor], consume=None, title: str = "Calibration") -> None:
+    """Send microbatches `[b, s]` through all pipeline stages, without gradients.
+
+    Args:
+        model: This rank's stage: a Megatron-Core model.
+        batches: Microbatches; every stage needs as many, of the same shapes.
+        consume: See `forward_step`.
+        title: Of the progress bar.
+    """
+    from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+    schedule = get_forward_backward_func()
+    progress = ticking(range(len(batches)), len(batches), title)
+    for run in same_shape_runs(batches):
+        rows, length = run[0].shape
+        data = (batch for batch, _ in zip(run, progress, strict=False))
+        with torch.no_grad():
+            schedule(
+                forward_step_func=forward_step(consume),
+                data_iterator=data,
+                model=model,
+                num_microbatches=len(run),
+                seq_length=length,
+                micro_batch_size=rows,
+                forward_only=True,
+            )
+    # The bar's iterator has one step left: past the last item.
+    next(progress, None)
+
+
+@contextlib.contextmanager
+def output_layer_skipped(model, unless_quantized: bool = False) -> Iterator[None]:
+    """Let a Megatron-Core GPT or Mamba model return hidden states in place of logits, inside of the context.
+
+    The output layer costs about half of a calibration pass and most of its memory, and collects nothing unless it is
+    quantized itself.
+
+    Args:
+        model: This rank's Megatron-Core model.
+        unless_quantized: Do not skip an output layer that has an enabled quantizer.
+    """
+    skip = getattr(model, "post_process", False) is True and not getattr(model, "mtp_process", False)
+    if skip and unless_quantized:
+        quantizers = (m for n, m in model.output_layer.named_modules() if n.endswith("_quantizer"))
+        skip = not any(getattr(quantizer, "is_enabled", True) for quantizer in quantizers)
+    if skip:
+        model.post_process = False
+    try:
+        yield
+    finally:
+        if skip:
+            model.post_process = True
+
+
+def data_parallel_position() -> tuple[int, int]:
+    """Return this process's data-parallel rank and their number; (0, 1) where data is not to be divided.
+
+    Expert-parallel ranks exchange tokens in every layer, so they need equal numbers of microbatches: not divided.
+    """
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized() or parallel_state.get_expert_model_parallel_world_size() > 1:
+        return 0, 1
+    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()

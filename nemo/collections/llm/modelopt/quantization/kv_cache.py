@@ -1,0 +1,134 @@
+"""KV-cache quantizers in Megatron's own attention.
+
+modelopt 0.43 puts quantizers on keys and values into Transformer Engine's attention only (0.37 into none), so on
+``DotProductAttention`` the option had no effect. The class below is registered while a model is converted and taken
+back afterwards: a registration changes which keys every later checkpoint of the process is expected to have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from nemo.utils import logging
+
+from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, TensorQuantizer
+from modelopt.torch.utils.distributed import ParallelState
+from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
+
+_NAMES = ("q_bmm_quantizer", "k_bmm_quantizer", "v_bmm_quantizer")
+
+
+class QuantDotProductAttention(QuantModule):
+    """Attention that quantizes queries, keys and values after the rotary embedding, as a quantized KV cache would.
+
+    All three quantizers start disabled; quant_cfg patterns such as ``*[kv]_bmm_quantizer`` enable them.
+    """
+
+    def _setup(self):
+        try:
+            data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        except AssertionError:
+            data_group = parallel_state.get_data_parallel_group()
+        self.parallel_state = ParallelState(data_group, parallel_state.get_tensor_model_parallel_group())
+        for name in _NAMES:
+            quantizer = TensorQuantizer()
+            quantizer.disable()
+            setattr(self, name, quantizer)
+
+    def forward(self, query, key, value, *args, **kwargs):
+        """Quantize query `[s, b, h, d]`, key and value `[s, b, g, d]`, then attend."""
+        return super().forward(
+            self.q_bmm_quantizer(query), self.k_bmm_quantizer(key), self.v_bmm_quantizer(value), *args, **kwargs
+        )
+
+    # torch asks the class, not the instance, whether there is extra state; modelopt then answers on the instance.
+    def get_extra_state(self):
+        """Return nothing: modelopt's own function, set on the instance, comes first."""
+        return
+
+    def set_extra_state(self, state):
+        """Do nothing, see `get_extra_state`."""
+
+    def modelopt_post_restore(self, prefix: str = ""):
+        """Move the restored amax to where the layer's parameters are."""
+        if hasattr(self, "device") and hasattr(self, "dtype"):
+            self.to(device=self.device, dtype=self.dtype)
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """Return Megatron's entries and those of the quantizers; amax is a scalar and the same on all TP ranks."""
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        own = {
+            name: value
+            for name, value in self.state_dict(prefix="", keep_vars=True).items()
+            if "_quantizer" in name or name.endswith("_extra_state")
+        }
+        sharded.update(make_sharded_tensors_for_checkpoint(own, prefix, {}, sharded_offsets))
+        return sharded
+
+
+@contextlib.contextmanager
+def attention_support(wanted: bool = True) -> Iterator[None]:
+    """Let modelopt convert ``DotProductAttention`` inside of the context.
+
+    Args:
+        wanted: False makes it an empty context.
+    """
+    if not wanted or DotProductAttention in QuantModuleRegistry:
+        yield
+        return
+    QuantModuleRegistry.register({DotProductAttention: "megatron_DotProductAttention"})(QuantDotProductAttention)
+    try:
+        yield
+    finally:
+        QuantModuleRegistry.unregister(DotProductAttention)
+
+
+def can_quantize(model: torch.nn.Module) -> bool:
+    """Return whether some attention of the model would get KV-cache quantizers; ask inside of `attention_support`."""
+    return any(
+        name.endswith("core_attention") and type(module) in QuantModuleRegistry
+        for name, module in model.named_modules()
+    )
+
+
+def settle(model: torch.nn.Module, quant_cfg: dict, enable: bool | None) -> None:
+    """Say whether the KV cache will be quantized; where the attention cannot, refuse or take it out of ``quant_cfg``.
+
+    Args:
+        model: The Megatron-Core model; call inside of `attention_support`.
+        quant_cfg: Changed in place where the option was not asked for and cannot work.
+        enable: The user's option: True insists, None leaves it to us.
+
+    Raises:
+        ModelOptConfigError: If it was asked for and cannot work.
+    """
+    wanted = choices.has_kv_cache(quant_cfg)
+    if wanted and not can_quantize(model):
+        attention = {type(m).__name__ for name, m in model.named_modules() if name.endswith("core_attention")}
+        message = f"modelopt cannot put KV-cache quantizers into this model's attention {sorted(attention)}"
+        if enable:
+            raise ModelOptConfigError(f"enable_kv_cache=True: {message}; set enable_kv_cache=False.")
+        logging.warning(f"{message}: the KV cache is not quantized")
+        choices.disable_kv_cache(quant_cfg)
+        wanted = False
+    if wanted and enable is None:
+        logging.warning("Enabled KV cache quantization, as enable_kv_cache is None in quantization_config")
+    else:
+        logging.info(f"{'Enabled' if wanted else 'Disabled'} KV cache quantization")
+
+
+def checkpoint_has_quantizers(weights: Path) -> bool:
+    """Return whether a converted checkpoint holds KV-cache quantizers, by the names of its tensors."""
+    if not (Path(weights) / "modelopt_state").exists() or not (Path(weights) / ".metadata").exists():
+        return False
+    from torch.distributed.checkpoint import FileSystemReader
+
+    names = FileSystemReader(str(weights)).read_metadata().state_dict_metadata
+    return any("core_attention" in name and "_bmm_quantizer" in name for name in names)

@@ -1,0 +1,119 @@
+"""From the short name of an algorithm to modelopt's quant_cfg, and the changes that our options make to it.
+
+Every function returns or changes a copy: modelopt's presets are shared by the whole process and are never touched.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+
+QuantCfg = dict[str, Any]
+
+_SHORT_NAMES = {
+    "int8": "INT8_DEFAULT_CFG",
+    "int8_sq": "INT8_SMOOTHQUANT_CFG",
+    "fp8": "FP8_DEFAULT_CFG",
+    "block_fp8": "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG",
+    "int4_awq": "INT4_AWQ_CFG",
+    "w4a8_awq": "W4A8_AWQ_BETA_CFG",
+    "int4": "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
+    "nvfp4": "NVFP4_DEFAULT_CFG",
+}
+# Bits of exponent and mantissa: FP8 E4M3 is the one float format modelopt emulates without a CUDA kernel.
+_E4M3 = (4, 3)
+
+
+def get_quant_cfg_choices() -> dict[str, QuantCfg]:
+    """Return a copy of the quant_cfg of each short name, of those that the installed modelopt has."""
+    found = {short: getattr(mtq, full, None) for short, full in _SHORT_NAMES.items()}
+    return {short: copy.deepcopy(config) for short, config in found.items() if config}
+
+
+def get_modelopt_presets() -> dict[str, QuantCfg]:
+    """Return a copy of modelopt's own presets by their own names, without those for the KV cache alone."""
+    names = getattr(mtq.config, "choices", ())
+    found = {name: getattr(mtq, name, None) for name in sorted(names) if "_KV_" not in name}
+    return {name: copy.deepcopy(config) for name, config in found.items() if isinstance(config, dict)}
+
+
+def calibration_methods(quant_cfg: QuantCfg) -> tuple[str, ...]:
+    """Return the names of a quant_cfg's calibration methods ("max", "smoothquant", "awq_lite" ...)."""
+    algorithm = quant_cfg.get("algorithm")
+    steps = algorithm if isinstance(algorithm, (list, tuple)) else [algorithm]
+    names = (step.get("method") if isinstance(step, dict) else step for step in steps)
+    return tuple(name for name in names if name)
+
+
+def quantizer_settings(quant_cfg: QuantCfg) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (pattern, attributes) of every enabled quantizer setting, those inside of lists included."""
+    for pattern, setting in quant_cfg.get("quant_cfg", {}).items():
+        for attributes in setting if isinstance(setting, list) else [setting]:
+            if isinstance(attributes, dict) and "num_bits" in attributes and attributes.get("enable", True):
+                yield pattern, attributes
+
+
+def is_awq(quant_cfg: QuantCfg) -> bool:
+    """Return whether an AWQ search is among the calibration methods (arXiv 2306.00978)."""
+    return any(name.startswith("awq") for name in calibration_methods(quant_cfg))
+
+
+def is_smoothquant(quant_cfg: QuantCfg) -> bool:
+    """Return whether SmoothQuant is among the calibration methods (arXiv 2211.10438)."""
+    return "smoothquant" in calibration_methods(quant_cfg)
+
+
+def statistics_merge_over_ranks(quant_cfg: QuantCfg) -> bool:
+    """Return whether data-parallel ranks may calibrate on different samples.
+
+    A maximum over ranks is the maximum over all data, and modelopt takes it. Searches (AWQ, MSE, Hessian) choose by an
+    error that each rank measures by itself: on different data the ranks would disagree.
+    """
+    return set(calibration_methods(quant_cfg)) <= {"max", "smoothquant"}
+
+
+def needs_cuda(quant_cfg: QuantCfg) -> bool:
+    """Return whether running the quantized model needs CUDA kernels (FP4, MX and other dynamic block formats)."""
+    for _, attributes in quantizer_settings(quant_cfg):
+        bits = attributes["num_bits"]
+        blocks = attributes.get("block_sizes") or {}
+        if blocks.get("type") == "dynamic" or (isinstance(bits, (tuple, list)) and tuple(bits) != _E4M3):
+            return True
+    return False
+
+
+def set_awq_block_size(quant_cfg: QuantCfg, block_size: int) -> None:
+    """Set the block size of 4-bit integer weight quantizers, in place."""
+    for pattern, attributes in quantizer_settings(quant_cfg):
+        blocks = attributes.get("block_sizes")
+        if "weight_quantizer" in pattern and attributes["num_bits"] == 4 and blocks and -1 in blocks:
+            blocks[-1] = block_size
+
+
+def set_smoothquant_alpha(quant_cfg: QuantCfg, alpha: float) -> None:
+    """Set SmoothQuant's migration strength where the quant_cfg names none itself, in place."""
+    if quant_cfg.get("algorithm") == "smoothquant":
+        quant_cfg["algorithm"] = {"method": "smoothquant", "alpha": alpha}
+
+
+def enable_kv_cache(quant_cfg: QuantCfg, kv_cfg: QuantCfg) -> None:
+    """Add the quantizers of the KV cache, in place; without weights and inputs it is KV cache quantization alone."""
+    settings = quant_cfg.setdefault("quant_cfg", {"default": {"enable": False}})
+    settings.update(copy.deepcopy(kv_cfg["quant_cfg"]))
+    if not quant_cfg.get("algorithm"):
+        quant_cfg["algorithm"] = "max"
+
+
+def disable_kv_cache(quant_cfg: QuantCfg) -> None:
+    """Take the quantizers of the KV cache out, in place."""
+    settings = quant_cfg.get("quant_cfg", {})
+    for pattern in [p for p in settings if "bmm_quantizer" in p]:
+        del settings[pattern]
+
+
+def has_kv_cache(quant_cfg: QuantCfg) -> bool:
+    """Return whether a quant_cfg quantizes the KV cache."""
+    return any("bmm_quantizer" in pattern for pattern, _ in quantizer_settings(quant_cfg))

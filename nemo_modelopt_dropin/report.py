@@ -1,0 +1,122 @@
+"""Write a compression run's report: ``report.json``, one self-contained ``report.html``, PNG figures, a table.
+
+The page carries Vega, its data and its style inside and asks the network for nothing. It shows the very numbers of
+``report.json``, which it embeds; the figures are drawn from it by `report_charts`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_modelopt_dropin import report_charts
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_TEMPLATE = "report_template.html.j2"
+
+
+def write(content: Mapping[str, Any], folder: Path) -> Path:
+    """Write all files of the report into ``folder`` and return the page's path."""
+    charts = report_charts.charts(content)
+    _replace(folder / "report.json", json.dumps(content, indent=1).encode())
+    figures = folder / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    for name, chart in charts.items():
+        _replace(figures / f"{name}.png", report_charts.png(chart["spec"]))
+    page = folder / "report.html"
+    _replace(page, render(content, charts).encode())
+    return page
+
+
+def render(content: Mapping[str, Any], charts: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+    """Return the page."""
+    import jinja2
+    from vl_convert import javascript_bundle
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"millions": millions, "megabytes": megabytes, "duration": duration}
+    charts = report_charts.charts(content) if charts is None else charts
+    return environment.get_template(_TEMPLATE).render(
+        report=content,
+        charts=charts,
+        rows=rows(content),
+        data=_embedded(content),
+        specs=_embedded({name: chart["spec"] for name, chart in charts.items()}),
+        vega=javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script"),
+    )
+
+
+def rows(content: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return the table of models as text, the same on the page and in the terminal."""
+    found: list[dict[str, str]] = []
+    for model in content["models"]:
+        first = content["models"][0]
+        found.append(
+            {
+                "model": model["name"],
+                "held-out loss": f"{model['heldout_loss']:.4f}",
+                "against teacher": f"{model['heldout_loss'] - first['heldout_loss']:+.4f}",
+                "perplexity": f"{model['perplexity']:.2f}",
+                "params": millions(model["parameters"]),
+                "body": f"{millions(model['body_parameters'])}, "
+                f"{model['body_parameters'] / first['body_parameters']:.0%}",
+                "on disk": megabytes(model["bytes"]),
+                "tokens/s": f"{model['heldout_tokens_per_second']:,.0f}",
+            }
+        )
+    return found
+
+
+def table(content: Mapping[str, Any]) -> Table:
+    """Return the table of models for a terminal."""
+    from rich import box
+    from rich.table import Table
+
+    # 80 columns are enough: no perplexity, headings wrap, numbers do not.
+    text = [{name: value for name, value in row.items() if name != "perplexity"} for row in rows(content)]
+    title = f"{content['title']}, {duration(content['total_seconds'])}"
+    found = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 0), pad_edge=False)
+    for name in text[0] if text else ("model",):
+        width = max(len(row[name]) for row in text) if text else None
+        found.add_column(name, justify="left" if name == "model" else "right", min_width=width)
+    for row in text:
+        found.add_row(*row.values())
+    return found
+
+
+def millions(count: float) -> str:
+    """Return a count of parameters as people read it."""
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
+
+
+def megabytes(count: float) -> str:
+    """Return a number of bytes as people read it."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people read it."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def _embedded(content: Any) -> str:
+    """Return JSON that is safe inside of a script element."""
+    return json.dumps(content).replace("<", "\\u003c")
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write beside the file and rename, so that a reader never sees half of it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside.write_bytes(content)
+    os.replace(beside, path)

@@ -1,0 +1,235 @@
+"""Train a NeMo 2 GPT checkpoint, from a teacher's logits where one is given.
+
+Flags as in NeMo's scripts/llm/gpt_train.py, and --distillation_config, --text, --heldout_text and --cpu. Intermediate
+checkpoints go below --log_dir, and the same command goes on from the last one. Start it with torchrun for more than one
+GPU; with --cpu it starts its ranks itself. Exit codes: 0 done, 1 failed, 2 wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from nemo_modelopt_dropin.command_line import Parser, layout_problems, missing_paths, run_local_ranks, start_on_cpu
+
+
+def parser() -> Parser:
+    """Return the command line."""
+    found = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    model = found.add_argument_group("models")
+    model.add_argument("--name", required=True, help="name of the experiment, a folder below --log_dir")
+    model.add_argument("--log_dir", required=True, help="folder of logs and checkpoints")
+    model.add_argument("--model_path", required=True, help="checkpoint to train")
+    model.add_argument("--teacher_path", help="checkpoint to distill from; without it the model is simply trained")
+    model.add_argument("--distillation_config", help="YAML of the distillation losses")
+    model.add_argument("--tokenizer", help="tokenizer to use in place of the checkpoint's")
+    model.add_argument("--legacy_ckpt", action="store_true", help="checkpoint of Transformer Engine before 1.14")
+    layout = found.add_argument_group("layout")
+    for name in ("tp_size", "cp_size", "pp_size", "ep_size", "devices", "num_nodes"):
+        layout.add_argument(f"--{name}", type=int, default=1)
+    layout.add_argument("--precision", default=None, help="default: bf16-mixed, or 32 with --cpu")
+    layout.add_argument("--cpu", action="store_true", help="run on CPU ranks over gloo")
+    data = found.add_argument_group("data")
+    data.add_argument("--data_paths", nargs="+", help="Megatron's tokenized files; one folder with --use-chat-data")
+    data.add_argument("--text", help="JSON lines with a column text, tokenized with the checkpoint's tokenizer")
+    data.add_argument("--heldout_text", help="JSON lines to validate on (default: --text)")
+    data.add_argument("--use_mock_data", action="store_true", help="random tokens")
+    data.add_argument("--use-chat-data", action="store_true", help="--data_paths holds chats to fine-tune on")
+    data.add_argument("--chat-template-path", help="file with the chat template, where the tokenizer's will not do")
+    data.add_argument("--split", default="99,1,0", help="train, validation and test shares (default: 99,1,0)")
+    data.add_argument("--index_mapping_dir", help="where index files are written")
+    data.add_argument("--seq_length", type=int, required=True, help="tokens a sample")
+    training = found.add_argument_group("training")
+    training.add_argument("--max_steps", type=int, required=True, help="optimizer steps")
+    training.add_argument("--gbs", type=int, required=True, help="global batch size")
+    training.add_argument("--mbs", type=int, required=True, help="micro batch size")
+    training.add_argument("--lr", type=float, default=3e-5)
+    training.add_argument("--min_lr", type=float, default=2e-7)
+    training.add_argument("--warmup_steps", type=int, default=50)
+    training.add_argument(
+        "--val_check_interval", type=int, default=100, help="steps between validations and checkpoints"
+    )
+    training.add_argument("--limit_val_batches", type=int, default=32)
+    training.add_argument("--log_interval", type=int, default=10)
+    return found
+
+
+def resolve(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the checked arguments."""
+    line = parser()
+    given = line.parse_args(argv)
+    given.precision = given.precision or ("32" if given.cpu else "bf16-mixed")
+    problems = missing_paths({"--model_path": given.model_path, "--teacher_path": given.teacher_path})
+    files = ("distillation_config", "text", "heldout_text", "chat_template_path")
+    problems += missing_paths({f"--{name}": getattr(given, name) for name in files}, folder=False)
+    problems += layout_problems(
+        given.devices, given.num_nodes, given.tp_size, given.pp_size, given.cp_size * given.ep_size
+    )
+    if sum(map(bool, (given.data_paths, given.text, given.use_mock_data))) != 1:
+        problems.append("give exactly one of --data_paths, --text and --use_mock_data")
+    if given.use_chat_data and (len(given.data_paths or []) != 1 or not given.tokenizer):
+        problems.append("--use-chat-data needs one path in --data_paths, and --tokenizer")
+    for name in ("max_steps", "gbs", "mbs", "seq_length", "val_check_interval", "log_interval"):
+        if getattr(given, name) < 1:
+            problems.append(f"--{name} must be at least 1, got {getattr(given, name)}")
+    data_parallel = max(1, given.devices * given.num_nodes // max(1, given.tp_size * given.pp_size * given.cp_size))
+    if not problems and given.gbs % (given.mbs * data_parallel):
+        problems.append(
+            f"--gbs {given.gbs} must be a multiple of --mbs {given.mbs} x {data_parallel} data parallel ranks"
+        )
+    if problems:
+        line.error("\n".join(problems))
+    return given
+
+
+def make_data(given: argparse.Namespace):
+    """Return the data module that the flags describe."""
+    from nemo.collections import llm
+
+    sizes = {"seq_length": given.seq_length, "micro_batch_size": given.mbs, "global_batch_size": given.gbs}
+    if given.use_mock_data:
+        return llm.MockDataModule(**sizes)
+    if given.text:
+        from nemo_modelopt_dropin.compress.tokens import TextDataModule
+
+        samples = given.max_steps * given.gbs
+        return TextDataModule(given.text, given.model_path, given.heldout_text, train_samples=samples, **sizes)
+    if given.use_chat_data:
+        from nemo.collections.llm.gpt.data.chat import ChatDataModule
+
+        return ChatDataModule(
+            dataset_root=given.data_paths[0],
+            tokenizer=make_tokenizer(given),
+            use_hf_tokenizer_chat_template=True,
+            **sizes,
+        )
+    return llm.PreTrainingDataModule(
+        paths=given.data_paths, split=given.split, index_mapping_dir=given.index_mapping_dir, **sizes
+    )
+
+
+def make_tokenizer(given: argparse.Namespace):
+    """Return the tokenizer of --tokenizer, with the chat template of --chat-template-path, or None."""
+    if not given.tokenizer:
+        return None
+    from pathlib import Path
+
+    from nemo.collections.common.tokenizers.tokenizer_utils import get_tokenizer
+
+    template = Path(given.chat_template_path).read_text(encoding="utf-8").strip() if given.chat_template_path else None
+    return get_tokenizer(given.tokenizer, **({"chat_template": template} if template else {}))
+
+
+def make_trainer(given: argparse.Namespace):
+    """Return the trainer for the layout and precision."""
+    import torch
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    from nemo import lightning as nl
+
+    overlap = not given.cpu
+    strategy = nl.MegatronStrategy(
+        tensor_model_parallel_size=given.tp_size,
+        pipeline_model_parallel_size=given.pp_size,
+        context_parallel_size=given.cp_size,
+        expert_model_parallel_size=given.ep_size,
+        sequence_parallel=given.tp_size > 1,
+        pipeline_dtype=torch.bfloat16 if "bf16" in given.precision else torch.float32,
+        ckpt_load_strictness=StrictHandling.LOG_ALL if given.legacy_ckpt else None,
+        ckpt_async_save=not given.cpu,
+        ddp=DistributedDataParallelConfig(
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap,
+            check_for_nan_in_grad=True,
+            average_in_collective=True,
+        ),
+    )
+    options: dict[str, Any] = {}
+    if given.precision != "32":
+        options["plugins"] = nl.MegatronMixedPrecision(
+            precision=given.precision,
+            params_dtype=torch.bfloat16 if "bf16" in given.precision else torch.float32,
+            autocast_enabled=False,
+            grad_reduce_in_fp32=True,
+        )
+    return nl.Trainer(
+        accelerator="cpu" if given.cpu else "gpu",
+        strategy=strategy,
+        devices=given.devices,
+        num_nodes=given.num_nodes,
+        max_steps=given.max_steps,
+        log_every_n_steps=given.log_interval,
+        val_check_interval=min(given.val_check_interval, given.max_steps),
+        limit_val_batches=given.limit_val_batches,
+        **options,
+    )
+
+
+def make_optimizer(given: argparse.Namespace):
+    """Return Megatron's distributed Adam with linear warm-up and cosine decay."""
+    from megatron.core.optimizer import OptimizerConfig
+    from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
+
+    from nemo import lightning as nl
+
+    config = OptimizerConfig(
+        optimizer="adam", lr=given.lr, bf16="bf16" in given.precision, use_distributed_optimizer=True
+    )
+    schedule = CosineAnnealingScheduler(
+        max_steps=given.max_steps,
+        warmup_steps=min(given.warmup_steps, given.max_steps - 1),
+        constant_steps=0,
+        min_lr=given.min_lr,
+    )
+    return nl.MegatronOptimizerModule(config, schedule)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train or distill; return the exit code."""
+    given = resolve(argv)
+    code = run_local_ranks(given.devices, given.cpu)
+    if code is not None:
+        return code
+    if given.cpu:
+        start_on_cpu()
+    from nemo.lightning.pytorch.callbacks import ModelCheckpoint
+
+    from nemo import lightning as nl
+    from nemo.collections import llm
+
+    checkpoints = ModelCheckpoint(
+        monitor="val_loss",
+        save_top_k=1,
+        save_last=True,
+        every_n_train_steps=min(given.val_check_interval, given.max_steps),
+    )
+    common: dict[str, Any] = {
+        "data": make_data(given),
+        "trainer": make_trainer(given),
+        "optim": make_optimizer(given),
+        "log": nl.NeMoLogger(name=given.name, log_dir=given.log_dir, ckpt=checkpoints, use_datetime_version=False),
+        "resume": nl.AutoResume(
+            resume_if_exists=True,
+            resume_ignore_no_checkpoint=True,
+            restore_config=nl.RestoreConfig(path=given.model_path),
+        ),
+    }
+    if given.teacher_path:
+        llm.distill(
+            student_model_path=given.model_path,
+            teacher_model_path=given.teacher_path,
+            distillation_config_path=given.distillation_config,
+            tokenizer=make_tokenizer(given),
+            **common,
+        )
+    else:
+        llm.train(model=given.model_path, tokenizer="data", **common)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

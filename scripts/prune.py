@@ -1,0 +1,154 @@
+"""Prune a NeMo 2 GPT checkpoint. Flags as in NeMo's scripts/llm/gpt_prune.py, and --text and --cpu.
+
+Width and depth go by importance, which is measured on data (--data_paths: Megatron's tokenized files; --text: JSON
+lines with a column text); --drop_layers needs none. By importance tp_size must be 1. Start it with torchrun for more
+than one GPU; with --cpu it starts its ranks itself. Exit codes: 0 done, 1 failed, 2 wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from nemo_modelopt_dropin.command_line import Parser, layout_problems, missing_paths, run_local_ranks, start_on_cpu
+
+TARGETS = {
+    "target_ffn_hidden_size": "size of the MLP's inner layer",
+    "target_hidden_size": "size of the embedding",
+    "target_num_attention_heads": "attention heads; with --target_num_query_groups",
+    "target_num_query_groups": "query groups; with --target_num_attention_heads",
+    "target_num_layers": "layers to keep, by block influence (arXiv 2403.03853)",
+    "target_mamba_num_heads": "Mamba's heads",
+    "target_mamba_head_dim": "size of Mamba's heads",
+}
+
+
+def parser() -> Parser:
+    """Return the command line."""
+    found = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    model = found.add_argument_group("model")
+    model.add_argument("--restore_path", required=True, help="checkpoint to prune")
+    model.add_argument("--save_path", required=True, help="folder of the pruned checkpoint")
+    model.add_argument("--tokenizer", help="tokenizer to use in place of the checkpoint's")
+    model.add_argument("--legacy_ckpt", action="store_true", help="checkpoint of an older Transformer Engine")
+    layout = found.add_argument_group("layout")
+    layout.add_argument("--devices", type=int, default=1, help="ranks of each node (default: 1)")
+    layout.add_argument("--num_nodes", type=int, default=1)
+    layout.add_argument("--tp_size", type=int, default=1, help="only 1 unless layers are dropped")
+    layout.add_argument("--pp_size", type=int, default=1)
+    layout.add_argument("--num_layers_in_first_pipeline_stage", type=int, help="where stages are unequal")
+    layout.add_argument("--num_layers_in_last_pipeline_stage", type=int, help="where stages are unequal")
+    layout.add_argument("--cpu", action="store_true", help="run on CPU ranks over gloo")
+    data = found.add_argument_group("data for importance")
+    data.add_argument("--data_paths", nargs="*", help="Megatron's files, or weights and files in turn")
+    data.add_argument("--text", help="JSON lines with a column text, tokenized with the checkpoint's tokenizer")
+    data.add_argument("--split", default="99,1,0", help="train, validation and test shares (default: 99,1,0)")
+    data.add_argument("--index_mapping_dir", help="where index files are written")
+    data.add_argument("--seq_length", type=int, help="tokens a sample; required for importance")
+    data.add_argument("--mbs", type=int, default=1, help="samples a pass (default: 1)")
+    data.add_argument("--num_train_samples", type=int, default=1024, help="samples to measure on (default: 1024)")
+    targets = found.add_argument_group("what to prune")
+    for name, text in TARGETS.items():
+        targets.add_argument(f"--{name}", type=int, help=text)
+    targets.add_argument(
+        "--drop_layers", type=int, nargs="*", help="layers to drop, counted from 1; excludes the targets"
+    )
+    return found
+
+
+def resolve(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the checked arguments."""
+    line = parser()
+    arguments = line.parse_args(argv)
+    given = [name for name in TARGETS if getattr(arguments, name) is not None]
+    problems = missing_paths({"--restore_path": arguments.restore_path})
+    problems += missing_paths({"--text": arguments.text}, folder=False)
+    problems += layout_problems(arguments.devices, arguments.num_nodes, arguments.tp_size, arguments.pp_size)
+    problems += [f"--{name} must be at least 1" for name in given if getattr(arguments, name) < 1]
+    if arguments.drop_layers and given:
+        problems.append(f"--drop_layers cannot be combined with --{', --'.join(given)}")
+    if not arguments.drop_layers:
+        problems += _importance_problems(arguments, given)
+    if problems:
+        line.error("\n".join(problems))
+    return arguments
+
+
+def _importance_problems(arguments: argparse.Namespace, given: list[str]) -> list[str]:
+    found = []
+    if not given:
+        found.append("nothing to prune: give --drop_layers or at least one --target_...")
+    if ("target_num_attention_heads" in given) != ("target_num_query_groups" in given):
+        found.append("--target_num_attention_heads and --target_num_query_groups go together")
+    if arguments.tp_size != 1:
+        found.append("--tp_size must be 1 when pruning by importance; use --pp_size")
+    if not arguments.seq_length:
+        found.append("--seq_length is required when pruning by importance")
+    if arguments.mbs < 1 or arguments.num_train_samples % max(1, arguments.mbs):
+        found.append(f"--num_train_samples {arguments.num_train_samples} must be a multiple of --mbs {arguments.mbs}")
+    if arguments.text and arguments.data_paths:
+        found.append("--text and --data_paths cannot be combined")
+    return found
+
+
+def make_data(arguments: argparse.Namespace):
+    """Return the data module: Megatron's files, a text, or mock data where neither is given."""
+    from nemo.utils import logging
+
+    from nemo.collections import llm
+
+    sizes = {
+        "seq_length": arguments.seq_length,
+        "micro_batch_size": arguments.mbs,
+        "global_batch_size": arguments.mbs,
+    }
+    if arguments.data_paths:
+        return llm.PreTrainingDataModule(
+            paths=arguments.data_paths, split=arguments.split, index_mapping_dir=arguments.index_mapping_dir, **sizes
+        )
+    if arguments.text:
+        from nemo_modelopt_dropin.compress.tokens import TextDataModule
+
+        return TextDataModule(
+            arguments.text, arguments.restore_path, train_samples=arguments.num_train_samples, **sizes
+        )
+    logging.warning("Neither --data_paths nor --text: importance is measured on random tokens, so pruning is random.")
+    return llm.MockDataModule(**sizes)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prune and save; return the exit code."""
+    arguments = resolve(argv)
+    code = run_local_ranks(arguments.devices, arguments.cpu)
+    if code is not None:
+        return code
+    if arguments.cpu:
+        start_on_cpu()
+    from nemo.collections import llm
+    from nemo.collections.llm.modelopt import PruningConfig
+
+    same_name = (
+        "devices",
+        "num_nodes",
+        "tp_size",
+        "pp_size",
+        "num_layers_in_first_pipeline_stage",
+        "num_layers_in_last_pipeline_stage",
+        "num_train_samples",
+        "save_path",
+        "legacy_ckpt",
+    )
+    llm.prune(
+        nemo_checkpoint=arguments.restore_path,
+        pruning_config=PruningConfig(
+            **{name: getattr(arguments, name) for name in TARGETS}, drop_layers=arguments.drop_layers
+        ),
+        data=None if arguments.drop_layers else make_data(arguments),
+        tokenizer_path=arguments.tokenizer,
+        **{name: getattr(arguments, name) for name in same_name},
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""Quantize a NeMo 2 checkpoint after training (PTQ) and export it. Flags as in NeMo's scripts/llm/ptq.py, and --cpu.
+
+Start it with torchrun for more than one GPU; with --cpu it starts its ranks itself. Exit codes: 0 done, 1 failed,
+2 wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from nemo_modelopt_dropin.command_line import Parser, layout_problems, missing_paths, run_local_ranks, start_on_cpu
+
+ALGORITHMS = ("no_quant", "int8", "int8_sq", "fp8", "int4_awq", "w4a8_awq", "int4", "nvfp4")
+_FOLDERS = {"trtllm": "./qnemo_{algorithm}_tp{inference_tp}_pp{inference_pp}", "hf": "./hf_{algorithm}"}
+
+
+def parser() -> Parser:
+    """Return the command line."""
+    found = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    model = found.add_argument_group("model")
+    model.add_argument("-nc", "--nemo_checkpoint", required=True, help="NeMo 2 checkpoint")
+    model.add_argument("--tokenizer", help="tokenizer to use in place of the checkpoint's")
+    model.add_argument("--decoder_type", help="architecture as modelopt calls it, where it cannot be inferred")
+    model.add_argument("--legacy_ckpt", action="store_true", help="checkpoint of Transformer Engine before 1.14")
+    model.add_argument("--trust_remote_code", action="store_true", help="for Hugging Face models")
+    layout = found.add_argument_group("layout")
+    layout.add_argument("-ctp", "--calibration_tp", "--calib_tp", type=int, default=1)
+    layout.add_argument("-cpp", "--calibration_pp", "--calib_pp", type=int, default=1)
+    layout.add_argument("--num_layers_in_first_pipeline_stage", type=int, help="where stages are unequal")
+    layout.add_argument("--num_layers_in_last_pipeline_stage", type=int, help="where stages are unequal")
+    layout.add_argument("--devices", type=int, help="ranks of each node (default: calibration_tp)")
+    layout.add_argument("-nodes", "--num_nodes", type=int, help="nodes (default: calibration_pp)")
+    layout.add_argument("--cpu", action="store_true", help="run on CPU ranks over gloo")
+    quantization = found.add_argument_group("quantization")
+    quantization.add_argument("-algo", "--algorithm", default="fp8", choices=ALGORITHMS)
+    quantization.add_argument("-awq_bs", "--awq_block_size", type=int, default=128)
+    quantization.add_argument("--sq_alpha", type=float, default=0.5, help="SmoothQuant's alpha")
+    quantization.add_argument("--enable_kv_cache", action="store_true", default=None, help="quantize the KV cache")
+    quantization.add_argument("--disable_kv_cache", dest="enable_kv_cache", action="store_false")
+    quantization.add_argument(
+        "-dt", "--dtype", default="bf16", choices=("16", "bf16"), help="of what stays unquantized"
+    )
+    calibration = found.add_argument_group("calibration")
+    calibration.add_argument("-bs", "--batch_size", type=int, default=64)
+    calibration.add_argument("-sl", "--seq_len", type=int, default=128)
+    calibration.add_argument("-calib_size", "--calibration_dataset_size", type=int, default=512)
+    calibration.add_argument(
+        "-calib_ds",
+        "--calibration_dataset",
+        default="cnn_dailymail",
+        help="wikitext, cnn_dailymail, or a JSON file with a column text",
+    )
+    export = found.add_argument_group("export")
+    export.add_argument("-out", "--export_path", "--output_path", help="folder to write (default: named by algorithm)")
+    export.add_argument("--export_format", default="trtllm", choices=("trtllm", "nemo", "hf"))
+    export.add_argument("-itp", "--inference_tp", "--tensor_parallelism_size", type=int, default=1, help="for trtllm")
+    export.add_argument("-ipp", "--inference_pp", "--pipeline_parallelism_size", type=int, default=1, help="for trtllm")
+    export.add_argument("--generate_sample", action="store_true", help="let the quantized model write a sample")
+    return found
+
+
+def resolve(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the checked arguments with the defaults that depend on others."""
+    line = parser()
+    arguments = line.parse_args(argv)
+    if arguments.devices is None:
+        arguments.devices = arguments.calibration_tp * (arguments.calibration_pp if arguments.cpu else 1)
+    if arguments.num_nodes is None:
+        arguments.num_nodes = 1 if arguments.cpu else arguments.calibration_pp
+    if arguments.export_path is None:
+        name = _FOLDERS.get(arguments.export_format, "./nemo_{algorithm}")
+        arguments.export_path = name.format(**vars(arguments))
+    problems = missing_paths({"--nemo_checkpoint": arguments.nemo_checkpoint})
+    problems += layout_problems(
+        arguments.devices, arguments.num_nodes, arguments.calibration_tp, arguments.calibration_pp
+    )
+    for name in ("batch_size", "seq_len", "calibration_dataset_size", "awq_block_size", "inference_tp", "inference_pp"):
+        if getattr(arguments, name) < 1:
+            problems.append(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    if problems:
+        line.error("\n".join(problems))
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Quantize and export; return the exit code."""
+    arguments = resolve(argv)
+    code = run_local_ranks(arguments.devices, arguments.cpu)
+    if code is not None:
+        return code
+    if arguments.cpu:
+        start_on_cpu()
+    from nemo.collections import llm
+    from nemo.collections.llm.modelopt import ExportConfig, QuantizationConfig
+
+    quantization = QuantizationConfig(
+        algorithm=None if arguments.algorithm == "no_quant" else arguments.algorithm,
+        awq_block_size=arguments.awq_block_size,
+        sq_alpha=arguments.sq_alpha,
+        enable_kv_cache=arguments.enable_kv_cache,
+        calibration_dataset=arguments.calibration_dataset,
+        calibration_dataset_size=arguments.calibration_dataset_size,
+        calibration_batch_size=arguments.batch_size,
+        calibration_seq_len=arguments.seq_len,
+    )
+    export = ExportConfig(
+        path=arguments.export_path,
+        export_format=arguments.export_format,
+        decoder_type=arguments.decoder_type,
+        dtype=arguments.dtype,
+        inference_tp=arguments.inference_tp,
+        inference_pp=arguments.inference_pp,
+        generate_sample=arguments.generate_sample,
+    )
+    same_name = ("calibration_tp", "calibration_pp", "devices", "num_nodes", "legacy_ckpt", "trust_remote_code")
+    stages = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+    llm.ptq(
+        model_path=arguments.nemo_checkpoint,
+        export_config=export,
+        quantization_config=quantization,
+        tokenizer_path=arguments.tokenizer,
+        **{name: getattr(arguments, name) for name in same_name + stages},
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""What ranks execute for the tests of quantization and of the model utilities."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+
+def corpus(path, rows: int = 24, blank: int = 2) -> str:
+    """Write a JSON-lines file of texts, some of them blank, and return its path."""
+    from test_code import tiny
+
+    lines = [{"text": text} for text in tiny.texts(rows)] + [{"text": "  "}] * blank
+    Path(path).write_text("\n".join(json.dumps(line) for line in lines))
+    return str(path)
+
+
+def make_checkpoint(path, llama: bool = False, steps: int = 3, **overrides) -> str:
+    """Train a tiny model for some steps and write it as a full NeMo checkpoint."""
+    from nemo.collections import llm
+    from test_code import tiny
+
+    config = tiny.config(**overrides)
+    model = tiny.model(config)
+    if llama:
+        settings = {
+            name: getattr(config, name) for name in llm.LlamaConfig.__dataclass_fields__ if hasattr(config, name)
+        }
+        model = llm.LlamaModel(llm.LlamaConfig(**settings), optim=tiny.optim(), tokenizer=tiny.tokenizer())
+    tiny.fit(model, save_to=path, max_steps=steps)
+    return str(path)
+
+
+def ptq(checkpoint, out, algorithm="fp8", fmt="nemo", tp=1, pp=1, quant=None, export=None) -> dict:
+    """Run NeMo's own ``llm.ptq`` and return what the model and the report hold afterwards."""
+    from nemo.collections import llm
+    from nemo.collections.llm.modelopt.quantization import quantizer as module
+
+    seen = {}
+    quantize = module.Quantizer.quantize
+
+    def keep(self, model, forward_loop=None):
+        out_model = quantize(self, model, forward_loop)
+        seen.update(report=self.report, amax=amax_of(out_model), same=out_model is model)
+        return out_model
+
+    module.Quantizer.quantize = keep
+    try:
+        config = llm.QuantizationConfig if hasattr(llm, "QuantizationConfig") else module.QuantizationConfig
+        llm.ptq(
+            str(checkpoint),
+            module.ExportConfig(path=str(out), export_format=fmt, **(export or {})),
+            calibration_tp=tp,
+            calibration_pp=pp,
+            devices=tp * pp,
+            num_nodes=1,
+            quantization_config=config(
+                algorithm=algorithm, calibration_batch_size=4, calibration_seq_len=32, **(quant or {})
+            ),
+        )
+    finally:
+        module.Quantizer.quantize = quantize
+    return seen
+
+
+def amax_of(model) -> dict[str, torch.Tensor]:
+    """Return the amax of every enabled quantizer of this rank by name, layers numbered over the whole model."""
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    from test_code import tiny
+
+    core = tiny.core(model)
+    names = {
+        name: layer.layer_number - 1 for name, layer in core.named_modules() if isinstance(layer, TransformerLayer)
+    }
+    found = {}
+    for name, module in core.named_modules():
+        if name.endswith("_quantizer") and getattr(module, "amax", None) is not None and module.is_enabled:
+            owner = next((n for n in names if name.startswith(n + ".")), None)
+            key = name if owner is None else f"decoder.layers.{names[owner]}{name[len(owner) :]}"
+            found[key] = module.amax.detach().cpu().clone()
+    return found
+
+
+def restored_amax(checkpoint, tp: int = 1, pp: int = 1) -> dict[str, torch.Tensor]:
+    """Restore a quantized NeMo checkpoint at some layout and return its amax."""
+    from nemo.collections.llm.modelopt import setup_trainer_and_restore_model_with_modelopt_spec
+
+    model, _ = setup_trainer_and_restore_model_with_modelopt_spec(
+        str(checkpoint), tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, devices=tp * pp
+    )
+    return amax_of(model)
+
+
+def quantize_loaded(checkpoint, data, tp: int = 1, pp: int = 1, algorithm="fp8", **quant) -> dict:
+    """Restore a checkpoint on all ranks (what TP and PP leave over is data parallel) and quantize it."""
+    import os
+
+    from nemo.collections.llm.modelopt import (
+        ExportConfig,
+        QuantizationConfig,
+        Quantizer,
+        setup_trainer_and_restore_model_with_modelopt_spec,
+    )
+
+    settings = {"calibration_dataset": data, "calibration_dataset_size": 20, "calibration_batch_size": 4}
+    quantizer = Quantizer(
+        QuantizationConfig(algorithm=algorithm, calibration_seq_len=32, **{**settings, **quant}),
+        ExportConfig(path="unused", export_format="nemo"),
+    )
+    model, _ = setup_trainer_and_restore_model_with_modelopt_spec(
+        str(checkpoint),
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        devices=int(os.environ["WORLD_SIZE"]),
+    )
+    returned = quantizer.quantize(model)
+    return {"report": quantizer.report, "amax": amax_of(model), "same": returned is model}
+
+
+def ptq_error(*args, **kwargs) -> tuple[str, str, bool]:
+    """Run `ptq`, which must fail; return the error's class and text, and whether anything was left at the target."""
+    from pathlib import Path as P
+
+    target = P(args[1])
+    try:
+        ptq(*args, **kwargs)
+    except Exception as error:
+        left = [p.name for p in target.parent.iterdir() if target.name in p.name]
+        return type(error).__name__, str(error), bool(left)
+    raise AssertionError("the export did not fail")
+
+
+def hf_logits(folder, checkpoint) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits of the dequantized Hugging Face checkpoint and of the fake-quantized NeMo checkpoint."""
+    import json as js
+
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from nemo.collections.llm.modelopt import setup_trainer_and_restore_model_with_modelopt_spec
+    from test_code import tiny
+
+    index = js.loads((Path(folder) / "model.safetensors.index.json").read_text())["weight_map"]
+    tensors = {}
+    for file in set(index.values()):
+        tensors.update(load_file(str(Path(folder) / file)))
+    config = AutoConfig.from_pretrained(folder)
+    config.__dict__.pop("quantization_config", None)
+    hf = AutoModelForCausalLM.from_config(config, torch_dtype=torch.float32).eval()
+    scales = {n: tensors.get(n + "_scale", torch.tensor(1.0)) for n in tensors if n.endswith(".weight")}
+    weights = {n: tensors[n].float() * scale.float() for n, scale in scales.items()}
+    missing, unexpected = hf.load_state_dict(weights, strict=False)
+    assert not unexpected and all("lm_head" in m for m in missing), (missing, unexpected)
+
+    model, _ = setup_trainer_and_restore_model_with_modelopt_spec(str(checkpoint))
+    core = tiny.core(model).eval()
+    tokens = torch.arange(3, 35).unsqueeze(0)
+    import modelopt.torch.quantization as mtq
+
+    # The Hugging Face side has quantized weights only: leave the activations alone here too.
+    mtq.disable_quantizer(core, lambda name: "weight_quantizer" not in name)
+    with torch.no_grad():
+        ours = core(tokens, torch.arange(32).unsqueeze(0), None)
+        theirs = hf(tokens).logits
+    return theirs, ours
+
+
+def plain_restore_and_generate(checkpoint) -> str:
+    """Generate a sample from a quantized checkpoint with the Quantizer's own function."""
+    from nemo.utils import logging
+
+    from nemo.collections.llm.modelopt import Quantizer, setup_trainer_and_restore_model_with_modelopt_spec
+
+    model, _ = setup_trainer_and_restore_model_with_modelopt_spec(str(checkpoint))
+    said: list[str] = []
+    info = logging.info
+    logging.info = lambda text, *a, **k: said.append(str(text))
+    try:
+        Quantizer._generate_sample(model)
+    finally:
+        logging.info = info
+    return said[-1]
+
+
+def spec_after(name: str) -> str:
+    """Return the layer spec that model_utils chooses for a configuration with the spec of that name."""
+    from nemo.collections.llm.gpt.model import base
+
+    from nemo.collections.llm.modelopt import model_utils
+    from test_code import tiny
+
+    def custom_spec(config):
+        return base.local_layer_spec(config)
+
+    spec = custom_spec if name == "custom_spec" else getattr(base, name)
+    config = tiny.config(transformer_layer_spec=spec)
+    return model_utils._spec_name(model_utils._set_gpt_mamba_modelopt_spec(config).transformer_layer_spec)
+
+
+def quantize_with_loop(checkpoint) -> dict:
+    """Quantize with a forward loop of the user's own."""
+    from nemo.utils import logging
+
+    from nemo.collections.llm.modelopt import (
+        ExportConfig,
+        QuantizationConfig,
+        Quantizer,
+        setup_trainer_and_restore_model_with_modelopt_spec,
+    )
+
+    model, _ = setup_trainer_and_restore_model_with_modelopt_spec(str(checkpoint))
+
+    def loop(core):
+        core(torch.arange(3, 35).unsqueeze(0), torch.arange(32).unsqueeze(0), None)
+
+    quantizer = Quantizer(QuantizationConfig(algorithm="int8"), ExportConfig(path="unused", export_format="nemo"))
+    said: list[str] = []
+    info = logging.info
+    logging.info = lambda text, *a, **k: said.append(str(text))
+    try:
+        quantizer.quantize(model, loop)
+    finally:
+        logging.info = info
+    return {"report": quantizer.report, "log": said}

@@ -1,0 +1,127 @@
+"""The contract with the stock subpackage: every module, name, parameter and default of nemo-toolkit 2.7.3.
+
+``data/api_surface_2.7.3.json`` was read off the stock source. 2.5.3 and 2.6.2 have the same names and parameters. Ours
+may add parameters and fields, after the stock ones and with defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+
+SURFACE = json.loads((Path(__file__).parent / "data" / "api_surface_2.7.3.json").read_text())
+
+# Names a module has only for its annotations or its own arithmetic: nobody imports or patches them there.
+NOISE = {
+    "Any", "Callable", "Dict", "List", "Optional", "Tuple", "Union", "TYPE_CHECKING", "ABCMeta", "MethodType", "Path",
+    "dataclass", "field", "nullcontext", "partial", "safe_import", "safe_import_from", "copy", "json", "os", "pprint", "re", "shutil", "tempfile",
+}  # fmt: skip
+# Imported by stock for type checkers only, or only where Transformer Engine or mamba-ssm is installed.
+NOT_AT_RUN_TIME = {
+    "MegatronModule", "OptimizerModule", "TokenizerSpec", "MCoreGPTModel", "ShardedStateDict", "CheckpointIO",
+    "MegatronParallel", "Trainer", "get_gpt_modelopt_spec", "get_mamba_stack_modelopt_spec", "maybe_cast_to_type",
+}  # fmt: skip
+# The same, for names that other modules do have at run time.
+FOR_TYPES_ONLY = {
+    ("nemo.collections.llm.modelopt.distill.loss", "TransformerConfig"),
+    ("nemo.collections.llm.modelopt.distill.utils", "TransformerConfig"),
+    ("nemo.collections.llm.modelopt.model_utils", "pl"),
+    ("nemo.collections.llm.modelopt.quantization.quantizer", "pl"),
+}
+
+
+def module_of(name):
+    return importlib.import_module(name)
+
+
+def cases(kind):
+    return [
+        pytest.param(module, name, entry, id=f"{module.removeprefix('nemo.collections.llm.modelopt')}.{name}")
+        for module, content in SURFACE.items()
+        for name, entry in content[kind].items()
+    ]
+
+
+def same_default(expected: str | None, actual, module) -> bool:
+    if expected is None:
+        return actual is inspect.Parameter.empty
+    value = eval(expected, dict(vars(module)))  # noqa: S307 - defaults of a pinned file of ours
+    return value == actual or repr(value) == repr(actual)
+
+
+def check_parameters(expected: list[dict], function, module) -> None:
+    actual = list(inspect.signature(function).parameters.values())
+    # Our additions may stand before a final **kwargs.
+    expected = [{**p, "default": p.get("default")} for p in expected]
+    while expected and expected[-1]["kind"].startswith("var_"):
+        last = expected.pop()
+        assert any(p.name == last["name"] and p.kind.name.lower() == last["kind"] for p in actual)
+    assert [p["name"] for p in expected] == [p.name for p in actual][: len(expected)]
+    for want, have in zip(expected, actual, strict=False):
+        assert want["kind"] == have.kind.name.lower(), have
+        assert same_default(want["default"], have.default, module), (want, have)
+    for extra in actual[len(expected) :]:
+        variadic = extra.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        assert variadic or extra.default is not inspect.Parameter.empty, f"{extra} needs a default"
+
+
+@pytest.mark.parametrize("module", SURFACE)
+def test_module_and_its_public_names(module):
+    ours = module_of(module)
+    for name in SURFACE[module]["all"] or []:
+        assert name in getattr(ours, "__all__", dir(ours))
+        assert hasattr(ours, name)
+
+
+@pytest.mark.parametrize("module", SURFACE)
+def test_constants_and_collaborators_are_attributes(module):
+    ours = module_of(module)
+    names = set(SURFACE[module]["constants"]) | set(SURFACE[module]["imported_names"])
+    missing = sorted(n for n in names - NOISE - NOT_AT_RUN_TIME - {"_"} if not hasattr(ours, n))
+    missing = [n for n in missing if (module, n) not in FOR_TYPES_ONLY]
+    assert missing == []
+
+
+@pytest.mark.parametrize("module, name, entry", cases("functions"))
+def test_function(module, name, entry):
+    ours = module_of(module)
+    function = getattr(ours, name)
+    assert inspect.unwrap(function).__module__ == module
+    check_parameters(entry["parameters"], function, ours)
+
+
+@pytest.mark.parametrize("module, name, entry", cases("classes"))
+def test_class(module, name, entry):
+    ours = module_of(module)
+    cls = getattr(ours, name)
+    assert cls.__module__ == module or name == "DistillationConfig" or name.startswith("_")
+    for method, signature in entry["methods"].items():
+        static = inspect.getattr_static(cls, method)
+        if isinstance(static, property):  # the surface lists properties among the methods too
+            assert method in entry["properties"]
+            continue
+        check_parameters(signature["parameters"], static.__get__(None, cls), ours)
+    for prop in entry["properties"]:
+        assert isinstance(inspect.getattr_static(cls, prop), property)
+
+
+@pytest.mark.parametrize("module, name, entry", [c for c in cases("classes") if c.values[2]["dataclass"]])
+def test_dataclass_fields(module, name, entry):
+    ours = module_of(module)
+    fields = dataclasses.fields(getattr(ours, name))
+    assert [f["name"] for f in entry["fields"]] == [f.name for f in fields][: len(entry["fields"])]
+    for want, have in zip(entry["fields"], fields, strict=False):
+        default = have.default_factory() if have.default_factory is not dataclasses.MISSING else have.default
+        if want["default"] is None:
+            assert default is dataclasses.MISSING
+        elif want["default"].startswith("field("):
+            assert default == []
+        else:
+            assert same_default(want["default"], default, ours), (want, have)
+    for extra in fields[len(entry["fields"]) :]:
+        assert extra.default is not dataclasses.MISSING or extra.default_factory is not dataclasses.MISSING

@@ -1,0 +1,205 @@
+"""The report: the page, the figures and the table show the numbers of report.json and need nothing from outside."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+
+from nemo_modelopt_dropin import report, report_charts
+from nemo_modelopt_dropin.compress import summary
+from nemo_modelopt_dropin.compress.settings import Job
+from nemo_modelopt_dropin.compress.stages import Record
+
+LOSSES = {"teacher": 3.44, "prune": 3.83, "distill": 3.52, "scratch": 3.88, "quantize": 3.53}
+
+
+def _record(name: str, **result) -> Record:
+    return Record(name, "f" * 64, "run", {"lr": 0.1}, result, 12.5)
+
+
+def _records(losses=None) -> dict[str, Record]:
+    curve = [{"step": i, "loss": 7 * math.exp(-i / 8) + 3} for i in range(1, 20)] + [{"step": 20, "heldout": 3.5}]
+    found = {"pretrain": _record("pretrain", curve=curve)}
+    for i, (name, loss) in enumerate((losses or LOSSES).items()):
+        found[name] = _record(
+            name,
+            curve=curve,
+            heldout_loss=loss,
+            heldout_tokens_per_second=1000.0 + i,
+            parameters=2_000_000 - i,
+            body_parameters=1_500_000 - i,
+            bytes=8_000_000 + i,
+            shape={"num_layers": 4},
+            device="a processor",
+        )
+    found["export"] = _record("export", hf={"path": "out/<hf>", "bytes": 1_234_567})
+    return found
+
+
+@pytest.fixture(scope="module")
+def content() -> dict:
+    return summary.build(_records(), "A <b>title</b> & more", Job("t", "a", "b"))
+
+
+@pytest.fixture(scope="module")
+def folder(content, tmp_path_factory):
+    path = tmp_path_factory.mktemp("report")
+    report.write(content, path)
+    return path
+
+
+class _Page(HTMLParser):
+    """Collects what the tests ask for."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.addresses: list[str] = []
+        self.ids: set[str] = set()
+        self.scripts: dict[str, str] = {}
+        self.cells: list[str] = []
+        self.title = ""
+        self._inside = ("", "")
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        named = dict(attributes)
+        self._inside = (tag, named.get("id") or "")
+        self.addresses += [value for name, value in attributes if name in ("src", "href") and value]
+        self.ids |= {named["id"]} if named.get("id") else set()
+
+    def handle_endtag(self, tag):
+        self._inside = ("", "")
+
+    def handle_data(self, data):
+        tag, name = self._inside
+        if tag == "script":
+            self.scripts[name] = self.scripts.get(name, "") + data
+        elif tag == "td":
+            self.cells.append(data)
+        elif tag == "title":
+            self.title += data
+
+
+@pytest.fixture(scope="module")
+def page(folder) -> _Page:
+    return _Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def test_the_page_carries_the_numbers_of_report_json(folder, content, page):
+    stored = json.loads((folder / "report.json").read_text())
+    assert stored == json.loads(json.dumps(content))  # tuples are lists there
+    assert json.loads(page.scripts["report"]) == stored
+    for model in stored["models"]:
+        assert model["name"] in page.cells
+        assert f"{model['heldout_loss']:.4f}" in page.cells
+    assert "1.2 MB" in page.cells  # the exported file
+
+
+def test_the_page_asks_the_network_for_nothing(page):
+    assert all(address.startswith("data:") for address in page.addresses)
+    specifications = json.loads(page.scripts["specifications"])
+    # Data inside; "$schema" is a name, not an address that is loaded.
+    assert '"url"' not in json.dumps(specifications)
+
+
+def test_text_is_escaped(folder, page):
+    assert page.title == "A <b>title</b> & more"
+    assert "<b>title" not in (folder / "report.html").read_text().replace("\\u003c", "")
+    assert "out/<hf>" in page.cells
+
+
+def test_the_page_fits_phones_paper_and_dark_rooms(folder):
+    text = (folder / "report.html").read_text()
+    assert '<meta name="viewport" content="width=device-width' in text
+    assert "@media print" in text
+    assert "@media (prefers-color-scheme: dark)" in text
+
+
+def test_every_figure_has_its_place_and_its_png(folder, page, content):
+    charts = report_charts.charts(content)
+    assert len(charts) == 6
+    for name, chart in charts.items():
+        assert name in page.ids
+        assert (folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert chart["spec"]["width"] == "container"
+    assert not list(folder.rglob("*.part"))
+
+
+def test_figures_show_the_held_out_losses(content):
+    values = json.dumps(report_charts.charts(content)["heldout_by_stage"]["spec"])
+    for model in content["models"]:
+        assert str(model["heldout_loss"]) in values
+
+
+def test_a_run_without_training_has_fewer_figures():
+    records = {name: record for name, record in _records().items() if name in ("teacher", "prune")}
+    found = summary.build(records, "t", Job("t", "a", "b"))
+    assert set(report_charts.charts(found)) == {"heldout_by_stage", "sizes", "times"}
+    assert "<table" in report.render(found)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node to run the page's script")
+def test_the_pages_script_is_javascript(page, tmp_path):
+    script = tmp_path / "page.mjs"
+    script.write_text(page.scripts[""])
+    subprocess.run(["node", "--check", str(script)], check=True, timeout=60, capture_output=True)
+
+
+def test_the_table_fits_80_columns_and_shows_the_same_rows(content):
+    screen = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115 - closed with the process
+    with screen.capture() as capture:
+        screen.print(report.table(content))
+    text = capture.get()
+    for row in report.rows(content):
+        for name, value in row.items():
+            assert name == "perplexity" or value in text
+    assert "…" not in text
+
+
+@pytest.mark.parametrize(
+    ("changed", "fails"),
+    [
+        ({}, set()),
+        ({"prune": 3.4}, {"pruning costs", "distillation recovers"}),
+        ({"distill": 3.7}, {"distillation recovers"}),
+        ({"scratch": 3.5}, {"distilled beats from scratch"}),
+        ({"quantize": 3.58}, {"quantization is cheap"}),
+    ],
+)
+def test_checks_fail_loudly(changed, fails, tmp_path, capsys):
+    losses = {**LOSSES, **changed}
+    named = {summary.MODELS[name]: loss for name, loss in losses.items()}
+    assert {check["name"] for check in summary.checks(named) if not check["ok"]} == fails
+    code = summary.finish(_records(losses), tmp_path, "t", Job("t", "a", "b"), strict=True)
+    assert code == bool(fails)
+    assert summary.finish(_records(losses), tmp_path, "t", Job("t", "a", "b")) == 0
+    assert ("FAIL" in capsys.readouterr().out) is bool(fails)
+
+
+@pytest.mark.parametrize(
+    ("function", "value", "text"),
+    [
+        (report.millions, 1_404_640, "1.40 M"),
+        (report.millions, 8_030_000_000, "8.03 B"),
+        (report.megabytes, 5_822_310, "5.8 MB"),
+        (report.megabytes, 2_500_000_000, "2.50 GB"),
+        (report.duration, 9.06, "9.1 s"),
+        (report.duration, 367, "6 min 7 s"),
+        (report.duration, 7260, "2 h 1 min"),
+    ],
+)
+def test_numbers_as_people_read_them(function, value, text):
+    assert function(value) == text
+
+
+def test_embedded_text_cannot_end_its_script_element():
+    text = report._embedded({"a": "</script><script>alert(1)</script>"})
+    assert not re.search("[<]", text)
+    assert json.loads(text)["a"].startswith("</script>")
