@@ -9,6 +9,7 @@ that failed is thrown away, because its ranks may be in the middle of a collecti
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import importlib
@@ -70,16 +71,13 @@ class RankPool:
     def close(self) -> None:
         """End the ranks: politely first, then not."""
         for pipe in self._pipes:
-            try:
+            with contextlib.suppress(OSError):
                 pipe.send_bytes(b"")
-            except OSError:
-                pass
         deadline = time.monotonic() + _GRACE
         for process in self._processes:
             process.join(max(0.0, deadline - time.monotonic()))
             if process.is_alive():
-                process.kill()
-                process.join()
+                _kill(process)
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
@@ -138,13 +136,19 @@ class RankPool:
             tail = log.read_text(errors="replace")[-3000:] if log.exists() else ""
             lines.append(f"--- rank {rank}: {reason}\n--- end of the log of rank {rank}:\n{tail}")
         for process in self._processes:
-            process.kill()
-            process.join()
+            _kill(process)
         self._processes, self._pipes = [], []
         return "\n".join(lines)
 
     def _log(self, rank: int) -> Path:
         return self.log_dir / f"world{self.world_size}-rank{rank}.log"
+
+
+def _kill(process) -> None:
+    """End a rank with what it started: saving a checkpoint leaves a process of its own behind."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
 
 
 def _first_port() -> int:
@@ -154,6 +158,7 @@ def _first_port() -> int:
 
 def _serve(rank: int, world_size: int, port: int, pipe, log: str, env: dict[str, str]) -> None:
     """Be one rank: set up, then execute jobs until an empty one comes."""
+    os.setpgid(0, 0)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
