@@ -1,7 +1,10 @@
 """Train a small GPT on Python's own help texts, then prune, distill, quantize and export it. Ends with a report.
 
-The recipe (vocabulary 1024, sequences of 128 tokens, batches of 16, fp32 on CPU ranks) was chosen so that everything
-fits into 8 minutes on 2 cores; run again after an interruption and it goes on where it was.
+The recipe: vocabulary 1024; sequences of 128 tokens, 16 a step; fp32 on two data-parallel CPU ranks of one thread each
+(on two cores faster than one process with two threads, and not slowed down by waiting threads when the machine is
+busy). The teacher, 2.8 M parameters, trains 400 steps at a peak rate of 3e-3, about six times over the text; the
+student keeps 46% of its body and distills 200 steps at 2e-3. Run it again after an interruption and it goes on where it
+was.
 """
 
 from __future__ import annotations
@@ -11,7 +14,15 @@ import sys
 from pathlib import Path
 
 from nemo_modelopt_dropin.command_line import Parser
-from nemo_modelopt_dropin.compress.settings import Job, Layout, Pruning, Quantization, SettingsError, Training
+from nemo_modelopt_dropin.compress.settings import (
+    HF_ALGORITHMS,
+    Job,
+    Layout,
+    Pruning,
+    Quantization,
+    SettingsError,
+    Training,
+)
 
 SEQ_LENGTH = 128
 VOCABULARY = 1024
@@ -90,6 +101,7 @@ def scaled(training: Training, factor: float) -> Training:
 def make_job(arguments: argparse.Namespace) -> Job:
     """Return the compression job over the files that the demo's own stages write."""
     root = arguments.output
+    formats = ("nemo", "hf") if arguments.algorithm in HF_ALGORITHMS else ("nemo",)
     return Job(
         teacher=str(root / "pretrain" / "checkpoint"),
         train_text=str(root / "corpus" / "train.jsonl"),
@@ -99,7 +111,7 @@ def make_job(arguments: argparse.Namespace) -> Job:
         pruning=PRUNING,
         distillation=scaled(DISTILLATION, arguments.steps_scale),
         quantization=Quantization(
-            algorithm=arguments.algorithm, calibration_size=64, calibration_batch_size=8, formats=("nemo", "hf")
+            algorithm=arguments.algorithm, calibration_size=64, calibration_batch_size=8, formats=formats
         ),
         scratch=True,
     )

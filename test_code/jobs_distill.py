@@ -8,7 +8,6 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from nemo.collections import llm
 
 from test_code import ranks, tiny
 
@@ -20,9 +19,9 @@ class Metrics(pl.Callback):
         self.steps: list[dict[str, float]] = []
         self.val_losses: list[float] = []
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        # The model's own hook comes after the callbacks': these are the metrics of the step before.
-        if self.steps or batch_idx:
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        # The model logs after the callbacks' own end of a step: look at a step when the next one begins.
+        if trainer.global_step:
             self.steps.append(self._logged(trainer))
 
     def on_train_end(self, trainer, pl_module):
@@ -50,15 +49,16 @@ def alone():
 
 
 def teacher(path: str, after_fit: bool = False, **overrides) -> str:
-    """Train a teacher for two steps on one rank and save it, inside of ``fit`` or after it."""
-    model = tiny.model(**overrides)
-    if not after_fit:
-        tiny.fit(model, save_to=path, max_steps=2)
-        return path
-    trainer = tiny.trainer(max_steps=2)
-    torch.manual_seed(1234)
-    trainer.fit(model, tiny.data())
-    tiny.save(trainer, path)
+    """Train a teacher for two steps and save it, inside of ``fit`` or after it; each rank trains, rank 0's counts."""
+    own = path if os.environ["RANK"] == "0" else f"{path}-{os.environ['RANK']}"
+    with alone():
+        model = tiny.model(**overrides)
+        if after_fit:
+            trainer = tiny.trainer(max_steps=2)
+            trainer.fit(model, tiny.data())
+            tiny.save(trainer, own)
+        else:
+            tiny.fit(model, save_to=own, max_steps=2)
     return path
 
 
@@ -86,18 +86,19 @@ def distill(
     return (losses, recorder.steps, recorder.val_losses) if metrics else losses
 
 
-def distill_everywhere(teacher_path, settings_path, student=None, data=None):
-    """Distil in one job on one rank, with TP=2 and with PP=2 (a pool of two), and return the losses by layout."""
+def distill_everywhere(teacher_path, settings_path, data=None):
+    """Distil in every layout of two ranks, and alone, and return the losses by (layout, objective)."""
+    objectives = {
+        "logits": (None, {}),
+        "pair": (settings_path, {}),
+        "projected pair": (settings_path, {"hidden_size": 32}),
+    }
+    layouts = {"1 rank": {}, "TP=2": {"tp": 2}, "TP=2 SP": {"tp": 2, "sp": True}, "PP=2": {"pp": 2}}
     results = {}
-    for name, settings in (("logits", None), ("pair", settings_path)):
-        with alone():
-            results["1 rank", name] = distill(teacher_path, settings, student, data=data)
-        for layout, arguments in (
-            ("TP=2", {"tp": 2}),
-            ("TP=2 SP", {"tp": 2, "sp": True}),
-            ("PP=2", {"pp": 2}),
-        ):
-            results[layout, name] = distill(teacher_path, settings, student, data=data, **arguments)
+    for objective, (settings, student) in objectives.items():
+        for layout, arguments in layouts.items():
+            with alone() if layout == "1 rank" else contextlib.nullcontext():
+                results[layout, objective] = distill(teacher_path, settings, student, data=data, **arguments)
             ranks.reset()
     return results
 
@@ -190,3 +191,202 @@ def kl_loss_against_plugin():
     if tp_reduce:
         torch.distributed.all_reduce(theirs)
     return mine, theirs
+
+
+# --- teacher and pipeline ---
+
+
+def load_teacher(path, where="", after_fit=False):
+    """Save a teacher on one rank each, load it with TP=2, and return (prefix in the file, differences, left random)."""
+    from nemo.collections.llm.modelopt.distill import _teacher
+    from nemo.collections.llm.modelopt.distill.utils import teacher_provider
+
+    own = os.path.join(teacher(path, after_fit), where)
+    trainer = tiny.trainer(tp=2)
+    holder = tiny.model(perform_initialization=False)
+    trainer.strategy.connect(holder)
+    trainer.strategy._lightning_module = holder
+    trainer.strategy.trainer = trainer
+    tiny.init_parallel(tp=2)
+    config = tiny.config(tensor_model_parallel_size=2, perform_initialization=False)
+    model = teacher_provider(config, own, tiny.tokenizer(), trainer)
+    again = teacher_provider(tiny.config(tensor_model_parallel_size=2), own, tiny.tokenizer(), trainer)
+    pairs = zip(model.named_parameters(), again.parameters(), strict=True)
+    differences = {name: float((a - b).abs().max()) for (name, a), b in pairs}
+    unset = [name for name, a in model.named_parameters() if not a.isfinite().all()]
+    return _teacher.saved_prefix(_teacher.saved_keys(own)), differences, unset
+
+
+def pipeline_shapes():
+    """Return what Megatron's own shapes become at PP=2, and where the student's part ends."""
+    import modelopt.torch.distill as mtd
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel.schedules import get_tensor_shapes
+
+    from nemo.collections.llm.modelopt.distill.utils import (
+        DistillationConfig,
+        adjust_distillation_model_for_mcore,
+        get_tensor_shapes_adjust_fn_for_distillation,
+        load_distillation_config,
+    )
+
+    tiny.init_parallel(pp=2)
+    student_config, teacher_config = (
+        tiny.config(hidden_size=hidden, pipeline_model_parallel_size=2) for hidden in (32, 64)
+    )
+    student, teacher_model = (c.configure_model(tiny.tokenizer()) for c in (student_config, teacher_config))
+    settings = load_distillation_config(DistillationConfig(), student_config, teacher_config)
+    kd = {"teacher_model": teacher_model, "criterion": settings.criterion, "loss_balancer": settings.loss_balancer}
+    model = mtd.convert(student, mode=[("kd_loss", kd)])
+    adjust_distillation_model_for_mcore(model, settings)
+    own = get_tensor_shapes(
+        seq_length=32,
+        micro_batch_size=2,
+        decoder_seq_length=None,
+        config=student_config,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
+    )
+    recv, send = get_tensor_shapes_adjust_fn_for_distillation([model], 32, 2, None, False)(list(own), list(own))
+    return recv, send, model._tensor_split_idx
+
+
+# --- behaviour of whole trainings ---
+
+
+def two_stage_training(teacher_path, settings):
+    """Distil at PP=2 with a sanity check and validations in between; return (losses, metrics, validation losses)."""
+    extra = {"limit_val_batches": 1, "num_sanity_val_steps": 1, "val_check_interval": 2}
+    return distill(teacher_path, settings, steps=4, metrics=True, pp=2, **extra)
+
+
+def first_logits_loss(teacher_path, settings_paths):
+    """Return the logged parts of the first step for each settings file: the models are the same ones."""
+    first = []
+    for path in settings_paths:
+        first.append(distill(teacher_path, path, steps=1, metrics=True, tp=2)[1][0])
+        ranks.reset()
+    return first
+
+
+def curves_by_micro_batch(teacher_path, per_token):
+    """Return loss curves for micro-batches of 1, 2 and 4 sequences, on data whose masks are of unequal length."""
+    curves = []
+    for size in (1, 2, 4):
+        data = {"micro_batch_size": size, "global_batch_size": 8}
+        student = {"calculate_per_token_loss": per_token}
+        curves.append(distill(teacher_path, student=student, data=data, steps=3, tp=2))
+        ranks.reset()
+    return curves
+
+
+def checkpoint_of_student(teacher_path, settings, path):
+    """Distil, save, and return (keys in the file, loss when a plain model trains on from it, numbers of parameters)."""
+    from nemo.collections.llm.modelopt.distill import _teacher
+
+    student = {"hidden_size": 32}
+    model = distillation_model(teacher_path, settings, student)
+    before = {}
+
+    class Count(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            core = tiny.core(pl_module)
+            before.update({n: p.clone() for n, p in core.teacher_model.named_parameters()})
+
+    losses = tiny.fit(model, max_steps=2, save_to=path, callbacks=[Count()], tp=2)
+    core = tiny.core(model)
+    moved = [n for n, p in core.teacher_model.named_parameters() if not torch.equal(p, before[n])]
+    in_buffers = sum(buffer.numel_unpadded for buffer in model.module.buffers)
+    trainable = sum(p.numel() for p in core.parameters() if p.requires_grad)
+    teacher_trains = any(p.requires_grad for p in core.teacher_model.parameters())
+    ranks.reset()
+    plain = tiny.model(ffn_hidden_size=64, **student)
+    continued = tiny.fit(plain, max_steps=1, restore=path, tp=2)
+    return _teacher.saved_keys(path), losses, continued, moved, in_buffers - trainable, teacher_trains
+
+
+def refusals(teacher_path, settings):
+    """Return, by what is wrong, the type and text of the error; nothing may have been loaded for it."""
+    from unittest import mock
+
+    from nemo.collections.llm.modelopt.distill import model as module
+
+    cases = {
+        "vpp in the strategy": ({}, {}, None, {"virtual_pipeline_model_parallel_size": 2}),
+        "vocabulary": ({"vocab_size": 264}, {}, None, {}),
+        "layer": ({}, {}, settings["layer"], {}),
+        "stage": ({}, {}, settings["stage"], {}),
+        "recompute": (
+            {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+            {},
+            settings["inside"],
+            {},
+        ),
+        "setting": ({}, {}, settings["setting"], {}),
+    }
+    answers = {}
+    for label, (student, teacher_overrides, path, strategy) in cases.items():
+        with mock.patch.object(module, "teacher_provider") as provider:
+            try:
+                distill(teacher_path, path, student, 1, None, teacher_overrides, pp=2, strategy_kwargs=strategy)
+                answers[label] = ("no error", "")
+            except Exception as error:
+                answers[label] = (type(error).__name__, str(error))
+            assert not provider.called
+        ranks.reset()
+    return answers
+
+
+def reduction_over_context_parallel(per_token):
+    """Return this rank's results of a reduction at CP=2 and those of one process over whole sequences.
+
+    Each rank has half of each sequence and a mask of its own length; the second micro-batch is fully masked.
+    """
+    from nemo.collections.llm.modelopt.distill.model import _DistillationLossReduction
+
+    tiny.init_parallel(cp=2)
+    rank = torch.distributed.get_rank()
+    generator = torch.Generator().manual_seed(7)
+    token_losses = torch.rand(2, 2, 8, generator=generator)  # micro-batches, b, s
+    masks = (torch.rand(2, 2, 8, generator=generator) < 0.6).float()
+    masks[1] = 0
+    half = slice(4 * rank, 4 * rank + 4)
+    results = []
+    for tokens, mask in zip(token_losses, masks, strict=True):
+        leaf = tokens[:, half].clone().requires_grad_()
+        reduction = _DistillationLossReduction(
+            lambda student_loss, loss_reduction_fn, leaf=leaf: {"kd_loss": loss_reduction_fn(leaf)},
+            per_token_loss=per_token,
+        )
+        loss, *count, report = reduction.forward({"loss_mask": mask[:, half]}, torch.zeros(2, 4))
+        loss.backward()
+        reduced = reduction.reduce([report])
+        local = mask[:, half]
+        expected_mean = (tokens * mask).sum() / mask.sum().clamp(min=1)
+        expected_gradient = local if per_token else local / mask.sum().clamp(min=1)
+        expected_loss = (tokens * mask).sum() if per_token else expected_mean
+        if per_token:
+            assert int(count[0]) == int(local.sum())
+        results.append((loss.detach(), expected_loss, leaf.grad, expected_gradient, reduced, expected_mean))
+    return results
+
+
+def through_nemo_api(teacher_path, folder):
+    """Run ``llm.distill`` from two checkpoints on one rank, and return the weights' change and the files."""
+    from nemo import lightning as nl
+    from nemo.collections import llm
+
+    folder = Path(f"{folder}-{os.environ['RANK']}")
+    with alone():
+        tiny.fit(tiny.model(ffn_hidden_size=64), save_to=folder / "student", max_steps=1)
+        ranks.reset()
+        recorder = Metrics()
+        llm.distill(
+            student_model_path=str(folder / "student"),
+            teacher_model_path=teacher_path,
+            data=tiny.data(),
+            trainer=tiny.trainer(max_steps=2, callbacks=[recorder]),
+            log=nl.NeMoLogger(log_dir=str(folder / "logs"), use_datetime_version=False, ckpt=None),
+            optim=tiny.optim(),
+        )
+    return recorder.steps

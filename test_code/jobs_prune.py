@@ -7,6 +7,7 @@ import random
 import zlib
 from pathlib import Path
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
 
@@ -84,7 +85,7 @@ def run_prune(model, request, module=None, run=None):
     return prune_language_model(model, PruningConfig(**request), module, run)
 
 
-def prune(request: dict, **settings):
+def prune(request: dict, **settings) -> dict:
     """Prune a tiny model and return its weights before and after, its sizes and the report."""
     from nemo.collections.llm.modelopt.prune import describe_pruning
 
@@ -130,7 +131,10 @@ def measured(model, module, run):
     from test_code import tiny
 
     core = tiny.core(model)
-    ffn, heads, layers, handles = {}, {}, {}, []
+    ffn: dict[int, torch.Tensor] = {}
+    heads: dict[int, torch.Tensor] = {}
+    layers: dict[int, float] = {}
+    handles = []
 
     def keep_inputs(store, number):
         def hook(_, args):
@@ -229,6 +233,8 @@ def masked_and_pruned(request: dict, **settings):
 def fingerprint_of_state(model, module, run):
     import megatron.core.tensor_parallel as tensor_parallel
 
+    from test_code import tiny
+
     tracker = tensor_parallel.get_cuda_rng_tracker().get_states()
     return {
         "loader": module.val_dataloader(),
@@ -236,17 +242,21 @@ def fingerprint_of_state(model, module, run):
         "tokenizer": id(module.tokenizer),
         "limits": (run.limit_train_batches, run.limit_val_batches, run.limit_test_batches, run.max_steps),
         "callbacks": [type(callback).__name__ for callback in run.callbacks],
-        "modes": [part.training for part in model.modules()],
+        "modes": [part.training for part in tiny.core(model).modules()],
         "torch": torch.get_rng_state().tolist(),
         "python": random.getstate(),
-        "numpy": np.random.get_state()[1].tolist(),
+        "numpy": list(np.random.get_state())[1].tolist(),
         "tracker": {name: state.tolist() for name, state in tracker.items()},
-        "hooks": sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules()),
-        "classes": sorted({type(part).__name__ for part in model.modules()}),
+        "hooks": [
+            (name, list(map(str, hooks)))
+            for name, part in tiny.core(model).named_modules()
+            if (hooks := [*part._forward_hooks.values(), *part._forward_pre_hooks.values()])
+        ],
+        "classes": sorted({type(part).__name__ for part in tiny.core(model).modules()}),
     }
 
 
-def what_changes(request: dict, fail: bool = False, **settings):
+def what_changes(request: dict, fail: bool = False, train_samples: int | None = None, **settings):
     """Return the names of settings that pruning changed, and the error it raised."""
     from nemo.collections import llm
 
@@ -254,6 +264,8 @@ def what_changes(request: dict, fail: bool = False, **settings):
     model.train()
     list(model.modules())[-1].eval()
     seed = module.val_dataloader().dataset.seed
+    if train_samples is not None:
+        module.samples = train_samples
     before, old = fingerprint_of_state(model, module, run), weights(model)
     error, validate = "", llm.validate
     if fail:
@@ -323,7 +335,7 @@ def reuse_scores(folder: str, requests: list[dict], **settings):
     out = []
     for request in requests:
         model, module, run = build(**settings)
-        calls = []
+        calls: list[int] = []
         handle = tiny.core(model).register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         run_prune(model, {**request, "scores_path": folder}, module, run)
         handle.remove()
@@ -398,19 +410,20 @@ def marks(**settings):
     return before, look()
 
 
-def save_checkpoint(path: str, **overrides):
-    """Write a NeMo checkpoint of a model whose weights depend on their names only, inside of ``fit``."""
-    import lightning.pytorch as pl
+class FillAtEnd(pl.Callback):
+    """Fill the weights while ``fit`` is still running, before `tiny.SaveAtEnd` writes them."""
 
+    def on_train_end(self, trainer, pl_module):
+        fill(pl_module)
+
+
+def save_checkpoint(path: str, **overrides):
+    """Write a NeMo checkpoint of a model whose weights depend on their names only."""
     from test_code import tiny
 
-    class FillAndSave(pl.Callback):
-        def on_train_end(self, trainer, pl_module):
-            fill(model)
-            tiny.save(trainer, path)
-
     model = tiny.model(**overrides)
-    tiny.fit(model, callbacks=[FillAndSave()], max_steps=1)
+    run = tiny.trainer(max_steps=1, callbacks=[FillAtEnd(), tiny.SaveAtEnd(path)])
+    run.fit(model, tiny.data())
     return weights(model)
 
 
@@ -472,6 +485,8 @@ def loaded_weights(path: str, **layout):
 
 def generate(path: str) -> list[str]:
     """Return what NeMo's llm.generate makes of a prompt with the checkpoint."""
+    from megatron.core.inference.common_inference_params import CommonInferenceParams
+
     from nemo.collections import llm
     from test_code import tiny
 
@@ -481,6 +496,7 @@ def generate(path: str) -> list[str]:
         trainer=run,
         prompts=["the model"],
         params_dtype=torch.float32,
+        inference_params=CommonInferenceParams(num_tokens_to_generate=4, top_k=1),
         text_only=True,
         enable_flash_decode=False,
     )

@@ -225,3 +225,107 @@ def quantize_with_loop(checkpoint) -> dict:
     finally:
         logging.info = info
     return {"report": quantizer.report, "log": said}
+
+
+def export_with_nemo(checkpoint, target) -> str:
+    """Export with NeMo's own ``export_ckpt``, in fp32."""
+    from nemo.lightning import io
+
+    return str(
+        io.api.export_ckpt(Path(checkpoint), "hf", Path(target), modelopt_export_kwargs={"dtype": torch.float32})
+    )
+
+
+def plain_logits(folder, checkpoint) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits of a plain Hugging Face checkpoint as `transformers` loads it, and of the NeMo checkpoint."""
+    from transformers import AutoModelForCausalLM
+
+    from nemo.collections.llm.modelopt import setup_trainer_and_restore_model_with_modelopt_spec
+    from test_code import tiny
+
+    tokens = torch.arange(3, 35).unsqueeze(0)
+    model, _ = setup_trainer_and_restore_model_with_modelopt_spec(str(checkpoint))
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)(tokens).logits
+        ours = tiny.core(model).eval()(tokens, torch.arange(32).unsqueeze(0), None)
+    return theirs, ours
+
+
+def stage_on_two_ranks(target) -> str:
+    """Fail on rank 1 while all ranks export; return the class of the error of this rank."""
+    from nemo.collections.llm.modelopt.quantization import export
+    from test_code import tiny
+
+    tiny.init_parallel()
+    try:
+        with export.staged(Path(target)) as folder:
+            folder.mkdir(exist_ok=True)
+            if torch.distributed.get_rank() == 1:
+                raise OSError("disk full")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+def train_quantized(checkpoint, steps: int = 24) -> list[float]:
+    """Go on training a quantized checkpoint (quantization-aware training) and return the losses."""
+    from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
+
+    from nemo import lightning as nl
+    from nemo.collections.llm.modelopt import set_modelopt_spec_if_exists_in_ckpt
+    from test_code import tiny
+
+    model = nl.io.load_context(path=ckpt_to_context_subdir(checkpoint), subpath="model")
+    model.optim = tiny.optim(lr=3e-3)
+    model.optim.connect(model)
+    set_modelopt_spec_if_exists_in_ckpt(model, checkpoint)
+    losses = tiny.fit(model, restore=checkpoint, max_steps=steps)
+    assert amax_of(model), "the quantizers were not restored"
+    return losses
+
+
+def which_package() -> str:
+    """Return the file that serves the subpackage in this process."""
+    from nemo.collections.llm.modelopt.quantization import quantizer
+
+    return quantizer.__file__
+
+
+def load_with_restore(checkpoint) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Load a quantized checkpoint as NeMo's trainer does, train one step; return amax before that and the loss."""
+    from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
+
+    from nemo import lightning as nl
+    from test_code import tiny
+
+    model = nl.io.load_context(path=ckpt_to_context_subdir(checkpoint), subpath="model")
+    model.optim = tiny.optim(lr=0.0)
+    model.optim.connect(model)
+    losses = tiny.fit(model, restore=checkpoint, max_steps=1)
+    return amax_of(model), losses
+
+
+def quantize_and_save(checkpoint, path) -> dict[str, torch.Tensor]:
+    """Restore, quantize with a loop and save, with whichever subpackage serves this process."""
+    from nemo.collections.llm.inference.base import _setup_trainer_and_restore_model
+    from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
+
+    from nemo import lightning as nl
+    from nemo.collections.llm.modelopt import ExportConfig, QuantizationConfig, Quantizer
+    from test_code import tiny
+
+    def loop(core):
+        core(torch.arange(3, 35).unsqueeze(0), torch.arange(32).unsqueeze(0), None)
+
+    # Stock's own set-up function fails without Transformer Engine: these are its steps.
+    model = nl.io.load_context(path=ckpt_to_context_subdir(checkpoint), subpath="model")
+    del model.optim
+    inference = {"setup_optimizers": False, "ckpt_load_optimizer": False, "ddp": "pytorch"}
+    trainer = tiny.trainer(strategy_kwargs=inference)
+    _setup_trainer_and_restore_model(checkpoint, trainer, model)
+    trainer.strategy.restore_config = None
+    config = QuantizationConfig(algorithm="fp8", enable_kv_cache=False)
+    quantizer = Quantizer(config, ExportConfig(path=path, export_format="nemo"))
+    quantizer.quantize(model, loop)
+    quantizer.export(model, checkpoint, trainer)
+    return amax_of(model)

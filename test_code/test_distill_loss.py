@@ -18,8 +18,8 @@ from test_code import jobs_distill as jobs
 
 # fp32 arithmetic on up to some hundred entries; gradients are at most 1 in size.
 FP32 = {"rtol": 1e-5, "atol": 2e-6}
-# One rounding of the stored gradient to 8 bits of mantissa.
-BF16_GRADIENT = {"rtol": 2**-8, "atol": 1e-6}
+# The stored gradient is rounded to 8 bits of mantissa, once when formed and once when scaled.
+BF16_GRADIENT = {"rtol": 2**-7, "atol": 1e-5}
 
 
 def model_config(**overrides):
@@ -75,7 +75,7 @@ def test_logits_of_ten_thousand_lose_nothing(direction, offset):
     student, teacher = logits(6, 2, 33), logits(6, 2, 33, seed=1)
     # The offset itself rounds the teacher's logits: the reference gets the rounded ones.
     check(student, teacher + offset, direction=direction)
-    check(student * 1e4, teacher * 1e4, direction=direction, gradient={"rtol": 1e-4, "atol": 1e-4} | {})
+    check(student * 1e4, teacher * 1e4, direction=direction, gradient={"rtol": 1e-4, "atol": 1e-4})
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -112,13 +112,7 @@ def test_minus_infinity_never_makes_nan(direction, whose):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_bf16_logits_are_accumulated_in_fp32(direction, temperature):
     student, teacher = logits(6, 2, 300).bfloat16(), logits(6, 2, 300, seed=1).bfloat16()
-    check(
-        student,
-        teacher,
-        temperature,
-        direction,
-        gradient=BF16_GRADIENT if direction == "forward" else {"rtol": 2**-7, "atol": 1e-5},
-    )
+    check(student, teacher, temperature, direction, gradient=BF16_GRADIENT)
 
 
 def test_equal_models_have_no_divergence_and_no_gradient():

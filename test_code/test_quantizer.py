@@ -225,18 +225,18 @@ def test_decoder_type_that_cannot_be_told(quantization, gpu, stand_in):
 
 
 @pytest.fixture(scope="module")
-def work(_pools, tmp_path_factory):
+def work(ranks_factory, tmp_path_factory):
     """Return a folder with a trained checkpoint of a tiny llm.LlamaModel and a calibration file."""
     folder = tmp_path_factory.mktemp("quantizer")
-    _pools(1).run(jobs.make_checkpoint, str(folder / "llama"), True)
+    ranks_factory(1).run(jobs.make_checkpoint, str(folder / "llama"), True)
     jobs.corpus(folder / "text.jsonl")
     return folder
 
 
 @pytest.fixture(scope="module")
-def one_rank(_pools, work):
+def one_rank(ranks_factory, work):
     """Return what fp8 quantization gives on one rank."""
-    return _pools(1).run(jobs.quantize_loaded, str(work / "llama"), str(work / "text.jsonl"))[0]
+    return ranks_factory(1).run(jobs.quantize_loaded, str(work / "llama"), str(work / "text.jsonl"))[0]
 
 
 def test_fp8_on_a_real_model(one_rank):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -153,10 +154,9 @@ def test_the_pages_script_is_javascript(page, tmp_path):
 
 
 def test_the_table_fits_80_columns_and_shows_the_same_rows(content):
-    screen = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115 - closed with the process
-    with screen.capture() as capture:
-        screen.print(report.table(content))
-    text = capture.get()
+    screen = io.StringIO()
+    Console(width=80, file=screen).print(report.table(content))
+    text = screen.getvalue()
     for row in report.rows(content):
         for name, value in row.items():
             assert name == "perplexity" or value in text
@@ -173,14 +173,21 @@ def test_the_table_fits_80_columns_and_shows_the_same_rows(content):
         ({"quantize": 3.58}, {"quantization is cheap"}),
     ],
 )
-def test_checks_fail_loudly(changed, fails, tmp_path, capsys):
-    losses = {**LOSSES, **changed}
-    named = {summary.MODELS[name]: loss for name, loss in losses.items()}
+def test_checks_find_numbers_that_make_no_sense(changed, fails):
+    named = {summary.MODELS[name]: loss for name, loss in {**LOSSES, **changed}.items()}
     assert {check["name"] for check in summary.checks(named) if not check["ok"]} == fails
-    code = summary.finish(_records(losses), tmp_path, "t", Job("t", "a", "b"), strict=True)
-    assert code == bool(fails)
-    assert summary.finish(_records(losses), tmp_path, "t", Job("t", "a", "b")) == 0
-    assert ("FAIL" in capsys.readouterr().out) is bool(fails)
+
+
+def test_a_strict_run_fails_loudly(tmp_path, capsys):
+    records = _records({**LOSSES, "quantize": 3.58})
+    assert summary.finish(records, tmp_path, "t", Job("t", "a", "b"), strict=True) == 1
+    assert "FAIL Quantization cost 0.0600 nats" in capsys.readouterr().out
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_run_with_good_numbers_ends_well(tmp_path, capsys):
+    assert summary.finish(_records(), tmp_path, "t", Job("t", "a", "b"), strict=True) == 0
+    assert "FAIL" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

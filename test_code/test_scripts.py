@@ -71,6 +71,11 @@ def test_help_takes_no_time(script):
         ("compress", ["--config", "none.yaml"], ["--config none.yaml cannot be read"]),
         ("compress", ["--target-ffn-hiden-size", "3"], ["did you mean --target-ffn-hidden-size?"]),
         ("demo", ["--algorithm", "fp88"], ["did you mean fp8?"]),
+        (
+            "compress",
+            "--teacher t --train-text a --heldout-text b --target-num-layers 2 --algorithm int8 --formats hf".split(),  # noqa: SIM905
+            ["int8 cannot be exported as hf"],
+        ),
         ("demo", ["--devices", "3"], ["not a multiple of micro batch size 8 x 3"]),
         ("demo", ["--steps", "3", "--vorbose"], ["--vorbose; did you mean --verbose?"]),
         ("ptq", ["-nc", "no", "-bs", "0", "-ctp", "3", "--devices", "2"], ["no such folder", "--batch_size must", "3"]),

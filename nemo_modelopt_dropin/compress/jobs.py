@@ -16,7 +16,7 @@ from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
 from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.collections.llm.modelopt import ExportConfig, PruningConfig, QuantizationConfig
-from nemo_modelopt_dropin.compress import heldout, tokens, training
+from nemo_modelopt_dropin.compress import exported, heldout, tokens, training
 from nemo_modelopt_dropin.compress.settings import TARGETS, Job, Layout, Training
 
 _CHECKPOINT = "checkpoint"
@@ -120,7 +120,8 @@ def fit_data(token_folder: Path, tokenizer, settings: Training, seq_length: int)
 def resume(run: nl.Trainer, start_from: str | None = None) -> nl.AutoResume:
     """Go on from the newest intermediate checkpoint of the trainer's `Keeper`, else from ``start_from``'s weights."""
     latest = next(c for c in run.callbacks if isinstance(c, training.Keeper)).latest()
-    restore = nl.RestoreConfig(path=start_from) if start_from else None
+    # The tokenizer is the student's anyway; AutoResume does not find the artifacts of a path that it is told.
+    restore = nl.RestoreConfig(path=start_from, load_artifacts=False) if start_from else None
     return nl.AutoResume(resume_from_path=str(latest) if latest else None, restore_config=restore)
 
 
@@ -191,20 +192,26 @@ def quantize(folder: Path, job: Job, student: Path, token_folder: Path) -> dict[
     return measure(folder / _CHECKPOINT, token_folder, job)
 
 
-def export(folder: Path, job: Job, quantized: Path) -> dict[str, Any]:
-    """Write the quantized model in the other formats asked for."""
-    result: dict[str, Any] = {}
-    for target in job.quantization.formats:
-        if target == "nemo":
-            result[target] = {"path": str(quantized), "bytes": heldout.folder_bytes(quantized)}
-            continue
-        training.release()
-        beside, path = folder / f"{target}.part", folder / target
-        if training.rank() == 0:
-            shutil.rmtree(beside, ignore_errors=True)
-        llm.export_ckpt(path=quantized, target=target, output_path=beside, overwrite=True)
-        if training.rank() == 0:
-            beside.rename(path)
-            result[target] = {"path": str(path), "bytes": heldout.folder_bytes(path)}
+def export(folder: Path, job: Job, quantized: Path, token_folder: Path) -> dict[str, Any]:
+    """Write the quantized model in the other formats asked for, and read Hugging Face's back.
+
+    On rank zero alone: NeMo's exporters load the whole model in one process. The others wait for the stage's end.
+    """
     training.release()
+    result: dict[str, Any] = {}
+    if training.rank() != 0:
+        return result
+    for target in job.quantization.formats:
+        path = quantized if target == "nemo" else folder / target
+        if target != "nemo":
+            beside = folder / f"{target}.part"
+            shutil.rmtree(beside, ignore_errors=True)
+            with training.alone():
+                llm.export_ckpt(path=quantized, target=target, output_path=beside, overwrite=True)
+            beside.rename(path)
+        result[target] = {"path": str(path), "bytes": heldout.folder_bytes(path)}
+        if target == "hf":
+            ids = np.load(token_folder / "heldout.npy")
+            batch = job.distillation.micro_batch_size
+            result[target]["heldout_loss"] = exported.heldout_loss(path, ids, job.seq_length, batch)
     return result

@@ -75,7 +75,7 @@ def compression_stages(job: Job, root: Path, before: str | None = None, out: Tex
         ),
         stage(
             "export",
-            lambda jobs, folder: jobs.export(folder, job, checkpoint("quantize")),
+            lambda jobs, folder: jobs.export(folder, job, checkpoint("quantize"), token_folder),
             {"formats": job.quantization.formats},
             ("quantize",),
         ),

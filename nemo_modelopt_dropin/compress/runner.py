@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -80,6 +81,7 @@ def _as_rank(make_stages: MakeStages, root: Path, layout: Layout, verbose: bool)
         except (KeyboardInterrupt, SystemExit) as stop:
             # Lightning turns Ctrl-C into SystemExit(1).
             if interrupted():
+                logging.disable(logging.CRITICAL)  # libraries complain at exit about what was not finished
                 if rank == 0:
                     out.write("interrupted; the same command goes on from here\n")
                 return INTERRUPTED

@@ -10,6 +10,7 @@ from typing import Any
 
 ALGORITHMS = ("fp8", "int8", "int8_sq", "int4", "int4_awq", "w4a8_awq", "nvfp4")
 EXPORT_FORMATS = ("nemo", "hf")
+HF_ALGORITHMS = ("fp8", "nvfp4")  # modelopt's Hugging Face writer stores the others wrongly or not at all
 TARGETS = (
     "target_ffn_hidden_size",
     "target_hidden_size",
@@ -120,6 +121,8 @@ class Quantization:
         found = _positive(self, ("calibration_size", "calibration_batch_size", "calibration_seq_len"), "quantization")
         found += unknown("algorithm", [self.algorithm], ALGORITHMS)
         found += unknown("export format", self.formats, EXPORT_FORMATS)
+        if not found and "hf" in self.formats and self.algorithm not in HF_ALGORITHMS:
+            found.append(f"{self.algorithm} cannot be exported as hf, only {' and '.join(HF_ALGORITHMS)}; use nemo")
         if not found and self.calibration_size < self.calibration_batch_size:
             found.append(
                 f"quantization: calibration size {self.calibration_size} is less than one batch of "

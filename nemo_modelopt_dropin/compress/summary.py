@@ -18,6 +18,8 @@ from nemo_modelopt_dropin.compress.stages import Record
 # What the demo promises; a run that misses one is not a good compression, whatever its exit code.
 RECOVERED_AT_LEAST = 0.5
 PTQ_COSTS_AT_MOST = 0.05
+# Read back with weights of the same 8 bits but activations that are not quantized.
+EXPORT_APART_AT_MOST = 0.02
 _PACKAGES = (
     "nemo-modelopt-dropin",
     "nemo-toolkit",
@@ -33,6 +35,10 @@ _CURVES = {"pretrain": "teacher", "distill": "distilled", "scratch": "from scrat
 def build(records: Mapping[str, Record], title: str, job: Job) -> dict[str, Any]:
     """Return the report as plain data: everything that the page and the table show."""
     models = [_model(MODELS[name], records[name].result) for name in MODELS if name in records]
+    losses = {model["name"]: model["heldout_loss"] for model in models}
+    exports = records["export"].result if "export" in records else {}
+    if (exports.get("hf") or {}).get("heldout_loss") is not None:
+        losses["exported"] = exports["hf"]["heldout_loss"]
     return {
         "title": title,
         "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -46,8 +52,8 @@ def build(records: Mapping[str, Record], title: str, job: Job) -> dict[str, Any]
             for name, label in _CURVES.items()
             if name in records
         ],
-        "exports": records["export"].result if "export" in records else {},
-        "checks": checks({model["name"]: model["heldout_loss"] for model in models}),
+        "exports": exports,
+        "checks": checks(losses),
         "settings": {"job": job.as_dict(), **{name: record.settings for name, record in records.items()}},
         "versions": _versions(),
         "machine": _machine(records),
@@ -95,6 +101,14 @@ def checks(losses: Mapping[str, float]) -> list[dict[str, Any]]:
             "quantization is cheap",
             cost <= PTQ_COSTS_AT_MOST,
             f"Quantization cost {cost:.4f} nats (at most {PTQ_COSTS_AT_MOST} expected).",
+        )
+    if {"exported", "quantized"} <= losses.keys():
+        apart = abs(losses["exported"] - losses["quantized"])
+        check(
+            "the export is the model",
+            apart <= EXPORT_APART_AT_MOST,
+            f"The exported Hugging Face files, read back, are {apart:.4f} nats from the quantized model "
+            f"(at most {EXPORT_APART_AT_MOST} expected).",
         )
     return found
 

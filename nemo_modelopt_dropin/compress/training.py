@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import json
 import os
 import pickle
 import shutil
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,6 +31,17 @@ from tqdm import tqdm
 from nemo import lightning as nl
 from nemo_modelopt_dropin.compress import launch
 from nemo_modelopt_dropin.compress.settings import Layout, Training
+
+_RANK_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 def rank() -> int:
@@ -87,6 +101,18 @@ def release() -> None:
         os.environ.pop("MASTER_PORT", None)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Let this rank work as a process of its own, for parts of NeMo that build a one-device trainer themselves."""
+    names = [name for name in os.environ if name in _RANK_VARIABLES or name.startswith(("TORCHELASTIC_", "SLURM_"))]
+    kept = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        release()
+        os.environ.update(kept)
 
 
 def strategy(layout: Layout, **options) -> nl.MegatronStrategy:
@@ -214,8 +240,14 @@ class Curve(pl.Callback):
         if rank() == 0:
             with open(self.path, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(point) + "\n" for point in self.points)
+            stream = self.out or sys.stderr
             self.bar = tqdm(
-                total=trainer.max_steps, initial=trainer.global_step, desc=self.title, unit="step", file=self.out
+                total=trainer.max_steps,
+                initial=trainer.global_step,
+                desc=self.title,
+                unit="step",
+                file=stream,
+                mininterval=0.1 if stream.isatty() else 15.0,  # a log file needs no animation
             )
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):

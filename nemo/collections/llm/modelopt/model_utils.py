@@ -184,6 +184,15 @@ def _override_config(config: Any, overrides: dict) -> None:
         setattr(config, name, value)
 
 
+def _load_tokenizer(path: str | None) -> Any:
+    """Return the tokenizer to use in place of the checkpoint's, or None."""
+    if not path:
+        return None
+    from nemo.collections.common.tokenizers import tokenizer_utils
+
+    return tokenizer_utils.get_tokenizer(path)
+
+
 def setup_trainer_and_restore_model_with_modelopt_spec(
     model_path: str,
     tensor_model_parallel_size: int = 1,
@@ -261,15 +270,10 @@ def setup_trainer_and_restore_model_with_modelopt_spec(
     if inference_only:
         del model.optim
 
-    tokenizer = None
-    if tokenizer_path:
-        from nemo.collections.common.tokenizers.tokenizer_utils import get_tokenizer
-
-        tokenizer = get_tokenizer(tokenizer_path)
-    _setup_trainer_and_restore_model(model_path, trainer, model, tokenizer)
+    _setup_trainer_and_restore_model(model_path, trainer, model, _load_tokenizer(tokenizer_path))
     # A later trainer.fit would otherwise load the weights a second time, over the converted model.
     trainer.strategy.restore_config = None
-    logging.info(f"Loaded model: {model}\n")
+    logging.info(f"Restored {type(model).__name__}:\n{model}")
     return model, trainer
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import yaml
+
 from modelopt.torch.distill import DistillationLossBalancer
 
 from ..errors import ModelOptConfigError, one_of

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import collections
 import copy
+import os
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.core import check_is_distributed_checkpoint
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.validation import StrictHandling, parse_strict_flag
 from nemo.lightning import get_vocab_size
+from nemo.lightning.io.pl import ckpt_to_weights_subdir
 from nemo.utils import logging
 
 from ..errors import ModelOptConfigError
@@ -142,16 +146,12 @@ def strip_module_prefix(key: str) -> str:
 
 def saved_keys(ckpt_path: Any) -> list[str]:
     """Return the keys of the tensors and objects in a distributed checkpoint; empty where there is none to look at."""
-    from megatron.core import dist_checkpointing
-    from nemo.lightning.io.pl import ckpt_to_weights_subdir
-
-    try:
-        folder = ckpt_to_weights_subdir(ckpt_path, is_saving=False)
-        if not folder.is_dir() or not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
-            return []
-        return list(dist_checkpointing.load_sharded_metadata(str(folder)))
-    except (TypeError, AttributeError):  # a path that is none, such as a stand-in's
+    if not isinstance(ckpt_path, (str, os.PathLike)):
         return []
+    folder = ckpt_to_weights_subdir(ckpt_path, is_saving=False)
+    if not folder.is_dir() or not check_is_distributed_checkpoint(str(folder)):
+        return []
+    return list(load_sharded_metadata(str(folder)))
 
 
 def saved_prefix(keys: list[str]) -> str:

@@ -10,16 +10,17 @@ from __future__ import annotations
 from abc import ABCMeta
 from typing import TYPE_CHECKING
 
-import modelopt.torch.distill as mtd
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.transformer import MegatronModule
-from modelopt.torch.distill import DistillationLossBalancer
 from nemo.utils import logging
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
+
+import modelopt.torch.distill as mtd
+from modelopt.torch.distill import DistillationLossBalancer
 
 from ..errors import ModelOptConfigError
 from ._vocab_parallel import FORWARD, REVERSE, kl_divergence

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import modelopt.torch.distill as mtd
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
@@ -17,6 +16,7 @@ from nemo.utils.megatron_utils import average_losses_across_data_parallel_group 
 from nemo.utils.model_utils import unwrap_model
 from torch import Tensor, nn
 
+import modelopt.torch.distill as mtd
 from nemo.collections import llm
 
 from ..errors import ModelOptConfigError
@@ -287,13 +287,23 @@ def _refuse_virtual_pipeline(config: Any, strategy: Any = None) -> None:
 
 
 def _check_student_layers(student: nn.Module, criterion: Mapping[tuple[str, str], Any]) -> None:
-    """Raise where a layer to capture is not in the student, before the teacher is loaded.
+    """Raise on every pipeline stage where a layer to capture is not in the student, before the teacher is loaded.
 
     Raises:
         ModelOptConfigError: naming the layer and similar ones.
     """
     names = [name for name, _ in student.named_modules()]
-    for layer, _ in criterion:
-        if layer not in names:
-            near = difflib.get_close_matches(layer, names, n=3)
-            raise ModelOptConfigError(f"The student has no layer {layer!r} on this stage. Similar names: {near}.")
+    problems: list[str | None] = [
+        f"The student has no layer {layer!r} on this stage. Similar names: "
+        f"{difflib.get_close_matches(layer, names, n=3)}."
+        for layer, _ in criterion
+        if layer not in names
+    ]
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    if stages > 1:
+        # Only the last stage knows; the others would wait for it in the teacher's checkpoint.
+        mine, problems = (problems or [None])[0], [None] * stages
+        torch.distributed.all_gather_object(problems, mine, group=parallel_state.get_pipeline_model_parallel_group())
+    for problem in problems:
+        if problem:
+            raise ModelOptConfigError(problem)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Callable
 from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-import modelopt.torch.opt as mto
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_tensor_shapes
 from megatron.core.transformer import TransformerLayer
 from megatron.core.utils import get_model_config
-from modelopt.torch.distill import DistillationModel
 from nemo.utils import logging
 from torch import Tensor
 
+import modelopt.torch.opt as mto
+from modelopt.torch.distill import DistillationModel
 from nemo import lightning as nl
 from nemo.collections import llm
 
@@ -170,8 +169,8 @@ def teacher_provider(
     weights = {strip_module_prefix(key): value for key, value in checkpoint["state_dict"].items()}
     load_weights(model, weights, strict_flag)
 
+    # The caching allocator keeps what only loading needed until it is told.
     del sharded, checkpoint, weights
-    gc.collect()
     torch.cuda.empty_cache()
     logging.info("Distillation: the teacher is loaded.")
     return model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -99,7 +98,7 @@ def prune_by_importance(
         measured = True
 
     try:
-        with quiet_score_files():
+        with quiet_score_files(), own_hparams():
             result = minitron(core, search_mode(), export_config, forward_loop, scores_file)
     except BaseException as error:
         if measured:
@@ -147,27 +146,30 @@ def finish_scores(core: nn.Module, forwards: int) -> None:
             "No batch reached the model, so there is no importance to prune by: the training loader holds less than "
             "one global batch. Give more samples or a smaller global batch size. The model is as it was."
         )
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    share = torch.distributed.get_world_size(group) > 1
-    device = next(core.parameters()).device
     for module in core.modules():
         measured = getattr(module, "_activations", None)
-        for sums in measured.values() if isinstance(measured, dict) else [measured]:
-            if isinstance(sums, torch.Tensor):
-                if share:
-                    all_reduce(sums, group=group)
-                if not bool(torch.isfinite(sums).all()):
-                    raise ModelOptConfigError(
-                        "An activation is infinite or not a number, so importance cannot be ranked; check the weights "
-                        "and the precision of the checkpoint. The model is as it was."
-                    )
+        if isinstance(measured, dict):
+            module._activations = {key: _over_data(sums) for key, sums in measured.items()}
+        elif isinstance(measured, torch.Tensor):
+            module._activations = _over_data(measured)
         score = getattr(module, "_scores", None)
         if isinstance(score, float):
-            if share:
-                total = torch.tensor([score], dtype=torch.float64, device=device)
-                all_reduce(total, group=group)
-                score = float(total)
-            module._scores = max(score, _LOWEST_SCORE) if math.isfinite(score) else score
+            total = torch.tensor([score], dtype=torch.float64, device=next(core.parameters()).device)
+            module._scores = max(float(_over_data(total)), _LOWEST_SCORE)
+
+
+def _over_data(sums: torch.Tensor) -> torch.Tensor:
+    """Return sums over the data-parallel ranks, as an ordinary tensor (Lightning measures in inference mode)."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    sums = sums.clone()
+    if torch.distributed.get_world_size(group) > 1:
+        all_reduce(sums, group=group)
+    if not bool(torch.isfinite(sums).all()):
+        raise ModelOptConfigError(
+            "An activation is infinite or not a number, so importance cannot be ranked; check the weights and the "
+            "precision of the checkpoint. The model is as it was."
+        )
+    return sums
 
 
 def forward_hooks(core: nn.Module) -> dict[nn.Module, tuple[dict, dict, dict]]:
@@ -210,6 +212,33 @@ def forget_conversion(core: nn.Module) -> None:
 
     if ModeloptStateManager.is_converted(core, is_root=True):
         ModeloptStateManager.remove_state(core)
+
+
+@contextlib.contextmanager
+def own_hparams() -> Iterator[None]:
+    """Let each first pipeline stage keep its own record of the hidden size while modelopt converts.
+
+    modelopt broadcasts rank 0's to all ranks. The first stages of further data-parallel replicas would then slice their
+    embedding by another record than the layers, and stop at an assertion while the others wait.
+    """
+    from modelopt.torch.nas.plugins import megatron as plugin
+
+    original = plugin.dist
+
+    class KeepsOwn:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(original, name)
+
+        @staticmethod
+        def broadcast(record: Any, src: int = 0, group: Any = None) -> Any:
+            received = original.broadcast(record, src=src, group=group)
+            return received if record is None else record
+
+    plugin.dist = KeepsOwn()
+    try:
+        yield
+    finally:
+        plugin.dist = original
 
 
 @contextlib.contextmanager

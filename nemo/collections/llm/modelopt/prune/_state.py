@@ -75,8 +75,8 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
 def kept_trainer(trainer: Any) -> Iterator[None]:
     """Put back the trainer's limits and list of callbacks on leaving, also after an error.
 
-    NeMo adds its telemetry callback with every ``llm.train`` or ``llm.validate``, and fails when it is there twice: it is
-    taken out meanwhile, so that a trainer that has run before can measure.
+    NeMo adds its telemetry callback with every ``llm.train`` or ``llm.validate``, and fails when it is there twice:
+    it is taken out meanwhile, so that a trainer that has run before can measure.
     """
     limits = {name: getattr(trainer, name) for name in _TRAINER_LIMITS if name in vars(trainer)}
     callbacks = list(trainer.callbacks) if isinstance(getattr(trainer, "callbacks", None), list) else None

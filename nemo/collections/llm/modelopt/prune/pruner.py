@@ -175,7 +175,10 @@ def _minitron(
 def _validate_on_training_data(model: Any, data_module: Any, trainer: Any, converted: Any = None) -> None:
     """Run the forward passes. modelopt hands its unwrapped model in, NeMo wants its own around it."""
     logging.info("Measuring the importance of the model's parts...")
-    llm.validate(model, data=data_module, trainer=trainer, tokenizer="model")
+    # modelopt calls this without gradients, but setting a trainer up may build Megatron's DDP, which needs them;
+    # the validation loop switches them off again by itself.
+    with torch.enable_grad():
+        llm.validate(model, data=data_module, trainer=trainer, tokenizer="model")
 
 
 @contextlib.contextmanager

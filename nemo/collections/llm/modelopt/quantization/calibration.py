@@ -244,6 +244,25 @@ def run_forward(model, batches: list[torch.Tensor], consume=None, title: str = "
     next(progress, None)
 
 
+def run_loader(model, get_dataloader: Callable[[], Iterator], fixed: dict[str, Any] | None) -> None:
+    """Run what a data loader has through the pipeline.
+
+    Args:
+        model: This rank's stage: a Megatron-Core model.
+        get_dataloader: Returns an iterator over microbatches `[b, s]`.
+        fixed: Number and sizes of the microbatches for one call of Megatron's schedule, the stock form; None takes them
+            from the data and leaves out the output layer, unless it is quantized.
+    """
+    if fixed is None:
+        with output_layer_skipped(model, unless_quantized=True):
+            run_forward(model, list(get_dataloader()))
+        return
+    from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+    schedule = get_forward_backward_func()
+    schedule(model=model, data_iterator=get_dataloader(), forward_step_func=forward_step(), forward_only=True, **fixed)
+
+
 @contextlib.contextmanager
 def output_layer_skipped(model, unless_quantized: bool = False) -> Iterator[None]:
     """Let a Megatron-Core GPT or Mamba model return hidden states in place of logits, inside of the context.

@@ -12,7 +12,7 @@ import os  # noqa: F401
 import pprint
 import shutil
 import tempfile  # noqa: F401
-from dataclasses import dataclass
+from dataclasses import dataclass  # noqa: F401
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Union  # noqa: F401
 
@@ -37,6 +37,7 @@ from nemo.collections import llm
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization import calibration, export, kv_cache, report, settings
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
+from nemo.collections.llm.modelopt.quantization.config import ExportConfig, QuantizationConfig
 from nemo.collections.llm.modelopt.quantization.quant_cfg_choices import get_quant_cfg_choices
 from nemo.collections.llm.modelopt.quantization.utils import load_quant_cfg
 
@@ -56,51 +57,6 @@ _MAXBOUND = {"fp8": 448, "int8_sq": 127}
 _MIN_AMAX_SHARE = 0.01
 # Long enough for `seq_len` tokens of any language's text; the rest of a document would be tokenized in vain.
 _CHARACTERS_PER_TOKEN = 16
-
-
-@dataclass
-class QuantizationConfig:
-    """Settings of post-training quantization.
-
-    ``algorithm`` is a key of ``QUANT_CFG_CHOICES``, the name of a preset of modelopt ("INT8_WEIGHT_ONLY_CFG"), the path
-    of a JSON file with a quant_cfg, or None to export the model as it is. ``sq_alpha`` is SmoothQuant's migration
-    strength. ``enable_kv_cache=None`` decides by algorithm and model. The calibration dataset is "cnn_dailymail",
-    "wikitext" or a JSON or JSON-lines file with a column "text"; ``calibration_dataset_size`` counts its rows.
-
-    ``packed`` joins rows into full sequences, so that no padding enters the statistics; False pads each row as the
-    stock subpackage does. ``comparison_size`` is the number of held-out rows on which the quantized model is compared
-    with the original, 0 for none.
-    """
-
-    algorithm: str | None = "fp8"
-    awq_block_size: int = 128
-    sq_alpha: float = 0.5
-    enable_kv_cache: bool | None = None
-    kv_cache_qformat: str = "fp8"
-
-    calibration_dataset: str = "cnn_dailymail"
-    calibration_dataset_size: int = 512
-    calibration_batch_size: int = 64
-    calibration_seq_len: int = 128
-
-    packed: bool = True
-    comparison_size: int = 32
-
-
-@dataclass
-class ExportConfig:
-    """Where and how to write the quantized model; ``export_format`` is one of ``SUPPORTED_EXPORT_FMT``."""
-
-    path: str
-    export_format: str = "trtllm"
-    dtype: str | int = "bf16"
-    decoder_type: str | None = None
-    inference_tp: int = 1
-    inference_pp: int = 1
-    generate_sample: bool = False
-
-    def __post_init__(self):
-        self.path = Path(self.path)  # type: ignore[assignment]
 
 
 class Quantizer:
@@ -342,26 +298,15 @@ class Quantizer:
             micro_batch_size: Sequences in a microbatch (with ``num_batches``).
             decoder_seq_length: Decoder's sequence length, for encoder-decoder models (with ``num_batches``).
         """
-
-        def loop(model):
-            if num_batches is None:
-                with calibration.output_layer_skipped(model, unless_quantized=True):
-                    calibration.run_forward(model, list(get_dataloader()))
-                return
-            from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-
-            get_forward_backward_func()(
-                forward_step_func=calibration.forward_step(),
-                data_iterator=get_dataloader(),
-                model=model,
-                num_microbatches=num_batches,
-                seq_length=seq_length,
-                micro_batch_size=micro_batch_size,
-                decoder_seq_length=decoder_seq_length,
-                forward_only=True,
-            )
-
-        return loop
+        fixed = None
+        if num_batches is not None:
+            fixed = {
+                "num_microbatches": num_batches,
+                "seq_length": seq_length,
+                "micro_batch_size": micro_batch_size,
+                "decoder_seq_length": decoder_seq_length,
+            }
+        return lambda model: calibration.run_loader(model, get_dataloader, fixed)
 
     @staticmethod
     def _validate_quantized_checkpoint(checkpoint_dir: Path, tensor_parallelism_size: int) -> bool:
@@ -538,21 +483,20 @@ def create_data_iterator_getter(
     return _get_iterator
 
 
-gpt_model_type = [
-    (llm.Baichuan2Model, "baichuan"),
-    (llm.ChatGLMModel, "chatglm"),
-    (llm.Gemma2Model, "gemma2"),
-    (llm.Gemma3Model, "gemma3"),
-    (llm.GemmaModel, "gemma"),
-    (llm.LlamaModel, "llama"),
-    (llm.MistralModel, "llama"),
-    (llm.MixtralModel, "llama"),
-    (llm.NemotronModel, "gpt"),
-    (llm.Qwen2Model, "qwen"),
-    (llm.StarcoderModel, "gpt"),
-    (llm.Starcoder2Model, "gpt"),
-    (llm.Phi3Model, "phi3"),
-]
+_DECODERS = (
+    ("baichuan", "Baichuan2"),
+    ("chatglm", "ChatGLM"),
+    ("gemma2", "Gemma2"),
+    ("gemma3", "Gemma3"),
+    ("gemma", "Gemma"),
+    ("llama", "Llama Mistral Mixtral"),
+    ("gpt", "Nemotron"),
+    ("qwen", "Qwen2"),
+    ("gpt", "Starcoder Starcoder2"),
+    ("phi3", "Phi3"),
+)
+# (class of NeMo, modelopt's name of its decoder): the first that fits counts.
+gpt_model_type = [(getattr(llm, f"{name}Model"), decoder) for decoder, names in _DECODERS for name in names.split()]
 
 
 def get_modelopt_decoder_type(model: llm.GPTModel) -> str | None:

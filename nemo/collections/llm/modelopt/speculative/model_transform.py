@@ -5,6 +5,7 @@ from typing import Any
 
 import torch.nn as nn
 from nemo.utils import logging
+from nemo.utils.import_utils import safe_import
 from nemo.utils.model_utils import unwrap_model
 
 import modelopt.torch.opt as mto
@@ -12,6 +13,8 @@ import modelopt.torch.speculative as mtsp
 from nemo.collections.llm import GPTModel
 
 from ..errors import ModelOptConfigError, one_of
+
+_, HAVE_TE = safe_import("transformer_engine")
 
 # Name -> modelopt's mode and its configuration; None where this modelopt has none.
 ALGORITHMS: dict[str, dict[str, Any] | None] = {
@@ -75,15 +78,17 @@ def _check(core: Any, mode: str) -> None:
     if issubclass(type(core), nn.Module) and not _is_convertible(core, mode):
         raise ModelOptConfigError(
             f"The installed modelopt cannot add {mode!r} draft heads to {type(core).__name__}: it needs a model with "
-            "its weights in place and, for EAGLE, Transformer Engine (modelopt's Megatron plugin imports it)."
+            "its weights in place and, for EAGLE, Transformer Engine (its draft layers are built of it)."
         )
 
 
 def _is_convertible(core: nn.Module, mode: str) -> bool:
-    """Return whether modelopt has registered a class for this model, or for a parent of its class."""
+    """Return whether modelopt knows this model's class, or a parent of it, and has what the method's layers need."""
     from modelopt.torch.speculative.eagle.conversion import EagleDMRegistry
     from modelopt.torch.speculative.medusa.conversion import MedusaDMRegistry
 
+    if mode == "eagle" and not HAVE_TE:
+        return False
     registry = {"eagle": EagleDMRegistry, "medusa": MedusaDMRegistry}.get(mode)
     return registry is None or any(issubclass(type(core), known) for known in registry._registry)
 

@@ -1,0 +1,51 @@
+"""The configuration dataclasses of post-training quantization; NeMo-Run builds them from the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass
+class QuantizationConfig:
+    """Settings of post-training quantization.
+
+    ``algorithm`` is a key of ``QUANT_CFG_CHOICES``, the name of a preset of modelopt ("INT8_WEIGHT_ONLY_CFG"), the path
+    of a JSON file with a quant_cfg, or None to export the model as it is. ``sq_alpha`` is SmoothQuant's migration
+    strength. ``enable_kv_cache=None`` decides by algorithm and model. The calibration dataset is "cnn_dailymail",
+    "wikitext" or a JSON or JSON-lines file with a column "text"; ``calibration_dataset_size`` counts its rows.
+
+    ``packed`` joins rows into full sequences, so that no padding enters the statistics; False pads each row as the
+    stock subpackage does. ``comparison_size`` is the number of held-out rows on which the quantized model is compared
+    with the original, 0 for none.
+    """
+
+    algorithm: str | None = "fp8"
+    awq_block_size: int = 128
+    sq_alpha: float = 0.5
+    enable_kv_cache: bool | None = None
+    kv_cache_qformat: str = "fp8"
+
+    calibration_dataset: str = "cnn_dailymail"
+    calibration_dataset_size: int = 512
+    calibration_batch_size: int = 64
+    calibration_seq_len: int = 128
+
+    packed: bool = True
+    comparison_size: int = 32
+
+
+@dataclass
+class ExportConfig:
+    """Where and how to write the quantized model; ``export_format`` is one of ``SUPPORTED_EXPORT_FMT``."""
+
+    path: str
+    export_format: str = "trtllm"
+    dtype: str | int = "bf16"
+    decoder_type: str | None = None
+    inference_tp: int = 1
+    inference_pp: int = 1
+    generate_sample: bool = False
+
+    def __post_init__(self):
+        self.path = Path(self.path)  # type: ignore[assignment]

@@ -1,0 +1,55 @@
+"""The NeMo-Run recipes: what they configure, against stock's values."""
+
+from __future__ import annotations
+
+import nemo_run as run
+import pytest
+
+from nemo import lightning as nl
+from nemo.collections import llm
+from nemo.collections.llm.modelopt import PruningConfig
+from nemo.collections.llm.modelopt.recipes import distillation_recipe, prune_recipe
+from nemo.collections.llm.modelopt.recipes.distillation_recipe import trainer
+
+
+def test_distillation_recipe():
+    recipe = distillation_recipe("/student", "/teacher", "/kd.yaml", dir="/logs", name="run", num_nodes=2)
+    assert isinstance(recipe, run.Partial) and recipe.__fn_or_cls__ is llm.distill
+    assert (recipe.student_model_path, recipe.teacher_model_path) == ("/student", "/teacher")
+    assert recipe.distillation_config_path == "/kd.yaml"
+    assert (recipe.data.seq_length, recipe.data.global_batch_size, recipe.data.micro_batch_size) == (8192, 512, 1)
+    assert recipe.optim.config.lr == 3e-5
+    assert recipe.log.log_dir == "/logs" and recipe.log.name == "run"
+    assert (recipe.trainer.num_nodes, recipe.trainer.devices) == (2, 8)
+
+
+def test_trainer():
+    config = trainer(tensor_parallelism=4, pipeline_parallelism=2, context_parallelism=2, max_steps=7)
+    assert config.__fn_or_cls__ is nl.Trainer and config.strategy.__fn_or_cls__ is nl.MegatronStrategy
+    strategy = config.strategy
+    sizes = (
+        strategy.tensor_model_parallel_size,
+        strategy.pipeline_model_parallel_size,
+        strategy.context_parallel_size,
+        strategy.virtual_pipeline_model_parallel_size,
+    )
+    assert sizes == (4, 2, 2, None)
+    assert config.max_steps == 7 and config.val_check_interval == 2000 and config.limit_val_batches == 32
+    ddp = strategy.ddp
+    assert ddp.average_in_collective and ddp.overlap_grad_reduce and ddp.grad_reduce_in_fp32
+
+
+@pytest.mark.parametrize("tp, asked, expected", [(8, True, True), (8, False, False), (1, True, False)])
+def test_sequence_parallelism_needs_tensor_parallelism(tp, asked, expected):
+    assert trainer(tensor_parallelism=tp, sequence_parallelism=asked).strategy.sequence_parallel is expected
+
+
+def test_prune_recipe():
+    recipe = prune_recipe("/model", "/pruned")
+    assert isinstance(recipe, run.Partial) and recipe.__fn_or_cls__ is llm.prune
+    assert (recipe.nemo_checkpoint, recipe.save_path) == ("/model", "/pruned")
+    assert (recipe.devices, recipe.num_nodes, recipe.tp_size, recipe.pp_size) == (1, 1, 1, 1)
+    assert recipe.num_train_samples == 1024 and recipe.legacy_ckpt is False
+    assert recipe.pruning_config.__fn_or_cls__ is PruningConfig
+    recipe.pruning_config.target_ffn_hidden_size = 9216
+    assert recipe.pruning_config.target_ffn_hidden_size == 9216
