@@ -404,7 +404,7 @@ def patch_stock_quantizer() -> None:
         with mock.patch.object(torch.cuda, "is_available", return_value=True):
             construct(self, *args, **kwargs)
 
-    Quantizer.__init__ = __init__
+    setattr(Quantizer, "__init__", __init__)  # noqa: B010 - mypy refuses the plain assignment
 
 
 PATCHES: tuple[Callable[[], None], ...] = (

@@ -28,11 +28,23 @@ class Metrics(pl.Callback):
         self.steps.append(self._logged(trainer))
 
     def on_validation_end(self, trainer, pl_module):
-        self.val_losses.append(float(trainer.callback_metrics["val_loss"]))
+        if not trainer.sanity_checking:
+            self.val_losses.append(float(trainer.callback_metrics["val_loss"]))
 
     @staticmethod
     def _logged(trainer):
         return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+class TeacherWeights(pl.Callback):
+    """Keep a copy of the teacher's weights as they are when training starts."""
+
+    def __init__(self):
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def on_train_start(self, trainer, pl_module):
+        teacher_model = tiny.core(pl_module).teacher_model
+        self.weights.update({name: weight.clone() for name, weight in teacher_model.named_parameters()})
 
 
 @contextlib.contextmanager
@@ -286,16 +298,10 @@ def checkpoint_of_student(teacher_path, settings, path):
 
     student = {"hidden_size": 32}
     model = distillation_model(teacher_path, settings, student)
-    before = {}
-
-    class Count(pl.Callback):
-        def on_train_start(self, trainer, pl_module):
-            core = tiny.core(pl_module)
-            before.update({n: p.clone() for n, p in core.teacher_model.named_parameters()})
-
-    losses = tiny.fit(model, max_steps=2, save_to=path, callbacks=[Count()], tp=2)
+    snapshot = TeacherWeights()
+    losses = tiny.fit(model, max_steps=2, save_to=path, callbacks=[snapshot], tp=2)
     core = tiny.core(model)
-    moved = [n for n, p in core.teacher_model.named_parameters() if not torch.equal(p, before[n])]
+    moved = [n for n, p in core.teacher_model.named_parameters() if not torch.equal(p, snapshot.weights[n])]
     in_buffers = sum(buffer.numel_unpadded for buffer in model.module.buffers)
     trainable = sum(p.numel() for p in core.parameters() if p.requires_grad)
     teacher_trains = any(p.requires_grad for p in core.teacher_model.parameters())

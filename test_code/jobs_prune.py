@@ -245,7 +245,7 @@ def fingerprint_of_state(model, module, run):
         "modes": [part.training for part in tiny.core(model).modules()],
         "torch": torch.get_rng_state().tolist(),
         "python": random.getstate(),
-        "numpy": list(np.random.get_state())[1].tolist(),
+        "numpy": str(np.random.get_state()),
         "tracker": {name: state.tolist() for name, state in tracker.items()},
         "hooks": [
             (name, list(map(str, hooks)))

@@ -18,6 +18,7 @@ import os
 import pickle
 import random
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -26,6 +27,7 @@ from pathlib import Path
 
 _START_TIMEOUT = 240.0
 _GRACE = 5.0
+_taken: set[int] = set()
 
 
 class RankError(RuntimeError):
@@ -152,8 +154,21 @@ def _kill(process) -> None:
 
 
 def _first_port() -> int:
-    """Return where this pool's ports begin: below the ephemeral range, 500 a pool, one a job."""
-    return random.SystemRandom().randrange(12_000, 31_000, 500)
+    """Return where a pool's ports begin: below the ephemeral range, 200 a pool, one a job, none in use now."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000, 200)
+        if port not in _taken and _is_free(port):
+            _taken.add(port)
+            return port
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def _serve(rank: int, world_size: int, port: int, pipe, log: str, env: dict[str, str]) -> None:

@@ -18,14 +18,45 @@ SURFACE = json.loads((Path(__file__).parent / "data" / "api_surface_2.7.3.json")
 
 # Names a module has only for its annotations or its own arithmetic: nobody imports or patches them there.
 NOISE = {
-    "Any", "Callable", "Dict", "List", "Optional", "Tuple", "Union", "TYPE_CHECKING", "ABCMeta", "MethodType", "Path",
-    "dataclass", "field", "nullcontext", "partial", "safe_import", "safe_import_from", "copy", "json", "os", "pprint", "re", "shutil", "tempfile",
-}  # fmt: skip
+    "Any",
+    "Callable",
+    "Dict",
+    "List",
+    "Optional",
+    "Tuple",
+    "Union",
+    "TYPE_CHECKING",
+    "ABCMeta",
+    "MethodType",
+    "Path",
+    "dataclass",
+    "field",
+    "nullcontext",
+    "partial",
+    "safe_import",
+    "safe_import_from",
+    "copy",
+    "json",
+    "os",
+    "pprint",
+    "re",
+    "shutil",
+    "tempfile",
+}
 # Imported by stock for type checkers only, or only where Transformer Engine or mamba-ssm is installed.
 NOT_AT_RUN_TIME = {
-    "MegatronModule", "OptimizerModule", "TokenizerSpec", "MCoreGPTModel", "ShardedStateDict", "CheckpointIO",
-    "MegatronParallel", "Trainer", "get_gpt_modelopt_spec", "get_mamba_stack_modelopt_spec", "maybe_cast_to_type",
-}  # fmt: skip
+    "MegatronModule",
+    "OptimizerModule",
+    "TokenizerSpec",
+    "MCoreGPTModel",
+    "ShardedStateDict",
+    "CheckpointIO",
+    "MegatronParallel",
+    "Trainer",
+    "get_gpt_modelopt_spec",
+    "get_mamba_stack_modelopt_spec",
+    "maybe_cast_to_type",
+}
 # The same, for names that other modules do have at run time.
 FOR_TYPES_ONLY = {
     ("nemo.collections.llm.modelopt.distill.loss", "TransformerConfig"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -15,8 +16,10 @@ import sys
 import time
 from collections.abc import Sequence
 
-# Where the ranks of `run_ranks` agree on which stages to run; its presence also tells a rank who started it.
-STORE_PORT = "NEMO_MODELOPT_STORE_PORT"
+# Tells a rank that `run_ranks` started it, and so that a parent writes the report.
+STARTED_BY_US = "NEMO_MODELOPT_LOCAL_RANKS"
+# Below the range from which systems give out ports of outgoing connections.
+_PORTS = range(20000, 32000)
 _GRACE_S = 10.0
 
 
@@ -28,9 +31,9 @@ def is_rank() -> bool:
 def run_ranks(count: int, argv: Sequence[str] | None = None) -> int:
     """Run ``argv`` (this command by default) in ``count`` processes; return the first exit code that is not zero."""
     command = [sys.executable, *(argv if argv is not None else sys.argv)]
-    ports = _free_ports(2)
+    port = _free_port()
     children = [
-        subprocess.Popen(command, env=_environment(rank, count, *ports), preexec_fn=_die_with_parent)
+        subprocess.Popen(command, env=_environment(rank, count, port), preexec_fn=_die_with_parent)
         for rank in range(count)
     ]
     try:
@@ -41,16 +44,19 @@ def run_ranks(count: int, argv: Sequence[str] | None = None) -> int:
         _end(children)
 
 
-def _free_ports(count: int) -> list[int]:
-    """Return free ports; NeMo's groups use those just above the first one."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
+def _free_port() -> int:
+    """Return a port that nobody listens on now."""
+    for port in random.sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise OSError("no free port for local ranks")
 
 
-def _environment(rank: int, count: int, port: int, store_port: int) -> dict[str, str]:
+def _environment(rank: int, count: int, port: int) -> dict[str, str]:
     return {
         **os.environ,
         "RANK": str(rank),
@@ -59,7 +65,7 @@ def _environment(rank: int, count: int, port: int, store_port: int) -> dict[str,
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        STORE_PORT: str(store_port),
+        STARTED_BY_US: str(count),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))),
         "TORCHELASTIC_RUN_ID": "local",  # Lightning then knows that the processes exist and starts none itself
         "TORCHELASTIC_RESTART_COUNT": "0",

@@ -44,7 +44,7 @@ def execute(make_stages: MakeStages, root: Path, layout: Layout, finish: Finish,
     root.mkdir(parents=True, exist_ok=True)
     if layout.cpu:
         cpu_environment()
-    started_by_us = launch.STORE_PORT in os.environ
+    started_by_us = launch.STARTED_BY_US in os.environ
     if not launch.is_rank() and (layout.devices > 1 and pending(make_stages(sys.stderr), root)):
         code = launch.run_ranks(layout.devices)
     else:

@@ -32,6 +32,7 @@ from nemo import lightning as nl
 from nemo_modelopt_dropin.compress import launch
 from nemo_modelopt_dropin.compress.settings import Layout, Training
 
+_AGENT_STORE, _RESTARTS = "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"
 _RANK_VARIABLES = (
     "RANK",
     "LOCAL_RANK",
@@ -52,19 +53,23 @@ def rank() -> int:
 class StoreRanks:
     """The distributed job as the stages see it: rank zero's decisions reach every rank.
 
-    A store of its own and not a process group: stages end with `release`, which takes all groups down.
+    A store of its own and not a process group: stages end with `release`, which takes all groups down. The groups of
+    later stages meet in the same store, as workers that torchrun restarts do, so no further port is needed.
     """
 
     def __init__(self, timeout_s: float = 3600.0):
         self.rank, self.count = rank(), 0
-        port = int(os.environ.get(launch.STORE_PORT) or int(os.environ["MASTER_PORT"]) + 997)
-        self.store = torch.distributed.TCPStore(
+        hosted = os.environ.get(_AGENT_STORE) == "True"  # by torchrun
+        store = torch.distributed.TCPStore(
             os.environ["MASTER_ADDR"],
-            port,
+            int(os.environ["MASTER_PORT"]),
             int(os.environ["WORLD_SIZE"]),
-            is_master=self.rank == 0,
+            is_master=self.rank == 0 and not hosted,
             timeout=datetime.timedelta(seconds=timeout_s),
+            wait_for_workers=False,
         )
+        self.store = torch.distributed.PrefixStore("compress", store)
+        os.environ[_AGENT_STORE] = "True"
 
     def broadcast(self, value: Any) -> Any:
         """Return rank zero's value on every rank, when all have come here."""
@@ -93,14 +98,18 @@ def release() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    # The next group meets at a port of its own: the old store may not have left this one yet.
-    if launch.is_rank():
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-    else:
-        os.environ.pop("MASTER_PORT", None)
+    _meet_elsewhere()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _meet_elsewhere() -> None:
+    """Let the next process group find no traces of the last one: another prefix in the store, or another port."""
+    if not launch.is_rank():
+        os.environ.pop("MASTER_PORT", None)
+        return
+    name = _RESTARTS if os.environ.get(_AGENT_STORE) == "True" else "MASTER_PORT"
+    os.environ[name] = str(int(os.environ.get(name, "0")) + 1)
 
 
 @contextlib.contextmanager
