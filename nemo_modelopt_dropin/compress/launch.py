@@ -31,7 +31,7 @@ def is_rank() -> bool:
 def run_ranks(count: int, argv: Sequence[str] | None = None) -> int:
     """Run ``argv`` (this command by default) in ``count`` processes; return the first exit code that is not zero."""
     command = [sys.executable, *(argv if argv is not None else sys.argv)]
-    port = _free_port()
+    port = free_port()
     children = [
         subprocess.Popen(command, env=_environment(rank, count, port), preexec_fn=_die_with_parent)
         for rank in range(count)
@@ -44,7 +44,7 @@ def run_ranks(count: int, argv: Sequence[str] | None = None) -> int:
         _end(children)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Return a port that nobody listens on now."""
     for port in random.sample(_PORTS, len(_PORTS)):
         with socket.socket() as probe:

@@ -32,7 +32,9 @@ from nemo import lightning as nl
 from nemo_modelopt_dropin.compress import launch
 from nemo_modelopt_dropin.compress.settings import Layout, Training
 
-_AGENT_STORE, _RESTARTS = "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"
+# Where this job's ranks agree, and how often they have: variables, because NeMo's trainers take all of it from there.
+_STORE, _MEETINGS = "NEMO_MODELOPT_STORE", "NEMO_MODELOPT_MEETINGS"
+_PATIENCE = datetime.timedelta(hours=1)
 _RANK_VARIABLES = (
     "RANK",
     "LOCAL_RANK",
@@ -53,23 +55,17 @@ def rank() -> int:
 class StoreRanks:
     """The distributed job as the stages see it: rank zero's decisions reach every rank.
 
-    A store of its own and not a process group: stages end with `release`, which takes all groups down. The groups of
-    later stages meet in the same store, as workers that torchrun restarts do, so no further port is needed.
+    A store of its own and not a process group: stages end with `release`, which takes all groups down. It is torchrun's
+    where that started the ranks, else rank zero's.
     """
 
-    def __init__(self, timeout_s: float = 3600.0):
+    def __init__(self):
         self.rank, self.count = rank(), 0
-        hosted = os.environ.get(_AGENT_STORE) == "True"  # by torchrun
-        store = torch.distributed.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            int(os.environ["WORLD_SIZE"]),
-            is_master=self.rank == 0 and not hosted,
-            timeout=datetime.timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-        )
-        self.store = torch.distributed.PrefixStore("compress", store)
-        os.environ[_AGENT_STORE] = "True"
+        hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        os.environ[_STORE] = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        self.store = _store(is_master=self.rank == 0 and not hosted)
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+        _meet_elsewhere()
 
     def broadcast(self, value: Any) -> Any:
         """Return rank zero's value on every rank, when all have come here."""
@@ -103,13 +99,32 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
+def _store(is_master: bool = False) -> torch.distributed.Store:
+    """Return a connection to the job's store."""
+    address, _, port = os.environ[_STORE].rpartition(":")
+    store = torch.distributed.TCPStore(
+        address,
+        int(port),
+        int(os.environ["WORLD_SIZE"]),
+        is_master=is_master,
+        timeout=_PATIENCE,
+        wait_for_workers=False,
+    )
+    return torch.distributed.PrefixStore("compress", store)
+
+
 def _meet_elsewhere() -> None:
-    """Let the next process group find no traces of the last one: another prefix in the store, or another port."""
+    """Let the next process group meet at a port where nothing is left of the last one; rank zero chooses it."""
     if not launch.is_rank():
         os.environ.pop("MASTER_PORT", None)
-        return
-    name = _RESTARTS if os.environ.get(_AGENT_STORE) == "True" else "MASTER_PORT"
-    os.environ[name] = str(int(os.environ.get(name, "0")) + 1)
+    elif _STORE not in os.environ:
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    else:
+        count = os.environ[_MEETINGS] = str(int(os.environ.get(_MEETINGS, "0")) + 1)
+        store = _store()
+        if rank() == 0:
+            store.set(f"port/{count}", str(launch.free_port()))
+        os.environ["MASTER_PORT"] = store.get(f"port/{count}").decode()
 
 
 @contextlib.contextmanager

@@ -155,7 +155,9 @@ class DistillationGPTModel(llm.GPTModel):
         tokenizer: TokenizerSpec | None = None,
         model_transform: Callable[[nn.Module], nn.Module] | None = None,
     ):
-        """Check the settings; models are built by `configure_model`.
+        """Remember what `configure_model` builds, and check the settings then.
+
+        (NeMo's telemetry refuses every later model of a process in which a constructor raised.)
 
         Args:
             config: configuration of the student.
@@ -167,19 +169,19 @@ class DistillationGPTModel(llm.GPTModel):
             model_transform: applied to the model during setup.
 
         Raises:
-            ModelOptConfigError: where the settings cannot be used.
+            ModelOptConfigError: where the configuration asks for an interleaved pipeline.
         """
         super().__init__(config, optim, tokenizer, model_transform)
         self._training_loss_reduction: _DistillationLossReduction | None = None
         self._teacher_config = teacher_config
         self._teacher_ckpt_path = teacher_ckpt_path
         self._distillation_config_path = distillation_config_path
+        self._skip_lm_loss = True
         if not all(isinstance(c, llm.GPTConfig) for c in (config, teacher_config)):
             logging.warning(
                 "DistillationGPTModel is made for llm.GPTConfig and its subclasses; got "
                 f"{type(config).__name__} (student) and {type(teacher_config).__name__} (teacher)."
             )
-        self._skip_lm_loss = read_distillation_config(distillation_config_path).skip_lm_loss
         _refuse_virtual_pipeline(config)
 
     def configure_model(self):
@@ -190,15 +192,16 @@ class DistillationGPTModel(llm.GPTModel):
         """
         if hasattr(self, "module"):
             return
+        settings = read_distillation_config(self._distillation_config_path)
         strategy = self.trainer.strategy
         _refuse_virtual_pipeline(self.config, strategy)
         teacher_config = derive_teacher_config(self.config, self._teacher_config)
         check_vocabularies(self.config, teacher_config, self.tokenizer)
-        check_models(read_distillation_config(self._distillation_config_path), self.config, teacher_config)
+        check_models(settings, self.config, teacher_config)
         if not may_leave_weights_unset(getattr(strategy, "ckpt_load_strictness", None)):
             # Every weight is about to be read: drawing random ones would take as long as reading them.
             teacher_config.perform_initialization = False
-        self._teacher_config = teacher_config
+        self._teacher_config, self._skip_lm_loss = teacher_config, settings.skip_lm_loss
 
         student = self.config.configure_model(self.tokenizer)
         settings = load_distillation_config(self._distillation_config_path, self.config, teacher_config)

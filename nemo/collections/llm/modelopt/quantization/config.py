@@ -49,3 +49,8 @@ class ExportConfig:
 
     def __post_init__(self):
         self.path = Path(self.path)  # type: ignore[assignment]
+
+
+# Pickles, NeMo contexts and NeMo-Run's YAML name a class by its module: the stock one, so that stock reads them too.
+for _config in (QuantizationConfig, ExportConfig):
+    _config.__module__ = "nemo.collections.llm.modelopt.quantization.quantizer"
