@@ -1,4 +1,7 @@
-"""Teacher loading, and what Megatron-Core needs to train a student and a teacher as one model."""
+"""Teacher loading, and what Megatron-Core needs to train a student and a teacher as one model.
+
+Imports that are not used here are names that the stock module had, too.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml  # noqa: F401
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.validation import StrictHandling, parse_strict_flag  # noqa: F401
 from megatron.core.pipeline_parallel.schedules import get_tensor_shapes
 from megatron.core.transformer import TransformerLayer
 from megatron.core.utils import get_model_config
@@ -17,7 +22,7 @@ from nemo.utils import logging
 from torch import Tensor
 
 import modelopt.torch.opt as mto
-from modelopt.torch.distill import DistillationModel
+from modelopt.torch.distill import DistillationLossBalancer, DistillationModel  # noqa: F401
 from nemo import lightning as nl
 from nemo.collections import llm
 
@@ -38,21 +43,18 @@ from ._teacher import (
     strip_module_prefix,
 )
 from ._vocab_parallel import REVERSE
-from .loss import LogitsAndIntermediatesLossBalancer, LogitsKLLoss, ProjectionLayer
+from .loss import (
+    HiddenStateCosineLoss,  # noqa: F401
+    LogitsAndIntermediatesLossBalancer,
+    LogitsKLLoss,
+    ProjectionLayer,
+)
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import ShardedStateDict
     from megatron.core.models.gpt.gpt_model import GPTModel as MCoreGPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
     from nemo.collections.common.tokenizers.tokenizer_spec import TokenizerSpec
-
-__all__ = [
-    "DistillationConfig",
-    "adjust_distillation_model_for_mcore",
-    "get_tensor_shapes_adjust_fn_for_distillation",
-    "load_distillation_config",
-    "teacher_provider",
-]
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
