@@ -83,6 +83,10 @@ class DistillationConfig:
         one_of("logit_kl_direction", self.logit_kl_direction, DIRECTIONS)
 
 
+# Pickles, NeMo contexts and NeMo-Run's YAML name a class by its module: the stock one, so that stock reads them too.
+DistillationConfig.__module__ = "nemo.collections.llm.modelopt.distill.utils"
+
+
 def read_distillation_config(config_path: str | Path | DistillationConfig | None) -> DistillationConfig:
     """Return the settings in a YAML file, the given settings, or the defaults.
 
