@@ -268,7 +268,8 @@ def pipeline_shapes():
 
 def two_stage_training(teacher_path, settings):
     """Distil at PP=2 with a sanity check and validations in between; return (losses, metrics, validation losses)."""
-    extra = {"limit_val_batches": 1, "num_sanity_val_steps": 1, "val_check_interval": 2}
+    # Lightning counts micro-batches: two make a global batch.
+    extra = {"limit_val_batches": 2, "num_sanity_val_steps": 2, "val_check_interval": 2}
     return distill(teacher_path, settings, steps=4, metrics=True, pp=2, **extra)
 
 
