@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SOURCES := nemo nemo_modelopt_dropin scripts test_code
+SOURCES := nemo nemo_modelopt_dropin scripts test_code benchmarks
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
