@@ -36,6 +36,14 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, n=1)
         return f"unknown argument {word}" + (f"; did you mean {near[0]}?" if near else "")
 
+    def format_help(self) -> str:
+        """Return the help with the default of every option that has one."""
+        for action in self._actions:
+            shown = action.default not in (None, argparse.SUPPRESS) and not isinstance(action.default, bool)
+            if shown and action.option_strings and "default" not in (action.help or ""):
+                action.help = f"{action.help or ''} (default: %(default)s)".strip()
+        return super().format_help()
+
     def error(self, message: str):
         """Print every line of the message and exit with status 2."""
         lines = [f"{self.prog}: {line}\n" for line in (*message.splitlines(), "see --help")]

@@ -11,13 +11,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import sys
-import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from nemo_modelopt_dropin import cpu_backend_nemo
 
 _CPU = torch.device("cpu")
 _state: dict[str, Any] = {"enabled": False, "mode": None}
@@ -332,79 +332,13 @@ def patch_torch_norms() -> None:
             raise CpuBackendError(
                 f"normalization={config.normalization!r} has no torch norm; use one of {list(kinds)}."
             )
-        norm = kinds[config.normalization](hidden_size, eps=eps)
+        # In the parameters' precision, as Transformer Engine's norms are: NeMo's importers compare the two.
+        norm = kinds[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
 
     torch_norm.WrappedTorchNorm.__new__ = __new__
-
-
-# --- NeMo and Lightning -----------------------------------------------------------------------------------------------
-
-
-def patch_checkpoint_devices() -> None:
-    """NeMo's checkpoint loader asserts that CUDA is initialised before it moves tensors; here they are in place."""
-    import nemo.lightning.io.pl as io_pl
-
-    io_pl._fix_tensors_device = lambda checkpoint: checkpoint
-
-
-def patch_accelerator() -> None:
-    """``accelerator="gpu"`` is written into recipes, scripts and stock's model_utils: read it as the CPU."""
-    from lightning.pytorch.trainer.connectors import accelerator_connector
-
-    accelerator_connector._AcceleratorConnector._choose_gpu_accelerator_backend = staticmethod(lambda: "cpu")
-
-
-def patch_local_checkpoint_callback() -> None:
-    """NeMo's logger asks every checkpoint callback whether it is one of nvidia-resiliency-ext's, a GPU-only package.
-
-    Where that is missing the question itself raises, so any trainer with Lightning's default checkpointing fails. The
-    answer is no.
-    """
-    import nemo.lightning.nemo_logger as nemo_logger
-
-    try:
-        isinstance(None, nemo_logger.lcp.LocalCheckpointCallback)
-    except Exception:
-        nemo_logger.lcp = types.SimpleNamespace(LocalCheckpointCallback=())
-
-
-def patch_mock_attention_mask() -> None:
-    """NeMo's mock data passes "create the mask" in the place of the seed, so local-spec models get no mask.
-
-    The mask is needed where Transformer Engine, which makes its own, is missing.
-    """
-    import nemo.collections.llm.gpt.data.mock as mock
-
-    class _MockGPTDataset(mock._MockGPTDataset):
-        def __init__(self, tokenizer, name, num_samples, seq_length, seed=42, create_attention_mask=False):
-            if isinstance(seed, bool):
-                seed, create_attention_mask = 42, seed
-            super().__init__(tokenizer, name, num_samples, seq_length, seed, create_attention_mask)
-
-    mock._MockGPTDataset = _MockGPTDataset
-
-
-def patch_stock_quantizer() -> None:
-    """Stock's Quantizer demands CUDA in its constructor, though all of its arithmetic runs on a CPU."""
-    from nemo_modelopt_dropin import finder
-
-    if finder.is_enabled() and finder.DropInFinder in sys.meta_path:
-        return
-    from unittest import mock
-
-    from nemo.collections.llm.modelopt.quantization.quantizer import Quantizer
-
-    construct = Quantizer.__init__
-
-    @functools.wraps(construct)
-    def __init__(self, *args, **kwargs):
-        with mock.patch.object(torch.cuda, "is_available", return_value=True):
-            construct(self, *args, **kwargs)
-
-    setattr(Quantizer, "__init__", __init__)  # noqa: B010 - mypy refuses the plain assignment
 
 
 PATCHES: tuple[Callable[[], None], ...] = (
@@ -417,9 +351,10 @@ PATCHES: tuple[Callable[[], None], ...] = (
     patch_parallel_seed,
     patch_distributed_adam,
     patch_torch_norms,
-    patch_checkpoint_devices,
-    patch_accelerator,
-    patch_local_checkpoint_callback,
-    patch_mock_attention_mask,
-    patch_stock_quantizer,
+    cpu_backend_nemo.patch_checkpoint_devices,
+    cpu_backend_nemo.patch_accelerator,
+    cpu_backend_nemo.patch_local_checkpoint_callback,
+    cpu_backend_nemo.patch_mock_attention_mask,
+    cpu_backend_nemo.patch_converters,
+    cpu_backend_nemo.patch_stock_quantizer,
 )

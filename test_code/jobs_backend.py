@@ -57,3 +57,32 @@ def clipped_norms(restore: str, **layout) -> tuple[float, float]:
     model = tiny.model(optimizer=tiny.optim(clip_grad=0.1))
     tiny.fit(model, restore=restore, callbacks=[Norms()], max_steps=1, **layout)
     return seen["reported"], seen["clipped"]
+
+
+def through_nemo_and_back(folder: str, dtype_name: str) -> tuple[int, dict[str, float]]:
+    """Import a Hugging Face Llama with random norms and export it again; return how many weights, and which differ."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    from nemo.collections import llm
+    from test_code import tiny
+
+    dtype = getattr(torch, dtype_name)
+    settings = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": tiny.VOCABULARY}
+    torch.manual_seed(0)
+    original = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **settings)).to(dtype)
+    for name, weight in original.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+    original.save_pretrained(f"{folder}/hf")
+    tiny.tokenizer().tokenizer.save_pretrained(f"{folder}/hf")
+
+    config = llm.LlamaConfig(
+        num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4, num_query_groups=2, seq_length=32
+    )
+    llm.import_ckpt(llm.LlamaModel(config), f"hf://{folder}/hf", output_path=f"{folder}/nemo")
+    llm.export_ckpt(f"{folder}/nemo", "hf", output_path=f"{folder}/back")
+    back = AutoModelForCausalLM.from_pretrained(f"{folder}/back").state_dict()
+    wanted = original.state_dict()
+    assert back.keys() == wanted.keys()
+    distances = {name: float((weight.float() - back[name].float()).abs().max()) for name, weight in wanted.items()}
+    return len(wanted), {name: distance for name, distance in distances.items() if distance > 0}
