@@ -73,7 +73,7 @@ class Training:
                 f"{self.micro_batch_size} x {data_parallel} data parallel ranks"
             )
         if not found and self.warmup_steps >= self.steps:
-            found.append(f"{name}: warm-up of {self.warmup_steps} steps does not fit into {self.steps} steps; set fewer warm-up steps")
+            found.append(f"{name}: warm-up of {self.warmup_steps} steps does not fit into {self.steps} steps: lower it")
         return found
 
 

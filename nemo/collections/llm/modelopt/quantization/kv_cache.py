@@ -119,7 +119,9 @@ def settle(model: torch.nn.Module, quant_cfg: dict, enable: bool | None) -> None
         choices.disable_kv_cache(quant_cfg)
         wanted = False
     if wanted and enable is None:
-        logging.warning("Enabled KV cache quantization, as enable_kv_cache is None; set enable_kv_cache=False to leave it out")
+        logging.warning(
+            "Enabled KV cache quantization, as enable_kv_cache is None; set enable_kv_cache=False to leave it out"
+        )
     else:
         logging.info(f"{'Enabled' if wanted else 'Disabled'} KV cache quantization")
 
