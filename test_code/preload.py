@@ -11,11 +11,10 @@ with warnings.catch_warnings():
     import datasets  # noqa: F401
     import lightning.pytorch  # noqa: F401
     import megatron.core  # noqa: F401
-    import nemo.lightning  # noqa: F401
-    import transformers  # noqa: F401
-
     import modelopt.torch.distill.plugins.megatron
     import modelopt.torch.export
     import modelopt.torch.opt
     import modelopt.torch.prune
     import modelopt.torch.quantization  # noqa: F401
+    import nemo.lightning  # noqa: F401
+    import transformers  # noqa: F401

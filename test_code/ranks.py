@@ -1,7 +1,7 @@
 """A pool of live CPU ranks: started once a test run, it executes named functions on every rank.
 
-Importing NeMo takes 15 seconds, so ranks are forked from a server that has most of it loaded (`preload`), and kept alive
-between tests. A function runs on all ranks at once with the
+Importing NeMo takes 15 seconds, so ranks are forked from a server that has most of it loaded (`preload`), and kept
+alive between tests. A function runs on all ranks at once with the
 CPU backend enabled and the environment torchrun would set; NeMo's strategy (or `tiny.init_parallel`) makes the process
 groups, and `reset` takes them down after the job. Its return values come back in order of rank. When a rank raises, the
 error shows the traceback of each rank and the ends of their logs; when one hangs, the stack where it hangs. A pool
