@@ -10,32 +10,42 @@ from __future__ import annotations
 import copy  # noqa: F401
 import os  # noqa: F401
 import pprint
-import shutil
+import shutil  # noqa: F401
+import sys
 import tempfile  # noqa: F401
 from dataclasses import dataclass  # noqa: F401
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Optional, Union  # noqa: F401
 
 import torch
 from datasets import load_dataset
-from megatron.core.inference.common_inference_params import CommonInferenceParams
-from nemo.collections.llm.inference import MCoreTokenizerWrappper, generate
-from nemo.collections.llm.utils import barrier, torch_dtype_from_precision
-from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
-from nemo.lightning.io.api import load_connector_from_trainer_ckpt
-from nemo.lightning.io.pl import TrainerContext, ckpt_to_weights_subdir
+from megatron.core.inference.common_inference_params import CommonInferenceParams  # noqa: F401
+from nemo.collections.llm.inference import MCoreTokenizerWrappper, generate  # noqa: F401
+from nemo.collections.llm.utils import barrier, torch_dtype_from_precision  # noqa: F401
+from nemo.lightning.ckpt_utils import ckpt_to_context_subdir  # noqa: F401
+from nemo.lightning.io.api import load_connector_from_trainer_ckpt  # noqa: F401
+from nemo.lightning.io.pl import TrainerContext, ckpt_to_weights_subdir  # noqa: F401
 from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
 from nemo.utils.model_utils import unwrap_model
 from tqdm import tqdm  # noqa: F401
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase  # noqa: F401
 
-import modelopt.torch.export as mte
-import modelopt.torch.opt as mto
+import modelopt.torch.export as mte  # noqa: F401
+import modelopt.torch.opt as mto  # noqa: F401
 import modelopt.torch.quantization as mtq
 from nemo.collections import llm
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import calibration, export, kv_cache, report, settings
+from nemo.collections.llm.modelopt.quantization import (
+    calibration,
+    decoders,
+    export,
+    formats,
+    insertion,
+    report,
+    settings,
+)
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 from nemo.collections.llm.modelopt.quantization.config import ExportConfig, QuantizationConfig
 from nemo.collections.llm.modelopt.quantization.quant_cfg_choices import get_quant_cfg_choices
@@ -52,9 +62,6 @@ SUPPORTED_EXPORT_FMT = ["trtllm", "nemo", "hf"]
 KV_QUANT_CFG_CHOICES = {"fp8": "FP8_KV_CFG", "nvfp4": "NVFP4_KV_CFG"}
 AnyPath = Union[Path, str]  # noqa: UP007
 
-# Largest value of the formats whose input amax is kept from becoming too small, see `Quantizer._postprocess`.
-_MAXBOUND = {"fp8": 448, "int8_sq": 127}
-_MIN_AMAX_SHARE = 0.01
 # Long enough for `seq_len` tokens of any language's text; the rest of a document would be tokenized in vain.
 _CHARACTERS_PER_TOKEN = 16
 
@@ -119,30 +126,12 @@ class Quantizer:
         """
         if self.export_config is not None and self.export_config.decoder_type is not None:
             return self.export_config.decoder_type
-        inner = _find_gpt_model(model)
-        if type(inner).__name__ == "Llama4OmniModel":
-            return "llama"
-        decoder_type = None if inner is None else get_modelopt_decoder_type(inner)
-        if decoder_type is None and not optional:
-            raise ModelOptConfigError(
-                f"Could not infer the decoder type for a {type(inner or model).__name__}. "
-                "Please provide the decoder type explicitly in the ExportConfig (decoder_type)."
-            )
-        return decoder_type
+        return decoders.infer(model, get_modelopt_decoder_type, optional)
 
     @staticmethod
     def _generate_sample(model) -> None:
         """Let the quantized model continue two prompts and log what it says."""
-        prompts = ["Born in north-east France, Soyer trained as a", "Born in California, Soyer trained as a"]
-        dtype = getattr(model.config, "params_dtype", None)
-        wrapper = model.get_inference_wrapper(
-            params_dtype=dtype if isinstance(dtype, torch.dtype) else torch.bfloat16,
-            inference_batch_times_seqlen_threshold=30,
-        )
-        greedy = CommonInferenceParams(top_k=1, num_tokens_to_generate=30)
-        results = generate(wrapper, MCoreTokenizerWrappper(model.tokenizer), prompts, inference_params=greedy)
-        texts = [prompt + result.generated_text for prompt, result in zip(prompts, results, strict=False)]
-        logging.info(f"Sample generation after PTQ (with prompts): {texts}")
+        insertion.generate_sample(_collaborators(), model)
 
     def _get_forward_loop(self, model, rows: list[str] | None = None):
         """Return the loop that feeds this rank's share of the calibration data.
@@ -202,7 +191,7 @@ class Quantizer:
             return model
 
         logging.info(f"Quantizing model to {algorithm}...")
-        self._check_model(model)
+        formats.check_model(model, self.export_config)
         self._setup(model)
         decoder_type = self._get_decoder_type(model, optional=True)
         quant_cfg = self._get_quant_cfg(model)
@@ -219,14 +208,10 @@ class Quantizer:
             forward_loop = self._get_forward_loop(model) if rows is None else self._get_forward_loop(model, rows)
         before = report.evaluate(core, evaluation, title="Original model") if evaluation else None
 
-        with kv_cache.attention_support(not is_stand_in and choices.has_kv_cache(quant_cfg)):
-            if not is_stand_in:
-                kv_cache.settle(core, quant_cfg, self.quantization_config.enable_kv_cache)
-            logging.info(f"Using quant_cfg:\n{pprint.pformat(quant_cfg)}")
-            quantized = mtq.quantize(core, quant_cfg, forward_loop)
+        logging.info(f"Using quant_cfg:\n{pprint.pformat(quant_cfg)}")
+        quantized = insertion.insert(mtq, core, quant_cfg, forward_loop, self.quantization_config.enable_kv_cache)
         if decoder_type == "gpt":
-            quantized = self._postprocess(quantized)
-
+            insertion.keep_amax_from_vanishing(mtq, quantized, algorithm)
         if is_global_rank_zero():
             mtq.print_quant_summary(quantized)
         if not is_stand_in:
@@ -237,29 +222,6 @@ class Quantizer:
             logging.info("Generating a sample output after model quantization.")
             self._generate_sample(model)
         return model
-
-    def _postprocess(self, quantized):
-        """Keep the amax of inputs from becoming so small that later values overflow the format.
-
-        Squared ReLU gives activations that are near zero on calibration data and large on others: amax is at least 1 %
-        of the format's largest value.
-        """
-        lowest = _MIN_AMAX_SHARE * _MAXBOUND.get(self.quantization_config.algorithm or "", 0)
-        return mtq.postprocess_amax(quantized, "*input_quantizer", lambda amax: torch.clamp(amax, min=lowest))
-
-    def _check_model(self, model) -> None:
-        """Raise before any work for a model that cannot be quantized or exported as configured."""
-        if not isinstance(model, torch.nn.Module):
-            return
-        inner = _find_gpt_model(model)
-        if inner is None:
-            raise ModelOptConfigError(
-                f"Quantizer.quantize expects an llm.GPTModel or llm.MambaModel (or NeMo's wrapper of one), not a "
-                f"{type(model).__name__}."
-            )
-        if self.export_config is not None:
-            export.check_layout(self.export_config.export_format, inner.config.tensor_model_parallel_size)
-            export.check_model(self.export_config.export_format, inner)
 
     def _read_rows(self, model) -> tuple[list[str], list[torch.Tensor]]:
         """Read the texts: those that calibrate, and the comparison's microbatches `[b, s]` of this rank."""
@@ -311,22 +273,11 @@ class Quantizer:
     @staticmethod
     def _validate_quantized_checkpoint(checkpoint_dir: Path, tensor_parallelism_size: int) -> bool:
         """Return whether a TensorRT-LLM checkpoint has its configuration and one file for each inference rank."""
-        names = ["config.json", *(f"rank{rank}.safetensors" for rank in range(tensor_parallelism_size))]
-        missing = [name for name in names if not (checkpoint_dir / name).exists()]
-        if missing:
-            logging.error(f"Failed to export the quantized model: {missing} not written.")
-        return not missing
+        return formats.is_complete_trtllm(checkpoint_dir, tensor_parallelism_size)
 
     def _save_tokenizer(self, model, model_dir: str, export_dir: Path, export_fmt: str) -> None:
         """Put the tokenizer beside an exported model: Hugging Face's own files, or NeMo's context."""
-        if export_fmt == "nemo" or not is_global_rank_zero():
-            return
-        tokenizer = getattr(getattr(model, "tokenizer", None), "tokenizer", None)
-        if export_fmt == "hf" and isinstance(tokenizer, PreTrainedTokenizerBase):
-            tokenizer.save_pretrained(str(export_dir))
-            return
-        # nemo.export looks for the tokenizer under this name.
-        shutil.copytree(ckpt_to_context_subdir(model_dir), Path(export_dir) / "nemo_context", dirs_exist_ok=True)
+        formats.save_tokenizer(_collaborators(), model, model_dir, export_dir, export_fmt)
 
     def export(self, model, model_dir: str, trainer: Trainer | None = None) -> None:
         """Write the model in the configured format; a failed export leaves nothing behind.
@@ -348,46 +299,10 @@ class Quantizer:
         if fmt == "nemo" and trainer is None:
             raise ModelOptConfigError("Trainer required for NeMo export.")
         with export.staged(target, beside=isinstance(model, torch.nn.Module)) as folder:
-            if fmt == "nemo":
-                self._export_nemo(model, trainer, folder)
-            elif fmt == "hf":
-                self._export_hf(model, model_dir, folder)
-            else:
-                self._export_trtllm(model, folder)
+            formats.write(_collaborators(), self, model, model_dir, trainer, folder)
             if is_global_rank_zero():
                 self._save_tokenizer(model, model_dir, folder, fmt)
         export.log_success(target)
-
-    def _export_nemo(self, model, trainer, folder: Path) -> None:
-        export.write_nemo(model, trainer, folder, TrainerContext.from_trainer, ckpt_to_context_subdir)
-        state = Path(ckpt_to_weights_subdir(folder, False)) / "modelopt_state"
-        if is_global_rank_zero() and self.quantization_config.algorithm is not None and not state.exists():
-            raise export.ExportError(f"The checkpoint was written without Model Optimizer's state ({state}).")
-
-    def _export_hf(self, model, model_dir: str, folder: Path) -> None:
-        keywords = {} if self.torch_dtype == torch.bfloat16 else {"dtype": self.torch_dtype}
-        if export_hf_checkpoint(model_dir, folder, model=model, **keywords) is None:
-            # Nothing was quantized: a plain model.
-            exporter = load_connector_from_trainer_ckpt(model_dir, "hf")
-            core = unwrap_for_modelopt_operations(model)
-            tokenizer = export.hf_tokenizer(model)
-            export.write_plain_hf(core, exporter, tokenizer, folder, mte.export_mcore_gpt_to_hf, self.torch_dtype)
-
-    def _export_trtllm(self, model, folder: Path) -> None:
-        config = self.export_config
-        export.write_trtllm(
-            model,
-            mte.export_tensorrt_llm_checkpoint,
-            model=unwrap_for_modelopt_operations(model),
-            decoder_type=self._get_decoder_type(model),
-            dtype=self.torch_dtype,
-            export_dir=folder,
-            inference_tensor_parallel=config.inference_tp,
-            inference_pipeline_parallel=config.inference_pp,
-        )
-        barrier()
-        if is_global_rank_zero() and not self._validate_quantized_checkpoint(folder, config.inference_tp):
-            raise export.ExportError(f"The TensorRT-LLM checkpoint for {config.path} is not complete.")
 
 
 def export_hf_checkpoint(
@@ -409,21 +324,12 @@ def export_hf_checkpoint(
     Raises:
         ModelOptConfigError: If this quantization or layout cannot be written correctly.
     """
-    exporter = load_connector_from_trainer_ckpt(model_dir, "hf")
-    if model is None:
-        model, _ = exporter.nemo_load(model_dir)
-    core = unwrap_for_modelopt_operations(model)
-    if not mto.ModeloptStateManager.is_converted(core):
-        return None
-    real = isinstance(core, torch.nn.Module)
-    if real:
-        export.check_converted(core)
-    with export.staged(Path(export_dir), beside=real) as folder:
-        tokenizer = export.hf_tokenizer(model)
-        export.write_hf(core, exporter.config, tokenizer, folder, mte.export_mcore_gpt_to_hf, **kwargs)
-        if real and is_global_rank_zero():
-            export.verify_hf(folder)
-    return Path(export_dir)
+    return formats.write_converted_hf(_collaborators(), model_dir, export_dir, model, **kwargs)
+
+
+def _collaborators() -> ModuleType:
+    """Return this module: those who replace one of its attributes reach the functions that moved elsewhere too."""
+    return sys.modules[__name__]
 
 
 def unwrap_for_modelopt_operations(model):
@@ -483,34 +389,9 @@ def create_data_iterator_getter(
     return _get_iterator
 
 
-_DECODERS = (
-    ("baichuan", "Baichuan2"),
-    ("chatglm", "ChatGLM"),
-    ("gemma2", "Gemma2"),
-    ("gemma3", "Gemma3"),
-    ("gemma", "Gemma"),
-    ("llama", "Llama Mistral Mixtral"),
-    ("gpt", "Nemotron"),
-    ("qwen", "Qwen2"),
-    ("gpt", "Starcoder Starcoder2"),
-    ("phi3", "Phi3"),
-)
-# (class of NeMo, modelopt's name of its decoder): the first that fits counts.
-gpt_model_type = [(getattr(llm, f"{name}Model"), decoder) for decoder, names in _DECODERS for name in names.split()]
+gpt_model_type = decoders.known_models()
 
 
 def get_modelopt_decoder_type(model: llm.GPTModel) -> str | None:
     """Return modelopt's name of a model's decoder by the first class in ``gpt_model_type`` that fits, or None."""
-    return next((name for model_class, name in gpt_model_type if isinstance(model, model_class)), None)
-
-
-def _find_gpt_model(model) -> Any:
-    """Return the ``llm.GPTModel`` (or ``Llama4OmniModel``) inside of wrappers, or None."""
-    # NeMo wraps at most a few times; stand-ins answer any attribute with another stand-in, without end.
-    for _ in range(8):
-        if isinstance(model, llm.GPTModel) or type(model).__name__ == "Llama4OmniModel":
-            return model
-        model = getattr(model, "module", None)
-        if model is None:
-            return None
-    return None
+    return decoders.first_fit(model, gpt_model_type)

@@ -1,0 +1,67 @@
+"""NeMo's model classes: finding one inside of wrappers, and modelopt's name of its decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from nemo.collections import llm
+from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+
+_DECODERS = (
+    ("baichuan", "Baichuan2"),
+    ("chatglm", "ChatGLM"),
+    ("gemma2", "Gemma2"),
+    ("gemma3", "Gemma3"),
+    ("gemma", "Gemma"),
+    ("llama", "Llama Mistral Mixtral"),
+    ("gpt", "Nemotron"),
+    ("qwen", "Qwen2"),
+    ("gpt", "Starcoder Starcoder2"),
+    ("phi3", "Phi3"),
+)
+
+
+def known_models() -> list[tuple[type, str]]:
+    """Return (class of NeMo, modelopt's name of its decoder) pairs: the first that fits counts."""
+    return [(getattr(llm, f"{name}Model"), decoder) for decoder, names in _DECODERS for name in names.split()]
+
+
+def first_fit(model: Any, known: list[tuple[type, str]]) -> str | None:
+    """Return the name that goes with the first class the model is an instance of, or None."""
+    return next((name for model_class, name in known if isinstance(model, model_class)), None)
+
+
+def find_gpt_model(model: Any) -> Any:
+    """Return the ``llm.GPTModel`` (or ``Llama4OmniModel``) inside of wrappers, or None."""
+    # NeMo wraps at most a few times; stand-ins answer any attribute with another stand-in, without end.
+    for _ in range(8):
+        if isinstance(model, llm.GPTModel) or type(model).__name__ == "Llama4OmniModel":
+            return model
+        model = getattr(model, "module", None)
+        if model is None:
+            return None
+    return None
+
+
+def infer(model: Any, name_of: Callable[[Any], str | None], optional: bool = False) -> str | None:
+    """Return modelopt's name of the decoder by the class of the model.
+
+    Args:
+        model: The model, wrapped or not.
+        name_of: Gives the name for an ``llm.GPTModel``, or None.
+        optional: Return None where it cannot be told.
+
+    Raises:
+        ModelOptConfigError: If it cannot be told and is not optional.
+    """
+    inner = find_gpt_model(model)
+    if type(inner).__name__ == "Llama4OmniModel":
+        return "llama"
+    found = None if inner is None else name_of(inner)
+    if found is None and not optional:
+        raise ModelOptConfigError(
+            f"Could not infer the decoder type for a {type(inner or model).__name__}. "
+            "Please provide the decoder type explicitly in the ExportConfig (decoder_type)."
+        )
+    return found

@@ -1,0 +1,136 @@
+"""The three export formats as the Quantizer writes them.
+
+``tools`` is always the module `quantizer`: its attributes (``mte``, ``mto``, ``generate``) are the collaborators, and
+are looked up when they are used.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from nemo.utils import logging
+
+from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+from nemo.collections.llm.modelopt.quantization import decoders, export
+
+
+def check_model(model: Any, export_config: Any) -> None:
+    """Raise before any work for a model that cannot be quantized, or exported as configured.
+
+    Raises:
+        ModelOptConfigError: With what was given and what is possible.
+    """
+    if not isinstance(model, torch.nn.Module):
+        return
+    inner = decoders.find_gpt_model(model)
+    if inner is None:
+        raise ModelOptConfigError(
+            f"Quantizer.quantize expects an llm.GPTModel or llm.MambaModel (or NeMo's wrapper of one), not a "
+            f"{type(model).__name__}."
+        )
+    if export_config is not None:
+        export.check_layout(export_config.export_format, inner.config.tensor_model_parallel_size)
+        export.check_model(export_config.export_format, inner)
+
+
+def write(tools: ModuleType, quantizer: Any, model, model_dir: str, trainer, folder: Path) -> None:
+    """Write a model in the format of the quantizer's export configuration into a folder.
+
+    Args:
+        tools: The module `quantizer`.
+        quantizer: The ``Quantizer``.
+        model: What its `quantize` returned.
+        model_dir: The checkpoint the model came from.
+        trainer: The model's trainer, for the NeMo format.
+        folder: Where to write to.
+
+    Raises:
+        ExportError: If what was written is not what it should be.
+    """
+    fmt = quantizer.export_config.export_format
+    if fmt == "nemo":
+        _write_nemo(tools, quantizer, model, trainer, folder)
+    elif fmt == "hf":
+        _write_hf(tools, quantizer, model, model_dir, folder)
+    else:
+        _write_trtllm(tools, quantizer, model, folder)
+
+
+def _write_nemo(tools: ModuleType, quantizer: Any, model, trainer, folder: Path) -> None:
+    export.write_nemo(model, trainer, folder, tools.TrainerContext.from_trainer, tools.ckpt_to_context_subdir)
+    state = Path(tools.ckpt_to_weights_subdir(folder, False)) / "modelopt_state"
+    is_quantized = quantizer.quantization_config.algorithm is not None
+    if tools.is_global_rank_zero() and is_quantized and not state.exists():
+        raise export.ExportError(f"The checkpoint was written without Model Optimizer's state ({state}).")
+
+
+def _write_hf(tools: ModuleType, quantizer: Any, model, model_dir: str, folder: Path) -> None:
+    keywords = {} if quantizer.torch_dtype == torch.bfloat16 else {"dtype": quantizer.torch_dtype}
+    if tools.export_hf_checkpoint(model_dir, folder, model=model, **keywords) is None:
+        # Nothing was quantized: a plain model.
+        exporter = tools.load_connector_from_trainer_ckpt(model_dir, "hf")
+        core = tools.unwrap_for_modelopt_operations(model)
+        tokenizer = export.hf_tokenizer(model)
+        export.write_plain_hf(
+            core, exporter, tokenizer, folder, tools.mte.export_mcore_gpt_to_hf, quantizer.torch_dtype
+        )
+
+
+def _write_trtllm(tools: ModuleType, quantizer: Any, model, folder: Path) -> None:
+    config = quantizer.export_config
+    export.write_trtllm(
+        model,
+        tools.mte.export_tensorrt_llm_checkpoint,
+        model=tools.unwrap_for_modelopt_operations(model),
+        decoder_type=quantizer._get_decoder_type(model),
+        dtype=quantizer.torch_dtype,
+        export_dir=folder,
+        inference_tensor_parallel=config.inference_tp,
+        inference_pipeline_parallel=config.inference_pp,
+    )
+    tools.barrier()
+    if tools.is_global_rank_zero() and not quantizer._validate_quantized_checkpoint(folder, config.inference_tp):
+        raise export.ExportError(f"The TensorRT-LLM checkpoint for {config.path} is not complete.")
+
+
+def is_complete_trtllm(folder: Path, tensor_parallel: int) -> bool:
+    """Return whether a TensorRT-LLM checkpoint has its configuration and one file for each inference rank."""
+    names = ["config.json", *(f"rank{rank}.safetensors" for rank in range(tensor_parallel))]
+    missing = [name for name in names if not (Path(folder) / name).exists()]
+    if missing:
+        logging.error(f"Failed to export the quantized model: {missing} not written.")
+    return not missing
+
+
+def save_tokenizer(tools: ModuleType, model, model_dir: str, folder: Path, fmt: str) -> None:
+    """Put the tokenizer beside an exported model: Hugging Face's own files, or NeMo's context."""
+    if fmt == "nemo" or not tools.is_global_rank_zero():
+        return
+    tokenizer = getattr(getattr(model, "tokenizer", None), "tokenizer", None)
+    if fmt == "hf" and isinstance(tokenizer, tools.PreTrainedTokenizerBase):
+        tokenizer.save_pretrained(str(folder))
+        return
+    # nemo.export looks for the tokenizer under this name.
+    tools.shutil.copytree(tools.ckpt_to_context_subdir(model_dir), Path(folder) / "nemo_context", dirs_exist_ok=True)
+
+
+def write_converted_hf(tools: ModuleType, model_dir, export_dir, model=None, **kwargs: Any) -> Path | None:
+    """Write a converted model as a Hugging Face checkpoint and verify it; see ``quantizer.export_hf_checkpoint``."""
+    exporter = tools.load_connector_from_trainer_ckpt(model_dir, "hf")
+    if model is None:
+        model, _ = exporter.nemo_load(model_dir)
+    core = tools.unwrap_for_modelopt_operations(model)
+    if not tools.mto.ModeloptStateManager.is_converted(core):
+        return None
+    real = isinstance(core, torch.nn.Module)
+    if real:
+        export.check_converted(core)
+    with export.staged(Path(export_dir), beside=real) as folder:
+        tokenizer = export.hf_tokenizer(model)
+        export.write_hf(core, exporter.config, tokenizer, folder, tools.mte.export_mcore_gpt_to_hf, **kwargs)
+        if real and tools.is_global_rank_zero():
+            export.verify_hf(folder)
+    return Path(export_dir)

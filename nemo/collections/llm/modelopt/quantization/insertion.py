@@ -1,0 +1,69 @@
+"""The steps that change the model: inserting and calibrating quantizers, and what follows directly."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from nemo.utils import logging
+
+from nemo.collections.llm.modelopt.quantization import kv_cache
+from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
+
+# Largest value of the formats whose input amax is kept from becoming too small.
+_MAXBOUND = {"fp8": 448, "int8_sq": 127}
+_MIN_AMAX_SHARE = 0.01
+
+
+def insert(mtq: Any, core: Any, quant_cfg: dict[str, Any], forward_loop: Any, enable_kv_cache: bool | None) -> Any:
+    """Insert the quantizers of a quant_cfg into a model and calibrate them.
+
+    Args:
+        mtq: ``modelopt.torch.quantization``.
+        core: The Megatron-Core model, or a stand-in.
+        quant_cfg: KV-cache quantizers that cannot be are taken out, in place.
+        forward_loop: Runs calibration data through the model; None where none is needed.
+        enable_kv_cache: The user's option, see `kv_cache.settle`.
+
+    Returns:
+        What ``mtq.quantize`` returned.
+
+    Raises:
+        ModelOptConfigError: If KV-cache quantizers were asked for and cannot be.
+    """
+    if not isinstance(core, torch.nn.Module):
+        return mtq.quantize(core, quant_cfg, forward_loop)
+    with kv_cache.attention_support(choices.has_kv_cache(quant_cfg)):
+        kv_cache.settle(core, quant_cfg, enable_kv_cache)
+        return mtq.quantize(core, quant_cfg, forward_loop)
+
+
+def keep_amax_from_vanishing(mtq: Any, quantized: Any, algorithm: str) -> None:
+    """Keep the amax of inputs from becoming so small that later values overflow the format.
+
+    Squared ReLU gives activations that are near zero on calibration data and large on others: amax is at least 1 % of
+    the format's largest value.
+    """
+    lowest = _MIN_AMAX_SHARE * _MAXBOUND.get(algorithm, 0)
+    mtq.postprocess_amax(quantized, "*input_quantizer", lambda amax: torch.clamp(amax, min=lowest))
+
+
+def generate_sample(tools: ModuleType, model: Any) -> None:
+    """Let the quantized model continue two prompts and log what it says.
+
+    Args:
+        tools: The module `quantizer`, whose attributes are the collaborators.
+        model: The ``llm.GPTModel``.
+    """
+    prompts = ["Born in north-east France, Soyer trained as a", "Born in California, Soyer trained as a"]
+    dtype = getattr(model.config, "params_dtype", None)
+    wrapper = model.get_inference_wrapper(
+        params_dtype=dtype if isinstance(dtype, torch.dtype) else torch.bfloat16,
+        inference_batch_times_seqlen_threshold=30,
+    )
+    greedy = tools.CommonInferenceParams(top_k=1, num_tokens_to_generate=30)
+    tokenizer = tools.MCoreTokenizerWrappper(model.tokenizer)
+    results = tools.generate(wrapper, tokenizer, prompts, inference_params=greedy)
+    texts = [prompt + result.generated_text for prompt, result in zip(prompts, results, strict=False)]
+    logging.info(f"Sample generation after PTQ (with prompts): {texts}")
