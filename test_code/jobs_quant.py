@@ -135,37 +135,51 @@ def ptq_error(*args, **kwargs) -> tuple[str, str, bool]:
 
 def hf_logits(folder, checkpoint) -> tuple[torch.Tensor, torch.Tensor]:
     """Return logits of the dequantized Hugging Face checkpoint and of the fake-quantized NeMo checkpoint."""
-    import json as js
-
-    from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     from nemo.collections.llm.modelopt import setup_trainer_and_restore_model_with_modelopt_spec
+    from nemo.collections.llm.modelopt.quantization import hf_check
     from test_code import tiny
-
-    index = js.loads((Path(folder) / "model.safetensors.index.json").read_text())["weight_map"]
-    tensors = {}
-    for file in set(index.values()):
-        tensors.update(load_file(str(Path(folder) / file)))
-    config = AutoConfig.from_pretrained(folder)
-    config.__dict__.pop("quantization_config", None)
-    hf = AutoModelForCausalLM.from_config(config, torch_dtype=torch.float32).eval()
-    scales = {n: tensors.get(n + "_scale", torch.tensor(1.0)) for n in tensors if n.endswith(".weight")}
-    weights = {n: tensors[n].float() * scale.float() for n, scale in scales.items()}
-    missing, unexpected = hf.load_state_dict(weights, strict=False)
-    assert not unexpected and all("lm_head" in m for m in missing), (missing, unexpected)
 
     model, _ = setup_trainer_and_restore_model_with_modelopt_spec(str(checkpoint))
     core = tiny.core(model).eval()
     tokens = torch.arange(3, 35).unsqueeze(0)
     import modelopt.torch.quantization as mtq
 
-    # The Hugging Face side has quantized weights only: leave the activations alone here too.
-    mtq.disable_quantizer(core, lambda name: "weight_quantizer" not in name)
+    # A Hugging Face checkpoint leaves the KV cache to its reader.
+    mtq.disable_quantizer(core, lambda name: "bmm_quantizer" in name)
     with torch.no_grad():
         ours = core(tokens, torch.arange(32).unsqueeze(0), None)
-        theirs = hf(tokens).logits
+        theirs = hf_check.load(Path(folder))(tokens).logits
     return theirs, ours
+
+
+def ptq_twice(checkpoint, nemo, hf, algorithm, quant) -> None:
+    """Calibrate once and export to NeMo and to Hugging Face."""
+    from nemo.collections.llm.modelopt.quantization import quantizer as module
+    from nemo.collections.llm.modelopt.quantization.config import ExportConfig
+
+    export = module.Quantizer.export
+
+    def both(self, model, model_dir, trainer=None):
+        export(self, model, model_dir, trainer)
+        self.export_config = ExportConfig(path=str(nemo), export_format="nemo")
+        export(self, model, model_dir, trainer)
+
+    module.Quantizer.export = both
+    try:
+        ptq(checkpoint, hf, algorithm, "hf", quant=quant)
+    finally:
+        module.Quantizer.export = export
+
+
+def export_loaded(checkpoint, target, tp: int = 1, pp: int = 1) -> None:
+    """Restore a quantized NeMo checkpoint at some layout and write it as a Hugging Face checkpoint."""
+    from nemo.collections.llm.modelopt import setup_trainer_and_restore_model_with_modelopt_spec
+    from nemo.collections.llm.modelopt.quantization.quantizer import export_hf_checkpoint
+
+    model, _ = setup_trainer_and_restore_model_with_modelopt_spec(
+        str(checkpoint), tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, devices=tp * pp
+    )
+    assert export_hf_checkpoint(str(checkpoint), str(target), model=model) == Path(target)
 
 
 def plain_restore_and_generate(checkpoint) -> str:

@@ -27,7 +27,12 @@ def settings(work, **more):
 # --- what can be exported ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("algorithm", ["int8", "int8_sq", "int4", "int4_awq", "w4a8_awq"])
+HF_ALGORITHMS = ["fp8", "int8", "int8_sq", "int4_awq", "w4a8_awq"]
+
+
+@pytest.mark.parametrize(
+    "algorithm", ["block_fp8", "FP8_PER_CHANNEL_PER_TOKEN_CFG", "NVFP4_AWQ_LITE_CFG", "MXFP8_DEFAULT_CFG"]
+)
 def test_hf_refuses_what_it_would_get_wrong(algorithm):
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
     from nemo.collections.llm.modelopt.quantization import quantizer as q
@@ -37,6 +42,14 @@ def test_hf_refuses_what_it_would_get_wrong(algorithm):
             q.Quantizer(q.QuantizationConfig(algorithm=algorithm), q.ExportConfig(path="out", export_format="hf"))
         for fmt in ("nemo", "trtllm"):
             q.Quantizer(q.QuantizationConfig(algorithm=algorithm), q.ExportConfig(path="out", export_format=fmt))
+
+
+@pytest.mark.parametrize("algorithm", [*HF_ALGORITHMS, "int4", "nvfp4", "INT8_WEIGHT_ONLY_CFG", None])
+def test_hf_takes_the_algorithms_it_can_write(algorithm):
+    from nemo.collections.llm.modelopt.quantization import quantizer as q
+
+    with patch("torch.cuda.is_available", return_value=True):
+        q.Quantizer(q.QuantizationConfig(algorithm=algorithm), q.ExportConfig(path="out", export_format="hf"))
 
 
 def test_hf_needs_a_model_with_an_exporter(cpu_backend):
@@ -95,24 +108,82 @@ def test_a_quantized_checkpoint_generates(ranks, work):
 # --- Hugging Face -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stages", [1, 2])
-def test_fp8_hf_checkpoint_gives_the_logits_of_the_quantized_model(ranks, work, stages):
-    hf, nemo = work / f"hf-{stages}", work / f"nemo-{stages}"
-    for target, fmt in ((hf, "hf"), (nemo, "nemo")):
-        ranks(stages).run(jobs.ptq, str(work / "llama"), str(target), "fp8", fmt, 1, stages, settings(work))
-    assert {"config.json", "tokenizer.json", "model.safetensors.index.json"} <= {p.name for p in hf.iterdir()}
+@pytest.fixture(scope="module")
+def exported(ranks_factory, work):
+    """Return a function that gives the NeMo and the Hugging Face checkpoint of an algorithm, both made on one rank."""
+    done = {}
+
+    def make(algorithm):
+        if algorithm not in done:
+            nemo, hf = work / f"one-nemo-{algorithm}", work / f"one-hf-{algorithm}"
+            more = settings(work, awq_block_size=16)
+            ranks_factory(1).run(jobs.ptq_twice, str(work / "llama"), str(nemo), str(hf), algorithm, more)
+            done[algorithm] = nemo, hf
+        return done[algorithm]
+
+    return make
+
+
+def tensors_of(folder):
+    from nemo.collections.llm.modelopt.quantization import hf_check
+
+    return dict(hf_check.read_tensors(folder))
+
+
+@pytest.mark.parametrize("algorithm", HF_ALGORITHMS)
+def test_hf_checkpoint_gives_the_logits_of_the_quantized_model(ranks, exported, algorithm):
+    nemo, hf = exported(algorithm)
+    names = {p.name for p in hf.iterdir()}
+    assert {"config.json", "tokenizer.json", "generation_config.json", "model.safetensors.index.json"} <= names
     theirs, ours = ranks(1).run(jobs.hf_logits, str(hf), str(nemo))[0]
-    # The checkpoint is in bf16 (8 bits of mantissa), so some weights round to the neighbouring FP8 value.
-    assert float((theirs - ours).norm() / ours.norm()) < 0.03
+    # What is not quantized is in bf16 (8 bits of mantissa); the codes are those of the fp32 weights.
+    assert float((theirs - ours).norm() / ours.norm()) < 0.02
+    assert any(name.endswith("o_proj.pre_quant_scale") for name in tensors_of(hf)) is algorithm.endswith(
+        ("_sq", "_awq")
+    )
 
 
-def test_fp32_hf_checkpoint_through_nemos_export_is_exact(ranks, work):
-    nemo, hf = work / "exact-nemo", work / "exact-hf"
-    ranks(1).run(jobs.ptq, str(work / "llama"), str(nemo), quant=settings(work))
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)], ids=["tp2", "pp2"])
+@pytest.mark.parametrize("algorithm", HF_ALGORITHMS)
+def test_hf_files_are_the_same_in_every_layout(ranks, exported, tmp_path, algorithm, tp, pp):
+    nemo, one = exported(algorithm)
+    ranks(2).run(jobs.export_loaded, str(nemo), str(tmp_path / "hf"), tp, pp)
+    assert {p.name for p in (tmp_path / "hf").iterdir()} == {p.name for p in one.iterdir()}
+    first, second = tensors_of(one), tensors_of(tmp_path / "hf")
+    assert set(first) == set(second)
+    # The scales are the same numbers, so the codes are: nothing is recomputed.
+    assert [name for name in first if not torch.equal(first[name].float(), second[name].float())] == []
+    for name in ("config.json", "hf_quant_config.json", "generation_config.json"):
+        assert (tmp_path / "hf" / name).read_text() == (one / name).read_text()
+
+
+def test_calibrating_and_exporting_with_tensor_parallel(ranks, work, exported):
+    _, one = exported("fp8")
+    ranks(2).run(jobs.ptq, str(work / "llama"), str(work / "hf-tp"), "fp8", "hf", 2, 1, settings(work))
+    first, second = tensors_of(one), tensors_of(work / "hf-tp")
+    assert set(first) == set(second)
+    for name, value in first.items():
+        # Sums in another order move the statistics of activations; weights and their scales are what they are.
+        torch.testing.assert_close(
+            second[name].float(), value.float(), rtol=1e-5 if "input_scale" in name else 0, atol=0
+        )
+
+
+def test_fp32_hf_checkpoint_through_nemos_export_is_exact(ranks, work, exported):
+    nemo, _ = exported("fp8")
+    hf = work / "exact-hf"
     assert ranks(1).run(jobs.export_with_nemo, str(nemo), str(hf)) == [str(hf)]
     theirs, ours = ranks(1).run(jobs.hf_logits, str(hf), str(nemo))[0]
     # fp32 on both sides: what is left is the order of sums.
     torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4)
+
+
+def test_blocks_must_divide_the_inputs(ranks, work):
+    (answer,) = ranks(1).run(
+        jobs.ptq_error, str(work / "llama"), str(work / "hf-int4"), "int4", "hf", 1, 1, settings(work)
+    )
+    assert answer[0] == "ModelOptConfigError" and not (work / "hf-int4").exists()
+    assert "blocks of 128 do not divide the 64 inputs of" in answer[1]
 
 
 def test_plain_model_is_written_when_there_is_no_algorithm(ranks, work):
@@ -123,12 +194,18 @@ def test_plain_model_is_written_when_there_is_no_algorithm(ranks, work):
     assert float((loaded - expected).norm() / expected.norm()) < 0.02
 
 
-def test_hf_with_tensor_parallel_is_refused_before_calibrating(ranks, work):
-    for kind, text, left in ranks(2).run(
-        jobs.ptq_error, str(work / "llama"), str(work / "hf-tp"), "fp8", "hf", 2, 1, settings(work)
-    ):
-        assert kind == "ModelOptConfigError" and "tensor parallel size 1, not 2" in text
-        assert not left
+@pytest.mark.parametrize("kind", ["mixture-of-experts", "Mamba"])
+def test_hf_with_tensor_parallel_is_refused_where_parts_cannot_be_joined(kind):
+    from types import SimpleNamespace
+
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+    from nemo.collections.llm.modelopt.quantization import export
+
+    config = SimpleNamespace(num_moe_experts=8) if kind[0] == "m" else SimpleNamespace(mamba_stack_spec=object())
+    export.check_layout("hf", config, 1)
+    export.check_layout("nemo", config, 2)
+    with pytest.raises(ModelOptConfigError, match=f"{kind} model needs tensor parallel size 1, not 2"):
+        export.check_layout("hf", config, 2)
 
 
 def test_export_of_nemo_falls_back_for_plain_models():
@@ -144,47 +221,98 @@ def test_export_of_nemo_falls_back_for_plain_models():
 
 
 def test_converted_models_are_checked_by_their_quantizers():
+    from modelopt.torch.quantization.config import QuantizerAttributeConfig
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
     from nemo.collections.llm.modelopt.quantization import export
 
-    linear = torch.nn.Linear(2, 2)
-    linear.weight_quantizer, linear.input_quantizer = torch.nn.Identity(), torch.nn.Identity()
-    linear.weight_quantizer.num_bits, linear.weight_quantizer.is_enabled = (4, 3), True
-    export.check_converted(linear)
-    linear.input_quantizer.pre_quant_scale = torch.ones(2)
-    with pytest.raises(ModelOptConfigError, match="pre_quant_scale"):
-        export.check_converted(linear)
-    linear.input_quantizer.pre_quant_scale = None
-    linear.weight_quantizer.num_bits = 8
-    with pytest.raises(ModelOptConfigError, match="INT8"):
-        export.check_converted(linear)
+    def linear(**weight):
+        layer = torch.nn.Linear(2, 2)
+        layer.weight_quantizer = TensorQuantizer(QuantizerAttributeConfig(**weight))
+        layer.input_quantizer = TensorQuantizer(QuantizerAttributeConfig(num_bits=(4, 3)))
+        return layer
+
+    export.check_converted(linear(num_bits=(4, 3)))
+    with pytest.raises(ModelOptConfigError, match="no reader knows this layout"):
+        export.check_converted(linear(num_bits=(4, 3), axis=0))
+    with pytest.raises(ModelOptConfigError, match="layers of different formats"):
+        export.check_converted(torch.nn.Sequential(linear(num_bits=(4, 3)), linear(num_bits=8, axis=0)))
 
 
-def test_verification_finds_what_is_wrong(ranks, work, tmp_path):
+def test_verification_finds_what_is_wrong(exported, tmp_path):
     import shutil
 
     from safetensors.torch import load_file, save_file
 
-    from nemo.collections.llm.modelopt.quantization import export
+    from nemo.collections.llm.modelopt.quantization import export, hf_check
 
-    if not (work / "hf-1").exists():
-        ranks(1).run(jobs.ptq, str(work / "llama"), str(work / "hf-1"), "fp8", "hf", 1, 1, settings(work))
     folder = tmp_path / "hf"
-    shutil.copytree(work / "hf-1", folder)
-    export.verify_hf(folder)
+    shutil.copytree(exported("fp8")[1], folder)
+    hf_check.verify(folder)
     file = folder / "model-00002-of-00004.safetensors"
     good = load_file(file)
     prefix = "model.layers.1.mlp."
+    up = good[f"{prefix}up_proj.weight"]
     for change, message in [
         ({f"{prefix}up_proj.weight_scale": torch.tensor(float("nan"))}, "up_proj.weight_scale is not finite"),
         ({f"{prefix}up_proj.weight": torch.zeros(3, 3)}, r"up_proj.weight has shape \[3, 3\], not \[128, 64\]"),
+        ({f"{prefix}up_proj.weight": up.float()}, "up_proj.weight has dtype torch.float32, but a scale"),
+        ({f"{prefix}up_proj.weight_scale": None}, "up_proj.weight_scale is missing for torch.float8_e4m3fn codes"),
         ({f"{prefix}extra.weight": torch.zeros(1)}, "extra.weight is unexpected"),
         ({f"{prefix}up_proj.weight": None}, "up_proj.weight is missing"),
     ]:
         tensors = {name: value for name, value in {**good, **change}.items() if value is not None}
         save_file(tensors, file, metadata={"format": "pt"})
         with pytest.raises(export.ExportError, match=message):
-            export.verify_hf(folder)
+            hf_check.verify(folder)
+
+
+@pytest.mark.parametrize("algorithm", ["fp8", "int4_awq", "int8_sq"])
+@pytest.mark.parametrize("leaf", ["weight_scale", "pre_quant_scale", "input_scale"])
+def test_logits_find_a_wrong_scale(exported, tmp_path, algorithm, leaf):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from nemo.collections.llm.modelopt.quantization import export, hf_check
+
+    folder = tmp_path / "hf"
+    shutil.copytree(exported(algorithm)[1], folder)
+    with torch.no_grad():
+        expected = hf_check.load(folder)(hf_check.tokens(256)).logits
+    assert hf_check.compare(folder, expected, 1e-6) < 1e-6
+    changed = 0
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in [name for name in tensors if name.endswith(f".{leaf}")]:
+            tensors[name] = torch.ones_like(tensors[name])
+            changed += 1
+        save_file(tensors, file, metadata={"format": "pt"})
+    if not changed:
+        assert (algorithm, leaf) in {("fp8", "pre_quant_scale"), ("int4_awq", "input_scale")}
+        return
+    with pytest.raises(export.ExportError, match="logits are not those of the quantized model"):
+        # A trained model's inputs are near one: without their scale FP8 still rounds them, only otherwise.
+        hf_check.compare(folder, expected, 0.01 if (algorithm, leaf) == ("fp8", "input_scale") else 0.08)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_codes_are_those_of_the_fake_quantizer(bits):
+    from nemo.collections.llm.modelopt.quantization import hf_formats
+
+    algorithm, maxbound = {1: ("FP8", 448), 2: ("W8A16", 127), 4: ("W4A16_AWQ", 7)}[bits]
+    weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    amax = {1: weight.abs().amax(), 2: weight.abs().amax(1, keepdim=True)}.get(bits)
+    scale = (weight.view(6, 4, 8).abs().amax(-1) if amax is None else amax) / maxbound
+    stored = hf_formats.encode(algorithm, weight, scale)
+    assert stored.shape[0] == (3 if bits == 4 else 6) and stored.element_size() == 1
+    back = hf_formats.decode(algorithm, {"weight": stored, "weight_scale": scale})
+    step = hf_formats._per_element(scale, 32)
+    # Half a step of an integer; FP8 E4M3 has 3 bits of mantissa, half a step of which is 1/16 of the value.
+    allowed = weight.abs() / 16 + step / 512 if bits == 1 else step.expand(6, 32) / 2
+    assert bool(((back - weight).abs() <= allowed * (1 + 1e-5)).all())
+    assert torch.equal(hf_formats.encode(algorithm, back, scale), stored)
 
 
 # --- TensorRT-LLM and the staging -------------------------------------------------------------------------------------

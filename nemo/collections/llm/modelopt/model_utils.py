@@ -320,13 +320,14 @@ def restore_modelopt_state(
         logging.info("Model Optimizer state already restored from checkpoint. Skipping.")
         return None
 
-    from nemo.collections.llm.modelopt.quantization import kv_cache
+    from nemo.collections.llm.modelopt.quantization import gated_amax, kv_cache
 
     weights = ckpt_to_weights_subdir(path, is_saving=False)
     _make_finite(core_model)
     # The teacher of a distillation model stays in full precision: only the student is converted.
     with _hidden_teacher(core_model), kv_cache.attention_support(kv_cache.checkpoint_has_quantizers(weights)):
         mto.plugins.restore_sharded_modelopt_state([core_model], weights, prefix="module.")
+    gated_amax.mend(core_model)
     if mto.ModeloptStateManager.is_converted(core_model):
         logging.info("Restored Model Optimizer state from checkpoint.")
     # A checkpoint of the plain student has no projections of the distillation losses.

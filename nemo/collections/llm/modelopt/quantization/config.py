@@ -37,7 +37,12 @@ class QuantizationConfig:
 
 @dataclass
 class ExportConfig:
-    """Where and how to write the quantized model; ``export_format`` is one of ``SUPPORTED_EXPORT_FMT``."""
+    """Where and how to write the quantized model; ``export_format`` is one of ``SUPPORTED_EXPORT_FMT``.
+
+    ``verify`` says how a Hugging Face checkpoint is checked before it appears: "full" compares its logits with the
+    quantized model's (skipped with a warning where `transformers` does not know the class or the host's memory is too
+    small), "files" reopens it for names, shapes, dtypes and scales only, "none" trusts it.
+    """
 
     path: str
     export_format: str = "trtllm"
@@ -46,6 +51,7 @@ class ExportConfig:
     inference_tp: int = 1
     inference_pp: int = 1
     generate_sample: bool = False
+    verify: str = "full"
 
     def __post_init__(self):
         self.path = Path(self.path)  # type: ignore[assignment]

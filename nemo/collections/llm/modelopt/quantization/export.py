@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
 
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+from nemo.collections.llm.modelopt.quantization import hf_formats
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 
 
@@ -30,36 +29,46 @@ _REMEDY = 'Use export_format="nemo" (any algorithm, any layout) or "trtllm"'
 
 
 def hf_obstacle(quant_cfg: dict[str, Any] | None) -> str | None:
-    """Return why modelopt's Hugging Face writer cannot store a quantized model correctly, or None if it can."""
+    """Return why a quantized model cannot be stored correctly in Hugging Face format, or None if it can."""
     if not quant_cfg:
         return None
-    if choices.is_awq(quant_cfg) or choices.is_smoothquant(quant_cfg):
-        return "the writer has no place for the scales that AWQ and SmoothQuant put on the inputs (pre_quant_scale)"
+    settings: dict[str, list[dict[str, Any]]] = {}
     for pattern, attributes in choices.quantizer_settings(quant_cfg):
-        if "weight_quantizer" not in pattern:
-            continue
-        bits = attributes["num_bits"]
-        if bits == 8:
-            return "the writer cannot split INT8's scales of fused layers (query-key-value, gate-up)"
-        if bits == 4:
-            return "the writer records no format for INT4, so no reader could load the checkpoint"
+        settings.setdefault(pattern, []).append(attributes)
+    has_input = any("input_quantizer" in pattern for pattern in settings)
+    scales_input = choices.is_awq(quant_cfg) or choices.is_smoothquant(quant_cfg)
+    for pattern, steps in settings.items():
+        if "weight_quantizer" in pattern:
+            found = _weight_obstacle(steps, has_input, scales_input)
+            if found:
+                return found
     return None
 
 
+def _weight_obstacle(steps: list[dict[str, Any]], has_input: bool, scales_input: bool) -> str | None:
+    """Return why weights quantized in these steps cannot be stored correctly, or None."""
+    if hf_formats.algorithm_of(steps, has_input, scales_input):
+        return None
+    bits, blocks = steps[0]["num_bits"], steps[0].get("block_sizes") or {}
+    # modelopt's own writer is right for plain NVFP4.
+    if bits not in (8, 4) and tuple(bits) == (2, 1) and tuple(blocks.get("scale_bits", ())) == (4, 3):
+        return "the writer has no place for the scale that AWQ puts on NVFP4's inputs" if scales_input else None
+    return f"no reader knows this layout (num_bits={bits}, block_sizes={blocks}), or the writer cannot cut its scales"
+
+
 def hf_obstacle_of(model: torch.nn.Module) -> str | None:
-    """Return why the Hugging Face writer cannot store a converted model correctly, by its quantizers, or None."""
+    """Return why a converted model cannot be stored correctly in Hugging Face format, by its quantizers, or None."""
+    algorithms = set()
     for module in model.modules():
-        weight_quantizer = getattr(module, "weight_quantizer", None)
-        if weight_quantizer is None:
+        settings = hf_formats.settings_of(module)
+        if settings is None:
             continue
-        if getattr(getattr(module, "input_quantizer", None), "pre_quant_scale", None) is not None:
-            return hf_obstacle({"algorithm": "smoothquant"})
-        parts = weight_quantizer if isinstance(weight_quantizer, torch.nn.Sequential) else [weight_quantizer]
-        for part in parts:
-            if getattr(part, "is_enabled", False):
-                found = hf_obstacle({"quant_cfg": {"*weight_quantizer": {"num_bits": part.num_bits}}})
-                if found:
-                    return found
+        algorithms.add(hf_formats.algorithm_of(*settings))
+        obstacle = _weight_obstacle(*settings)
+        if obstacle:
+            return obstacle
+    if len(algorithms) > 1:
+        return f"layers of different formats ({sorted(map(str, algorithms))}) have no common description"
     return None
 
 
@@ -76,18 +85,57 @@ def check_format(quant_cfg: dict[str, Any] | None, algorithm: str | None, export
         )
 
 
-def check_layout(export_format: str, tensor_parallel: int) -> None:
-    """Refuse a layout in which ranks would overwrite each other's files.
+def check_layout(export_format: str, config: Any, tensor_parallel: int) -> None:
+    """Refuse a model whose parts cannot be put together for Hugging Face.
+
+    Args:
+        export_format: Format asked for.
+        config: The model's configuration.
+        tensor_parallel: Tensor parallel size.
 
     Raises:
         ModelOptConfigError: With the reason and what to do.
     """
-    if export_format == "hf" and tensor_parallel > 1:
+    if export_format != "hf" or tensor_parallel == 1:
+        return
+    is_mamba = getattr(config, "mamba_stack_spec", None) is not None
+    if is_mamba or getattr(config, "num_moe_experts", None):
         raise ModelOptConfigError(
-            f'export_format="hf" needs tensor parallel size 1, not {tensor_parallel}: the writer stores a rank\'s '
-            "part of a weight under the name of the whole. Calibrate with calibration_tp=1 (any pipeline parallel "
-            f"size). {_REMEDY}."
+            f'export_format="hf" of a {"Mamba" if is_mamba else "mixture-of-experts"} model needs tensor parallel size '
+            f"1, not {tensor_parallel}: calibrate with calibration_tp=1 (any pipeline parallel size). {_REMEDY}."
         )
+
+
+def check_blocks(export_format: str, quant_cfg: dict[str, Any], model: torch.nn.Module) -> None:
+    """Refuse blocks of INT4 that do not divide the inputs of this rank's part of a layer.
+
+    The rest of a row would make a block of its own, which no reader expects.
+
+    Raises:
+        ModelOptConfigError: Naming the first such layer.
+    """
+    sizes = {
+        attributes["block_sizes"][-1]
+        for pattern, attributes in choices.quantizer_settings(quant_cfg)
+        if "weight_quantizer" in pattern
+        and attributes["num_bits"] == 4
+        and (attributes.get("block_sizes") or {}).get(-1)
+    }
+    if export_format != "hf" or not sizes:
+        return
+    size = max(sizes)
+    for name, module in model.named_modules():
+        width = module.weight.shape[-1] if name.rpartition(".")[2].startswith("linear_") and _has_matrix(module) else 0
+        if width % size:
+            raise ModelOptConfigError(
+                f'export_format="hf": blocks of {size} do not divide the {width} inputs of {name} on each rank. Choose '
+                "an awq_block_size that does, or a smaller calibration_tp."
+            )
+
+
+def _has_matrix(module: torch.nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.dim() == 2
 
 
 def check_converted(model: torch.nn.Module) -> None:
@@ -99,7 +147,8 @@ def check_converted(model: torch.nn.Module) -> None:
     from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():
-        check_layout("hf", parallel_state.get_tensor_model_parallel_world_size())
+        size = parallel_state.get_tensor_model_parallel_world_size()
+        check_layout("hf", getattr(model, "config", None), size)
     obstacle = hf_obstacle_of(model)
     if obstacle:
         raise ModelOptConfigError(f"This model cannot be exported to Hugging Face format: {obstacle}. {_REMEDY}.")
@@ -203,6 +252,26 @@ def _any_rank(failed: bool) -> bool:
     return bool(flag)
 
 
+@contextlib.contextmanager
+def together(what: str) -> Iterator[None]:
+    """Let an error of one rank inside of the context end it on all ranks, before they wait for each other.
+
+    Args:
+        what: What failed, for the ranks that did not.
+
+    Raises:
+        ExportError: On the ranks that succeeded, when another rank failed.
+    """
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        elsewhere = _any_rank(failed)
+    if elsewhere:
+        raise ExportError(f"{what} failed on another rank, see its log.")
+
+
 def _publish(staging: Path, target: Path) -> None:
     """Move what was written into place; in an existing folder only entries of the same name are replaced."""
     if not staging.exists():
@@ -241,55 +310,6 @@ def write_nemo(model, trainer, target: Path, context_of: Callable, context_dir: 
         context_of(trainer).io_dump(context_dir(target), yaml_attrs=["model"])
 
 
-def write_hf(model, hf_config, tokenizer, target: Path, write: Callable, **kwargs: Any) -> None:
-    """Write a Megatron-Core model as a Hugging Face checkpoint, quantized or plain.
-
-    Args:
-        model: This rank's Megatron-Core model; tensor parallel size 1.
-        hf_config: The ``transformers`` configuration.
-        tokenizer: The ``transformers`` tokenizer to write along, or None.
-        target: The checkpoint's folder.
-        write: ``modelopt.torch.export.export_mcore_gpt_to_hf``.
-        **kwargs: Further arguments of ``write``.
-    """
-    from megatron.core import parallel_state
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode())
-        source = stack.enter_context(tempfile.TemporaryDirectory())
-        hf_config.save_pretrained(source)
-        # The writer asks transformers for a tokenizer there, and fails for some classes where there is none.
-        if tokenizer is not None:
-            tokenizer.save_pretrained(source)
-        folder = str(target)
-        if parallel_state.model_parallel_is_initialized() and parallel_state.get_data_parallel_rank() > 0:
-            # Each data-parallel replica would write the same files at the same time.
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        stack.enter_context(_without_padding(model, hf_config.vocab_size))
-        write(model, pretrained_model_name_or_path=source, export_dir=folder, **kwargs)
-
-
-def write_plain_hf(model, exporter, tokenizer, target: Path, write: Callable, dtype: torch.dtype) -> None:
-    """Write a model that was not quantized: from memory where modelopt knows the architecture, else by NeMo's exporter.
-
-    Args:
-        model: This rank's Megatron-Core model.
-        exporter: NeMo's exporter of the checkpoint the model came from.
-        tokenizer: See `write_hf`.
-        target: The checkpoint's folder.
-        write: See `write_hf`.
-        dtype: Of the weights.
-    """
-    architectures = getattr(exporter.config, "architectures", None) or [None]
-    if architectures[0] not in known_architectures():
-        exporter(output_path=Path(target), overwrite=True)
-        return
-    write_hf(model, exporter.config, tokenizer, target, write, dtype=dtype)
-    if is_global_rank_zero():
-        verify_hf(target)
-
-
 def write_trtllm(wrapped, write: Callable, **kwargs: Any) -> None:
     """Write a TensorRT-LLM checkpoint.
 
@@ -304,81 +324,6 @@ def write_trtllm(wrapped, write: Callable, **kwargs: Any) -> None:
         remove_hook_from_module(wrapped, recurse=True)
         # Stages may be on different nodes, which then exchange their parts through the file system.
         write(use_nfs_workspace=wrapped.config.pipeline_model_parallel_size > 1, **kwargs)
-
-
-@contextlib.contextmanager
-def _without_padding(model, vocabulary: int) -> Iterator[None]:
-    """Cut the rows that pad the vocabulary off the embedding and the output layer, inside of the context."""
-    layers = [
-        getattr(getattr(model, "embedding", None), "word_embeddings", None),
-        getattr(model, "output_layer", None),
-    ]
-    weights = {id(w): w for w in (getattr(layer, "weight", None) for layer in layers) if w is not None}
-    whole = [(weight, weight.data) for weight in weights.values() if weight.shape[0] > vocabulary]
-    for weight, data in whole:
-        weight.data = data[:vocabulary]
-    try:
-        yield
-    finally:
-        for weight, data in whole:
-            weight.data = data
-
-
-def verify_hf(folder: Path) -> None:
-    """Reopen a Hugging Face checkpoint: every tensor is there with its shape, and every scale is positive.
-
-    Raises:
-        ExportError: Listing what is wrong.
-    """
-    tensors = dict(_read_safetensors(folder))
-    problems = [f"{name} is not finite" for name, value in tensors.items() if _is_scale(name) and not _sound(value)]
-    expected = _expected_shapes(folder)
-    for name, shape in expected.items():
-        if name not in tensors:
-            problems.append(f"{name} is missing")
-        elif tensors[name].dtype != torch.uint8 and tensors[name].shape != shape:
-            problems.append(f"{name} has shape {list(tensors[name].shape)}, not {list(shape)}")
-    if expected:
-        problems += [f"{name} is unexpected" for name in tensors if name not in expected and not _is_scale(name)]
-    if problems:
-        raise ExportError(f"The checkpoint that was written is wrong: {'; '.join(sorted(problems)[:10])}")
-
-
-def _is_scale(name: str) -> bool:
-    return name.endswith(("_scale", "_scale_2", "_scale_inv"))
-
-
-def _sound(scale: torch.Tensor) -> bool:
-    value = scale.float()
-    return bool(torch.isfinite(value).all()) and bool((value >= 0).all())
-
-
-def _read_safetensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    from safetensors import safe_open
-
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
-    for file in files:
-        with safe_open(str(folder / file), framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                yield name, opened.get_tensor(name)
-
-
-def _expected_shapes(folder: Path) -> dict[str, torch.Size]:
-    """Return name and shape of each tensor `transformers` will look for; nothing for a class it does not know."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder)
-    config.__dict__.pop("quantization_config", None)
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        return {}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
-    return {name: value.shape for name, value in model.state_dict().items() if name not in tied}
 
 
 def log_success(target: Path) -> None:

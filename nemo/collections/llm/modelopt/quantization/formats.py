@@ -14,11 +14,16 @@ import torch
 from nemo.utils import logging
 
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import decoders, export
+from nemo.collections.llm.modelopt.quantization import decoders, export, hf_check, hf_writer
 
 
-def check_model(model: Any, export_config: Any) -> None:
+def check_model(model: Any, export_config: Any, quant_cfg: dict[str, Any] | None = None) -> None:
     """Raise before any work for a model that cannot be quantized, or exported as configured.
+
+    Args:
+        model: The ``llm.GPTModel``; stand-ins are not looked at.
+        export_config: The ``ExportConfig``, or None.
+        quant_cfg: How it will be quantized, once that is known.
 
     Raises:
         ModelOptConfigError: With what was given and what is possible.
@@ -32,8 +37,10 @@ def check_model(model: Any, export_config: Any) -> None:
             f"{type(model).__name__}."
         )
     if export_config is not None:
-        export.check_layout(export_config.export_format, inner.config.tensor_model_parallel_size)
+        export.check_layout(export_config.export_format, inner.config, inner.config.tensor_model_parallel_size)
         export.check_model(export_config.export_format, inner)
+        if quant_cfg is not None:
+            export.check_blocks(export_config.export_format, quant_cfg, inner)
 
 
 def write(tools: ModuleType, quantizer: Any, model, model_dir: str, trainer, folder: Path) -> None:
@@ -69,14 +76,36 @@ def _write_nemo(tools: ModuleType, quantizer: Any, model, trainer, folder: Path)
 
 def _write_hf(tools: ModuleType, quantizer: Any, model, model_dir: str, folder: Path) -> None:
     keywords = {} if quantizer.torch_dtype == torch.bfloat16 else {"dtype": quantizer.torch_dtype}
+    level = quantizer.export_config.verify
+    if level != "full":
+        keywords["verify"] = level
     if tools.export_hf_checkpoint(model_dir, folder, model=model, **keywords) is None:
         # Nothing was quantized: a plain model.
-        exporter = tools.load_connector_from_trainer_ckpt(model_dir, "hf")
-        core = tools.unwrap_for_modelopt_operations(model)
-        tokenizer = export.hf_tokenizer(model)
-        export.write_plain_hf(
-            core, exporter, tokenizer, folder, tools.mte.export_mcore_gpt_to_hf, quantizer.torch_dtype
-        )
+        _write_plain_hf(tools, model, model_dir, folder, quantizer.torch_dtype, level)
+
+
+def _write_plain_hf(tools: ModuleType, model, model_dir: str, folder: Path, dtype: torch.dtype, level: str) -> None:
+    """Write a plain model: from memory where modelopt knows the architecture, else by NeMo's exporter."""
+    exporter = tools.load_connector_from_trainer_ckpt(model_dir, "hf")
+    core = tools.unwrap_for_modelopt_operations(model)
+    architectures = getattr(exporter.config, "architectures", None) or [None]
+    if architectures[0] not in export.known_architectures():
+        exporter(output_path=Path(folder), overwrite=True)
+        return
+    writer = tools.mte.export_mcore_gpt_to_hf
+    hf_writer.write(core, exporter.config, export.hf_tokenizer(model), folder, writer, dtype=dtype)
+    _finish_hf(tools, model, core, folder, level, dtype)
+
+
+def _finish_hf(tools: ModuleType, model, core, folder: Path, level: str, dtype: torch.dtype) -> None:
+    """Write what belongs beside the weights, and verify the checkpoint as far as asked for."""
+    with export.together("The check of the checkpoint"):
+        if tools.is_global_rank_zero():
+            hf_check.write_generation_config(model, folder)
+            if level != "none":
+                hf_check.verify(folder)
+    if level == "full":
+        hf_check.check_logits(core, folder, dtype)
 
 
 def _write_trtllm(tools: ModuleType, quantizer: Any, model, folder: Path) -> None:
@@ -117,7 +146,7 @@ def save_tokenizer(tools: ModuleType, model, model_dir: str, folder: Path, fmt: 
     tools.shutil.copytree(tools.ckpt_to_context_subdir(model_dir), Path(folder) / "nemo_context", dirs_exist_ok=True)
 
 
-def write_converted_hf(tools: ModuleType, model_dir, export_dir, model=None, **kwargs: Any) -> Path | None:
+def write_converted_hf(tools: ModuleType, model_dir, export_dir, model, verify: str, **kwargs: Any) -> Path | None:
     """Write a converted model as a Hugging Face checkpoint and verify it; see ``quantizer.export_hf_checkpoint``."""
     exporter = tools.load_connector_from_trainer_ckpt(model_dir, "hf")
     if model is None:
@@ -130,7 +159,7 @@ def write_converted_hf(tools: ModuleType, model_dir, export_dir, model=None, **k
         export.check_converted(core)
     with export.staged(Path(export_dir), beside=real) as folder:
         tokenizer = export.hf_tokenizer(model)
-        export.write_hf(core, exporter.config, tokenizer, folder, tools.mte.export_mcore_gpt_to_hf, **kwargs)
-        if real and tools.is_global_rank_zero():
-            export.verify_hf(folder)
+        hf_writer.write(core, exporter.config, tokenizer, folder, tools.mte.export_mcore_gpt_to_hf, **kwargs)
+        if real:
+            _finish_hf(tools, model, core, folder, verify, kwargs.get("dtype", torch.bfloat16))
     return Path(export_dir)

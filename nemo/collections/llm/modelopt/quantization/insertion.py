@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from nemo.utils import logging
 
-from nemo.collections.llm.modelopt.quantization import kv_cache
+from nemo.collections.llm.modelopt.quantization import gated_amax, kv_cache
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 
 # Largest value of the formats whose input amax is kept from becoming too small.
@@ -36,7 +36,9 @@ def insert(mtq: Any, core: Any, quant_cfg: dict[str, Any], forward_loop: Any, en
         return mtq.quantize(core, quant_cfg, forward_loop)
     with kv_cache.attention_support(choices.has_kv_cache(quant_cfg)):
         kv_cache.settle(core, quant_cfg, enable_kv_cache)
-        return mtq.quantize(core, quant_cfg, forward_loop)
+        quantized = mtq.quantize(core, quant_cfg, forward_loop)
+    gated_amax.mend(quantized)
+    return quantized
 
 
 def keep_amax_from_vanishing(mtq: Any, quantized: Any, algorithm: str) -> None:

@@ -195,6 +195,7 @@ class Quantizer:
         self._setup(model)
         decoder_type = self._get_decoder_type(model, optional=True)
         quant_cfg = self._get_quant_cfg(model)
+        formats.check_model(model, self.export_config, quant_cfg)
         core = unwrap_for_modelopt_operations(model)
         is_stand_in = not isinstance(core, torch.nn.Module)
 
@@ -306,7 +307,7 @@ class Quantizer:
 
 
 def export_hf_checkpoint(
-    model_dir: AnyPath, export_dir: AnyPath, model: pl.LightningModule | None = None, **kwargs
+    model_dir: AnyPath, export_dir: AnyPath, model: pl.LightningModule | None = None, verify: str = "full", **kwargs
 ) -> Path | None:
     """Write a model that Model Optimizer converted as a Hugging Face checkpoint, and verify it.
 
@@ -316,6 +317,7 @@ def export_hf_checkpoint(
         model_dir: The NeMo checkpoint.
         export_dir: Where to write to.
         model: The model in memory; read from ``model_dir`` by default.
+        verify: "full" compares its logits too, "files" names, shapes and scales, "none" nothing.
         **kwargs: Arguments of ``modelopt.torch.export.export_mcore_gpt_to_hf``.
 
     Returns:
@@ -324,7 +326,7 @@ def export_hf_checkpoint(
     Raises:
         ModelOptConfigError: If this quantization or layout cannot be written correctly.
     """
-    return formats.write_converted_hf(_collaborators(), model_dir, export_dir, model, **kwargs)
+    return formats.write_converted_hf(_collaborators(), model_dir, export_dir, model, verify, **kwargs)
 
 
 def _collaborators() -> ModuleType:

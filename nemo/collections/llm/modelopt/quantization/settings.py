@@ -126,5 +126,6 @@ def check_export(config: Any, formats: list, dtypes: list) -> None:
             raise ModelOptConfigError(f"Unsupported export format: {error}") from None
     if config.dtype not in dtypes:
         raise ModelOptConfigError(f"Unsupported export dtype: dtype={config.dtype!r}; allowed: {dtypes}.")
+    one_of("verify", config.verify, ["full", "files", "none"])
     _check_number("inference_tp", config.inference_tp, 1)
     _check_number("inference_pp", config.inference_pp, 1)

@@ -1,0 +1,272 @@
+"""The writer of Hugging Face checkpoints: modelopt's, extended by what it cannot express.
+
+modelopt's writer knows how the tensors of Megatron-Core are called and cut in each architecture. It has no place for
+``pre_quant_scale``, cannot cut INT8's scales, and stores a tensor-parallel rank's part under the name of the whole.
+While it writes, four of its functions are replaced by those of this file, and tensor-parallel parts are put together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from nemo.utils.get_rank import is_global_rank_zero
+
+from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+from nemo.collections.llm.modelopt.quantization import export, hf_formats
+
+
+def write(model, hf_config, tokenizer, target: Path, write: Callable, **kwargs: Any) -> None:
+    """Write a Megatron-Core model as a Hugging Face checkpoint, quantized or plain, at any tensor and pipeline size.
+
+    Args:
+        model: This rank's Megatron-Core model.
+        hf_config: The ``transformers`` configuration.
+        tokenizer: The ``transformers`` tokenizer to write along, or None.
+        target: The checkpoint's folder.
+        write: ``modelopt.torch.export.export_mcore_gpt_to_hf``.
+        **kwargs: Further arguments of ``write``.
+    """
+    parallel = parallel_state.model_parallel_is_initialized()
+    # Data-parallel replicas and the other tensor-parallel ranks hold nothing that the first one does not write.
+    writes = not parallel or (
+        parallel_state.get_data_parallel_rank() == 0 and parallel_state.get_tensor_model_parallel_rank() == 0
+    )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        source = stack.enter_context(tempfile.TemporaryDirectory())
+        hf_config.save_pretrained(source)
+        # The writer asks transformers for a tokenizer there, and fails for some classes where there is none.
+        if tokenizer is not None:
+            tokenizer.save_pretrained(source)
+        folder = str(target) if writes else stack.enter_context(tempfile.TemporaryDirectory())
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        layers = {id(module): layer for module in model.modules() if (layer := hf_formats.read(module)) is not None}
+        stack.enter_context(_whole_tensors(model, layers, writes))
+        stack.enter_context(_without_padding(model, hf_config.vocab_size))
+        if isinstance(model, torch.nn.Module):
+            stack.enter_context(_extended(layers, writes))
+        write(model, pretrained_model_name_or_path=source, export_dir=folder, **kwargs)
+    with export.together("Writing the configuration"):
+        if is_global_rank_zero() and layers:
+            _describe(target, layers)
+
+
+@contextlib.contextmanager
+def _without_padding(model, vocabulary: int) -> Iterator[None]:
+    """Cut the rows that pad the vocabulary off the embedding and the output layer, inside of the context."""
+    layers = [
+        getattr(getattr(model, "embedding", None), "word_embeddings", None),
+        getattr(model, "output_layer", None),
+    ]
+    weights = {id(w): w for w in (getattr(layer, "weight", None) for layer in layers) if w is not None}
+    whole = [(weight, weight.data) for weight in weights.values() if weight.shape[0] > vocabulary]
+    for weight, data in whole:
+        weight.data = data[:vocabulary]
+    try:
+        yield
+    finally:
+        for weight, data in whole:
+            weight.data = data
+
+
+@contextlib.contextmanager
+def _whole_tensors(model, layers: dict[int, hf_formats.Layer], writes: bool) -> Iterator[None]:
+    """Put whole tensors in the place of tensor-parallel parts inside of the context, on the rank that writes.
+
+    They lie in the memory of the host, where modelopt's writer takes them anyway.
+    """
+    if not parallel_state.model_parallel_is_initialized() or parallel_state.get_tensor_model_parallel_world_size() == 1:
+        yield
+        return
+    replaced: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+    try:
+        for name, module in model.named_modules():
+            gated = name.endswith("linear_fc1") and bool(model.config.gated_linear_unit)
+            for parameter in module.parameters(recurse=False):
+                if not getattr(parameter, "tensor_model_parallel", False):
+                    continue
+                axis = int(parameter.partition_dim)
+                whole = gather(parameter.data, axis, gated)
+                if id(module) in layers and parameter is module.weight:
+                    _gather_scales(layers[id(module)], axis, gated)
+                if writes:
+                    replaced.append((parameter, parameter.data))
+                    parameter.data = whole
+        yield
+    finally:
+        for parameter, part in replaced:
+            parameter.data = part
+
+
+def gather(part: torch.Tensor, axis: int, gated: bool = False) -> torch.Tensor:
+    """Return the whole of a tensor, in the host's memory, from the parts of all tensor-parallel ranks.
+
+    Args:
+        part: This rank's part.
+        axis: Along which the parts follow each other.
+        gated: Each part holds its share of the gate and then its share of the other half.
+    """
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    parts = [torch.empty_like(part.contiguous()) for _ in range(size)]
+    torch.distributed.all_gather(parts, part.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+    parts = [p.cpu() for p in parts]
+    if gated and axis == 0:
+        halves = [p.chunk(2, dim=0) for p in parts]
+        parts = [half[0] for half in halves] + [half[1] for half in halves]
+    return torch.cat(parts, dim=axis)
+
+
+def _gather_scales(layer: hf_formats.Layer, axis: int, gated: bool) -> None:
+    """Replace a layer's scales by those of the whole layer, where the parts have their own.
+
+    Raises:
+        ExportError: If parts that share a scale have different ones.
+    """
+    # INT8 has a scale for each output, which the ranks that share the output have in common.
+    per_part = layer.scale.dim() == 2 and (axis == 0 or layer.algorithm.startswith("W4"))
+    if per_part:
+        layer.scale = gather(layer.scale, axis, gated)
+    elif layer.scale.numel():
+        _check_common(layer.scale, "weight scale")
+    if layer.pre_quant_scale is not None:
+        if axis == 1:
+            layer.pre_quant_scale = gather(layer.pre_quant_scale, 0)
+        else:
+            _check_common(layer.pre_quant_scale, "scale of the input")
+    if layer.input_scale is not None:
+        _check_common(layer.input_scale, "input scale")
+
+
+def _check_common(value: torch.Tensor, what: str) -> None:
+    parts = gather(value.reshape(1, -1), 0)
+    if not bool((parts == parts[0]).all()):
+        raise export.ExportError(
+            f"Tensor-parallel ranks calibrated a different {what} of one layer, which a Hugging Face checkpoint cannot "
+            "hold: calibrate with calibration_tp=1."
+        )
+
+
+@contextlib.contextmanager
+def _extended(layers: dict[int, hf_formats.Layer], writes: bool) -> Iterator[None]:
+    """Let modelopt's writer store all formats of `hf_formats`, inside of the context.
+
+    Raises:
+        ModelOptConfigError: If this modelopt's writer is built differently.
+    """
+    from modelopt.torch.export import unified_export_megatron as writer
+
+    exporter = writer.GPTModelExporter
+    names = [
+        (exporter, "_get_quantized_state"),
+        (exporter, "_get_state_dict"),
+        (writer, "to_quantized_weight"),
+        (writer, "save_safetensors_by_layer_index"),
+    ]
+    missing = [name for owner, name in names if not hasattr(owner, name)]
+    if missing:
+        raise ModelOptConfigError(
+            f"This version of modelopt writes Hugging Face checkpoints differently: no {missing}."
+        )
+    originals = [(owner, name, getattr(owner, name)) for owner, name in names]
+    state_of, all_states, quantize, _ = (original for _, _, original in originals)
+
+    def quantized_state(self, module, *args, **kwargs):
+        layer = layers.get(id(module))
+        if layer is None:
+            return state_of(self, module, *args, **kwargs)
+        # The codes come from the weight as it is, not from one rounded to the export's dtype.
+        state = {"weight": module.weight.detach().float().cpu(), "weight_scale": layer.scale.cpu()}
+        if getattr(module, "bias", None) is not None and module.bias.numel() > 0:
+            state["bias"] = module.bias.detach().to(self.dtype).cpu()
+        for name in ("weight_scale_2", "input_scale", "pre_quant_scale"):
+            value = getattr(layer, name.removeprefix("weight_"))
+            if value is not None:
+                state[name] = value.cpu()
+        return state, layer.algorithm, None
+
+    def to_quantized(weight, scale, algorithm, *args, **kwargs):
+        if algorithm in {layer.algorithm for layer in layers.values()}:
+            return hf_formats.encode(algorithm, weight, scale)
+        return quantize(weight, scale, algorithm, *args, **kwargs)
+
+    replacements = [quantized_state, all_states if writes else lambda self: None, to_quantized, save_layers]
+    for (owner, name), replacement in zip(names, replacements, strict=True):
+        setattr(owner, name, replacement)
+    try:
+        yield
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+
+
+def save_layers(layer_state_dicts: dict, total_layers: int, save_directory, name_template: str, **_: Any) -> None:
+    """Write one file for each layer of this rank, and the index of all ranks' files on rank zero.
+
+    Args:
+        layer_state_dicts: Number of a layer, from 1, to its tensors by name.
+        total_layers: Layers of the whole model.
+        save_directory: The checkpoint's folder.
+        name_template: Of the files.
+
+    Raises:
+        ExportError: If another rank could not write its files.
+    """
+    from safetensors.torch import save_file
+
+    names: dict[str, str] = {}
+    size = 0
+    # modelopt's own function leaves the other ranks waiting where one meets a full disk.
+    with export.together("Writing the weights"):
+        for number in sorted(layer_state_dicts):
+            file = name_template.format(number, total_layers) + ".safetensors"
+            tensors = tidy(layer_state_dicts[number])
+            save_file(tensors, str(Path(save_directory) / file), metadata={"format": "pt"})
+            names.update(dict.fromkeys(tensors, file))
+            size += sum(value.numel() * value.element_size() for value in tensors.values())
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, (names, size))
+    if is_global_rank_zero():
+        weight_map = {name: file for part, _ in parts for name, file in part.items()}
+        index = {"metadata": {"total_size": sum(size for _, size in parts)}, "weight_map": weight_map}
+        (Path(save_directory) / "model.safetensors.index.json").write_text(json.dumps(index, indent=4))
+
+
+def tidy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a layer's tensors as they are stored: INT8's scales `[o]`, everything contiguous and its own."""
+    tensors = {}
+    for name, value in state.items():
+        codes = state.get(name.removesuffix("_scale"))
+        if name.endswith(".weight_scale") and codes is not None and codes.dtype == torch.int8:
+            value = value.squeeze(-1)
+        tensors[name] = value.clone(memory_format=torch.contiguous_format)
+    return tensors
+
+
+def _describe(folder: Path, layers: dict[int, hf_formats.Layer]) -> None:
+    """Record the format where modelopt's writer did not."""
+    from nemo.collections.llm.modelopt.quantization import hf_check
+
+    path = folder / "hf_quant_config.json"
+    if path.exists():
+        return
+    shapes = hf_check.stored_shapes(folder)
+    linear = {name.removesuffix(".weight") for name, shape in shapes.items() if _is_matrix(name, shape)}
+    excluded = [name for name in linear if f"{name}.weight_scale" not in shapes and "embed" not in name]
+    first = next(iter(layers.values()))
+    kv_cache = "FP8" if any(name.endswith(".k_scale") for name in shapes) else None
+    content = hf_formats.configuration(first.algorithm, first.facts, excluded, kv_cache)
+    path.write_text(json.dumps(content, indent=4))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = hf_formats.config_section(content)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _is_matrix(name: str, shape: list[int]) -> bool:
+    return name.endswith(".weight") and len(shape) == 2
