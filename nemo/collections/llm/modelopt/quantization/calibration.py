@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,76 +15,45 @@ from nemo.utils.get_rank import is_global_rank_zero
 from tqdm import tqdm
 
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-
-# name -> (arguments of datasets.load_dataset, text column)
-HUB_DATASETS: dict[str, tuple[tuple, dict[str, Any], str]] = {
-    "wikitext": (("wikitext", "wikitext-103-v1"), {"split": "train"}, "text"),
-    "cnn_dailymail": (("cnn_dailymail",), {"name": "3.0.0", "split": "train"}, "article"),
-}
-LOCAL_COLUMN = "text"
+from nemo.collections.llm.modelopt.quantization import data_sources
 
 
-def open_dataset(data: Any, load: Callable) -> tuple[Any, str | None]:
-    """Return a dataset that can be sliced, and its text column.
+def tokenize(rows: Iterable[str | list[int]], tokenizer: Any, seq_len: int) -> list[list[int]]:
+    """Return the first ``seq_len`` token ids of each row; rows without tokens are left out.
 
     Args:
-        data: "cnn_dailymail", "wikitext", the path of a JSON or JSON-lines file with a column "text", a
-            ``datasets.Dataset`` with such a column, or a list of texts.
-        load: ``datasets.load_dataset``.
-
-    Returns:
-        The dataset and the column; the column is None for a list.
+        rows: Texts, or lists of token ids.
+        tokenizer: NeMo's tokenizer; texts are encoded all at once where it wraps a fast one of Hugging Face.
+        seq_len: Token ids to keep.
 
     Raises:
-        ModelOptConfigError: If the file is missing or unreadable, or has no such column.
+        ModelOptConfigError: For a token id that is not in the vocabulary.
     """
-    if not isinstance(data, (str, Path)):
-        column = LOCAL_COLUMN if hasattr(data, "column_names") else None
-        return (data if column else list(data)), column
-    name = str(data)
-    if name in HUB_DATASETS:
-        arguments, keywords, column = HUB_DATASETS[name]
-        return load(*arguments, **keywords), column
-    try:
-        dataset = load("json", data_files=name, split="train")
-    except Exception as error:
-        # `datasets` raises half a dozen kinds of exception for a file it cannot use.
-        reason = "there is no such file" if not Path(name).exists() else str(error)
-        raise ModelOptConfigError(
-            f"calibration_dataset={name!r} cannot be read: {reason}. Give one of {sorted(HUB_DATASETS)} or the "
-            f'path of a JSON or JSON-lines file with a column "{LOCAL_COLUMN}".'
-        ) from error
-    columns = getattr(dataset, "column_names", None)
-    if isinstance(columns, list) and LOCAL_COLUMN not in columns:
-        raise ModelOptConfigError(
-            f'calibration_dataset={name!r} has no column "{LOCAL_COLUMN}"; its columns are {columns}.'
-        )
-    return dataset, LOCAL_COLUMN
+    rows = list(rows)
+    encoded = iter(_encode([row for row in rows if isinstance(row, str)], tokenizer))
+    size = getattr(tokenizer, "vocab_size", None)
+    found = []
+    for row in rows:
+        ids = list((next(encoded) if isinstance(row, str) else row)[:seq_len])
+        if ids and not isinstance(row, str) and isinstance(size, int) and not 0 <= min(ids) <= max(ids) < size:
+            raise ModelOptConfigError(
+                f"calibration_dataset holds the token id {max(ids) if max(ids) >= size else min(ids)}; the model's "
+                f"vocabulary has {size}, numbered from 0."
+            )
+        found.append(ids)
+    return [ids for ids in found if ids]
 
 
-def text_batches(dataset: Any, column: str | None, batch_size: int, limit: int, max_characters: int) -> Iterator[list]:
-    """Yield lists of at most ``batch_size`` texts until ``limit`` rows are read; rows without text are left out.
+def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """Return the token ids of each text, in one call where the tokenizer can."""
+    from nemo.collections.common.tokenizers import AutoTokenizer
 
-    Args:
-        dataset: What `open_dataset` returned.
-        column: Its text column, or None for a list of texts.
-        batch_size: Texts in a list; the last list may be shorter.
-        limit: Rows to read.
-        max_characters: Longer texts are cut.
-    """
-    rows = min(len(dataset), limit)
-    for start in range(0, rows, batch_size):
-        chunk = dataset[start : min(start + batch_size, rows)]
-        texts = chunk if column is None else chunk[column]
-        kept = [text[:max_characters] for text in texts if isinstance(text, str) and text.strip()]
-        if kept:
-            yield kept
-
-
-def tokenize(texts: Iterable[str], tokenizer: Any, seq_len: int) -> list[list[int]]:
-    """Return the first ``seq_len`` token ids of each text; texts without tokens are left out."""
-    rows = (list(tokenizer.text_to_ids(text)[:seq_len]) for text in texts)
-    return [row for row in rows if row]
+    inner = getattr(tokenizer, "tokenizer", None)
+    is_plain = isinstance(tokenizer, AutoTokenizer) and type(tokenizer).text_to_ids is AutoTokenizer.text_to_ids
+    if not (texts and is_plain and getattr(inner, "is_fast", False)):
+        return [list(tokenizer.text_to_ids(text)) for text in texts]
+    # Not its truncation: that would stay switched on in the tokenizer, and in the copy that an export saves.
+    return inner(texts, add_special_tokens=tokenizer.include_special_tokens, verbose=False)["input_ids"]
 
 
 def pack(rows: list[list[int]], seq_len: int, separator: int) -> list[list[int]]:
@@ -99,11 +67,6 @@ def pack(rows: list[list[int]], seq_len: int, separator: int) -> list[list[int]]
             stream.append(separator)
         stream.extend(row)
     return [stream[start : start + seq_len] for start in range(0, len(stream), seq_len)]
-
-
-def pad(rows: list[list[int]], seq_len: int, filler: int) -> list[list[int]]:
-    """Fill every row up to ``seq_len``: the stock form, in which the filler takes part in the statistics."""
-    return [row + [filler] * (seq_len - len(row)) for row in rows]
 
 
 def share_of_rank(sequences: list, rank: int, ranks: int) -> list:
@@ -127,28 +90,32 @@ def microbatches(sequences: list[list[int]], batch_size: int) -> list[torch.Tens
 
 
 def arrange(rows, seq_len: int, batch_size: int, tokenizer: Any, packed: bool, shard: bool) -> list[torch.Tensor]:
-    """Return the microbatches `[b, s]` of tokenized rows: packed or padded, of all ranks or of this one."""
+    """Return the microbatches `[b, s]` of tokenized rows, of all ranks or of this one.
+
+    Rows that are not packed meet others of the same length only. Attention looks back, so a row's activations are what
+    they would be with padding behind it, and the padding's own never arise.
+    """
     if not rows:
         return []
-    sequences = (pack if packed else pad)(rows, seq_len, tokenizer.eos)
+    sequences = pack(rows, seq_len, tokenizer.eos) if packed else rows
     if shard:
         sequences = share_of_rank(sequences, *data_parallel_position())
     return microbatches(sequences, batch_size)
 
 
-def collect(batches: Iterable[list[str]], name: Any, wanted: int) -> list[str]:
-    """Return all texts as one list, and say so where there are fewer than wanted.
+def collect(batches: Iterable[list], name: Any, wanted: int) -> list:
+    """Return all rows as one list, and say so where there are fewer than wanted.
 
     Raises:
         ModelOptConfigError: If there is none.
     """
-    texts = [text for batch in batches for text in batch]
-    label = name if isinstance(name, (str, Path)) else type(name).__name__
-    if not texts:
-        raise ModelOptConfigError(f"calibration_dataset={str(label)!r} has no row with text.")
-    if len(texts) < wanted:
-        logging.warning(f"calibration_dataset_size={wanted}, but {label} has {len(texts)} rows with text: using these")
-    return texts
+    rows = [row for batch in batches for row in batch]
+    label = data_sources.label(name)
+    if not rows:
+        raise ModelOptConfigError(f"calibration_dataset={label!r} has no row with text.")
+    if len(rows) < wanted:
+        logging.warning(f"calibration_dataset_size={wanted}, but {label} has {len(rows)} rows with text: using these")
+    return rows
 
 
 def split_rows(available: int, wanted: int, evaluation: int) -> tuple[slice, slice, bool]:

@@ -39,6 +39,7 @@ from nemo.collections import llm
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization import (
     calibration,
+    data_sources,
     decoders,
     export,
     formats,
@@ -232,6 +233,8 @@ class Quantizer:
             batch_size=config.calibration_batch_size,
             calib_size=config.calibration_dataset_size + config.comparison_size,
             max_sequence_length=_CHARACTERS_PER_TOKEN * config.calibration_seq_len,
+            column=config.calibration_column,
+            seed=config.calibration_shuffle_seed,
         )
         texts = calibration.collect(batches, config.calibration_dataset, config.calibration_dataset_size)
         used, compared, held_out = calibration.split_rows(
@@ -340,21 +343,29 @@ def unwrap_for_modelopt_operations(model):
 
 
 def get_calib_data_iter(
-    data: str = "cnn_dailymail", batch_size: int = 64, calib_size: int = 512, max_sequence_length: int = 512
+    data: str = "cnn_dailymail",
+    batch_size: int = 64,
+    calib_size: int = 512,
+    max_sequence_length: int = 512,
+    *,
+    column: str | None = None,
+    seed: int | None = None,
 ):
-    """Yield lists of calibration texts; the last may be shorter, and rows without text are left out.
+    """Yield lists of calibration rows (texts or token ids); the last may be shorter, and rows without are left out.
 
     Args:
-        data: "cnn_dailymail", "wikitext", a JSON or JSON-lines file with a column "text", a dataset or list of texts.
-        batch_size: Texts in a list.
-        calib_size: Rows to read.
+        data: "cnn_dailymail", "wikitext", files, a data set, an iterable or a data module, see `data_sources.rows`.
+        batch_size: Rows in a list.
+        calib_size: Rows with content to read.
         max_sequence_length: Characters after which a text is cut.
+        column: The column of texts or token ids, None for the usual one.
+        seed: Shuffles the data, None keeps its order.
 
     Raises:
         ModelOptConfigError: If the data cannot be read.
     """
-    dataset, column = calibration.open_dataset(data, load_dataset)
-    yield from calibration.text_batches(dataset, column, batch_size, calib_size, max_sequence_length)
+    found = data_sources.rows(data, column, seed, load_dataset)
+    yield from data_sources.batches(found, batch_size, calib_size, max_sequence_length)
 
 
 def create_data_iterator_getter(
@@ -370,7 +381,7 @@ def create_data_iterator_getter(
         seq_len: Tokens in a sequence; each row contributes as many at most.
         batch_size: Sequences in a microbatch; what remains makes smaller ones.
         calibration_size: Rows to read.
-        packed: Join rows into full sequences; False pads each row with the end-of-sequence token.
+        packed: Join rows into full sequences; False leaves each row a sequence of its own length.
         shard: Give this data-parallel rank its part only.
     """
     cache: list[torch.Tensor] = []
@@ -383,7 +394,7 @@ def create_data_iterator_getter(
                 batch_size=batch_size,
                 calib_size=calibration_size,
             )
-            texts = (text for batch in batches for text in batch)
+            texts = [text for batch in batches for text in batch]
             rows = calibration.tokenize(texts, model.tokenizer, seq_len)
             cache.extend(calibration.arrange(rows, seq_len, batch_size, model.tokenizer, packed, shard))
         return iter([batch.to(model.device) for batch in cache])
