@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -11,13 +11,21 @@ class QuantizationConfig:
     """Settings of post-training quantization.
 
     ``algorithm`` is a key of ``QUANT_CFG_CHOICES``, the name of a preset of modelopt ("INT8_WEIGHT_ONLY_CFG"), the path
-    of a JSON file with a quant_cfg, or None to export the model as it is. ``sq_alpha`` is SmoothQuant's migration
-    strength. ``enable_kv_cache=None`` decides by algorithm and model. The calibration dataset is "cnn_dailymail",
-    "wikitext" or a JSON or JSON-lines file with a column "text"; ``calibration_dataset_size`` counts its rows.
+    of a JSON file with a quant_cfg, "auto" for mixed precision, or None to export the model as it is. ``sq_alpha`` is
+    SmoothQuant's migration strength. ``enable_kv_cache=None`` decides by algorithm and model.
 
-    ``packed`` joins rows into full sequences, so that no padding enters the statistics; False pads each row as the
-    stock subpackage does. ``comparison_size`` is the number of held-out rows on which the quantized model is compared
-    with the original, 0 for none.
+    The calibration dataset is "cnn_dailymail", "wikitext", or a JSON, JSON-lines, Parquet or text file, a folder or glob
+    of such; from Python also a ``datasets.Dataset``, an iterable of texts or lists of token ids, or a Lightning data
+    module. ``calibration_column`` names the text column where it is not the usual one, ``calibration_shuffle_seed``
+    shuffles (None keeps the order), and ``calibration_dataset_size`` counts rows with content.
+
+    ``packed`` joins rows into full sequences; False leaves each row a sequence of its own, and rows of equal length run
+    together: neither lets padding enter the statistics. ``comparison_size`` is the number of held-out rows on which the
+    quantized model is compared with the original, 0 for none.
+
+    ``algorithm="auto"`` chooses a format for each layer so that the weights take ``auto_quantize_bits`` bits on average
+    (layers that stay as they are count 16); ``auto_quantize_checkpoint`` is a file or folder from which an interrupted
+    search goes on.
     """
 
     algorithm: str | None = "fp8"
@@ -33,6 +41,12 @@ class QuantizationConfig:
 
     packed: bool = True
     comparison_size: int = 32
+
+    calibration_column: str | None = None
+    calibration_shuffle_seed: int | None = None
+    auto_quantize_bits: float | None = None
+    auto_quantize_formats: list[str] = field(default_factory=lambda: ["int4_awq", "fp8"])
+    auto_quantize_checkpoint: str | None = None
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from nemo.utils import logging
 
-from nemo.collections.llm.modelopt.quantization import gated_amax, kv_cache
+from nemo.collections.llm.modelopt.quantization import gated_amax, kv_cache, patterns
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 
 # Largest value of the formats whose input amax is kept from becoming too small.
@@ -16,7 +16,14 @@ _MAXBOUND = {"fp8": 448, "int8_sq": 127}
 _MIN_AMAX_SHARE = 0.01
 
 
-def insert(mtq: Any, core: Any, quant_cfg: dict[str, Any], forward_loop: Any, enable_kv_cache: bool | None) -> Any:
+def insert(
+    mtq: Any,
+    core: Any,
+    quant_cfg: dict[str, Any],
+    forward_loop: Any,
+    enable_kv_cache: bool | None,
+    from_file: bool = False,
+) -> Any:
     """Insert the quantizers of a quant_cfg into a model and calibrate them.
 
     Args:
@@ -25,18 +32,22 @@ def insert(mtq: Any, core: Any, quant_cfg: dict[str, Any], forward_loop: Any, en
         quant_cfg: KV-cache quantizers that cannot be are taken out, in place.
         forward_loop: Runs calibration data through the model; None where none is needed.
         enable_kv_cache: The user's option, see `kv_cache.settle`.
+        from_file: The quant_cfg is the user's own, see `patterns.check`.
 
     Returns:
         What ``mtq.quantize`` returned.
 
     Raises:
-        ModelOptConfigError: If KV-cache quantizers were asked for and cannot be.
+        ModelOptConfigError: If KV-cache quantizers were asked for and cannot be, or a pattern matches nothing.
     """
     if not isinstance(core, torch.nn.Module):
         return mtq.quantize(core, quant_cfg, forward_loop)
     with kv_cache.attention_support(choices.has_kv_cache(quant_cfg)):
         kv_cache.settle(core, quant_cfg, enable_kv_cache)
-        quantized = mtq.quantize(core, quant_cfg, forward_loop)
+        loop = forward_loop and patterns.checked_loop(forward_loop, quant_cfg, from_file)
+        quantized = mtq.quantize(core, quant_cfg, loop)
+    if forward_loop is None:
+        patterns.check(core, quant_cfg, from_file)
     gated_amax.mend(quantized)
     return quantized
 

@@ -85,6 +85,12 @@ def needs_cuda(quant_cfg: QuantCfg) -> bool:
     return False
 
 
+def weight_bits(quant_cfg: QuantCfg) -> float:
+    """Return the bits of a weight as modelopt's search counts them: the least of all quantizers, without scales."""
+    widths = [attributes["num_bits"] for _, attributes in quantizer_settings(quant_cfg)]
+    return min((1 + sum(bits) if isinstance(bits, (tuple, list)) else bits for bits in widths), default=16)
+
+
 def set_awq_block_size(quant_cfg: QuantCfg, block_size: int) -> None:
     """Set the block size of 4-bit integer weight quantizers, in place."""
     for pattern, attributes in quantizer_settings(quant_cfg):

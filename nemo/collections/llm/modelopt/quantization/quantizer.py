@@ -38,12 +38,14 @@ import modelopt.torch.quantization as mtq
 from nemo.collections import llm
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization import (
+    auto,
     calibration,
     data_sources,
     decoders,
     export,
     formats,
     insertion,
+    kv_cache,
     report,
     settings,
 )
@@ -97,16 +99,18 @@ class Quantizer:
         self.export_config = export_config
         self.report: dict[str, Any] = {}
         settings.check_quantization(quantization_config, KV_QUANT_CFG_CHOICES)
-        base = None
-        if quantization_config.algorithm is not None:
-            base, _ = settings.base_quant_cfg(quantization_config.algorithm, QUANT_CFG_CHOICES, load_quant_cfg)
-            if not has_gpu and choices.needs_cuda(base):
-                raise OSError(
-                    f"GPU is required for the quantization with {quantization_config.algorithm}: CUDA kernels."
-                )
+        planned = settings.planned_quant_cfgs(quantization_config, QUANT_CFG_CHOICES, load_quant_cfg)
+        if quantization_config.algorithm == settings.AUTO:
+            auto.check_supported()
+        if planned:
+            data_sources.check(quantization_config.calibration_dataset, quantization_config.calibration_column)
+        for name, quant_cfg in planned.items():
+            if not has_gpu and choices.needs_cuda(quant_cfg):
+                raise OSError(f"GPU is required for the quantization with {name}: CUDA kernels.")
         if export_config is not None:
             settings.check_export(export_config, SUPPORTED_EXPORT_FMT, SUPPORTED_DTYPE)
-            export.check_format(base, quantization_config.algorithm, export_config.export_format)
+            for name, quant_cfg in planned.items():
+                export.check_format(quant_cfg, name, export_config.export_format)
         self.torch_dtype = torch_dtype_from_precision("bf16" if export_config is None else export_config.dtype)
 
     @staticmethod
@@ -134,7 +138,7 @@ class Quantizer:
         """Let the quantized model continue two prompts and log what it says."""
         insertion.generate_sample(_collaborators(), model)
 
-    def _get_forward_loop(self, model, rows: list[str] | None = None):
+    def _get_forward_loop(self, model, rows: list | None = None):
         """Return the loop that feeds this rank's share of the calibration data.
 
         Args:
@@ -200,7 +204,10 @@ class Quantizer:
         core = unwrap_for_modelopt_operations(model)
         is_stand_in = not isinstance(core, torch.nn.Module)
 
-        calibrates = forward_loop is None and mtq.config.need_calibration(quant_cfg)
+        searches = algorithm == settings.AUTO
+        if searches and forward_loop is not None:
+            raise ModelOptConfigError('algorithm="auto" needs calibration data, it cannot run with a forward_loop.')
+        calibrates = not searches and forward_loop is None and mtq.config.need_calibration(quant_cfg)
         rows, evaluation = None, None
         if forward_loop is not None:
             logging.info("A forward_loop was given: without calibration data there is no comparison with the original")
@@ -211,7 +218,12 @@ class Quantizer:
         before = report.evaluate(core, evaluation, title="Original model") if evaluation else None
 
         logging.info(f"Using quant_cfg:\n{pprint.pformat(quant_cfg)}")
-        quantized = insertion.insert(mtq, core, quant_cfg, forward_loop, self.quantization_config.enable_kv_cache)
+        if searches:
+            quantized = self._search(model, core, quant_cfg, rows)
+        else:
+            from_file = settings.is_file(algorithm, QUANT_CFG_CHOICES)
+            kv_option = self.quantization_config.enable_kv_cache
+            quantized = insertion.insert(mtq, core, quant_cfg, forward_loop, kv_option, from_file)
         if decoder_type == "gpt":
             insertion.keep_amax_from_vanishing(mtq, quantized, algorithm)
         if is_global_rank_zero():
@@ -225,8 +237,35 @@ class Quantizer:
             self._generate_sample(model)
         return model
 
-    def _read_rows(self, model) -> tuple[list[str], list[torch.Tensor]]:
-        """Read the texts: those that calibrate, and the comparison's microbatches `[b, s]` of this rank."""
+    def _search(self, model, core, quant_cfg: dict[str, Any], rows: list | None):
+        """Choose a format for each layer (mixed precision) and calibrate; return the Megatron-Core model."""
+        config = self.quantization_config
+        offered = settings.auto_formats(config, QUANT_CFG_CHOICES)
+        batches = create_data_iterator_getter(
+            model,
+            dataset=config.calibration_dataset if rows is None else rows,
+            seq_len=config.calibration_seq_len,
+            batch_size=config.calibration_batch_size,
+            calibration_size=config.calibration_dataset_size if rows is None else len(rows),
+            packed=config.packed,
+            shard=all(choices.statistics_merge_over_ranks(offer) for offer in offered.values()),
+        )
+        data = [data_sources.label(config.calibration_dataset), config.calibration_column, config.packed]
+        data += [config.calibration_dataset_size, config.calibration_batch_size, config.calibration_seq_len]
+        identity = {"calibration data": [*data, config.calibration_shuffle_seed]}
+        with kv_cache.attention_support(choices.has_kv_cache(quant_cfg)):
+            kv_cache.settle(core, quant_cfg, config.enable_kv_cache)
+            microbatches = list(batches())
+            found = auto.quantize(
+                core, offered, config.auto_quantize_bits, microbatches, config.auto_quantize_checkpoint, identity
+            )
+        if choices.has_kv_cache(quant_cfg):
+            auto.quantize_kv_cache(mtq, core, quant_cfg, microbatches)
+        self.report.update(found)
+        return core
+
+    def _read_rows(self, model) -> tuple[list, list[torch.Tensor]]:
+        """Read the rows: those that calibrate, and the comparison's microbatches `[b, s]` of this rank."""
         config = self.quantization_config
         batches = get_calib_data_iter(
             data=config.calibration_dataset,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 import os
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from nemo.collections.llm.modelopt.errors import ModelOptConfigError, one_of
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 
 DEFAULT_AWQ_BLOCK_SIZE = 128
+AUTO = "auto"
 
 
 def base_quant_cfg(algorithm: str, presets: dict[str, Any], load: Callable) -> tuple[dict[str, Any], bool]:
@@ -27,6 +29,8 @@ def base_quant_cfg(algorithm: str, presets: dict[str, Any], load: Callable) -> t
     Raises:
         ModelOptConfigError: If it is none of the three, or the file has no "quant_cfg".
     """
+    if algorithm == AUTO:
+        return {"quant_cfg": {"default": {"enable": False}}, "algorithm": AUTO}, False
     if algorithm in presets:
         return copy.deepcopy(presets[algorithm]), False
     if os.path.isfile(algorithm):
@@ -42,12 +46,72 @@ def base_quant_cfg(algorithm: str, presets: dict[str, Any], load: Callable) -> t
     if algorithm in own:
         return own[algorithm], False
     try:
-        one_of("algorithm", algorithm, [None, *presets, *own])
+        one_of("algorithm", algorithm, [None, AUTO, *presets, *own])
     except ModelOptConfigError as error:
         raise ModelOptConfigError(
             f"Unsupported quantization format: {error} A path must name an existing JSON file."
         ) from None
     raise AssertionError("unreachable: the name is among the presets")
+
+
+def is_file(algorithm: str, presets: dict[str, Any]) -> bool:
+    """Return whether an algorithm is the path of a JSON file: any name that is not taken."""
+    return algorithm != AUTO and algorithm not in presets and algorithm not in choices.get_modelopt_presets()
+
+
+def planned_quant_cfgs(config: Any, presets: dict[str, Any], load: Callable) -> dict[str, dict[str, Any]]:
+    """Return the quant_cfg that a configuration asks for by its name, those of all formats for "auto".
+
+    Raises:
+        ModelOptConfigError: For a name or combination that cannot work.
+    """
+    if config.algorithm == AUTO:
+        return auto_formats(config, presets)
+    for name in ("auto_quantize_bits", "auto_quantize_checkpoint"):
+        if getattr(config, name) is not None:
+            raise ModelOptConfigError(
+                f'{name}={getattr(config, name)!r} needs algorithm="auto", not {config.algorithm!r}.'
+            )
+    if config.algorithm is None:
+        return {}
+    return {config.algorithm: base_quant_cfg(config.algorithm, presets, load)[0]}
+
+
+def auto_formats(config: Any, presets: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the quant_cfg of each format among which mixed precision chooses, with our options applied.
+
+    Raises:
+        ModelOptConfigError: For a format or a number of bits that cannot work.
+    """
+    bits, names = config.auto_quantize_bits, config.auto_quantize_formats
+    if bits is None:
+        raise ModelOptConfigError('algorithm="auto" needs auto_quantize_bits: the bits of a weight on average.')
+    _check_number("auto_quantize_bits", bits, 1, 16, integer=False)
+    if isinstance(names, str) or not isinstance(names, (list, tuple)) or not names:
+        raise ModelOptConfigError(f"auto_quantize_formats={names!r} must be a list of algorithms, at least one.")
+    if len(set(names)) != len(names):
+        raise ModelOptConfigError(f"auto_quantize_formats={list(names)} names a format twice.")
+    own = choices.get_modelopt_presets()
+    found = {}
+    for name in names:
+        one_of("auto_quantize_formats", name, [*presets, *own])
+        quant_cfg = copy.deepcopy(presets.get(name) or own[name])
+        apply_method_options(quant_cfg, name, False, None, config.awq_block_size, config.sq_alpha)
+        choices.disable_kv_cache(quant_cfg)
+        if not any(
+            fnmatch.fnmatch("weight_quantizer", pattern) for pattern, _ in choices.quantizer_settings(quant_cfg)
+        ):
+            raise ModelOptConfigError(
+                f"auto_quantize_formats: {name!r} quantizes layers of certain names only; give formats for any layer."
+            )
+        found[name] = quant_cfg
+    lowest = min(found, key=lambda name: choices.weight_bits(found[name]))
+    if bits < choices.weight_bits(found[lowest]):
+        raise ModelOptConfigError(
+            f"auto_quantize_bits={bits} cannot be reached: the smallest of auto_quantize_formats is {lowest!r} with "
+            f"{choices.weight_bits(found[lowest])} bits."
+        )
+    return found
 
 
 def apply_method_options(
@@ -111,6 +175,11 @@ def check_quantization(config: Any, kv_formats: dict[str, str]) -> None:
     _check_number("calibration_batch_size", config.calibration_batch_size, 1)
     _check_number("calibration_seq_len", config.calibration_seq_len, 2)
     _check_number("comparison_size", config.comparison_size, 0)
+    if config.calibration_shuffle_seed is not None:
+        _check_number("calibration_shuffle_seed", config.calibration_shuffle_seed, 0)
+    column = config.calibration_column
+    if column is not None and not (isinstance(column, str) and column):
+        raise ModelOptConfigError(f"calibration_column={column!r} must be the name of a column, or None.")
 
 
 def check_export(config: Any, formats: list, dtypes: list) -> None:

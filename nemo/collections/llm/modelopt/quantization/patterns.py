@@ -1,0 +1,119 @@
+"""Do the patterns of a quant_cfg mean anything on a model? modelopt passes over those that match no quantizer."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from modelopt.torch.quantization.nn import QuantModuleRegistry, SequentialQuantizer, TensorQuantizer
+from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """One entry of a quant_cfg: a wildcard of quantizer names, on modules of one class only where it names one."""
+
+    wildcard: str
+    module_class: str | None
+    enables: bool
+
+    def __str__(self) -> str:
+        return self.wildcard if self.module_class is None else f"{self.module_class}: {self.wildcard}"
+
+
+def patterns_of(quant_cfg: dict[str, Any]) -> Iterator[Pattern]:
+    """Yield the entries of a quant_cfg, without its default."""
+    for key, value in quant_cfg.get("quant_cfg", {}).items():
+        if key == "default" or not isinstance(key, str):
+            continue
+        nested = key in QuantModuleRegistry and isinstance(value, dict)
+        for wildcard, setting in (value if nested else {key: value}).items():
+            if wildcard != "default":
+                yield Pattern(wildcard, key if nested else None, _enables(setting))
+
+
+def _enables(setting: Any) -> bool:
+    parts = setting if isinstance(setting, list) else [setting]
+    return any(isinstance(part, dict) and part.get("enable", True) for part in parts)
+
+
+def shipped_exclusions() -> set[Pattern]:
+    """Return the disabling patterns of modelopt's presets: written for many models, each has only some of the names."""
+    found = (pattern for preset in choices.get_modelopt_presets().values() for pattern in patterns_of(preset))
+    return {pattern for pattern in found if not pattern.enables}
+
+
+def check(model: torch.nn.Module, quant_cfg: dict[str, Any], from_file: bool) -> None:
+    """Raise for patterns that match no quantizer of the model on any rank.
+
+    In a user's own quant_cfg every pattern must match, but for the exclusions that modelopt ships; of a preset, which is
+    written for many models, at least one enabling pattern.
+
+    Args:
+        model: This rank's converted model; all ranks must call.
+        quant_cfg: What the quantizers were set by.
+        from_file: Whether it is the user's own.
+
+    Raises:
+        ModelOptConfigError: Naming the patterns and the nearest quantizers.
+    """
+    wanted = list(patterns_of(quant_cfg))
+    names = [
+        (name, model.get_submodule(name.rpartition(".")[0]))
+        for name, module in model.named_modules()
+        if isinstance(module, (TensorQuantizer, SequentialQuantizer))
+    ]
+    matched = _on_any_rank([_matches(pattern, names) for pattern in wanted])
+    missing = [pattern for pattern, found in zip(wanted, matched, strict=True) if not found]
+    if from_file:
+        shipped = shipped_exclusions()
+        missing = [pattern for pattern in missing if pattern.enables or pattern not in shipped]
+    else:
+        enabling = [pattern for pattern in wanted if pattern.enables]
+        missing = enabling if enabling and all(pattern in missing for pattern in enabling) else []
+    if missing:
+        known = sorted({re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in names})
+        lines = [f"{str(pattern)!r} (nearest: {_nearest(pattern.wildcard, known)})" for pattern in missing]
+        raise ModelOptConfigError(
+            f"quant_cfg patterns that match no quantizer of this model: {'; '.join(lines)}. Patterns are wildcards of "
+            "quantizer names, such as '*mlp*weight_quantizer'."
+        )
+
+
+def checked_loop(forward_loop: Callable, quant_cfg: dict[str, Any], from_file: bool) -> Callable:
+    """Return a forward loop that checks the patterns before it runs data through the model."""
+
+    def run(model):
+        check(model, quant_cfg, from_file)
+        return forward_loop(model)
+
+    return run
+
+
+def _matches(pattern: Pattern, names: list[tuple[str, torch.nn.Module]]) -> bool:
+    parent = None if pattern.module_class is None else QuantModuleRegistry[pattern.module_class]
+    return any(
+        fnmatch.fnmatch(name, pattern.wildcard) and (parent is None or isinstance(owner, parent))
+        for name, owner in names
+    )
+
+
+def _nearest(wildcard: str, known: list[str]) -> list[str]:
+    return difflib.get_close_matches(wildcard, known, n=3, cutoff=0.0)
+
+
+def _on_any_rank(flags: list[bool]) -> list[bool]:
+    """Return which flags are set on at least one rank: a pipeline stage has some of the layers only."""
+    if not flags or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return flags
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensor = torch.tensor(flags, dtype=torch.int32, device=device)
+    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in tensor.tolist()]
