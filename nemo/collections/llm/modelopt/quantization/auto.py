@@ -1,8 +1,8 @@
 """Mixed precision: a format for each layer, by modelopt's ``auto_quantize`` search (gradient scores, integer program).
 
-The searcher below is modelopt's own with what it lacks for Megatron's layouts: its budget counts a rank's weights while
-its costs count all tensor-parallel ranks; it solves each pipeline stage by itself; it counts the score of a row-parallel
-layer once for each tensor-parallel rank; and it writes and trusts its checkpoint as it is.
+The searcher below is modelopt's own with what it lacks for Megatron's layouts: its budget counts a rank's weights
+while its costs count all tensor-parallel ranks; it solves each pipeline stage by itself; it counts the score of a
+row-parallel layer once for each tensor-parallel rank; and it writes and trusts its checkpoint as it is.
 """
 
 from __future__ import annotations
@@ -70,18 +70,18 @@ class Searcher(_Base):
             ModelOptConfigError: On all ranks, if one's file cannot be read or belongs to another search.
         """
         state, problem = _read_state(self._get_checkpoint_path(), self.config["identity"])
-        answers = _gather((problem, {str(recipe) for recipe in state.get("quantizer_states", {})}))
+        stored = {recipe: saved for recipe, saved in state.get("quantizer_states", {}).items() if _restorable(saved)}
+        answers = _gather((problem, {str(recipe) for recipe in stored}))
         problems = [text for text, _ in answers if text]
         if problems:
             raise ModelOptConfigError(f"auto_quantize_checkpoint: {problems[0]}")
         common = set.intersection(*(recipes for _, recipes in answers))
         scored = all(_gather(bool(state.get("candidate_stats"))))
-        kept = {recipe: saved for recipe, saved in state.get("quantizer_states", {}).items() if str(recipe) in common}
-        self.quantizer_states = kept
+        self.quantizer_states = {recipe: saved for recipe, saved in stored.items() if str(recipe) in common}
         if scored:
             self.candidate_stats = state["candidate_stats"]
             logging.info("The scores of the mixed-precision search are taken from its checkpoint")
-        return bool(kept)
+        return bool(self.quantizer_states)
 
     def save_search_checkpoint(self, verbose=False) -> None:
         """Write the state beside the file, then put it in its place."""
@@ -334,6 +334,15 @@ def _read_state(path: str | None, identity: dict[str, Any]) -> tuple[dict[str, A
     if changed:
         return {}, f"{path} belongs to a search with other {', '.join(changed)}; delete it or give another path."
     return state, None
+
+
+def _restorable(saved: dict[str, Any]) -> bool:
+    """Return whether modelopt restores a stored calibration: it fails on AWQ's and SmoothQuant's scales of weights.
+
+    Its restoring function runs the weights through scales that it has allocated and not yet filled. Such formats are
+    calibrated anew.
+    """
+    return "pre_quant_scale" not in {key.lstrip("_") for state in saved["state_dict"].values() for key in state}
 
 
 def _gather(value: Any, group=None) -> list[Any]:

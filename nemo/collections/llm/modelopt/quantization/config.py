@@ -14,10 +14,10 @@ class QuantizationConfig:
     of a JSON file with a quant_cfg, "auto" for mixed precision, or None to export the model as it is. ``sq_alpha`` is
     SmoothQuant's migration strength. ``enable_kv_cache=None`` decides by algorithm and model.
 
-    The calibration dataset is "cnn_dailymail", "wikitext", or a JSON, JSON-lines, Parquet or text file, a folder or glob
-    of such; from Python also a ``datasets.Dataset``, an iterable of texts or lists of token ids, or a Lightning data
-    module. ``calibration_column`` names the text column where it is not the usual one, ``calibration_shuffle_seed``
-    shuffles (None keeps the order), and ``calibration_dataset_size`` counts rows with content.
+    The calibration dataset is "cnn_dailymail", "wikitext", or a JSON, JSON-lines, Parquet or text file, a folder or a
+    glob of such; from Python also a ``datasets.Dataset``, an iterable of texts or lists of token ids, or a Lightning
+    data module. ``calibration_column`` names the text column where it is not the usual one,
+    ``calibration_shuffle_seed`` shuffles (None keeps the order), ``calibration_dataset_size`` counts rows with content.
 
     ``packed`` joins rows into full sequences; False leaves each row a sequence of its own, and rows of equal length run
     together: neither lets padding enter the statistics. ``comparison_size`` is the number of held-out rows on which the

@@ -173,7 +173,8 @@ def _array_items(text: IO[str], file: Path) -> Iterator[Any]:
             more = text.read(max(_CHUNK, len(buffer)))
             if not more:
                 raise ModelOptConfigError(
-                    f"calibration_dataset: {file} cannot be read: item {number} of the array is not valid JSON ({error})."
+                    f"calibration_dataset: {file} cannot be read: item {number} of the array is not valid JSON "
+                    f"({error})."
                 ) from error
             buffer += more
             continue

@@ -53,8 +53,8 @@ def shipped_exclusions() -> set[Pattern]:
 def check(model: torch.nn.Module, quant_cfg: dict[str, Any], from_file: bool) -> None:
     """Raise for patterns that match no quantizer of the model on any rank.
 
-    In a user's own quant_cfg every pattern must match, but for the exclusions that modelopt ships; of a preset, which is
-    written for many models, at least one enabling pattern.
+    In a user's own quant_cfg every pattern must match, but for the exclusions that modelopt ships; of a preset, which
+    is written for many models, at least one enabling pattern.
 
     Args:
         model: This rank's converted model; all ranks must call.
