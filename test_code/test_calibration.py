@@ -169,9 +169,10 @@ def test_number_of_microbatches_comes_from_the_data(quantization):
     assert [tuple(batch.shape) for batch in batches] == [(10, 8)]
 
 
-def test_padding_is_the_stock_form(quantization):
-    (batch,) = quantization.create_data_iterator_getter(model(), ["ab", "abcdef"], 4, 2, 2, packed=False)()
-    assert batch.tolist() == [[97, 98, 0, 0], [97, 98, 99, 100]]
+def test_without_packing_rows_of_one_length_run_together_and_none_is_padded(quantization):
+    texts = ["ab", "abcdef", "cd", "abcd"]
+    batches = quantization.create_data_iterator_getter(model(), texts, 4, 2, 4, packed=False)()
+    assert [batch.tolist() for batch in batches] == [[[97, 98, 99, 100]] * 2, [[97, 98], [99, 100]]]
 
 
 def test_packed_form_has_no_padding(quantization):

@@ -88,7 +88,7 @@ def objects():
     yield "dictionaries", ({"text": text} for text in TEXTS)
 
 
-@pytest.mark.parametrize(("kind", "data"), objects(), ids=[kind for kind, _ in objects()])
+@pytest.mark.parametrize(("kind", "data"), list(objects()), ids=[kind for kind, _ in objects()])
 def test_python_objects(sources, kind, data):
     sources.check(data, None)
     assert read(sources, data) == TEXTS
