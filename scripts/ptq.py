@@ -7,11 +7,13 @@ Start it with torchrun for more than one GPU; with --cpu it starts its ranks its
 from __future__ import annotations
 
 import argparse
+import difflib
+import os
 import sys
 
 from nemo_modelopt_dropin.command_line import Parser, layout_problems, missing_paths, run_local_ranks, start_on_cpu
 
-ALGORITHMS = ("no_quant", "int8", "int8_sq", "fp8", "int4_awq", "w4a8_awq", "int4", "nvfp4")
+ALGORITHMS = ("no_quant", "auto", "int8", "int8_sq", "fp8", "block_fp8", "int4_awq", "w4a8_awq", "int4", "nvfp4")
 _FOLDERS = {"trtllm": "./qnemo_{algorithm}_tp{inference_tp}_pp{inference_pp}", "hf": "./hf_{algorithm}"}
 
 
@@ -33,7 +35,14 @@ def parser() -> Parser:
     layout.add_argument("-nodes", "--num_nodes", type=int, help="nodes (default: calibration_pp)")
     layout.add_argument("--cpu", action="store_true", help="run on CPU ranks over gloo")
     quantization = found.add_argument_group("quantization")
-    quantization.add_argument("-algo", "--algorithm", default="fp8", choices=ALGORITHMS)
+    quantization.add_argument(
+        "-algo",
+        "--algorithm",
+        default="fp8",
+        type=algorithm,
+        metavar="NAME",
+        help=f"one of {', '.join(ALGORITHMS)}, a preset of modelopt (..._CFG) or a JSON file with a quant_cfg",
+    )
     quantization.add_argument("-awq_bs", "--awq_block_size", type=int, default=128)
     quantization.add_argument("--sq_alpha", type=float, default=0.5, help="SmoothQuant's alpha")
     quantization.add_argument("--enable_kv_cache", action="store_true", default=None, help="quantize the KV cache")
@@ -41,6 +50,10 @@ def parser() -> Parser:
     quantization.add_argument(
         "-dt", "--dtype", default="bf16", choices=("16", "bf16"), help="of what stays unquantized"
     )
+    mixed = found.add_argument_group("mixed precision (--algorithm auto)")
+    mixed.add_argument("--auto_quantize_bits", type=float, help="bits of a weight on average")
+    mixed.add_argument("--auto_quantize_formats", default="int4_awq,fp8", help="algorithms to choose among")
+    mixed.add_argument("--auto_quantize_checkpoint", help="file or folder from which an interrupted search goes on")
     calibration = found.add_argument_group("calibration")
     calibration.add_argument("-bs", "--batch_size", type=int, default=64)
     calibration.add_argument("-sl", "--seq_len", type=int, default=128)
@@ -49,8 +62,10 @@ def parser() -> Parser:
         "-calib_ds",
         "--calibration_dataset",
         default="cnn_dailymail",
-        help="wikitext, cnn_dailymail, or a JSON file with a column text",
+        help="wikitext, cnn_dailymail, or a JSON, JSON-lines, Parquet or text file, a folder or glob of such",
     )
+    calibration.add_argument("--calibration_column", help="column of the texts, where it is not text")
+    calibration.add_argument("--calibration_shuffle_seed", type=int, help="shuffle the calibration data")
     export = found.add_argument_group("export")
     export.add_argument("-out", "--export_path", "--output_path", help="folder to write (default: named by algorithm)")
     export.add_argument("--export_format", default="trtllm", choices=("trtllm", "nemo", "hf"))
@@ -58,6 +73,15 @@ def parser() -> Parser:
     export.add_argument("-ipp", "--inference_pp", "--pipeline_parallelism_size", type=int, default=1, help="for trtllm")
     export.add_argument("--generate_sample", action="store_true", help="let the quantized model write a sample")
     return found
+
+
+def algorithm(name: str) -> str:
+    """Return a name that may be an algorithm; which presets modelopt has is known once it is imported."""
+    if name in ALGORITHMS or name.endswith("_CFG") or os.path.isfile(name):
+        return name
+    near = difflib.get_close_matches(name, ALGORITHMS, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise argparse.ArgumentTypeError(f"unknown algorithm {name!r} (one of {', '.join(ALGORITHMS)}, or a file){hint}")
 
 
 def resolve(argv: list[str] | None = None) -> argparse.Namespace:
@@ -78,6 +102,8 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("batch_size", "seq_len", "calibration_dataset_size", "awq_block_size", "inference_tp", "inference_pp"):
         if getattr(arguments, name) < 1:
             problems.append(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    if (arguments.algorithm == "auto") is (arguments.auto_quantize_bits is None):
+        problems.append("--algorithm auto and --auto_quantize_bits go together: give both or neither")
     if problems:
         line.error("\n".join(problems))
     return arguments
@@ -103,6 +129,11 @@ def main(argv: list[str] | None = None) -> int:
         calibration_dataset_size=arguments.calibration_dataset_size,
         calibration_batch_size=arguments.batch_size,
         calibration_seq_len=arguments.seq_len,
+        calibration_column=arguments.calibration_column,
+        calibration_shuffle_seed=arguments.calibration_shuffle_seed,
+        auto_quantize_bits=arguments.auto_quantize_bits,
+        auto_quantize_formats=arguments.auto_quantize_formats.split(","),
+        auto_quantize_checkpoint=arguments.auto_quantize_checkpoint,
     )
     export = ExportConfig(
         path=arguments.export_path,

@@ -80,7 +80,9 @@ def test_help_takes_no_time(script):
         ("demo", ["--steps", "3", "--vorbose"], ["--vorbose; did you mean --verbose?"]),
         ("ptq", ["-nc", "no", "-bs", "0", "-ctp", "3", "--devices", "2"], ["no such folder", "--batch_size must", "3"]),
         ("ptq", ["-nc", "no", "--algoritm", "fp8"], ["did you mean --algorithm?"]),
-        ("ptq", ["-nc", "no", "-algo", "fp9"], ["invalid choice: 'fp9'"]),
+        ("ptq", ["-nc", "no", "-algo", "fp9"], ["unknown algorithm 'fp9'", "did you mean fp8?"]),
+        ("ptq", ["-nc", "no", "-algo", "auto"], ["--algorithm auto and --auto_quantize_bits go together"]),
+        ("ptq", ["-nc", "no", "--auto_quantize_bits", "6"], ["--auto_quantize_bits go together"]),
         (
             "prune",
             [

@@ -25,7 +25,7 @@ from modelopt.torch.quantization import algorithms
 from modelopt.torch.quantization.mode import QuantizeModeRegistry
 from modelopt.torch.quantization.nn import QuantModuleRegistry
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import calibration
+from nemo.collections.llm.modelopt.quantization import calibration, data_sources, kv_cache
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 
 UNQUANTIZED = "none"
@@ -133,6 +133,35 @@ class Searcher(_Base):
 
     def _verify_constraint(self, search_recipes):
         """Do nothing: `check_reachable` knows the layers that stay as they are."""
+
+
+def insert(
+    mtq: Any,
+    core: torch.nn.Module,
+    quant_cfg: dict[str, Any],
+    formats: dict[str, dict[str, Any]],
+    batches: list[torch.Tensor],
+    config: Any,
+) -> dict[str, Any]:
+    """Search, calibrate, and quantize the KV cache where the quant_cfg asks for it; see `quantize`.
+
+    Args:
+        mtq: ``modelopt.torch.quantization``.
+        core: This rank's Megatron-Core model.
+        quant_cfg: Of the KV cache alone.
+        formats: Name to quant_cfg, see `settings.auto_formats`.
+        batches: This data-parallel rank's microbatches `[b, s]`.
+        config: The QuantizationConfig.
+    """
+    size = (config.calibration_dataset_size, config.calibration_batch_size, config.calibration_seq_len, config.packed)
+    data = (data_sources.label(config.calibration_dataset), config.calibration_column, config.calibration_shuffle_seed)
+    with kv_cache.attention_support(choices.has_kv_cache(quant_cfg)):
+        kv_cache.settle(core, quant_cfg, config.enable_kv_cache)
+        bits, checkpoint = config.auto_quantize_bits, config.auto_quantize_checkpoint
+        found = quantize(core, formats, bits, batches, checkpoint, {"calibration data": (*data, *size)})
+    if choices.has_kv_cache(quant_cfg):
+        quantize_kv_cache(mtq, core, quant_cfg, batches)
+    return found
 
 
 def quantize(

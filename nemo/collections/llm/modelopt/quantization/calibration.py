@@ -48,7 +48,7 @@ def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
     """Return the token ids of each text, in one call where the tokenizer can."""
     from nemo.collections.common.tokenizers import AutoTokenizer
 
-    inner = getattr(tokenizer, "tokenizer", None)
+    inner: Any = getattr(tokenizer, "tokenizer", None)
     is_plain = isinstance(tokenizer, AutoTokenizer) and type(tokenizer).text_to_ids is AutoTokenizer.text_to_ids
     if not (texts and is_plain and getattr(inner, "is_fast", False)):
         return [list(tokenizer.text_to_ids(text)) for text in texts]

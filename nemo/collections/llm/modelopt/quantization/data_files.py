@@ -15,7 +15,8 @@ _JSON = (".json", ".jsonl", ".ndjson")
 _TEXT = (".txt", ".text")
 _KNOWN = (*_JSON, *_TEXT, ".parquet")
 _CHUNK = 1 << 16
-_LONGEST_LINE = 1 << 24
+# Of a file of token ids, one list a line; whether a longer first line is one is not looked at.
+_LONGEST_LINE = 1 << 20
 
 
 def expand(name: str, others: list[str]) -> list[Path]:

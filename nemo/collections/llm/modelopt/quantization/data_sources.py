@@ -136,13 +136,8 @@ def _table(data: Any, column: str | None) -> tuple[Any, str]:
     name = column or DEFAULT_COLUMN
     # A stream may not know its columns before it is read.
     if isinstance(data.column_names, (list, tuple)) and name not in data.column_names:
-        raise no_column(label(data), name, data.column_names)
+        raise data_files.no_column(label(data), name, data.column_names)
     return data, name
-
-
-def no_column(where: str, column: str, columns: Iterable[str]) -> ModelOptConfigError:
-    """Return the error for a missing column."""
-    return data_files.no_column(where, column, columns)
 
 
 def _sliced(table: Any, column: str, seed: int | None) -> Iterator[Any]:
@@ -170,7 +165,7 @@ def _values(items: Iterable[Any], column: str | None) -> Iterator[Any]:
             continue
         name = column or DEFAULT_COLUMN
         if index == 0 and name not in item:
-            raise no_column("an iterable", name, item)
+            raise data_files.no_column("an iterable", name, item)
         yield item.get(name)
 
 
@@ -243,7 +238,8 @@ def _order(length: int, seed: int | None) -> Iterator[int]:
     if seed is None:
         yield from range(length)
         return
-    draw, moved = random.Random(seed), {}
+    draw = random.Random(seed)
+    moved: dict[int, int] = {}
     for index in range(length):
         # Fisher-Yates; only the places that were swapped are stored.
         other = draw.randrange(index, length)

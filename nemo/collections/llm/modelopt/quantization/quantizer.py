@@ -45,7 +45,6 @@ from nemo.collections.llm.modelopt.quantization import (
     export,
     formats,
     insertion,
-    kv_cache,
     report,
     settings,
 )
@@ -145,17 +144,23 @@ class Quantizer:
             model: The ``llm.GPTModel``.
             rows: Texts to use in place of the configured dataset.
         """
+        shard = choices.statistics_merge_over_ranks(self._get_quant_cfg(model))
+        return self.create_megatron_forward_loop(self._get_microbatches(model, rows, shard), num_batches=None)
+
+    def _get_microbatches(self, model, rows: list | None, shard: bool):
+        """Return a function that gives an iterator over the calibration microbatches `[b, s]`, see `_get_forward_loop`."""
         config = self.quantization_config
-        batches = create_data_iterator_getter(
+        return create_data_iterator_getter(
             model,
             dataset=config.calibration_dataset if rows is None else rows,
             seq_len=config.calibration_seq_len,
             batch_size=config.calibration_batch_size,
             calibration_size=config.calibration_dataset_size if rows is None else len(rows),
             packed=config.packed,
-            shard=choices.statistics_merge_over_ranks(self._get_quant_cfg(model)),
+            shard=shard,
+            column=config.calibration_column if rows is None else None,
+            seed=config.calibration_shuffle_seed if rows is None else None,
         )
-        return self.create_megatron_forward_loop(batches, num_batches=None)
 
     def _get_quant_cfg(self, model) -> dict[str, Any]:
         """Return modelopt's quant_cfg for the configured algorithm and the model, a copy of its own."""
@@ -239,29 +244,10 @@ class Quantizer:
 
     def _search(self, model, core, quant_cfg: dict[str, Any], rows: list | None):
         """Choose a format for each layer (mixed precision) and calibrate; return the Megatron-Core model."""
-        config = self.quantization_config
-        offered = settings.auto_formats(config, QUANT_CFG_CHOICES)
-        batches = create_data_iterator_getter(
-            model,
-            dataset=config.calibration_dataset if rows is None else rows,
-            seq_len=config.calibration_seq_len,
-            batch_size=config.calibration_batch_size,
-            calibration_size=config.calibration_dataset_size if rows is None else len(rows),
-            packed=config.packed,
-            shard=all(choices.statistics_merge_over_ranks(offer) for offer in offered.values()),
-        )
-        data = [data_sources.label(config.calibration_dataset), config.calibration_column, config.packed]
-        data += [config.calibration_dataset_size, config.calibration_batch_size, config.calibration_seq_len]
-        identity = {"calibration data": [*data, config.calibration_shuffle_seed]}
-        with kv_cache.attention_support(choices.has_kv_cache(quant_cfg)):
-            kv_cache.settle(core, quant_cfg, config.enable_kv_cache)
-            microbatches = list(batches())
-            found = auto.quantize(
-                core, offered, config.auto_quantize_bits, microbatches, config.auto_quantize_checkpoint, identity
-            )
-        if choices.has_kv_cache(quant_cfg):
-            auto.quantize_kv_cache(mtq, core, quant_cfg, microbatches)
-        self.report.update(found)
+        offered = settings.auto_formats(self.quantization_config, QUANT_CFG_CHOICES)
+        shard = all(choices.statistics_merge_over_ranks(offer) for offer in offered.values())
+        batches = list(self._get_microbatches(model, rows, shard)())
+        self.report.update(auto.insert(mtq, core, quant_cfg, offered, batches, self.quantization_config))
         return core
 
     def _read_rows(self, model) -> tuple[list, list[torch.Tensor]]:
@@ -408,7 +394,16 @@ def get_calib_data_iter(
 
 
 def create_data_iterator_getter(
-    model, dataset, seq_len, batch_size, calibration_size, *, packed: bool = True, shard: bool = False
+    model,
+    dataset,
+    seq_len,
+    batch_size,
+    calibration_size,
+    *,
+    packed: bool = True,
+    shard: bool = False,
+    column: str | None = None,
+    seed: int | None = None,
 ):
     """Return a function that gives an iterator over token microbatches `[b, s]` on the model's device.
 
@@ -422,6 +417,8 @@ def create_data_iterator_getter(
         calibration_size: Rows to read.
         packed: Join rows into full sequences; False leaves each row a sequence of its own length.
         shard: Give this data-parallel rank its part only.
+        column: See `get_calib_data_iter`.
+        seed: See `get_calib_data_iter`.
     """
     cache: list[torch.Tensor] = []
 
@@ -432,6 +429,8 @@ def create_data_iterator_getter(
                 max_sequence_length=_CHARACTERS_PER_TOKEN * seq_len,
                 batch_size=batch_size,
                 calib_size=calibration_size,
+                column=column,
+                seed=seed,
             )
             texts = [text for batch in batches for text in batch]
             rows = calibration.tokenize(texts, model.tokenizer, seq_len)
