@@ -148,7 +148,7 @@ class Quantizer:
         return self.create_megatron_forward_loop(self._get_microbatches(model, rows, shard), num_batches=None)
 
     def _get_microbatches(self, model, rows: list | None, shard: bool):
-        """Return a function that gives an iterator over the calibration microbatches `[b, s]`, see `_get_forward_loop`."""
+        """Return a function that gives an iterator over the calibration microbatches `[b, s]`."""
         config = self.quantization_config
         return create_data_iterator_getter(
             model,
