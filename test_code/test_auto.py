@@ -149,6 +149,18 @@ def test_bad_settings_are_refused_at_construction(settings, message):
         q.Quantizer(config, None)
 
 
+def test_nemo_run_reads_the_settings_from_a_command_line():
+    from nemo_run.cli.cli_parser import parse_cli_args
+
+    from nemo.collections.llm.modelopt.quantization import quantizer as q
+
+    line = "algorithm=auto auto_quantize_bits=6.5 auto_quantize_formats=['int4','fp8'] calibration_column=body"
+    line += " calibration_shuffle_seed=3 auto_quantize_checkpoint=some/path enable_kv_cache=False"
+    parsed = parse_cli_args(q.QuantizationConfig, line.split())
+    assert (parsed.algorithm, parsed.auto_quantize_bits, parsed.auto_quantize_formats) == ("auto", 6.5, ["int4", "fp8"])
+    assert (parsed.calibration_column, parsed.calibration_shuffle_seed, parsed.enable_kv_cache) == ("body", 3, False)
+
+
 def test_formats_that_need_cuda_kernels_say_so_at_construction(cpu_backend):
     from nemo.collections.llm.modelopt.quantization import quantizer as q
 

@@ -1,9 +1,10 @@
 """The configuration dataclasses of post-training quantization; NeMo-Run builds them from the command line."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Optional, Union
+
+# NeMo-Run's command line reads annotations that are types (no strings), Optional and Union (not "X | None").
 
 
 @dataclass
@@ -28,10 +29,10 @@ class QuantizationConfig:
     search goes on.
     """
 
-    algorithm: str | None = "fp8"
+    algorithm: Optional[str] = "fp8"  # noqa: UP045
     awq_block_size: int = 128
     sq_alpha: float = 0.5
-    enable_kv_cache: bool | None = None
+    enable_kv_cache: Optional[bool] = None  # noqa: UP045
     kv_cache_qformat: str = "fp8"
 
     calibration_dataset: str = "cnn_dailymail"
@@ -42,11 +43,11 @@ class QuantizationConfig:
     packed: bool = True
     comparison_size: int = 32
 
-    calibration_column: str | None = None
-    calibration_shuffle_seed: int | None = None
-    auto_quantize_bits: float | None = None
+    calibration_column: Optional[str] = None  # noqa: UP045
+    calibration_shuffle_seed: Optional[int] = None  # noqa: UP045
+    auto_quantize_bits: Optional[float] = None  # noqa: UP045
     auto_quantize_formats: list[str] = field(default_factory=lambda: ["int4_awq", "fp8"])
-    auto_quantize_checkpoint: str | None = None
+    auto_quantize_checkpoint: Optional[str] = None  # noqa: UP045
 
 
 @dataclass
@@ -60,8 +61,8 @@ class ExportConfig:
 
     path: str
     export_format: str = "trtllm"
-    dtype: str | int = "bf16"
-    decoder_type: str | None = None
+    dtype: Union[str, int] = "bf16"  # noqa: UP007
+    decoder_type: Optional[str] = None  # noqa: UP045
     inference_tp: int = 1
     inference_pp: int = 1
     generate_sample: bool = False
