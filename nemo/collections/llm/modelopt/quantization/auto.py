@@ -25,7 +25,7 @@ from modelopt.torch.quantization import algorithms
 from modelopt.torch.quantization.mode import QuantizeModeRegistry
 from modelopt.torch.quantization.nn import QuantModuleRegistry
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import calibration, data_sources, kv_cache
+from nemo.collections.llm.modelopt.quantization import calibration, data_sources, gated_amax, kv_cache
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 
 UNQUANTIZED = "none"
@@ -159,6 +159,7 @@ def insert(
         kv_cache.settle(core, quant_cfg, config.enable_kv_cache)
         bits, checkpoint = config.auto_quantize_bits, config.auto_quantize_checkpoint
         found = quantize(core, formats, bits, batches, checkpoint, {"calibration data": (*data, *size)})
+    gated_amax.mend(core)
     if choices.has_kv_cache(quant_cfg):
         quantize_kv_cache(mtq, core, quant_cfg, batches)
     return found
