@@ -6,7 +6,6 @@ The pools have four ranks. `first` lets fewer of them form a world of their own,
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -14,9 +13,7 @@ from types import SimpleNamespace
 
 import torch
 
-from test_code import jobs_distill, jobs_prune, ranks, tiny
-
-ROOT = Path(__file__).resolve().parent.parent
+from test_code import jobs_distill, ranks, tiny
 
 
 @contextlib.contextmanager
@@ -115,35 +112,6 @@ def dataset(path, rows: int = 10) -> str:
     lines = [json.dumps({"text": " ".join(str((i + 3) ** n) for n in range(2, 60))}) for i in range(rows)]
     Path(path).write_text("\n".join(lines))
     return str(path)
-
-
-# --- pruning ---
-
-
-def register_norms() -> None:
-    """Register PyTorch's norms with modelopt: without Transformer Engine stock stops there; the rest is compared."""
-    path = ROOT / "nemo/collections/llm/modelopt/prune/_norms.py"
-    source = path.read_text().replace("from ..errors import ModelOptConfigError", "ModelOptConfigError = ValueError")
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("parity_norms", loader=None))
-    exec(compile(source, str(path), "exec"), module.__dict__)
-    module.register_torch_norms()
-
-
-def pruned(requests: dict[str, dict], pp: int = 1, **overrides) -> dict[str, dict]:
-    """Prune a model of its own for each request; return weights and sizes."""
-    from nemo.collections.llm.modelopt.prune import pruner
-
-    results = {}
-    for lane, (label, request) in enumerate(requests.items()):
-        with first(pp, lane) as member:
-            if not member:
-                continue
-            register_norms()
-            model, data, run = jobs_prune.build(pp=pp, **overrides)
-            config = pruner.PruningConfig(**request)
-            pruner.prune_language_model(model, config, data, run)
-            results[label] = {"weights": jobs_prune.weights(model), "sizes": jobs_prune.sizes(model)}
-    return results
 
 
 # --- distillation ---
