@@ -1,5 +1,6 @@
 # make demo   watch a GPT being pruned, distilled, quantized and exported on this machine's CPU
 # make test   lint, types and every CPU test
+# make test-compat   the tests on the other supported versions; ROW=nemo-2.6.2 TESTS="test_code/test_pruner.py" for a part
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ SOURCES := nemo nemo_modelopt_dropin scripts test_code benchmarks
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test lint types bench clean
+.PHONY: setup demo test test-compat lint types bench clean
 
 setup: $(READY)
 
@@ -33,6 +34,9 @@ types: $(READY)
 
 test: lint types
 	$(BIN)/python -m pytest
+
+test-compat: $(READY)
+	$(BIN)/python scripts/test_compat.py $(if $(ROW),--row $(ROW)) $(if $(TESTS),-- $(TESTS))
 
 bench: $(READY)
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

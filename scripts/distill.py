@@ -115,10 +115,10 @@ def make_tokenizer(given: argparse.Namespace):
         return None
     from pathlib import Path
 
-    from nemo.collections.common.tokenizers.tokenizer_utils import get_tokenizer
+    from nemo.collections.llm.modelopt import _moved
 
     template = Path(given.chat_template_path).read_text(encoding="utf-8").strip() if given.chat_template_path else None
-    return get_tokenizer(given.tokenizer, **({"chat_template": template} if template else {}))
+    return _moved.find("get_tokenizer")(given.tokenizer, **({"chat_template": template} if template else {}))
 
 
 def make_trainer(given: argparse.Namespace):

@@ -24,13 +24,19 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "compat"
 MARKER = "compat-pins.json"
 
-# What differs from constraints.txt. nemo-toolkit 2.5.3 imports a class that megatron-core 0.15 has no more.
+# What differs from constraints.txt. nemo-toolkit 2.5.3 imports a class that megatron-core 0.15 has no more;
+# modelopt 0.37 requires torchprofile, which 0.43 does not.
 MATRIX: dict[str, tuple[str, ...]] = {
-    "modelopt-0.37.0": ("nvidia-modelopt==0.37.0",),
+    "modelopt-0.37.0": ("nvidia-modelopt==0.37.0", "torchprofile==0.1.0"),
     "nemo-2.6.2": ("nemo-toolkit==2.6.2",),
-    "nemo-2.6.2-modelopt-0.37.0": ("nemo-toolkit==2.6.2", "nvidia-modelopt==0.37.0"),
+    "nemo-2.6.2-modelopt-0.37.0": ("nemo-toolkit==2.6.2", "nvidia-modelopt==0.37.0", "torchprofile==0.1.0"),
     "nemo-2.5.3": ("nemo-toolkit==2.5.3", "megatron-core==0.14.0"),
-    "nemo-2.5.3-modelopt-0.37.0": ("nemo-toolkit==2.5.3", "megatron-core==0.14.0", "nvidia-modelopt==0.37.0"),
+    "nemo-2.5.3-modelopt-0.37.0": (
+        "nemo-toolkit==2.5.3",
+        "megatron-core==0.14.0",
+        "nvidia-modelopt==0.37.0",
+        "torchprofile==0.1.0",
+    ),
 }
 # Distribution -> the module whose file and version say what is really imported.
 MODULES = {"nemo-toolkit": "nemo", "megatron-core": "megatron.core", "nvidia-modelopt": "modelopt"}
@@ -116,6 +122,8 @@ def check_imports(row: str, found: Mapping[str, Mapping[str, str]], folder: Path
     """
     for pin in MATRIX[row]:
         name, _, version = pin.partition("==")
+        if name not in found:
+            continue
         entry = found[name]
         if entry["version"] != version or entry["imported"] != version:
             raise CompatError(f"{row}: {name} {entry['imported']} (metadata {entry['version']}), not {version}")

@@ -1,7 +1,7 @@
-"""The contract with the stock subpackage: every module, name, parameter and default of nemo-toolkit 2.7.3.
+"""The contract with the stock subpackage: every module, name, parameter and default of the installed nemo-toolkit.
 
-``data/api_surface_2.7.3.json`` was read off the stock source. 2.5.3 and 2.6.2 have the same names and parameters. Ours
-may add parameters and fields, after the stock ones and with defaults.
+``data/api_surface_*.json`` were read off the stock sources. Ours may add parameters and fields, after the stock ones
+and with defaults. What any of the three versions has is there on each of them.
 """
 
 from __future__ import annotations
@@ -10,11 +10,17 @@ import dataclasses
 import importlib
 import inspect
 import json
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-SURFACE = json.loads((Path(__file__).parent / "data" / "api_surface_2.7.3.json").read_text())
+DATA = Path(__file__).parent / "data"
+SURFACES = {v: json.loads((DATA / f"api_surface_{v}.json").read_text()) for v in ("2.5.3", "2.6.2", "2.7.3")}
+# Another patch release of a minor version has its surface.
+MINOR = ".".join(metadata.version("nemo-toolkit").split(".")[:2])
+INSTALLED = next(version for version in SURFACES if version.startswith(f"{MINOR}."))
+SURFACE = SURFACES[INSTALLED]
 
 # Names a module has only for its annotations or its own arithmetic: nobody imports or patches them there.
 NOISE = {
@@ -158,3 +164,27 @@ def test_dataclass_fields(module, name, entry):
             assert same_default(want["default"], default, ours), (want, have)
     for extra in fields[len(entry["fields"]) :]:
         assert extra.default is not dataclasses.MISSING or extra.default_factory is not dataclasses.MISSING
+
+
+@pytest.mark.parametrize("version", [version for version in SURFACES if version != INSTALLED])
+def test_names_and_parameters_of_the_other_versions(version):
+    for module, content in SURFACES[version].items():
+        ours = module_of(module)
+        expected = {*(content["all"] or []), *content["constants"], *content["functions"], *content["classes"]}
+        assert sorted(name for name in expected - {"_"} if not hasattr(ours, name)) == []
+        for name, entry in content["functions"].items():
+            check_parameters(entry["parameters"], getattr(ours, name), ours)
+        for name, entry in content["classes"].items():
+            for method, signature in entry["methods"].items():
+                if method not in entry["properties"]:
+                    bound = inspect.getattr_static(getattr(ours, name), method).__get__(None, getattr(ours, name))
+                    check_parameters(signature["parameters"], bound, ours)
+
+
+def test_only_one_version_knows_wrapped_hugging_face_models():
+    """``data/`` says it of the decoder type's annotation; NeMo says it by having the class or not."""
+    signature = SURFACE["nemo.collections.llm.modelopt.quantization.quantizer"]["functions"][
+        "get_modelopt_decoder_type"
+    ]
+    expects = "HFAutoModelForCausalLM" in signature["parameters"][0]["annotation"]
+    assert expects == (INSTALLED == "2.5.3") == hasattr(module_of("nemo.collections.llm"), "HFAutoModelForCausalLM")

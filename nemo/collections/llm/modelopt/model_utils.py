@@ -22,6 +22,7 @@ from nemo.utils.model_utils import unwrap_model
 import modelopt.torch.opt as mto
 from nemo import lightning as nl
 from nemo.collections import llm
+from nemo.collections.llm.modelopt import _moved
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError, one_of
 
 _, HAVE_TE = safe_import("transformer_engine")
@@ -188,9 +189,7 @@ def _load_tokenizer(path: str | None) -> Any:
     """Return the tokenizer to use in place of the checkpoint's, or None."""
     if not path:
         return None
-    from nemo.collections.common.tokenizers import tokenizer_utils
-
-    return tokenizer_utils.get_tokenizer(path)
+    return _moved.find("get_tokenizer")(path)
 
 
 def setup_trainer_and_restore_model_with_modelopt_spec(

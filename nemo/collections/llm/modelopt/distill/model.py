@@ -12,13 +12,13 @@ from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 from nemo.utils import logging
-from nemo.utils.megatron_utils import average_losses_across_data_parallel_group  # noqa: F401  a name of stock's module
 from nemo.utils.model_utils import unwrap_model
 from torch import Tensor, nn
 
 import modelopt.torch.distill as mtd
 from nemo.collections import llm
 
+from .. import _moved
 from ..errors import ModelOptConfigError
 from ._config import check_models, read_distillation_config
 from ._teacher import check_vocabularies, derive_teacher_config, may_leave_weights_unset, strip_module_prefix
@@ -28,6 +28,9 @@ from .utils import adjust_distillation_model_for_mcore, load_distillation_config
 if TYPE_CHECKING:
     from nemo.collections.common.tokenizers.tokenizer_spec import TokenizerSpec
     from nemo.lightning.pytorch.optim import OptimizerModule
+
+# A name of stock's module.
+average_losses_across_data_parallel_group = _moved.find("average_losses_across_data_parallel_group")
 
 # Names of the balancer's results, in the order of the tensor that is reduced; what is logged is named below.
 _PARTS = ("kd_loss", "logits_loss", "intermediate_loss", "lm_loss")
