@@ -35,7 +35,7 @@ import modelopt.torch.opt as mto
 import modelopt.torch.quantization as mtq
 from nemo.collections import llm
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import calibration, export, kv_cache, report, settings
+from nemo.collections.llm.modelopt.quantization import calibration, export, hf_auto, kv_cache, report, settings
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 from nemo.collections.llm.modelopt.quantization.config import ExportConfig, QuantizationConfig
 from nemo.collections.llm.modelopt.quantization.quant_cfg_choices import get_quant_cfg_choices
@@ -98,12 +98,16 @@ class Quantizer:
                 )
         if export_config is not None:
             settings.check_export(export_config, SUPPORTED_EXPORT_FMT, SUPPORTED_DTYPE)
-            export.check_format(base, quantization_config.algorithm, export_config.export_format)
+            # Where NeMo can wrap transformers' models, `quantize` checks: modelopt writes those by other means.
+            if not hf_auto.exists():
+                export.check_format(base, quantization_config.algorithm, export_config.export_format)
         self.torch_dtype = torch_dtype_from_precision("bf16" if export_config is None else export_config.dtype)
 
     @staticmethod
     def _setup(model) -> None:
         """Freeze the model; exporters read the vocabulary without padding from its configuration."""
+        if hf_auto.is_wrapped(model):
+            return
         model.config.vocab_size = model.tokenizer.vocab_size
         model.freeze()
 
@@ -134,6 +138,9 @@ class Quantizer:
     def _generate_sample(model) -> None:
         """Let the quantized model continue two prompts and log what it says."""
         prompts = ["Born in north-east France, Soyer trained as a", "Born in California, Soyer trained as a"]
+        if hf_auto.is_wrapped(model):
+            logging.info(f"Sample generation after PTQ (with prompts): {hf_auto.generate_sample(model, prompts)}")
+            return
         dtype = getattr(model.config, "params_dtype", None)
         wrapper = model.get_inference_wrapper(
             params_dtype=dtype if isinstance(dtype, torch.dtype) else torch.bfloat16,
@@ -161,6 +168,8 @@ class Quantizer:
             packed=config.packed,
             shard=choices.statistics_merge_over_ranks(self._get_quant_cfg(model)),
         )
+        if hf_auto.is_wrapped(model):
+            return hf_auto.forward_loop(model, batches)
         return self.create_megatron_forward_loop(batches, num_batches=None)
 
     def _get_quant_cfg(self, model) -> dict[str, Any]:
@@ -251,6 +260,10 @@ class Quantizer:
         """Raise before any work for a model that cannot be quantized or exported as configured."""
         if not isinstance(model, torch.nn.Module):
             return
+        if hf_auto.is_wrapped(model):
+            hf_auto.check(model, self.export_config, self._get_quant_cfg(model))
+            return
+        hf_auto.check_plain(model)
         inner = _find_gpt_model(model)
         if inner is None:
             raise ModelOptConfigError(
@@ -258,6 +271,9 @@ class Quantizer:
                 f"{type(model).__name__}."
             )
         if self.export_config is not None:
+            if hf_auto.exists():
+                algorithm, fmt = self.quantization_config.algorithm, self.export_config.export_format
+                export.check_format(self._get_quant_cfg(model), algorithm, fmt)
             export.check_layout(self.export_config.export_format, inner.config.tensor_model_parallel_size)
             export.check_model(self.export_config.export_format, inner)
 
@@ -321,6 +337,9 @@ class Quantizer:
         """Put the tokenizer beside an exported model: Hugging Face's own files, or NeMo's context."""
         if export_fmt == "nemo" or not is_global_rank_zero():
             return
+        if hf_auto.is_wrapped(model):
+            hf_auto.save_tokenizer(model, export_dir, export_fmt)
+            return
         tokenizer = getattr(getattr(model, "tokenizer", None), "tokenizer", None)
         if export_fmt == "hf" and isinstance(tokenizer, PreTrainedTokenizerBase):
             tokenizer.save_pretrained(str(export_dir))
@@ -345,6 +364,8 @@ class Quantizer:
         target, fmt = Path(self.export_config.path), self.export_config.export_format
         if fmt not in SUPPORTED_EXPORT_FMT:
             raise ModelOptConfigError(f"Unsupported export format: {fmt}; allowed: {SUPPORTED_EXPORT_FMT}.")
+        if hf_auto.is_wrapped(model):
+            hf_auto.check_format(fmt)
         if fmt == "nemo" and trainer is None:
             raise ModelOptConfigError("Trainer required for NeMo export.")
         with export.staged(target, beside=isinstance(model, torch.nn.Module)) as folder:
@@ -368,6 +389,9 @@ class Quantizer:
         keywords = {} if self.torch_dtype == torch.bfloat16 else {"dtype": self.torch_dtype}
         if export_hf_checkpoint(model_dir, folder, model=model, **keywords) is None:
             # Nothing was quantized: a plain model.
+            if hf_auto.is_wrapped(model):
+                hf_auto.write_plain_hf(model, folder, self.torch_dtype)
+                return
             exporter = load_connector_from_trainer_ckpt(model_dir, "hf")
             core = unwrap_for_modelopt_operations(model)
             tokenizer = export.hf_tokenizer(model)
@@ -409,6 +433,8 @@ def export_hf_checkpoint(
     Raises:
         ModelOptConfigError: If this quantization or layout cannot be written correctly.
     """
+    if hf_auto.is_wrapped(model):
+        return hf_auto.write_hf(model, Path(export_dir), mte.export_hf_checkpoint, **kwargs)
     exporter = load_connector_from_trainer_ckpt(model_dir, "hf")
     if model is None:
         model, _ = exporter.nemo_load(model_dir)
@@ -428,7 +454,7 @@ def export_hf_checkpoint(
 
 def unwrap_for_modelopt_operations(model):
     """Return the Megatron-Core model inside of NeMo's wrappers, or a Hugging Face model itself."""
-    return unwrap_model(model)
+    return model.model if hf_auto.is_wrapped(model) else unwrap_model(model)
 
 
 def get_calib_data_iter(
@@ -500,7 +526,12 @@ gpt_model_type = [(getattr(llm, f"{name}Model"), decoder) for decoder, names in 
 
 
 def get_modelopt_decoder_type(model: llm.GPTModel) -> str | None:
-    """Return modelopt's name of a model's decoder by the first class in ``gpt_model_type`` that fits, or None."""
+    """Return modelopt's name of a model's decoder, or None.
+
+    By the first class in ``gpt_model_type`` that fits; modelopt itself names that of a Hugging Face model.
+    """
+    if hf_auto.is_wrapped(model):
+        return mte.model_utils.get_model_type(model.model)
     return next((name for model_class, name in gpt_model_type if isinstance(model, model_class)), None)
 
 
@@ -508,7 +539,8 @@ def _find_gpt_model(model) -> Any:
     """Return the ``llm.GPTModel`` (or ``Llama4OmniModel``) inside of wrappers, or None."""
     # NeMo wraps at most a few times; stand-ins answer any attribute with another stand-in, without end.
     for _ in range(8):
-        if isinstance(model, llm.GPTModel) or type(model).__name__ == "Llama4OmniModel":
+        is_known = isinstance(model, llm.GPTModel) or hf_auto.is_wrapped(model)
+        if is_known or type(model).__name__ == "Llama4OmniModel":
             return model
         model = getattr(model, "module", None)
         if model is None:
