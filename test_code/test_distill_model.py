@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from test_code import installed
 from test_code import jobs_distill as jobs
 from test_code.ranks import RankPool
 
@@ -47,7 +48,7 @@ def both(ranks_factory, stock_ranks, teacher_path, settings):
 
 
 def test_the_oracle_is_stock(stock_ranks, ranks):
-    assert "site-packages" in stock_ranks.run(jobs.which_subpackage)[0]
+    assert installed.is_stock(stock_ranks.run(jobs.which_subpackage)[0])
     assert ranks(2).run(jobs.which_subpackage)[0].startswith(os.getcwd())
 
 
