@@ -19,21 +19,32 @@ with warnings.catch_warnings():
     import nemo.collections.llm  # noqa: F401
 
 
-@pytest.fixture(scope="session")
-def ranks_factory(tmp_path_factory):
-    """Return the pools of live ranks, for fixtures of a wider scope than one test."""
+def _pools(tmp_path_factory, label: str, env: dict[str, str]):
+    """Yield a function that gives the pool of so many live ranks, and close all pools at the end."""
     from test_code.ranks import RankPool
 
     pools: dict[int, RankPool] = {}
 
     def get(world_size: int) -> RankPool:
         if world_size not in pools:
-            pools[world_size] = RankPool(world_size, tmp_path_factory.mktemp(f"ranks{world_size}"))
+            pools[world_size] = RankPool(world_size, tmp_path_factory.mktemp(f"{label}{world_size}-"), env=env)
         return pools[world_size]
 
     yield get
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture(scope="session")
+def ranks_factory(tmp_path_factory):
+    """Return the pools of live ranks, for fixtures of a wider scope than one test."""
+    yield from _pools(tmp_path_factory, "ranks", {})
+
+
+@pytest.fixture(scope="session")
+def stock_ranks(tmp_path_factory):
+    """Return the pools of live ranks that run the stock subpackage: ``stock_ranks(2).run(jobs.function)``."""
+    yield from _pools(tmp_path_factory, "stock", {"NEMO_MODELOPT": "stock"})
 
 
 @pytest.fixture

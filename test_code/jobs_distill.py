@@ -50,14 +50,8 @@ class TeacherWeights(pl.Callback):
 @contextlib.contextmanager
 def alone():
     """Let each rank of a pool be a group of its own, to run single-rank layouts without another pool."""
-    kept = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    port = int(kept["MASTER_PORT"]) + 250 + 50 * int(kept["RANK"])
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_PORT=str(port))
-    try:
+    with ranks.world(0, 1, 250 + 50 * int(os.environ["RANK"])):
         yield
-        ranks.reset()
-    finally:
-        os.environ.update(kept)
 
 
 def teacher(path: str, after_fit: bool = False, **overrides) -> str:

@@ -17,21 +17,14 @@ from test_code import jobs_distill, ranks, tiny
 
 
 @contextlib.contextmanager
-def first(size: int, lane: int = 0):
+def first(size: int):
     """Make a world of the first ranks of a pool; yields False on the others, which have nothing to do in it."""
     rank = int(os.environ["RANK"])
     if rank >= size:
         yield False
         return
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
-    kept = {name: os.environ[name] for name in names}
-    port = int(kept["MASTER_PORT"]) + 20 + lane
-    os.environ.update(WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size), MASTER_PORT=str(port))
-    try:
+    with ranks.world(rank, size, 20):
         yield True
-        ranks.reset()
-    finally:
-        os.environ.update(kept)
 
 
 # --- quantization ---
@@ -189,7 +182,6 @@ def pipeline_shapes() -> dict[str, tuple]:
     from megatron.core.pipeline_parallel.schedules import get_tensor_shapes
 
     from nemo.collections.llm.modelopt.distill.utils import (
-        DistillationConfig,
         adjust_distillation_model_for_mcore,
         get_tensor_shapes_adjust_fn_for_distillation,
         load_distillation_config,
@@ -206,7 +198,7 @@ def pipeline_shapes() -> dict[str, tuple]:
             kd = load_distillation_config(None, *configs)
             wrapped = {"teacher_model": teacher, "criterion": kd.criterion, "loss_balancer": kd.loss_balancer}
             model = mtd.convert(student, mode=[("kd_loss", wrapped)])
-            adjust_distillation_model_for_mcore(model, kd if kd is not None else DistillationConfig())
+            adjust_distillation_model_for_mcore(model, kd)
             for seq in (16, 64):
                 for micro_batch in (1, 3):
                     for forward_only in (False, True):

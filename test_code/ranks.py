@@ -239,6 +239,26 @@ def _execute(job: bytes) -> bytes:
     return answer
 
 
+@contextlib.contextmanager
+def world(rank: int, size: int, port_offset: int):
+    """Let this rank be one of a world of another size inside of the context: fewer ranks of a pool, or itself alone.
+
+    Args:
+        rank: Number in that world.
+        size: Ranks of it.
+        port_offset: Added to the pool's port; worlds that exist at the same time need different ones.
+    """
+    changed = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    changed["MASTER_PORT"] = int(os.environ["MASTER_PORT"]) + port_offset
+    kept = {name: os.environ[name] for name in changed}
+    os.environ.update({name: str(value) for name, value in changed.items()})
+    try:
+        yield
+        reset()
+    finally:
+        os.environ.update(kept)
+
+
 def reset() -> None:
     """Take a rank back to where a fresh process is: no process group, no batch calculator, no NeMo state.
 

@@ -7,7 +7,6 @@ import os
 import pytest
 
 from test_code import jobs_distill as jobs
-from test_code.ranks import RankPool
 
 PAIR = "intermediate_layer_pairs: [[decoder.final_layernorm, decoder.final_layernorm]]\n"
 
@@ -32,22 +31,15 @@ def settings(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def stock_ranks(tmp_path_factory):
-    pool = RankPool(2, tmp_path_factory.mktemp("stock"), env={"NEMO_MODELOPT": "stock"})
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
 def both(ranks_factory, stock_ranks, teacher_path, settings):
     """The losses of ours and of stock. Without masks in the data: stock averages micro-batches, not tokens."""
     arguments = (teacher_path, settings(PAIR), {"masked": False})
     ours = ranks_factory(2).run(jobs.distill_everywhere, *arguments)
-    return ours, stock_ranks.run(jobs.distill_everywhere, *arguments)
+    return ours, stock_ranks(2).run(jobs.distill_everywhere, *arguments)
 
 
 def test_the_oracle_is_stock(stock_ranks, ranks):
-    assert "site-packages" in stock_ranks.run(jobs.which_subpackage)[0]
+    assert "site-packages" in stock_ranks(2).run(jobs.which_subpackage)[0]
     assert ranks(2).run(jobs.which_subpackage)[0].startswith(os.getcwd())
 
 

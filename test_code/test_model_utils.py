@@ -233,17 +233,8 @@ def test_a_quantized_checkpoint_trains_on(ranks, quantized):
     assert sum(losses[-5:]) < sum(losses[:5])
 
 
-@pytest.fixture(scope="module")
-def stock(tmp_path_factory):
-    """Return a pool of one rank on which nemo-toolkit's own subpackage is in place."""
-    from test_code.ranks import RankPool
-
-    pool = RankPool(1, tmp_path_factory.mktemp("stock"), env={"NEMO_MODELOPT": "stock"})
-    yield pool
-    pool.close()
-
-
-def test_stock_reads_what_we_write_and_we_read_what_stock_writes(ranks, stock, quantized, tmp_path):
+def test_stock_reads_what_we_write_and_we_read_what_stock_writes(ranks, stock_ranks, quantized, tmp_path):
+    stock = stock_ranks(1)
     assert "site-packages" in stock.run(jobs.which_package)[0]
     assert "site-packages" not in ranks(1).run(jobs.which_package)[0]
     by_stock = stock.run(jobs.load_with_restore, str(quantized / "no-kv"))[0]

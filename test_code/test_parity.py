@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from test_code import jobs_distill, jobs_parity
-from test_code.ranks import RankPool
 
 JSON_CFG = {
     "quant_cfg": {
@@ -36,23 +35,11 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def four(ranks_factory):
-    return ranks_factory(4)
-
-
-@pytest.fixture(scope="module")
-def stock_four(tmp_path_factory):
-    pool = RankPool(4, tmp_path_factory.mktemp("stock4"), env={"NEMO_MODELOPT": "stock"})
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
-def both(four, stock_four):
+def both(ranks_factory, stock_ranks):
     """Run a job with ours and with stock, and return the two lists of results by rank."""
 
     def run(job, *args, **kwargs):
-        return four.run(job, *args, **kwargs), stock_four.run(job, *args, **kwargs)
+        return ranks_factory(4).run(job, *args, **kwargs), stock_ranks(4).run(job, *args, **kwargs)
 
     return run
 
@@ -168,8 +155,8 @@ def test_pipeline_shapes_equal_stock(both):
 
 
 @pytest.fixture(scope="module")
-def teacher_path(four, tmp_path_factory):
-    return four.run(jobs_distill.teacher, str(tmp_path_factory.mktemp("teacher") / "checkpoint"))[0]
+def teacher_path(ranks_factory, tmp_path_factory):
+    return ranks_factory(4).run(jobs_distill.teacher, str(tmp_path_factory.mktemp("teacher") / "checkpoint"))[0]
 
 
 def test_six_steps_at_tp2_pp2_equal_stock(both, teacher_path, tmp_path):

@@ -188,14 +188,8 @@ class TestOracle:
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
-    def test_same_weights_as_stock_after_dropping_layers(self, ranks, tmp_path):
-        from test_code.ranks import RankPool
-
-        stock = RankPool(1, tmp_path, env={"NEMO_MODELOPT": "stock"})
-        try:
-            where, theirs = stock.run(jobs.stock_drop, [2, 4])[0]
-        finally:
-            stock.close()
+    def test_same_weights_as_stock_after_dropping_layers(self, ranks, stock_ranks):
+        where, theirs = stock_ranks(1).run(jobs.stock_drop, [2, 4])[0]
         assert "site-packages" in where
         ours = ranks(1).run(jobs.stock_drop, [2, 4])[0][1]
         assert ours.keys() == theirs.keys()

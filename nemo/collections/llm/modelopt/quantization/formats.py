@@ -17,13 +17,13 @@ from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization import decoders, export, hf_check, hf_writer
 
 
-def check_model(model: Any, export_config: Any, quant_cfg: dict[str, Any] | None = None) -> None:
+def check_model(model: Any, export_config: Any, quant_cfg: dict[str, Any]) -> None:
     """Raise before any work for a model that cannot be quantized, or exported as configured.
 
     Args:
         model: The ``llm.GPTModel``; stand-ins are not looked at.
         export_config: The ``ExportConfig``, or None.
-        quant_cfg: How it will be quantized, once that is known.
+        quant_cfg: How it will be quantized.
 
     Raises:
         ModelOptConfigError: With what was given and what is possible.
@@ -39,8 +39,7 @@ def check_model(model: Any, export_config: Any, quant_cfg: dict[str, Any] | None
     if export_config is not None:
         export.check_layout(export_config.export_format, inner.config, inner.config.tensor_model_parallel_size)
         export.check_model(export_config.export_format, inner)
-        if quant_cfg is not None:
-            export.check_blocks(export_config.export_format, quant_cfg, inner)
+        export.check_blocks(export_config.export_format, quant_cfg, inner)
 
 
 def write(tools: ModuleType, quantizer: Any, model, model_dir: str, trainer, folder: Path) -> None:

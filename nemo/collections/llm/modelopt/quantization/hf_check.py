@@ -143,14 +143,7 @@ def obstacle(folder: Path) -> str | None:
     if 1.5 * needed > psutil.virtual_memory().available:
         return f"the model in fp32 takes {needed / 2**30:.0f} GiB of the host's memory"
     algorithm = algorithm_of(folder)
-    if algorithm is not None and algorithm not in (
-        "FP8",
-        "W4A16_AWQ",
-        "W4A8_AWQ",
-        "W8A16",
-        "W8A8_SQ_PER_CHANNEL",
-        "NVFP4",
-    ):
+    if algorithm is not None and algorithm not in hf_formats.DECODABLE:
         return f"the numbers of {algorithm} are not known here"
     return None
 

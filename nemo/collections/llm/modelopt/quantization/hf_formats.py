@@ -20,6 +20,9 @@ _E4M3_MAX = 448.0
 # The sixteen values of FP4 E2M1 by their code.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
+# Values of ``quant_algo`` whose numbers `decode` knows.
+DECODABLE = frozenset({"FP8", "W4A16_AWQ", "W4A8_AWQ", "W8A16", "W8A8_SQ_PER_CHANNEL", "NVFP4"})
+
 
 @dataclass
 class Layer:

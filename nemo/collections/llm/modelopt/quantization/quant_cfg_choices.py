@@ -85,10 +85,14 @@ def needs_cuda(quant_cfg: QuantCfg) -> bool:
     return False
 
 
-def weight_bits(quant_cfg: QuantCfg) -> float:
+def bits_of(num_bits: int | tuple[int, int]) -> int:
+    """Return the width of a format: an integer's bits, or sign, exponent and mantissa of a float."""
+    return 1 + sum(num_bits) if isinstance(num_bits, (tuple, list)) else int(num_bits)
+
+
+def weight_bits(quant_cfg: QuantCfg) -> int:
     """Return the bits of a weight as modelopt's search counts them: the least of all quantizers, without scales."""
-    widths = [attributes["num_bits"] for _, attributes in quantizer_settings(quant_cfg)]
-    return min((1 + sum(bits) if isinstance(bits, (tuple, list)) else bits for bits in widths), default=16)
+    return min((bits_of(attributes["num_bits"]) for _, attributes in quantizer_settings(quant_cfg)), default=16)
 
 
 def set_awq_block_size(quant_cfg: QuantCfg, block_size: int) -> None:

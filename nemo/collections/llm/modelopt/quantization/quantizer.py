@@ -164,19 +164,10 @@ class Quantizer:
 
     def _get_quant_cfg(self, model) -> dict[str, Any]:
         """Return modelopt's quant_cfg for the configured algorithm and the model, a copy of its own."""
-        config = self.quantization_config
-        assert config.algorithm is not None, "a model that is not quantized has no quant_cfg"
         decoder_type = self._get_decoder_type(model, optional=True)
-        quant_cfg, from_file = settings.base_quant_cfg(config.algorithm, QUANT_CFG_CHOICES, load_quant_cfg)
-        settings.apply_method_options(
-            quant_cfg, config.algorithm, from_file, decoder_type, config.awq_block_size, config.sq_alpha
+        return settings.quant_cfg_for(
+            self.quantization_config, decoder_type, QUANT_CFG_CHOICES, KV_QUANT_CFG_CHOICES, load_quant_cfg
         )
-        kv_wanted = settings.wants_kv_cache(config.enable_kv_cache, config.algorithm, from_file, decoder_type)
-        settings.apply_kv_cache(quant_cfg, kv_wanted, KV_QUANT_CFG_CHOICES[config.kv_cache_qformat])
-        if not from_file:
-            # Llama 4's projection of image features stays as it is.
-            quant_cfg["quant_cfg"]["vision_projection.*"] = {"enable": False}
-        return quant_cfg
 
     def quantize(self, model: MegatronParallel, forward_loop=None):
         """Insert quantizers into the model, calibrate them, and compare the result with the original.
@@ -201,11 +192,10 @@ class Quantizer:
             return model
 
         logging.info(f"Quantizing model to {algorithm}...")
-        formats.check_model(model, self.export_config)
-        self._setup(model)
         decoder_type = self._get_decoder_type(model, optional=True)
         quant_cfg = self._get_quant_cfg(model)
         formats.check_model(model, self.export_config, quant_cfg)
+        self._setup(model)
         core = unwrap_for_modelopt_operations(model)
         is_stand_in = not isinstance(core, torch.nn.Module)
 
@@ -329,8 +319,7 @@ class Quantizer:
             raise ModelOptConfigError("Trainer required for NeMo export.")
         with export.staged(target, beside=isinstance(model, torch.nn.Module)) as folder:
             formats.write(_collaborators(), self, model, model_dir, trainer, folder)
-            if is_global_rank_zero():
-                self._save_tokenizer(model, model_dir, folder, fmt)
+            self._save_tokenizer(model, model_dir, folder, fmt)
         export.log_success(target)
 
 

@@ -14,6 +14,7 @@ from nemo.utils.get_rank import is_global_rank_zero
 
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 from nemo.collections.llm.modelopt.quantization import calibration
+from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 
 KINDS = ("weight", "input", "output", "kv_cache")
 
@@ -140,11 +141,6 @@ def _is_enabled(quantizer) -> bool:
     return any(part.is_enabled for part in parts)
 
 
-def bits_of(num_bits: int | tuple[int, int]) -> int:
-    """Return the width of a format: an integer's bits, or sign, exponent and mantissa of a float."""
-    return 1 + sum(num_bits) if isinstance(num_bits, (tuple, list)) else int(num_bits)
-
-
 def model_bytes(model) -> tuple[int, int]:
     """Return the size of all weights as they are, and as they would be stored once quantized (scales in 4 bytes)."""
     tp_rank = parallel_state.get_tensor_model_parallel_rank() if parallel_state.model_parallel_is_initialized() else 0
@@ -167,7 +163,7 @@ def model_bytes(model) -> tuple[int, int]:
             continue
         first = quantizer[0] if isinstance(quantizer, SequentialQuantizer) else quantizer
         scales = first.amax.numel() if first.amax is not None else 0
-        quantized += parameter.numel() * bits_of(first.num_bits) / 8 + 4 * scales
+        quantized += parameter.numel() * choices.bits_of(first.num_bits) / 8 + 4 * scales
     plain, quantized = _model_parallel_sum([plain, quantized])
     return int(plain), int(quantized)
 

@@ -114,6 +114,29 @@ def auto_formats(config: Any, presets: dict[str, Any]) -> dict[str, dict[str, An
     return found
 
 
+def quant_cfg_for(
+    config: Any, decoder_type: str | None, presets: dict[str, Any], kv_formats: dict[str, str], load: Callable
+) -> dict[str, Any]:
+    """Return the quant_cfg of a QuantizationConfig with all its options applied, a copy of its own.
+
+    Args:
+        config: The QuantizationConfig.
+        decoder_type: modelopt's name of the model's decoder, None where it is not known.
+        presets: Short name to quant_cfg.
+        kv_formats: Name of a KV-cache format to that of modelopt's preset.
+        load: Reads a JSON file.
+    """
+    assert config.algorithm is not None, "a model that is not quantized has no quant_cfg"
+    quant_cfg, from_file = base_quant_cfg(config.algorithm, presets, load)
+    apply_method_options(quant_cfg, config.algorithm, from_file, decoder_type, config.awq_block_size, config.sq_alpha)
+    kv_wanted = wants_kv_cache(config.enable_kv_cache, config.algorithm, from_file, decoder_type)
+    apply_kv_cache(quant_cfg, kv_wanted, kv_formats[config.kv_cache_qformat])
+    if not from_file:
+        # Llama 4's projection of image features stays as it is.
+        quant_cfg["quant_cfg"]["vision_projection.*"] = {"enable": False}
+    return quant_cfg
+
+
 def apply_method_options(
     quant_cfg: dict[str, Any], algorithm: str, from_file: bool, decoder_type: str | None, awq_block_size, sq_alpha
 ) -> None:
