@@ -1,15 +1,17 @@
 # make demo   watch a GPT being pruned, distilled, quantized and exported on this machine's CPU
-# make test   lint, types and every CPU test
+# make test   lint, types, the documentation and every CPU test
+# make docs   the documentation as a site, build/site/index.html
 # make test-compat   the tests on the other supported versions; ROW=nemo-2.6.2 TESTS="test_code/test_pruner.py" for a part
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SOURCES := nemo nemo_modelopt_dropin scripts test_code benchmarks
+DOCS_VENV := .venv-docs
+SOURCES := nemo nemo_modelopt_dropin scripts test_code benchmarks examples
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-compat lint types bench clean
+.PHONY: setup demo test test-compat lint types docs bench clean
 
 setup: $(READY)
 
@@ -32,7 +34,16 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy nemo nemo_modelopt_dropin scripts
 
-test: lint types
+$(DOCS_VENV)/.ready: constraints.txt docs/requirements.txt
+	$(PYTHON) -m venv --clear $(DOCS_VENV)
+	$(DOCS_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -r docs/requirements.txt
+	@touch $@
+
+docs: $(DOCS_VENV)/.ready
+	@if [ -x $(DOCS_VENV)/bin/mkdocs ]; then NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet; \
+	else echo "The documentation's tools need Python 3.11 or 3.12: the site was not built."; fi
+
+test: lint types docs
 	$(BIN)/python -m pytest
 
 test-compat: $(READY)
@@ -42,4 +53,4 @@ bench: $(READY)
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DOCS_VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
