@@ -20,6 +20,8 @@ from nemo_modelopt_dropin import finder, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = Path(sysconfig.get_paths()["purelib"])
+# Elsewhere than the rest where another version was put first on the path.
+NEMO = Path(str(metadata.distribution("nemo-toolkit").locate_file("")))
 OURS = ROOT / "nemo" / "collections" / "llm" / "modelopt"
 # A child imports NeMo: 15 s alone, more on a busy machine.
 CHILD_TIMEOUT = 240
@@ -93,7 +95,7 @@ if __name__ == "__main__":
 """
 
 
-def assert_ours(found: dict, folder: Path, site: Path = SITE) -> None:
+def assert_ours(found: dict, folder: Path, site: Path = NEMO) -> None:
     assert Path(found["package"]) == folder / "__init__.py"
     assert Path(found["submodule"]) == folder / "prune" / "pruner.py"
     assert Path(found["used by llm.api"]) == folder / "quantization" / "quantizer.py"
@@ -116,7 +118,7 @@ def test_stock_serves_when_switched_off(tmp_path):
     script.write_text(CHILD)
     run(sys.executable, script, tmp_path / "out", cwd=ROOT, env={"NEMO_MODELOPT": "stock"})
     found = json.loads((tmp_path / "out0.json").read_text())["main"]
-    assert_ours(found, SITE / "nemo" / "collections" / "llm" / "modelopt")
+    assert_ours(found, NEMO / "nemo" / "collections" / "llm" / "modelopt")
 
 
 def changed_files(distribution: str) -> list[str]:
@@ -124,7 +126,7 @@ def changed_files(distribution: str) -> list[str]:
     record = next(f for f in metadata.files(distribution) or () if f.name == "RECORD").locate()
     bad = []
     for name, digest, _ in csv.reader(Path(record).read_text().splitlines()):
-        path = SITE / name
+        path = NEMO / name
         if not path.exists():
             bad.append(name)
         elif digest:

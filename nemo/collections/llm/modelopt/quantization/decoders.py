@@ -7,6 +7,7 @@ from typing import Any
 
 from nemo.collections import llm
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+from nemo.collections.llm.modelopt.quantization import hf_auto
 
 _DECODERS = (
     ("baichuan", "Baichuan2"),
@@ -33,10 +34,11 @@ def first_fit(model: Any, known: list[tuple[type, str]]) -> str | None:
 
 
 def find_gpt_model(model: Any) -> Any:
-    """Return the ``llm.GPTModel`` (or ``Llama4OmniModel``) inside of wrappers, or None."""
+    """Return the ``llm.GPTModel`` (or a class that stands beside it) inside of wrappers, or None."""
     # NeMo wraps at most a few times; stand-ins answer any attribute with another stand-in, without end.
     for _ in range(8):
-        if isinstance(model, llm.GPTModel) or type(model).__name__ == "Llama4OmniModel":
+        is_known = isinstance(model, llm.GPTModel) or hf_auto.is_wrapped(model)
+        if is_known or type(model).__name__ == "Llama4OmniModel":
             return model
         model = getattr(model, "module", None)
         if model is None:

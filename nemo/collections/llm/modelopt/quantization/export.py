@@ -323,7 +323,8 @@ def write_trtllm(wrapped, write: Callable, **kwargs: Any) -> None:
     with torch.inference_mode():
         remove_hook_from_module(wrapped, recurse=True)
         # Stages may be on different nodes, which then exchange their parts through the file system.
-        write(use_nfs_workspace=wrapped.config.pipeline_model_parallel_size > 1, **kwargs)
+        stages = getattr(getattr(wrapped, "config", None), "pipeline_model_parallel_size", 1)
+        write(use_nfs_workspace=stages > 1, **kwargs)
 
 
 def log_success(target: Path) -> None:

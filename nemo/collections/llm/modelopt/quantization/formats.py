@@ -14,22 +14,41 @@ import torch
 from nemo.utils import logging
 
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import decoders, export, hf_check, hf_writer
+from nemo.collections.llm.modelopt.quantization import decoders, export, hf_auto, hf_check, hf_writer
 
 
-def check_model(model: Any, export_config: Any, quant_cfg: dict[str, Any]) -> None:
+def check_planned(planned: dict[str, dict[str, Any]], export_config: Any) -> None:
+    """Refuse algorithms that cannot be exported from a Megatron model as configured.
+
+    Args:
+        planned: Name to quant_cfg.
+        export_config: The ``ExportConfig``.
+
+    Raises:
+        ModelOptConfigError: With the reason and what to do.
+    """
+    for name, quant_cfg in planned.items():
+        export.check_format(quant_cfg, name, export_config.export_format)
+
+
+def check_model(model: Any, export_config: Any, quant_cfg: dict[str, Any], planned: dict[str, dict[str, Any]]) -> None:
     """Raise before any work for a model that cannot be quantized, or exported as configured.
 
     Args:
-        model: The ``llm.GPTModel``; stand-ins are not looked at.
+        model: The ``llm.GPTModel``, or NeMo 2.5's wrapper of a transformers model; stand-ins are not looked at.
         export_config: The ``ExportConfig``, or None.
         quant_cfg: How it will be quantized.
+        planned: Name to quant_cfg of the algorithms, see `check_planned`.
 
     Raises:
         ModelOptConfigError: With what was given and what is possible.
     """
     if not isinstance(model, torch.nn.Module):
         return
+    if hf_auto.is_wrapped(model):
+        hf_auto.check(model, export_config, quant_cfg)
+        return
+    hf_auto.check_plain(model)
     inner = decoders.find_gpt_model(model)
     if inner is None:
         raise ModelOptConfigError(
@@ -37,6 +56,7 @@ def check_model(model: Any, export_config: Any, quant_cfg: dict[str, Any]) -> No
             f"{type(model).__name__}."
         )
     if export_config is not None:
+        check_planned(planned, export_config)
         export.check_layout(export_config.export_format, inner.config, inner.config.tensor_model_parallel_size)
         export.check_model(export_config.export_format, inner)
         export.check_blocks(export_config.export_format, quant_cfg, inner)
@@ -80,6 +100,9 @@ def _write_hf(tools: ModuleType, quantizer: Any, model, model_dir: str, folder: 
         keywords["verify"] = level
     if tools.export_hf_checkpoint(model_dir, folder, model=model, **keywords) is None:
         # Nothing was quantized: a plain model.
+        if hf_auto.is_wrapped(model):
+            hf_auto.write_plain_hf(model, folder, quantizer.torch_dtype)
+            return
         _write_plain_hf(tools, model, model_dir, folder, quantizer.torch_dtype, level)
 
 
@@ -137,6 +160,9 @@ def save_tokenizer(tools: ModuleType, model, model_dir: str, folder: Path, fmt: 
     """Put the tokenizer beside an exported model: Hugging Face's own files, or NeMo's context."""
     if fmt == "nemo" or not tools.is_global_rank_zero():
         return
+    if hf_auto.is_wrapped(model):
+        hf_auto.save_tokenizer(model, folder, fmt)
+        return
     tokenizer = getattr(getattr(model, "tokenizer", None), "tokenizer", None)
     if fmt == "hf" and isinstance(tokenizer, tools.PreTrainedTokenizerBase):
         tokenizer.save_pretrained(str(folder))
@@ -147,6 +173,8 @@ def save_tokenizer(tools: ModuleType, model, model_dir: str, folder: Path, fmt: 
 
 def write_converted_hf(tools: ModuleType, model_dir, export_dir, model, verify: str, **kwargs: Any) -> Path | None:
     """Write a converted model as a Hugging Face checkpoint and verify it; see ``quantizer.export_hf_checkpoint``."""
+    if hf_auto.is_wrapped(model):
+        return hf_auto.write_hf(model, Path(export_dir), tools.mte.export_hf_checkpoint, **kwargs)
     exporter = tools.load_connector_from_trainer_ckpt(model_dir, "hf")
     if model is None:
         model, _ = exporter.nemo_load(model_dir)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from nemo.utils import logging
 
-from nemo.collections.llm.modelopt.quantization import gated_amax, kv_cache, patterns
+from nemo.collections.llm.modelopt.quantization import gated_amax, hf_auto, kv_cache, patterns
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 
 # Largest value of the formats whose input amax is kept from becoming too small.
@@ -70,6 +70,9 @@ def generate_sample(tools: ModuleType, model: Any) -> None:
         model: The ``llm.GPTModel``.
     """
     prompts = ["Born in north-east France, Soyer trained as a", "Born in California, Soyer trained as a"]
+    if hf_auto.is_wrapped(model):
+        logging.info(f"Sample generation after PTQ (with prompts): {hf_auto.generate_sample(model, prompts)}")
+        return
     dtype = getattr(model.config, "params_dtype", None)
     wrapper = model.get_inference_wrapper(
         params_dtype=dtype if isinstance(dtype, torch.dtype) else torch.bfloat16,

@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from nemo.utils import logging
+from transformers import PreTrainedModel
 
 from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, TensorQuantizer
 from modelopt.torch.utils.distributed import ParallelState
@@ -92,6 +93,9 @@ def attention_support(wanted: bool = True) -> Iterator[None]:
 
 def can_quantize(model: torch.nn.Module) -> bool:
     """Return whether some attention of the model would get KV-cache quantizers; ask inside of `attention_support`."""
+    if isinstance(model, PreTrainedModel):
+        # modelopt converts the attention of transformers' models by itself.
+        return True
     return any(
         name.endswith("core_attention") and type(module) in QuantModuleRegistry
         for name, module in model.named_modules()

@@ -44,6 +44,7 @@ from nemo.collections.llm.modelopt.quantization import (
     decoders,
     export,
     formats,
+    hf_auto,
     insertion,
     report,
     settings,
@@ -98,7 +99,7 @@ class Quantizer:
         self.export_config = export_config
         self.report: dict[str, Any] = {}
         settings.check_quantization(quantization_config, KV_QUANT_CFG_CHOICES)
-        planned = settings.planned_quant_cfgs(quantization_config, QUANT_CFG_CHOICES, load_quant_cfg)
+        planned = self._planned_quant_cfgs()
         if quantization_config.algorithm == settings.AUTO:
             auto.check_supported()
         if planned:
@@ -108,13 +109,16 @@ class Quantizer:
                 raise OSError(f"GPU is required for the quantization with {name}: CUDA kernels.")
         if export_config is not None:
             settings.check_export(export_config, SUPPORTED_EXPORT_FMT, SUPPORTED_DTYPE)
-            for name, quant_cfg in planned.items():
-                export.check_format(quant_cfg, name, export_config.export_format)
+            # Where NeMo can wrap transformers' models, `quantize` checks: modelopt writes those by other means.
+            if not hf_auto.exists():
+                formats.check_planned(planned, export_config)
         self.torch_dtype = torch_dtype_from_precision("bf16" if export_config is None else export_config.dtype)
 
     @staticmethod
     def _setup(model) -> None:
         """Freeze the model; exporters read the vocabulary without padding from its configuration."""
+        if hf_auto.is_wrapped(model):
+            return
         model.config.vocab_size = model.tokenizer.vocab_size
         model.freeze()
 
@@ -145,7 +149,10 @@ class Quantizer:
             rows: Texts to use in place of the configured dataset.
         """
         shard = choices.statistics_merge_over_ranks(self._get_quant_cfg(model))
-        return self.create_megatron_forward_loop(self._get_microbatches(model, rows, shard), num_batches=None)
+        get_batches = self._get_microbatches(model, rows, shard)
+        if hf_auto.is_wrapped(model):
+            return hf_auto.forward_loop(model, get_batches)
+        return self.create_megatron_forward_loop(get_batches, num_batches=None)
 
     def _get_microbatches(self, model, rows: list | None, shard: bool):
         """Return a function that gives an iterator over the calibration microbatches `[b, s]`."""
@@ -161,6 +168,9 @@ class Quantizer:
             column=config.calibration_column if rows is None else None,
             seed=config.calibration_shuffle_seed if rows is None else None,
         )
+
+    def _planned_quant_cfgs(self) -> dict[str, dict[str, Any]]:
+        return settings.planned_quant_cfgs(self.quantization_config, QUANT_CFG_CHOICES, load_quant_cfg)
 
     def _get_quant_cfg(self, model) -> dict[str, Any]:
         """Return modelopt's quant_cfg for the configured algorithm and the model, a copy of its own."""
@@ -194,7 +204,7 @@ class Quantizer:
         logging.info(f"Quantizing model to {algorithm}...")
         decoder_type = self._get_decoder_type(model, optional=True)
         quant_cfg = self._get_quant_cfg(model)
-        formats.check_model(model, self.export_config, quant_cfg)
+        formats.check_model(model, self.export_config, quant_cfg, self._planned_quant_cfgs())
         self._setup(model)
         core = unwrap_for_modelopt_operations(model)
         is_stand_in = not isinstance(core, torch.nn.Module)
@@ -315,6 +325,8 @@ class Quantizer:
         target, fmt = Path(self.export_config.path), self.export_config.export_format
         if fmt not in SUPPORTED_EXPORT_FMT:
             raise ModelOptConfigError(f"Unsupported export format: {fmt}; allowed: {SUPPORTED_EXPORT_FMT}.")
+        if hf_auto.is_wrapped(model):
+            hf_auto.check_format(fmt)
         if fmt == "nemo" and trainer is None:
             raise ModelOptConfigError("Trainer required for NeMo export.")
         with export.staged(target, beside=isinstance(model, torch.nn.Module)) as folder:
@@ -353,7 +365,7 @@ def _collaborators() -> ModuleType:
 
 def unwrap_for_modelopt_operations(model):
     """Return the Megatron-Core model inside of NeMo's wrappers, or a Hugging Face model itself."""
-    return unwrap_model(model)
+    return model.model if hf_auto.is_wrapped(model) else unwrap_model(model)
 
 
 def get_calib_data_iter(
@@ -433,5 +445,10 @@ gpt_model_type = decoders.known_models()
 
 
 def get_modelopt_decoder_type(model: llm.GPTModel) -> str | None:
-    """Return modelopt's name of a model's decoder by the first class in ``gpt_model_type`` that fits, or None."""
+    """Return modelopt's name of a model's decoder, or None.
+
+    By the first class in ``gpt_model_type`` that fits; modelopt itself names that of a Hugging Face model.
+    """
+    if hf_auto.is_wrapped(model):
+        return mte.model_utils.get_model_type(model.model)
     return decoders.first_fit(model, gpt_model_type)
