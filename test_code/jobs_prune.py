@@ -95,6 +95,18 @@ def prune(request: dict, **settings) -> dict:
     return {"before": before, "after": weights(model), "sizes": sizes(model), "report": describe_pruning(model)}
 
 
+def refusal(request: dict, **settings) -> str:
+    """Return what pruning a tiny model is refused with, or nothing where it goes through."""
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+
+    model, module, run = build(**settings)
+    try:
+        run_prune(model, request, module, run)
+    except ModelOptConfigError as error:
+        return str(error)
+    return ""
+
+
 def stock_drop(layers: list[int], pp: int = 1):
     """Drop layers with whichever subpackage this rank's environment selects."""
     import nemo.collections.llm.modelopt.prune.pruner as pruner
@@ -114,6 +126,9 @@ def plain_modelopt(export_config: dict, **settings):
 
     model, module, run = build(**settings)
     _norms.register_torch_norms()
+    if "num_attention_heads" in export_config and _search.prunes_query_groups():
+        # modelopt 0.37 wants to be told that the groups stay.
+        export_config = {**export_config, "num_query_groups": tiny.core(model).config.num_query_groups}
     module.val_dataloader = module.train_dataloader
     mtp.prune(
         tiny.core(model),

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from test_code import installed
 from test_code import jobs_distill as jobs
 
 PAIR = "intermediate_layer_pairs: [[decoder.final_layernorm, decoder.final_layernorm]]\n"
@@ -39,7 +40,7 @@ def both(ranks_factory, stock_ranks, teacher_path, settings):
 
 
 def test_the_oracle_is_stock(stock_ranks, ranks):
-    assert "site-packages" in stock_ranks(2).run(jobs.which_subpackage)[0]
+    assert installed.is_stock(stock_ranks(2).run(jobs.which_subpackage)[0])
     assert ranks(2).run(jobs.which_subpackage)[0].startswith(os.getcwd())
 
 

@@ -17,11 +17,10 @@ from pathlib import Path
 import pytest
 
 from nemo_modelopt_dropin import finder, versions
+from test_code.installed import NEMO
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = Path(sysconfig.get_paths()["purelib"])
-# Elsewhere than the rest where another version was put first on the path.
-NEMO = Path(str(metadata.distribution("nemo-toolkit").locate_file("")))
 OURS = ROOT / "nemo" / "collections" / "llm" / "modelopt"
 # A child imports NeMo: 15 s alone, more on a busy machine.
 CHILD_TIMEOUT = 240
@@ -121,11 +120,20 @@ def test_stock_serves_when_switched_off(tmp_path):
     assert_ours(found, NEMO / "nemo" / "collections" / "llm" / "modelopt")
 
 
+def without_our_tree() -> str:
+    """Return the path that this run was given, for an interpreter that shall find the installed package only."""
+    entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join(entry for entry in entries if entry and Path(entry).resolve() != ROOT)
+
+
 def changed_files(distribution: str) -> list[str]:
     """Return the files of an installed distribution that are missing or differ from its RECORD."""
     record = next(f for f in metadata.files(distribution) or () if f.name == "RECORD").locate()
     bad = []
     for name, digest, _ in csv.reader(Path(record).read_text().splitlines()):
+        # Scripts: `pip install --target` puts them elsewhere than it writes down.
+        if name.startswith(".."):
+            continue
         path = NEMO / name
         if not path.exists():
             bad.append(name)
@@ -153,7 +161,7 @@ def test_wheel_in_an_environment_of_its_own(tmp_path):
     run(*pip, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
     script = tmp_path / "child.py"
     script.write_text(CHILD)
-    run(python, script, tmp_path / "out", cwd=tmp_path)
+    run(python, script, tmp_path / "out", cwd=tmp_path, env={"PYTHONPATH": without_our_tree()})
     found = json.loads((tmp_path / "out0.json").read_text())["main"]
     assert_ours(found, site / "nemo_modelopt_dropin" / "_overlay" / "modelopt")
     assert not (site / "nemo").exists()
@@ -161,7 +169,8 @@ def test_wheel_in_an_environment_of_its_own(tmp_path):
     run(*pip, "uninstall", "--yes", "nemo-modelopt-dropin", cwd=tmp_path)
     left = sorted(p.name for p in site.iterdir() if "modelopt" in p.name)
     assert left == []
-    finders = run(python, "-c", "import sys; print([str(f) for f in sys.meta_path])", cwd=tmp_path).stdout
+    show = "import sys; print([str(f) for f in sys.meta_path])"
+    finders = run(python, "-c", show, cwd=tmp_path, env={"PYTHONPATH": without_our_tree()}).stdout
     assert "DropInFinder" not in finders
     assert changed_files("nemo-toolkit") == []
 
@@ -233,7 +242,7 @@ def test_importing_with_an_unsupported_version_says_so(tmp_path):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: nvidia-modelopt\nVersion: 0.44.0\n")
     result = run(
         sys.executable, "-c", "import nemo.collections.llm.modelopt",
-        cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, check=False,
+        cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}, check=False,
     )  # fmt: skip
     assert result.returncode != 0
     assert "UnsupportedVersionError" in result.stderr

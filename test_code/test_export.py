@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from unittest.mock import MagicMock, patch
 
 import pytest
@@ -261,9 +262,11 @@ def test_verification_finds_what_is_wrong(exported, tmp_path):
     folder = tmp_path / "hf"
     shutil.copytree(exported("fp8")[1], folder)
     hf_check.verify(folder)
-    file = folder / "model-00002-of-00004.safetensors"
-    good = load_file(file)
     prefix = "model.layers.1.mlp."
+    # Which of the files holds the layer differs between versions of modelopt.
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    file = folder / index[f"{prefix}up_proj.weight"]
+    good = load_file(file)
     up = good[f"{prefix}up_proj.weight"]
     for change, message in [
         ({f"{prefix}up_proj.weight_scale": torch.tensor(float("nan"))}, "up_proj.weight_scale is not finite"),

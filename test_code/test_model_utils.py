@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
 
+from test_code import installed
 from test_code import jobs_quant as jobs
+from test_code.ranks import RankError
 
 MODULE = "nemo.collections.llm.modelopt.model_utils"
 
@@ -205,9 +208,11 @@ def quantized(ranks_factory, tmp_path_factory):
     ranks_factory(1).run(jobs.make_checkpoint, str(folder / "plain"))
     data = {"calibration_dataset": jobs.corpus(folder / "text.jsonl"), "calibration_dataset_size": 8}
     for name, kv in (("kv", True), ("no-kv", False)):
-        ranks_factory(1).run(
-            jobs.ptq, str(folder / "plain"), str(folder / name), "int8", quant={**data, "enable_kv_cache": kv}
-        )
+        refused = kv and not installed.KV_CACHE
+        with pytest.raises(RankError, match=installed.KV_CACHE_REFUSAL) if refused else contextlib.nullcontext():
+            ranks_factory(1).run(
+                jobs.ptq, str(folder / "plain"), str(folder / name), "int8", quant={**data, "enable_kv_cache": kv}
+            )
     return folder
 
 
@@ -215,12 +220,32 @@ def test_kv_cache_quantizers_are_found_in_a_checkpoint(quantized):
     from nemo.collections.llm.modelopt.quantization import kv_cache
 
     found = {n: kv_cache.checkpoint_has_quantizers(quantized / n / "weights") for n in ("plain", "kv", "no-kv")}
-    assert found == {"plain": False, "kv": True, "no-kv": False}
+    assert found == {"plain": False, "kv": installed.KV_CACHE, "no-kv": False}
+
+
+def test_kv_cache_quantizers_that_would_be_lost_are_refused(quantized):
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+    from nemo.collections.llm.modelopt.quantization import kv_cache
+
+    with patch.object(kv_cache, "_modelopt", return_value="0.37.0"), kv_cache.support_for(quantized / "no-kv/weights"):
+        pass
+    # Only modelopt 0.43 makes a checkpoint with such quantizers.
+    with (
+        patch.object(kv_cache, "_modelopt", return_value="0.37.0"),
+        patch.object(kv_cache, "checkpoint_has_quantizers", return_value=True),
+        pytest.raises(
+            ModelOptConfigError, match=r"holds KV-cache quantizers, which modelopt 0\.37\.0 would lose: .*0\.43"
+        ),
+    ):
+        kv_cache.support_for(quantized / "kv/weights")
 
 
 @pytest.mark.parametrize(("name", "count"), [("plain", 0), ("kv", 40), ("no-kv", 32)])
 @pytest.mark.parametrize("layout", [(2, 1), (1, 2)], ids=["tp2", "pp2"])
 def test_checkpoints_restore_with_their_quantizers(ranks, quantized, name, count, layout):
+    if name == "kv" and not installed.KV_CACHE:
+        assert not (quantized / name).exists()  # refused when it was to be made
+        return
     found = {}
     for amax in ranks(2).run(jobs.restored_amax, str(quantized / name), *layout):
         found.update(amax)
@@ -235,8 +260,8 @@ def test_a_quantized_checkpoint_trains_on(ranks, quantized):
 
 def test_stock_reads_what_we_write_and_we_read_what_stock_writes(ranks, stock_ranks, quantized, tmp_path):
     stock = stock_ranks(1)
-    assert "site-packages" in stock.run(jobs.which_package)[0]
-    assert "site-packages" not in ranks(1).run(jobs.which_package)[0]
+    assert installed.is_stock(stock.run(jobs.which_package)[0])
+    assert not installed.is_stock(ranks(1).run(jobs.which_package)[0])
     by_stock = stock.run(jobs.load_with_restore, str(quantized / "no-kv"))[0]
     by_us = ranks(1).run(jobs.load_with_restore, str(quantized / "no-kv"))[0]
     assert set(by_stock[0]) == set(by_us[0]) and len(by_us[0]) == 32

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from unittest.mock import MagicMock, patch
 
+import modelopt.torch.quantization as mtq
 import pytest
 import torch
 
+from test_code import installed
 from test_code import jobs_quant as jobs
 
 MODULE = "nemo.collections.llm.modelopt.quantization.quantizer"
@@ -243,7 +245,7 @@ def test_fp8_on_a_real_model(one_rank):
     report = one_rank["report"]
     assert one_rank["same"]
     # 4 linear layers in each of 4 layers, keys and values in each attention; the output layer stays as it is.
-    assert report["quantizers"] == {"weight": 16, "input": 16, "output": 0, "kv_cache": 8}
+    assert report["quantizers"] == {"weight": 16, "input": 16, "output": 0, "kv_cache": 8 if installed.KV_CACHE else 0}
     assert report["held_out"] and report["evaluation_tokens"] > 50 and report["calibration_rows"] == 20
     # FP8 keeps 3 bits of mantissa: a few percent on the outputs, hardly anything on the loss.
     assert 0.0 < report["relative_output_error"] < 0.1
@@ -278,7 +280,8 @@ def test_layouts_agree_with_one_rank(ranks, work, one_rank, tp, pp, dp):
         ("int4", {}, 0.3),
         ("int4_awq", {"awq_block_size": 16}, 0.3),
         ("w4a8_awq", {"awq_block_size": 16}, 0.3),
-        ("INT8_WEIGHT_ONLY_CFG", {}, 0.03),
+        # modelopt 0.37 has no such preset; test_quant_cfg.py checks that it is refused there.
+        *([("INT8_WEIGHT_ONLY_CFG", {}, 0.03)] if hasattr(mtq, "INT8_WEIGHT_ONLY_CFG") else []),
     ],
 )
 def test_every_algorithm_runs_on_two_tensor_ranks(ranks, work, algorithm, settings, worst):
@@ -289,7 +292,7 @@ def test_every_algorithm_runs_on_two_tensor_ranks(ranks, work, algorithm, settin
     # Rounding to 8 or 4 bits: half a step of 1/127 or 1/7 of the largest value, averaged over a row.
     assert 0.0 < report["relative_output_error"] < worst
     assert report["quantizers"]["weight"] == 16
-    assert report["quantizers"]["kv_cache"] == (0 if "int8" in algorithm.lower() else 8)
+    assert report["quantizers"]["kv_cache"] == (0 if "int8" in algorithm.lower() or not installed.KV_CACHE else 8)
 
 
 def test_smoothquant_alpha_changes_the_result(ranks, work):

@@ -324,7 +324,7 @@ def restore_modelopt_state(
     weights = ckpt_to_weights_subdir(path, is_saving=False)
     _make_finite(core_model)
     # The teacher of a distillation model stays in full precision: only the student is converted.
-    with _hidden_teacher(core_model), kv_cache.attention_support(kv_cache.checkpoint_has_quantizers(weights)):
+    with _hidden_teacher(core_model), kv_cache.support_for(weights):
         mto.plugins.restore_sharded_modelopt_state([core_model], weights, prefix="module.")
     gated_amax.mend(core_model)
     if mto.ModeloptStateManager.is_converted(core_model):

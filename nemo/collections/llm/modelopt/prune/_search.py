@@ -45,6 +45,20 @@ def prunes_query_groups() -> bool:
     return "num_query_groups" in mcore_minitron.SUPPORTED_HPARAMS
 
 
+def check_positions(core: Any) -> None:
+    """Refuse a model whose positions this modelopt does not prune.
+
+    Raises:
+        ModelOptConfigError: on modelopt up to 0.40, for positions other than rotary ones or none.
+    """
+    positions = getattr(core, "position_embedding_type", "none")
+    if prunes_query_groups() and positions not in ("rope", "none"):
+        raise ModelOptConfigError(
+            f"This modelopt prunes no model with position_embedding_type={positions!r}, only 'rope' and 'none'; "
+            "install modelopt 0.43."
+        )
+
+
 def check(core: nn.Module, targets: Mapping[str, Any], data_module: Any, trainer: Any) -> dict[str, int]:
     """Check a request by importance against the model, and return its targets as whole numbers.
 
@@ -53,6 +67,7 @@ def check(core: nn.Module, targets: Mapping[str, Any], data_module: Any, trainer
     """
     model: Any = core
     _checks.check_layout(model.config, by_importance=True)
+    check_positions(model)
     resolved = _checks.resolve_targets(targets, _checks.model_sizes(core))
     _checks.check_batches(data_module, trainer)
     _norms.register_torch_norms()
@@ -63,7 +78,7 @@ def check(core: nn.Module, targets: Mapping[str, Any], data_module: Any, trainer
 def prune_by_importance(
     core: nn.Module, targets: Mapping[str, int], minitron: Callable, measure: Callable, scores_path: str | None
 ) -> None:
-    """Run modelopt's search on a Megatron model; query groups are pruned here where modelopt does not.
+    """Run modelopt's search on a Megatron model; query groups are pruned here.
 
     Args:
         core: the model without wrappers, pruned in place.
@@ -79,9 +94,10 @@ def prune_by_importance(
     config: Any = core.config
     sizes = _checks.model_sizes(core)
     ours = set() if prunes_query_groups() else {"num_query_groups"}
-    shrink = bool(ours) and targets.get("num_query_groups", sizes["num_query_groups"]) != sizes["num_query_groups"]
+    shrink = targets.get("num_query_groups", sizes["num_query_groups"]) != sizes["num_query_groups"]
     if shrink:
-        ours.add("num_attention_heads")
+        # Also where modelopt would: 0.37 ranks the groups with the axes of groups and heads exchanged.
+        ours = {"num_query_groups", "num_attention_heads"}
     # A search for query groups alone has nothing else to cut: it is asked for the depth that is there.
     export_config = {name: size for name, size in targets.items() if name not in ours}
     export_config = export_config or {"num_layers": sizes["num_layers"]}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from importlib import metadata as distributions
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from nemo.utils import logging
+from packaging.version import Version
 from transformers import PreTrainedModel
 
 from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, TensorQuantizer
@@ -23,6 +25,7 @@ from modelopt.torch.utils.distributed import ParallelState
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 
+_FIRST_MODELOPT = "0.43"
 _NAMES = ("q_bmm_quantizer", "k_bmm_quantizer", "v_bmm_quantizer")
 
 
@@ -74,6 +77,36 @@ class QuantDotProductAttention(QuantModule):
         return sharded
 
 
+def _modelopt() -> str:
+    return distributions.version("nvidia-modelopt")
+
+
+def is_supported() -> bool:
+    """Return whether this modelopt keeps quantizers of Megatron's own attention.
+
+    0.37 creates them too, but does not make their amax equal over tensor-parallel ranks, and restores none.
+    """
+    return Version(_modelopt()) >= Version(_FIRST_MODELOPT)
+
+
+def support_for(weights: Path):
+    """Return the context to restore a converted checkpoint in, see `attention_support`.
+
+    Args:
+        weights: The checkpoint's folder of weights.
+
+    Raises:
+        ModelOptConfigError: If it holds KV-cache quantizers and this modelopt would lose them.
+    """
+    wanted = checkpoint_has_quantizers(weights)
+    if wanted and not is_supported():
+        raise ModelOptConfigError(
+            f"The checkpoint {weights} holds KV-cache quantizers, which modelopt {_modelopt()} would lose: install "
+            f"modelopt {_FIRST_MODELOPT}, or quantize the original with enable_kv_cache=False."
+        )
+    return attention_support(wanted)
+
+
 @contextlib.contextmanager
 def attention_support(wanted: bool = True) -> Iterator[None]:
     """Let modelopt convert ``DotProductAttention`` inside of the context.
@@ -81,7 +114,7 @@ def attention_support(wanted: bool = True) -> Iterator[None]:
     Args:
         wanted: False makes it an empty context.
     """
-    if not wanted or DotProductAttention in QuantModuleRegistry:
+    if not wanted or not is_supported() or DotProductAttention in QuantModuleRegistry:
         yield
         return
     QuantModuleRegistry.register({DotProductAttention: "megatron_DotProductAttention"})(QuantDotProductAttention)
@@ -117,6 +150,11 @@ def settle(model: torch.nn.Module, quant_cfg: dict, enable: bool | None) -> None
     if wanted and not can_quantize(model):
         attention = {type(m).__name__ for name, m in model.named_modules() if name.endswith("core_attention")}
         message = f"modelopt cannot put KV-cache quantizers into this model's attention {sorted(attention)}"
+        if not is_supported():
+            message = (
+                f"modelopt {_modelopt()} cannot keep KV-cache quantizers in Megatron's attention, modelopt "
+                f"{_FIRST_MODELOPT} can"
+            )
         if enable:
             raise ModelOptConfigError(f"enable_kv_cache=True: {message}; set enable_kv_cache=False.")
         logging.warning(f"{message}: the KV cache is not quantized")
