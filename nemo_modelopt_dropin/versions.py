@@ -43,12 +43,26 @@ def check(installed: dict[str, str | None] | None = None) -> None:
         # A release candidate or local build of the first unsupported version is unsupported too.
         elif Version(Version(found).base_version) >= Version(high):
             problems.append(f"{name} {found} is installed (supported: >={low},<{high}; {why})")
+    problems += _conflicts(installed)
     if problems:
         raise UnsupportedVersionError(
             "nemo-modelopt-dropin cannot serve nemo.collections.llm.modelopt: "
             + "; ".join(problems)
             + ". Install a supported version, or set NEMO_MODELOPT=stock to use nemo-toolkit's own subpackage."
         )
+
+
+def _conflicts(installed: dict[str, str | None]) -> list[str]:
+    """Return what two packages that are each supported cannot do together."""
+    from packaging.version import Version
+
+    nemo, megatron = installed.get("nemo-toolkit"), installed.get("megatron-core")
+    if nemo and megatron and Version(nemo) < Version("2.6") and Version(megatron) >= Version("0.15"):
+        return [
+            f"nemo-toolkit {nemo} needs megatron-core <0.15 and {megatron} is installed: it imports a class that 0.15 "
+            "removed"
+        ]
+    return []
 
 
 def _installed(name: str) -> str | None:

@@ -223,6 +223,10 @@ def test_supported_versions_pass(change):
         ({"nvidia-modelopt": "0.31.0"}, r"nvidia-modelopt 0\.31\.0 .*>=0\.37"),
         ({"nvidia-modelopt": None}, r"nvidia-modelopt is not installed"),
         ({"megatron-core": "0.16.0"}, r"megatron-core 0\.16\.0 .*removed a checkpoint module"),
+        (
+            {"nemo-toolkit": "2.5.3"},
+            r"nemo-toolkit 2\.5\.3 needs megatron-core <0\.15 and 0\.15\.3 is installed",
+        ),
         ({"nemo-toolkit": "3.0.0"}, r"nemo-toolkit 3\.0\.0 .*dropped its LLM collection"),
         (
             {"nemo-toolkit": "3.0.0", "megatron-core": "0.13"},
