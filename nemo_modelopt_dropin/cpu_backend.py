@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from nemo_modelopt_dropin import cpu_backend_nemo
+from nemo_modelopt_dropin import cpu_backend_nemo, finder, versions
 
 _CPU = torch.device("cpu")
 _state: dict[str, Any] = {"enabled": False, "mode": None}
@@ -39,6 +39,7 @@ def enable() -> None:
 
     Raises:
         CpuBackendError: where CUDA is available, because a GPU run must stay exactly as it is.
+        UnsupportedVersionError: where the installed versions cannot work, before NeMo is imported.
     """
     if is_enabled():
         return
@@ -47,6 +48,8 @@ def enable() -> None:
             "cpu_backend.enable() was called on a machine with CUDA; it is for machines without one. "
             "Drop the call (or --cpu), or hide the GPUs with CUDA_VISIBLE_DEVICES=''."
         )
+    if finder.is_enabled():
+        versions.check()
     # Imported whole before torch is patched: their modules look torch functions up by identity.
     from torch import _dynamo  # noqa: F401
 

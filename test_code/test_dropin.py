@@ -239,11 +239,16 @@ def test_unsupported_versions_are_named(change, message):
         versions.check({**GOOD, **change})
 
 
+def pretend(folder, name, version):
+    """Put the metadata of a distribution of another version into a folder."""
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
 def test_importing_with_an_unsupported_version_says_so(tmp_path):
     """A newer modelopt's metadata comes first on the path: NeMo's own import of our package shows the error."""
-    info = tmp_path / "nvidia_modelopt-0.44.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: nvidia-modelopt\nVersion: 0.44.0\n")
+    pretend(tmp_path, "nvidia-modelopt", "0.44.0")
     result = run(
         sys.executable, "-c", "import nemo.collections.llm.modelopt",
         cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}, check=False,
@@ -251,3 +256,20 @@ def test_importing_with_an_unsupported_version_says_so(tmp_path):
     assert result.returncode != 0
     assert "UnsupportedVersionError" in result.stderr
     assert "nvidia-modelopt 0.44.0 is installed (supported: >=0.37,<0.44" in result.stderr
+
+
+@pytest.mark.parametrize(("switch", "ours"), [("", True), ("stock", False)])
+def test_the_cpu_backend_checks_versions_before_nemo_fails_on_them(tmp_path, switch, ours):
+    """nemo-toolkit 2.5 cannot be imported with megatron-core 0.15, so our package would never be asked."""
+    pretend(tmp_path, "nemo-toolkit", "2.5.3")
+    pretend(tmp_path, "megatron-core", "0.15.3")
+    # NeMo is not imported: one that says so stands in its place.
+    (tmp_path / "nemo").mkdir()
+    (tmp_path / "nemo" / "__init__.py").write_text("raise ImportError('NeMo was asked')")
+    result = run(
+        sys.executable, "-c", "from nemo_modelopt_dropin import cpu_backend; cpu_backend.enable()",
+        cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "NEMO_MODELOPT": switch}, check=False,
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert ("nemo-toolkit 2.5.3 needs megatron-core <0.15 and 0.15.3 is installed" in result.stderr) is ours
+    assert ("NeMo was asked" in result.stderr) is not ours
