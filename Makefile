@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS_VENV := .venv-docs
+# Test files that run side by side.
+JOBS ?= 2
 SOURCES := nemo nemo_modelopt_dropin scripts test_code benchmarks examples
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -44,7 +46,7 @@ docs: $(DOCS_VENV)/.ready
 	else echo "The documentation's tools need Python 3.11 or 3.12: the site was not built."; fi
 
 test: lint types docs
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-compat: $(READY)
 	$(BIN)/python scripts/test_compat.py $(if $(ROW),--row $(ROW)) $(if $(TESTS),-- $(TESTS))

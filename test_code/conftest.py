@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import types
 import warnings
 
 import pytest
@@ -63,3 +64,19 @@ def cpu_backend():
     if not torch.cuda.is_available():
         backend.enable()
     return backend
+
+
+def pytest_deselected(items):
+    """Keep the number for `pytest_testnodedown`: test processes side by side do not report it by themselves."""
+    if items and hasattr(items[0].config, "workeroutput"):
+        output = items[0].config.workeroutput
+        output["deselected"] = output.get("deselected", 0) + len(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """Let the closing line count what was deselected, as it does for a single process; every process has the same."""
+    reporter = node.config.pluginmanager.get_plugin("terminalreporter")
+    count = getattr(node, "workeroutput", {}).get("deselected", 0)
+    if reporter is not None and "deselected" not in reporter.stats and count:
+        reporter.stats["deselected"] = [types.SimpleNamespace() for _ in range(count)]

@@ -156,9 +156,13 @@ def _kill(process) -> None:
 
 
 def _first_port() -> int:
-    """Return where a pool's ports begin: below the ephemeral range, 200 a pool, one a job, none in use now."""
+    """Return where a pool's ports begin: below the ephemeral range, 200 a pool, one a job, none in use now.
+
+    Test processes that run side by side (pytest-xdist) draw from ranges of their own.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 4
     while True:
-        port = random.SystemRandom().randrange(10_000, 32_000, 200)
+        port = random.SystemRandom().randrange(10_000 + 200 * worker, 32_000, 800)
         if port not in _taken and _is_free(port):
             _taken.add(port)
             return port
