@@ -6,17 +6,11 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from nemo_modelopt_dropin import report_figures
+
 if TYPE_CHECKING:
     import altair as alt
 
-# Mid tones: they stand out from white and from near black, and differ in lightness for the colour-blind.
-COLOURS = {
-    "teacher": "#3b82c4",
-    "pruned": "#d1495b",
-    "distilled": "#2a9d6f",
-    "from scratch": "#c98a1b",
-    "quantized": "#8e6bbf",
-}
 _HEIGHT = 220
 _PNG_WIDTH = 640
 
@@ -40,6 +34,26 @@ def charts(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             "KL divergence from teacher to student on the batch, in nats per token.",
             lambda report: _training_curves(report, {"distilled"}, "KL divergence"),
         ),
+        "tradeoff": (
+            "Size and loss",
+            "Each model's size on disk against its held-out loss; the line joins those that no other beats in both.",
+            lambda report: report_figures.tradeoff([("", report)]),
+        ),
+        "layer_importance": (
+            "Importance of layers",
+            "How much each layer changes what passes through it (block influence); the least important go first.",
+            report_figures.layer_importance,
+        ),
+        "unit_importance": (
+            "Importance of units",
+            "Units of each layer from most to least important, as a share of the layer's most important one.",
+            report_figures.unit_importance,
+        ),
+        "weight_error": (
+            "Quantization error of weights by layer",
+            "Relative change of a layer's weights by quantization: where it is high, the layer is sensitive.",
+            report_figures.weight_error,
+        ),
         "sizes": ("Parameters", "Body: everything but embedding and output layer.", _sizes),
         "times": ("Time by stage", "Wall-clock seconds of the attempt that finished.", _times),
     }
@@ -51,12 +65,41 @@ def charts(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def comparison(names: tuple[str, str], contents: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the figures of two runs side by side, as `charts` does for one."""
+    runs = list(zip(names, contents, strict=True))
+    makers = {
+        "losses": ("Held-out loss", "Nats per token of each run's models.", report_figures.losses_of_runs(runs)),
+        "tradeoff": (
+            "Size and loss",
+            "Each model's size on disk against its held-out loss.",
+            report_figures.tradeoff(runs),
+        ),
+        "curves": (
+            "Held-out loss while training",
+            "Nats per token after so many steps.",
+            report_figures.curves_of_runs(runs),
+        ),
+    }
+    return {
+        name: {"title": title, "caption": caption, "spec": _specification(chart)}
+        for name, (title, caption, chart) in makers.items()
+        if chart is not None
+    }
+
+
 def _specification(chart: alt.TopLevelMixin) -> dict[str, Any]:
     """Return the chart with data inside, as wide as its place on the page, in the page's text colour."""
     text = {"labelColor": "currentColor", "titleColor": "currentColor"}
     styled = chart.properties(width="container", height=_HEIGHT, background="transparent").configure(
         axis={**text, "gridColor": "#8884", "domainColor": "#8888", "tickColor": "#8888"},
-        legend={**text, "orient": "top", "title": None},
+        legend={
+            **text,
+            "orient": "top",
+            "title": None,
+            "symbolBaseFillColor": "currentColor",
+            "symbolBaseStrokeColor": "currentColor",
+        },
         view={"stroke": None},
         font="system-ui, sans-serif",
         autosize={"type": "fit", "contains": "padding"},
@@ -79,13 +122,6 @@ def _data(values: list[dict[str, Any]]) -> alt.Data:
     return alt.Data(values=values)
 
 
-def _colour(names: list[str], legend: bool = True) -> alt.Color:
-    import altair as alt
-
-    scale = alt.Scale(domain=names, range=[COLOURS.get(name, "#888888") for name in names])
-    return alt.Color("model:N", scale=scale, legend=alt.Legend() if legend else None)
-
-
 def _by_model(content: Mapping[str, Any]) -> alt.LayerChart | None:
     import altair as alt
 
@@ -100,7 +136,9 @@ def _by_model(content: Mapping[str, Any]) -> alt.LayerChart | None:
         tooltip=["model:N", alt.Tooltip("loss:Q", format=".4f")],
     )
     # Points and not bars: the axis does not start at zero.
-    points = base.mark_point(filled=True, size=160, opacity=1).encode(color=_colour(names, legend=False))
+    points = base.mark_point(filled=True, size=160, opacity=1).encode(
+        color=report_figures.model_colour(names, legend=False)
+    )
     numbers = base.mark_text(dy=-14, color="currentColor").encode(text=alt.Text("loss:Q", format=".3f"))
     return points + numbers
 
@@ -116,15 +154,18 @@ def _heldout_curves(content: Mapping[str, Any]) -> alt.Chart | None:
     ]
     if not values:
         return None
+    chosen = alt.selection_point(fields=["model"], bind="legend")  # a click on a name in the legend
     return (
         alt.Chart(_data(values))
         .mark_line(point=True)
         .encode(
             x=alt.X("step:Q", title="step"),
             y=alt.Y("loss:Q", title="nats per token", scale=alt.Scale(zero=False)),
-            color=_colour(list(dict.fromkeys(value["model"] for value in values))),
+            color=report_figures.model_colour(list(dict.fromkeys(value["model"] for value in values))),
+            opacity=alt.when(chosen).then(alt.value(1)).otherwise(alt.value(0.15)),
             tooltip=["model:N", "step:Q", alt.Tooltip("loss:Q", format=".4f")],
         )
+        .add_params(chosen)
     )
 
 
@@ -140,15 +181,18 @@ def _training_curves(content: Mapping[str, Any], models: set[str], title: str) -
     ]
     if not values:
         return None
+    chosen = alt.selection_point(fields=["model"], bind="legend")  # a click on a name in the legend
     return (
         alt.Chart(_data(values))
         .mark_line(strokeWidth=1.5)
         .encode(
             x=alt.X("step:Q", title="step"),
             y=alt.Y("loss:Q", title=title, scale=alt.Scale(zero=False)),
-            color=_colour(list(dict.fromkeys(value["model"] for value in values))),
+            color=report_figures.model_colour(list(dict.fromkeys(value["model"] for value in values))),
+            opacity=alt.when(chosen).then(alt.value(1)).otherwise(alt.value(0.15)),
             tooltip=["model:N", "step:Q", alt.Tooltip("loss:Q", format=".4f")],
         )
+        .add_params(chosen)
     )
 
 
@@ -158,8 +202,10 @@ def _sizes(content: Mapping[str, Any]) -> alt.Chart | None:
     values = []
     for model in content["models"]:
         body = model["body_parameters"]
-        values.append({"model": model["name"], "part": "body", "count": body})
-        values.append({"model": model["name"], "part": "embedding and output", "count": model["parameters"] - body})
+        values.append({"model": model["name"], "part": "body", "order": 0, "count": body})
+        values.append(
+            {"model": model["name"], "part": "embedding and output", "order": 1, "count": model["parameters"] - body}
+        )
     if not values:
         return None
     parts = alt.Scale(domain=["body", "embedding and output"], range=["#3b82c4", "#9aa5b1"])
@@ -170,7 +216,7 @@ def _sizes(content: Mapping[str, Any]) -> alt.Chart | None:
             x=alt.X("count:Q", title="parameters", axis=alt.Axis(format="~s")),
             y=alt.Y("model:N", sort=[model["name"] for model in content["models"]], title=None),
             color=alt.Color("part:N", scale=parts),
-            order=alt.Order("part:N"),
+            order=alt.Order("order:Q"),
             tooltip=["model:N", "part:N", alt.Tooltip("count:Q", format=",")],
         )
     )

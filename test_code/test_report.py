@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
@@ -9,12 +10,13 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from nemo_modelopt_dropin import report, report_charts
-from nemo_modelopt_dropin.compress import summary
+from nemo_modelopt_dropin import report, report_charts, report_compare, report_figures
+from nemo_modelopt_dropin.compress import importance, summary
 from nemo_modelopt_dropin.compress.settings import Job
 from nemo_modelopt_dropin.compress.stages import Record
 
@@ -125,7 +127,7 @@ def test_the_page_fits_phones_paper_and_dark_rooms(folder):
 
 def test_every_figure_has_its_place_and_its_png(folder, page, content):
     charts = report_charts.charts(content)
-    assert len(charts) == 6
+    assert len(charts) == 7
     for name, chart in charts.items():
         assert name in page.ids
         assert (folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -142,7 +144,7 @@ def test_figures_show_the_held_out_losses(content):
 def test_a_run_without_training_has_fewer_figures():
     records = {name: record for name, record in _records().items() if name in ("teacher", "prune")}
     found = summary.build(records, "t", Job("t", "a", "b"))
-    assert set(report_charts.charts(found)) == {"heldout_by_stage", "sizes", "times"}
+    assert set(report_charts.charts(found)) == {"heldout_by_stage", "tradeoff", "sizes", "times"}
     assert "<table" in report.render(found)
 
 
@@ -210,3 +212,78 @@ def test_embedded_text_cannot_end_its_script_element():
     text = report._embedded({"a": "</script><script>alert(1)</script>"})
     assert not re.search("[<]", text)
     assert json.loads(text)["a"].startswith("</script>")
+
+
+# --- figures that need more data --------------------------------------------------------------------------------------
+
+
+def test_the_front_holds_what_nothing_beats_in_size_and_loss():
+    points = [{"bytes": size, "loss": loss} for size, loss in ((4, 1.0), (2, 3.0), (3, 3.5), (2, 2.0), (5, 1.0))]
+    assert [(point["bytes"], point["loss"]) for point in report_figures.front(points)] == [(2, 2.0), (4, 1.0)]
+
+
+def test_the_tradeoff_shows_every_model_and_the_file_that_was_read_back(content):
+    with_file = {**content, "exports": {"hf": {"path": "p", "bytes": 7, "heldout_loss": 3.6}}}
+    found = report_figures.tradeoff_points([("", with_file)])
+    assert [point["model"] for point in found] == [model["name"] for model in content["models"]] + ["exported"]
+    assert found[-1]["bytes"] == 7
+
+
+def test_importance_of_layers_and_units():
+    import torch
+
+    assert [(one["layer"], one["fate"]) for one in importance.layers({1: 3.0, 2: 0.5, 3: 1.0}, 2)] == [
+        (1, "kept"),
+        (2, "dropped"),
+        (3, "kept"),
+    ]
+    stage = {"": {3: torch.ones(4)}, "decoder.layers.0.mlp": torch.tensor([1.0, 4.0, 2.0])}
+    found = importance.units([stage, {**stage, "decoder.layers.0.self_attention": torch.arange(100.0)}])
+    assert [(one["kind"], one["layer"], len(one["shares"])) for one in found] == [
+        ("attention", 2, 32),
+        ("ffn", 1, 3),
+        ("ffn", 2, 3),
+    ]
+    assert found[1]["shares"] == [1.0, 0.5, 0.25]
+    assert importance.read(Path("nowhere"), 1) == {}
+
+
+def test_what_was_done_is_said_in_words():
+    records = _records()
+    records["prune"].result["shape"] = {"num_layers": 3}
+    found = summary.build(records, "t", Job("t", "a", "b"))["done"]
+    assert found[0] == "Pruned: num layers 4 to 3."
+    assert found[1].startswith("Distilled: 1000 steps, 2,048,000 tokens")
+
+
+# --- two runs ---------------------------------------------------------------------------------------------------------
+
+
+def _two(content) -> list[dict]:
+    other = copy.deepcopy(content)
+    other["models"] = other["models"][:2]
+    other["models"][1]["heldout_loss"] += 0.383
+    other["settings"]["job"]["distillation"]["lr"] = 0.5
+    return [content, other]
+
+
+def test_a_comparison_shows_both_numbers_and_the_change(content):
+    rows = report_compare.numbers(_two(content))
+    found = {(row["model"], row["number"]): row for row in rows}
+    assert found["pruned", "held-out loss"] == {
+        "model": "pruned",
+        "number": "held-out loss",
+        "first": "3.8300",
+        "second": "4.2130",
+        "change": "+10.0%",
+    }
+    assert (found["distilled", "perplexity"]["second"], found["distilled", "perplexity"]["change"]) == ("", "")
+    assert report_compare.different_settings(_two(content)) == [("distillation.lr", "0.0001", "0.5")]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [(("x/a", "x/b"), ("a", "b")), (("x/a", "y/a"), ("x/a", "y/a")), (("x", "x"), ("A", "B"))],
+)
+def test_runs_are_called_by_what_differs(paths, names):
+    assert report_compare.labels(Path(paths[0]), Path(paths[1])) == names

@@ -123,6 +123,40 @@ def parameters(core: torch.nn.Module) -> dict[str, int]:
     return {"parameters": total, "body_parameters": body}
 
 
+def weight_errors(core: torch.nn.Module) -> list[dict[str, Any]]:
+    """Return for each layer and quantized matrix the relative change of its weights, ``||Q(w) - w|| / ||w||``.
+
+    Args:
+        core: this rank's part of a Megatron-Core GPT; all ranks must call it. Without quantizers the list is empty.
+    """
+    sums: dict[tuple[int, str], list[float]] = {}
+    if (
+        parallel_state.get_data_parallel_rank() == 0
+    ):  # tensor-parallel ranks hold parts of a matrix, stages other layers
+        for layer in core.decoder.layers:
+            for name, module in layer.named_modules():
+                quantizer = getattr(module, "weight_quantizer", None)
+                if quantizer is not None and getattr(quantizer, "is_enabled", False):
+                    weight = module.weight.detach()
+                    with torch.no_grad():
+                        parts = [
+                            (quantizer(weight).float() - weight.float()).square().sum(),
+                            weight.float().square().sum(),
+                        ]
+                    sums[layer.layer_number, name.rpartition(".")[2]] = [float(part) for part in parts]
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, sums)
+    total: dict[tuple[int, str], list[float]] = {}
+    for part in gathered:
+        for key, (error, norm) in part.items():
+            before = total.get(key, [0.0, 0.0])
+            total[key] = [before[0] + error, before[1] + norm]
+    return [
+        {"layer": layer, "matrix": matrix, "error": (error / norm) ** 0.5 if norm else 0.0}
+        for (layer, matrix), (error, norm) in sorted(total.items())
+    ]
+
+
 def folder_bytes(path: str | Path) -> int:
     """Return the size of all files below a folder."""
     return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
@@ -146,13 +180,13 @@ def device_name() -> str:
 
 
 def measure(checkpoint: str | Path, tokens: Path, layout: Layout, seq_length: int, batch_size: int) -> dict[str, Any]:
-    """Load a checkpoint and return its held-out loss, speed, parameters, shape and bytes on disk."""
+    """Load a checkpoint and return held-out loss, speed, parameters, shape, bytes on disk, errors of weights."""
     training.release()
     core = load(checkpoint, layout)
     found: dict[str, Any] = {
         f"heldout_{k}": v for k, v in heldout_loss(core, np.load(tokens), seq_length, batch_size).items()
     }
-    found |= parameters(core)
+    found |= parameters(core) | {"weight_errors": weight_errors(core)}
     found |= {"shape": shape(core), "bytes": folder_bytes(checkpoint), "device": device_name()}
     training.release()
     return found

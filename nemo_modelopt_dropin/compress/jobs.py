@@ -16,10 +16,11 @@ from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
 from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.collections.llm.modelopt import ExportConfig, PruningConfig, QuantizationConfig
-from nemo_modelopt_dropin.compress import exported, heldout, tokens, training
+from nemo_modelopt_dropin.compress import exported, heldout, importance, tokens, training
 from nemo_modelopt_dropin.compress.settings import TARGETS, Job, Layout, Training
 
 _CHECKPOINT = "checkpoint"
+_SCORES = "scores"
 
 
 def measure(checkpoint: Path, token_folder: Path, job: Job) -> dict[str, Any]:
@@ -61,6 +62,7 @@ def prune(folder: Path, job: Job, token_folder: Path) -> dict[str, Any]:
     config = PruningConfig(
         **{name: getattr(settings, name) for name in TARGETS},
         drop_layers=list(settings.drop_layers) if settings.drop_layers else None,
+        scores_path=None if settings.drop_layers else str(folder / _SCORES),
     )
     batch, samples = settings.micro_batch_size, settings.num_samples
     data = None
@@ -80,7 +82,8 @@ def prune(folder: Path, job: Job, token_folder: Path) -> dict[str, Any]:
             num_train_samples=samples,
             data=data,
         )
-    return measure(folder / _CHECKPOINT, token_folder, job)
+    found = measure(folder / _CHECKPOINT, token_folder, job)
+    return found | {"importance": importance.read(folder / _SCORES, found["shape"]["num_layers"])}
 
 
 @contextlib.contextmanager

@@ -42,6 +42,7 @@ def build(records: Mapping[str, Record], title: str, job: Job) -> dict[str, Any]
     return {
         "title": title,
         "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "done": done(records, job),
         "models": models,
         "stages": [
             {"name": record.name, "seconds": record.seconds, "attempts": record.attempts} for record in records.values()
@@ -52,12 +53,37 @@ def build(records: Mapping[str, Record], title: str, job: Job) -> dict[str, Any]
             for name, label in _CURVES.items()
             if name in records
         ],
+        "importance": records["prune"].result.get("importance", {}) if "prune" in records else {},
+        "sensitivity": records["quantize"].result.get("weight_errors", []) if "quantize" in records else [],
         "exports": exports,
         "checks": checks(losses),
         "settings": {"job": job.as_dict(), **{name: record.settings for name, record in records.items()}},
         "versions": _versions(),
         "machine": _machine(records),
     }
+
+
+def done(records: Mapping[str, Record], job: Job) -> list[str]:
+    """Return in a sentence each what the finished stages did."""
+    found = []
+    shapes = {name: records[name].result.get("shape", {}) for name in ("teacher", "prune") if name in records}
+    if "prune" in records:
+        before, after = shapes.get("teacher", {}), shapes["prune"]
+        changed = [
+            f"{name.replace('_', ' ')} {before[name]} to {after[name]}"
+            for name in before
+            if before[name] != after.get(name)
+        ]
+        found.append(f"Pruned: {', '.join(changed) or 'the shape stayed'}.")
+    if "distill" in records:
+        training = job.distillation
+        tokens = training.steps * training.global_batch_size * job.seq_length
+        found.append(f"Distilled: {training.steps} steps, {tokens:,} tokens, peak learning rate {training.lr:g}.")
+    if "quantize" in records:
+        found.append(f"Quantized: {job.quantization.algorithm}.")
+    if "export" in records:
+        found.append(f"Exported: {', '.join(job.quantization.formats)}.")
+    return found
 
 
 def _model(label: str, result: Mapping[str, Any]) -> dict[str, Any]:
