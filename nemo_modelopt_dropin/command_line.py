@@ -1,27 +1,86 @@
-"""What our scripts share before anything heavy is imported: parsing, checks that list every problem, quiet starts."""
+"""What our scripts share before anything heavy is imported: flags and run files, and checks that list every problem.
+
+A run file holds the flags by name (``--config run.yaml``); both go through the same conversions, and flags win.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from nemo_modelopt_dropin import run_file
 
 USAGE = 2
+EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 wrong arguments or settings, 130 interrupted."
+_SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+# Flags that say how to run this command, not what the run is.
+_NOT_SAVED = ("config", "dry_run", "verbose", "help")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that knows the nearest flag and reads ``--some-flag`` as ``--some_flag`` and back."""
+    """An argument parser that reports all problems at once, each with the nearest valid name.
+
+    ``--some-flag`` and ``--some_flag`` are the same, and ``--no-switch`` takes a switch back that a run file turned on.
+    """
+
+    def __init__(self, **options):
+        super().__init__(**{"allow_abbrev": False, **options})
+        self.problems: list[str] = []
+        self._reads_run_file = False
+
+    def add_run_options(self) -> None:
+        """Add the flags that every script has; ``--config`` is then read as flags are."""
+        self._reads_run_file = True
+        group = self.add_argument_group("run")
+        group.add_argument("--config", metavar="RUN.YAML", help="file with flags by name; flags given here win")
+        group.add_argument("--dry-run", action="store_true", help="print what would happen, load no weights, stop")
+        group.add_argument("-v", "--verbose", action="store_true", help="show what the libraries write")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None):  # type: ignore[override]
-        """Return the arguments, or exit with status 2 after naming every unknown flag and the nearest known one."""
-        words = [self._known_spelling(word) for word in (sys.argv[1:] if args is None else args)]
-        found, unknown = self.parse_known_args(words, namespace)
-        if unknown:
-            self.error("\n".join(self._complaint(word) for word in unknown))
+        """Return the arguments, or exit with status 2 after naming everything that is wrong with them."""
+        found = self.read(args)
+        self.refuse([])
         return found
+
+    def read(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Return the arguments and note what is wrong with them; `refuse` then reports it with the caller's own."""
+        words = [self._known_spelling(word) for word in (sys.argv[1:] if argv is None else argv)]
+        words, undone = self._undone_switches(words)
+        with self._nothing_required() as required:
+            found, unknown = self._parse(words, self._from_file(words))
+        vars(found).update(undone)
+        self.problems += self._complaints(unknown)
+        missing = [max(a.option_strings, key=len) for a in required if getattr(found, a.dest) in (None, a.default)]
+        if missing:
+            self.problems.append(f"missing: {', '.join(missing)}")
+        return found
+
+    def refuse(self, problems: Iterable[str]) -> None:
+        """Exit with status 2 where there are problems, after printing all of them; else return."""
+        self.problems += problems
+        if self.problems:
+            self.error("")
+
+    def error(self, message: str):
+        """Print every problem and exit with status 2."""
+        lines = [*dict.fromkeys(self.problems), *message.splitlines(), "see --help"]
+        self.exit(USAGE, "".join(f"{self.prog}: {line}\n" for line in lines))
+
+    def format_help(self) -> str:
+        """Return the help with the default of every option that has one."""
+        for action in self._actions:
+            shown = action.default not in (None, argparse.SUPPRESS) and not isinstance(action.default, bool)
+            if shown and action.option_strings and "default" not in (action.help or ""):
+                action.help = f"{action.help or ''} (default: %(default)s)".strip()
+        return super().format_help()
+
+    # --- words --------------------------------------------------------------------------------------------------------
 
     def _known_spelling(self, word: str) -> str:
         """Return the flag as the parser has it, whether it was written with ``-`` or with ``_``."""
@@ -32,31 +91,189 @@ class Parser(argparse.ArgumentParser):
                     return other + equals + value
         return word
 
-    def _complaint(self, word: str) -> str:
-        near = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, n=1)
-        return f"unknown argument {word}" + (f"; did you mean {near[0]}?" if near else "")
+    def _undone_switches(self, words: list[str]) -> tuple[list[str], dict[str, bool]]:
+        """Return the words without ``--no-switch``, and the switches that those take back."""
+        kept, undone = [], {}
+        for word in words:
+            action = None
+            if word.startswith(("--no-", "--no_")) and word not in self._option_string_actions:
+                action = self._option_string_actions.get(self._known_spelling("--" + word[5:]))
+            if action is not None and action.const is True:
+                undone[action.dest] = False
+            else:
+                kept.append(word)
+        return kept, undone
 
-    def format_help(self) -> str:
-        """Return the help with the default of every option that has one."""
-        for action in self._actions:
-            shown = action.default not in (None, argparse.SUPPRESS) and not isinstance(action.default, bool)
-            if shown and action.option_strings and "default" not in (action.help or ""):
-                action.help = f"{action.help or ''} (default: %(default)s)".strip()
-        return super().format_help()
+    def _parse(self, words: list[str], namespace: argparse.Namespace) -> tuple[argparse.Namespace, list[str]]:
+        """Parse, and again without each flag that lacks its value, so that one such flag hides no other problem."""
+        before = list(self.problems)
+        self.exit_on_error = False
+        for _ in words:
+            try:
+                return self.parse_known_args(words, namespace)
+            except argparse.ArgumentError as error:
+                flags = (error.argument_name or "").split("/")
+                place = next((i for i, word in enumerate(words) if word in flags and _lacks_value(words, i)), None)
+                before.append(str(error).removeprefix("argument "))
+                self.problems = list(before)
+                if place is None:
+                    self.error("")
+                words = words[:place] + words[place + 1 :]  # type: ignore[operator]
+        return self.parse_known_args(words, namespace)
 
-    def error(self, message: str):
-        """Print every line of the message and exit with status 2."""
-        lines = [f"{self.prog}: {line}\n" for line in (*message.splitlines(), "see --help")]
-        self.exit(USAGE, "".join(lines))
+    @contextlib.contextmanager
+    def _nothing_required(self) -> Iterator[list[argparse.Action]]:
+        """Let parsing go on without required flags: what is missing is reported with the rest."""
+        required = [action for action in self._actions if action.required]
+        for action in required:
+            action.required = False
+        try:
+            yield required
+        finally:
+            for action in required:
+                action.required = True
+
+    def _complaints(self, unknown: Sequence[str]) -> list[str]:
+        """Return a sentence for each unknown flag; the words after it are taken for its values."""
+        after_flag, found = False, []
+        for word in unknown:
+            flag = word.startswith("-")
+            if flag or not after_flag:
+                known = (name for action in self._actions for name in action.option_strings)
+                found.append(f"unknown argument {word}{nearest(word.partition('=')[0], known)}")
+            after_flag = after_flag or flag
+        return found
+
+    # --- values -------------------------------------------------------------------------------------------------------
+
+    def _get_value(self, action, arg_string):
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as error:
+            self.problems.append(str(error).removeprefix("argument "))
+            return action.default
+
+    def _check_value(self, action, value):
+        if action.choices is None or value in action.choices or value == action.default:
+            return
+        name = "/".join(action.option_strings)
+        allowed = ", ".join(map(str, action.choices))
+        self.problems.append(f"{name}: {value!r} is none of {allowed}{nearest(str(value), action.choices)}")
+
+    # --- the run file -------------------------------------------------------------------------------------------------
+
+    def _from_file(self, words: list[str]) -> argparse.Namespace:
+        """Return what the file of ``--config`` sets; the problems of the file are noted."""
+        found = argparse.Namespace()
+        if not self._reads_run_file or {"-h", "--help"} & set(words):
+            return found
+        before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        before.add_argument("--config", nargs="?")
+        path = before.parse_known_args(words)[0].config
+        if path is None:
+            return found
+        try:
+            content = run_file.read(path)
+        except run_file.RunFileError as error:
+            self.problems.append(f"--config {path}: {error}")
+            return found
+        for key, value in content.items():
+            self._set(found, key, value, path)
+        return found
+
+    def _set(self, found: argparse.Namespace, key: str, value: Any, path: str) -> None:
+        """Set one key of a run file as its flag would; None leaves the default."""
+        flag = self._known_spelling("--" + key)
+        action = self._option_string_actions.get(flag) or next((a for a in self._actions if a.dest == key), None)
+        if action is None or action.dest in _NOT_SAVED:
+            names = [a.dest for a in self._actions if a.dest not in _NOT_SAVED]
+            self.problems.append(f"{path}: unknown setting {key!r}{nearest(key, names)}")
+        elif value is None:
+            return
+        elif action.nargs == 0:
+            self._set_switch(found, action, key, value, path)
+        elif isinstance(value, Mapping) or (isinstance(value, list) and action.nargs is None):
+            self.problems.append(f"{path}: {key} takes one value, got {value}")
+        else:
+            values = [self._get_value(action, one) for one in (value if isinstance(value, list) else [value])]
+            for one in values:
+                self._check_value(action, one)
+            setattr(found, action.dest, values[0] if action.nargs is None else values)
+
+    def _set_switch(self, found: argparse.Namespace, action: argparse.Action, key: str, value: Any, path: str) -> None:
+        on = _SWITCHES.get(value.lower()) if isinstance(value, str) else None
+        if on is None:
+            self.problems.append(f"{path}: {key} is a switch, true or false, got {value!r}")
+            return
+        # A pair such as --enable_x and --disable_x shares one name: that name is the setting, not the first flag.
+        constant = action.const if f"--{key}" in action.option_strings or key != action.dest else True
+        setattr(found, action.dest, constant if on else not constant)
 
 
-def missing_paths(paths: dict[str, str | None], folder: bool = True) -> list[str]:
+def _lacks_value(words: Sequence[str], place: int) -> bool:
+    return place + 1 == len(words) or words[place + 1].startswith("-")
+
+
+def nearest(name: str, known: Iterable[Any]) -> str:
+    """Return ``; did you mean ...?`` with the nearest known name, or nothing where none is near."""
+    near = difflib.get_close_matches(name, list(map(str, known)), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def saved_settings(given: argparse.Namespace, paths: Iterable[str] = ()) -> dict[str, Any]:
+    """Return what a run file of these arguments holds: every setting by name, paths without a working directory.
+
+    Args:
+        given: resolved arguments.
+        paths: settings that are paths, or may be.
+    """
+    found = {name: value for name, value in sorted(vars(given).items()) if name not in _NOT_SAVED}
+    for name in paths:
+        value = found.get(name)
+        if isinstance(value, list):
+            found[name] = [_absolute(one) for one in value]
+        elif value is not None:
+            found[name] = _absolute(value)
+    return found
+
+
+def _absolute(value: str) -> str:
+    """Return a path that works from everywhere; a word that is no path here stays one."""
+    return os.path.abspath(value) if os.sep in value or os.path.exists(value) else value
+
+
+def missing_paths(paths: Mapping[str, str | None], folder: bool = True) -> list[str]:
     """Return a sentence for each path that was given and is not there."""
     found = []
     for flag, path in paths.items():
         if path and not (Path(path).is_dir() if folder else Path(path).exists()):
             found.append(f"{flag} {path}: there is no such {'folder' if folder else 'file'}")
     return found
+
+
+def not_positive(given: argparse.Namespace, names: Iterable[str]) -> list[str]:
+    """Return a sentence for each number below 1; None stands for a number that was not given."""
+    values = {name: getattr(given, name) for name in names}
+    return [
+        f"--{name} must be at least 1, got {value}" for name, value in values.items() if value is not None and value < 1
+    ]
+
+
+def default_devices(num_nodes: int, *sizes: int) -> int:
+    """Return the ranks of each node: those that torchrun started, else what one copy of the model needs."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    product = 1
+    for size in sizes:
+        product *= max(1, size)
+    return -(-product // max(1, num_nodes))
+
+
+def default_nodes(otherwise: int) -> int:
+    """Return the nodes that torchrun started ranks on, else ``otherwise``."""
+    if "LOCAL_WORLD_SIZE" in os.environ and "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
+    return otherwise
 
 
 def layout_problems(devices: int, num_nodes: int, tp: int, pp: int, others: int = 1) -> list[str]:
@@ -69,26 +286,3 @@ def layout_problems(devices: int, num_nodes: int, tp: int, pp: int, others: int 
             f"tp {tp} x pp {pp}{f' x {others}' if others > 1 else ''}"
         ]
     return []
-
-
-def start_on_cpu() -> None:
-    """Let this process run Megatron on the CPU over gloo; call it before NeMo is imported."""
-    from nemo_modelopt_dropin.compress import runner
-
-    runner.cpu_environment()
-    from nemo_modelopt_dropin import cpu_backend
-
-    cpu_backend.enable()
-
-
-def run_local_ranks(devices: int, cpu: bool) -> int | None:
-    """Start ``devices`` CPU ranks of this command and return their exit code; None where this is a rank already.
-
-    On GPUs torchrun (or Lightning itself) starts the ranks, as for NeMo's own scripts.
-    """
-    from nemo_modelopt_dropin.compress import launch
-
-    if not cpu or devices == 1 or launch.is_rank():
-        return None
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
-    return launch.run_ranks(devices)

@@ -5,7 +5,9 @@ r"""Compress a NeMo GPT checkpoint: prune, distill, quantize, export and report,
 
 The texts are JSON lines with a "text" column. Under torchrun every rank runs this command; without it, --devices N
 starts N local ranks. Run the same command again after an interruption and it goes on where it was; finished stages
-whose settings did not change are kept. Exit codes: 0 done, 1 failed, 2 wrong arguments, 130 interrupted.
+whose settings did not change are kept. The settings are saved as run.yaml in the run's folder; --config takes such a
+file, flags win over it. --compare A B puts two finished runs side by side. Exit codes: 0 done, 1 failed, 2 wrong
+arguments or settings, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -15,17 +17,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nemo_modelopt_dropin import run_file
 from nemo_modelopt_dropin.command_line import Parser
 from nemo_modelopt_dropin.compress.settings import (
     ALGORITHMS,
     EXPORT_FORMATS,
     Job,
-    Layout,
-    Pruning,
-    Quantization,
     SettingsError,
-    Training,
     from_dict,
+    raise_all,
 )
 
 _Flags = dict[str, type]
@@ -63,6 +63,13 @@ def parser() -> Parser:
     job.add_argument("--heldout-text", help="JSON lines to measure on")
     job.add_argument("--seq-length", type=int, help="tokens a sample (default: 128)")
     job.add_argument("--scratch", action="store_true", default=None, help="train a baseline student from scratch too")
+    job.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("A", "B"),
+        help="folders of two finished runs; writes compare.html into --output (default: B)",
+    )
     job.add_argument("--dry-run", action="store_true", help="check the settings, say what would run, and stop")
     job.add_argument("-v", "--verbose", action="store_true", help="show what the libraries write")
     layout = found.add_argument_group("layout")
@@ -95,18 +102,16 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     if arguments.config:
-        import yaml
-
         try:
-            found = yaml.safe_load(arguments.config.read_text(encoding="utf-8")) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise SettingsError(f"--config {arguments.config} cannot be read: {error}") from None
-        if not isinstance(found, dict):
-            raise SettingsError(f"--config {arguments.config} must hold settings by name")
+            found = run_file.read(arguments.config)
+        except run_file.RunFileError as error:
+            raise SettingsError(f"--config {arguments.config} {error}") from None
 
     def put(section: str | None, key: str, value: Any) -> None:
-        if value is not None:
-            target = found.setdefault(section, {}) if section else found
+        if value is None:
+            return
+        target = found.setdefault(section, {}) if section else found
+        if isinstance(target, dict):  # what else the file has there is refused later
             target[key] = value
 
     given = vars(arguments)
@@ -129,58 +134,78 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def resolve(argv: list[str] | None = None) -> tuple[Job, Path, argparse.Namespace]:
-    """Return the checked job, its folder and the arguments.
+def resolve(argv: list[str] | None = None) -> tuple[Job | None, Path, argparse.Namespace]:
+    """Return the checked job, its folder and the arguments; no job where two runs are to be compared.
 
-    Raises:
-        SettingsError: listing everything that is wrong.
+    Exits with status 2 after listing everything that is wrong.
     """
-    arguments = parser().parse_args(argv)
-    found = settings(arguments)
-    output = Path(found.pop("output", "runs/compress")).resolve()
-    for section, cls in (
-        ("layout", Layout),
-        ("pruning", Pruning),
-        ("distillation", Training),
-        ("quantization", Quantization),
-    ):
-        if section in found and not isinstance(found[section], dict):
-            raise SettingsError(f"{section} must hold settings by name, got {found[section]!r}")
-        found[section] = from_dict(cls, found.get(section, {}), section)
-    missing = [f"--{name.replace('_', '-')}" for name in ("teacher", "train_text", "heldout_text") if name not in found]
-    if missing:
-        raise SettingsError(f"missing: {', '.join(missing)} (as flags or in --config)")
-    for name in ("teacher", "train_text", "heldout_text", "distill_config"):
-        if found.get(name):
-            found[name] = str(Path(found[name]).resolve())
-    job = from_dict(Job, found)
-    job.check()
+    line = parser()
+    arguments = line.read(argv)
+    if arguments.compare:
+        problems = [f"--compare {one}: no report.json there" for one in arguments.compare if not has_report(one)]
+        line.refuse(problems)
+        return None, (arguments.output or arguments.compare[1]).resolve(), arguments
+    output, job = Path("runs/compress"), None
+    try:
+        found = settings(arguments)
+        output = Path(found.pop("output", None) or output).resolve()
+        job = make_job(found)
+    except SettingsError as error:
+        line.refuse(str(error).splitlines())
+    line.refuse([])
     return job, output, arguments
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the job and return the exit code."""
+def has_report(folder: Path) -> bool:
+    """Return whether a folder is that of a finished run."""
+    return (folder / "report.json").is_file()
+
+
+def make_job(found: dict[str, Any]) -> Job:
+    """Return the job of nested settings.
+
+    Raises:
+        SettingsError: listing every setting that is unknown, missing, of another type or cannot work.
+    """
+    required = ("teacher", "train_text", "heldout_text")
+    problems: list[str] = []
+    job = None
+    missing = [f"--{name.replace('_', '-')}" for name in required if not found.get(name)]
+    if missing:
+        problems.append(f"missing: {', '.join(missing)} (as flags or in --config)")
+    for name in (*required, "distill_config"):
+        if isinstance(found.get(name), str):
+            found[name] = str(Path(found[name]).resolve())
     try:
-        job, output, arguments = resolve(argv)
+        job = from_dict(Job, {**dict.fromkeys(required, ""), **found})
+        problems += job.problems()
     except SettingsError as error:
-        for line in str(error).splitlines():
-            print(f"compress: {line}", file=sys.stderr)
-        return 2
-    from nemo_modelopt_dropin.compress import plan, runner, stages, summary
+        problems += str(error).splitlines()
+    raise_all(problems)
+    assert job is not None  # else there are problems
+    return job
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the job, or print the plan, or compare two runs; return the exit code."""
+    job, output, arguments = resolve(argv)
+    if job is None:
+        from nemo_modelopt_dropin import report_compare
+
+        first, second = arguments.compare
+        return report_compare.show(first, second, output)
+    from nemo_modelopt_dropin.compress import api
 
     if arguments.dry_run:
+        from nemo_modelopt_dropin import dry_run
+        from nemo_modelopt_dropin.compress import plan, stages
+
         planned = plan.compression_stages(job, output)
-        waiting = stages.pending(planned, output)
-        for stage in planned:
-            print(f"{stage.name:<9} {'would run' if stage.name in waiting else 'finished'}")
-        return 0
+        return dry_run.show(
+            dry_run.compression(job, output, [s.name for s in planned], stages.pending(planned, output))
+        )
 
-    def finish(records):
-        return summary.finish(records, output, f"Compression of {Path(job.teacher).name}", job)
-
-    return runner.execute(
-        lambda out: plan.compression_stages(job, output, out=out), output, job.layout, finish, arguments.verbose
-    )
+    return api.execute(job, output, arguments.verbose)
 
 
 if __name__ == "__main__":

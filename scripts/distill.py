@@ -2,16 +2,38 @@
 
 Flags as in NeMo's scripts/llm/gpt_train.py, and --distillation_config, --text, --heldout_text and --cpu. Intermediate
 checkpoints go below --log_dir, and the same command goes on from the last one. Start it with torchrun for more than one
-GPU; with --cpu it starts its ranks itself. Exit codes: 0 done, 1 failed, 2 wrong arguments.
+GPU; with --cpu it starts its ranks itself. The settings are saved as run.yaml with the output; --config takes such a
+file, flags win over it. Exit codes: 0 done, 1 failed, 2 wrong arguments or settings, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
-from nemo_modelopt_dropin.command_line import Parser, layout_problems, missing_paths, run_local_ranks, start_on_cpu
+from nemo_modelopt_dropin.command_line import (
+    Parser,
+    default_devices,
+    default_nodes,
+    layout_problems,
+    missing_paths,
+    not_positive,
+)
+
+PATHS = (
+    "log_dir",
+    "model_path",
+    "teacher_path",
+    "distillation_config",
+    "tokenizer",
+    "data_paths",
+    "text",
+    "heldout_text",
+    "chat_template_path",
+    "index_mapping_dir",
+)
 
 
 def parser() -> Parser:
@@ -26,10 +48,13 @@ def parser() -> Parser:
     model.add_argument("--tokenizer", help="tokenizer to use in place of the checkpoint's")
     model.add_argument("--legacy_ckpt", action="store_true", help="checkpoint of Transformer Engine before 1.14")
     layout = found.add_argument_group("layout")
-    for name in ("tp_size", "cp_size", "pp_size", "ep_size", "devices", "num_nodes"):
-        layout.add_argument(f"--{name}", type=int, default=1)
+    for name in ("tp", "cp", "pp", "ep"):
+        layout.add_argument(f"--{name}_size", f"--{name}", type=int, default=1)
+    layout.add_argument("--devices", type=int, help="ranks of each node (default: torchrun's, or what the model needs)")
+    layout.add_argument("--num_nodes", type=int, help="nodes (default: torchrun's, or 1)")
     layout.add_argument("--precision", default=None, help="default: bf16-mixed, or 32 with --cpu")
     layout.add_argument("--cpu", action="store_true", help="run on CPU ranks over gloo")
+    found.add_run_options()
     data = found.add_argument_group("data")
     data.add_argument("--data_paths", nargs="+", help="Megatron's tokenized files; one folder with --use-chat-data")
     data.add_argument("--text", help="JSON lines with a column text, tokenized with the checkpoint's tokenizer")
@@ -58,7 +83,11 @@ def parser() -> Parser:
 def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the checked arguments."""
     line = parser()
-    given = line.parse_args(argv)
+    given = line.read(argv)
+    if given.num_nodes is None:
+        given.num_nodes = default_nodes(1)
+    if given.devices is None:
+        given.devices = default_devices(given.num_nodes, given.tp_size, given.cp_size, given.pp_size, given.ep_size)
     given.precision = given.precision or ("32" if given.cpu else "bf16-mixed")
     problems = missing_paths({"--model_path": given.model_path, "--teacher_path": given.teacher_path})
     files = ("distillation_config", "text", "heldout_text", "chat_template_path")
@@ -70,16 +99,13 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
         problems.append("give exactly one of --data_paths, --text and --use_mock_data")
     if given.use_chat_data and (len(given.data_paths or []) != 1 or not given.tokenizer):
         problems.append("--use-chat-data needs one path in --data_paths, and --tokenizer")
-    for name in ("max_steps", "gbs", "mbs", "seq_length", "val_check_interval", "log_interval"):
-        if getattr(given, name) < 1:
-            problems.append(f"--{name} must be at least 1, got {getattr(given, name)}")
+    problems += not_positive(given, ("max_steps", "gbs", "mbs", "seq_length", "val_check_interval", "log_interval"))
     data_parallel = max(1, given.devices * given.num_nodes // max(1, given.tp_size * given.pp_size * given.cp_size))
-    if not problems and given.gbs % (given.mbs * data_parallel):
+    if not problems and not line.problems and given.gbs % (given.mbs * data_parallel):
         problems.append(
             f"--gbs {given.gbs} must be a multiple of --mbs {given.mbs} x {data_parallel} data parallel ranks"
         )
-    if problems:
-        line.error("\n".join(problems))
+    line.refuse(problems)
     return given
 
 
@@ -113,8 +139,6 @@ def make_tokenizer(given: argparse.Namespace):
     """Return the tokenizer of --tokenizer, with the chat template of --chat-template-path, or None."""
     if not given.tokenizer:
         return None
-    from pathlib import Path
-
     from nemo.collections.llm.modelopt import _moved
 
     template = Path(given.chat_template_path).read_text(encoding="utf-8").strip() if given.chat_template_path else None
@@ -128,6 +152,7 @@ def make_trainer(given: argparse.Namespace):
     from megatron.core.distributed import DistributedDataParallelConfig
 
     from nemo import lightning as nl
+    from nemo_modelopt_dropin import progress
 
     overlap = not given.cpu
     strategy = nl.MegatronStrategy(
@@ -165,6 +190,8 @@ def make_trainer(given: argparse.Namespace):
         log_every_n_steps=given.log_interval,
         val_check_interval=min(given.val_check_interval, given.max_steps),
         limit_val_batches=given.limit_val_batches,
+        # With --verbose NeMo's own lines of progress are on the screen.
+        callbacks=None if given.verbose else [progress.TrainingBar("distill" if given.teacher_path else "train")],
         **options,
     )
 
@@ -188,14 +215,8 @@ def make_optimizer(given: argparse.Namespace):
     return nl.MegatronOptimizerModule(config, schedule)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Train or distill; return the exit code."""
-    given = resolve(argv)
-    code = run_local_ranks(given.devices, given.cpu)
-    if code is not None:
-        return code
-    if given.cpu:
-        start_on_cpu()
+def work(given: argparse.Namespace) -> None:
+    """Train or distill."""
     from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 
     from nemo import lightning as nl
@@ -228,7 +249,19 @@ def main(argv: list[str] | None = None) -> int:
         )
     else:
         llm.train(model=given.model_path, tokenizer="data", **common)
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train or distill, or print the plan; return the exit code."""
+    given = resolve(argv)
+    if given.dry_run:
+        from nemo_modelopt_dropin import dry_run
+
+        return dry_run.show(dry_run.distillation(given))
+    from nemo_modelopt_dropin.script_run import Script, execute
+
+    output = Path(given.log_dir) / given.name
+    return execute(Script("distill", output, PATHS, keeps_progress=True), given, work)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,26 @@
 
 Width and depth go by importance, which is measured on data (--data_paths: Megatron's tokenized files; --text: JSON
 lines with a column text); --drop_layers needs none. By importance tp_size must be 1. Start it with torchrun for more
-than one GPU; with --cpu it starts its ranks itself. Exit codes: 0 done, 1 failed, 2 wrong arguments.
+than one GPU; with --cpu it starts its ranks itself. The settings are saved as run.yaml with the output; --config takes
+such a file, flags win over it. Exit codes: 0 done, 1 failed, 2 wrong arguments or settings, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
-from nemo_modelopt_dropin.command_line import Parser, layout_problems, missing_paths, run_local_ranks, start_on_cpu
+from nemo_modelopt_dropin.command_line import (
+    Parser,
+    default_devices,
+    default_nodes,
+    layout_problems,
+    missing_paths,
+    not_positive,
+)
+
+PATHS = ("restore_path", "save_path", "tokenizer", "data_paths", "text", "index_mapping_dir")
 
 TARGETS = {
     "target_ffn_hidden_size": "size of the MLP's inner layer",
@@ -32,13 +43,14 @@ def parser() -> Parser:
     model.add_argument("--tokenizer", help="tokenizer to use in place of the checkpoint's")
     model.add_argument("--legacy_ckpt", action="store_true", help="checkpoint of an older Transformer Engine")
     layout = found.add_argument_group("layout")
-    layout.add_argument("--devices", type=int, default=1, help="ranks of each node (default: 1)")
-    layout.add_argument("--num_nodes", type=int, default=1)
-    layout.add_argument("--tp_size", type=int, default=1, help="only 1 unless layers are dropped")
-    layout.add_argument("--pp_size", type=int, default=1)
+    layout.add_argument("--devices", type=int, help="ranks of each node (default: torchrun's, or what the model needs)")
+    layout.add_argument("--num_nodes", type=int, help="nodes (default: torchrun's, or 1)")
+    layout.add_argument("--tp_size", "--tp", type=int, default=1, help="only 1 unless layers are dropped")
+    layout.add_argument("--pp_size", "--pp", type=int, default=1)
     layout.add_argument("--num_layers_in_first_pipeline_stage", type=int, help="where stages are unequal")
     layout.add_argument("--num_layers_in_last_pipeline_stage", type=int, help="where stages are unequal")
     layout.add_argument("--cpu", action="store_true", help="run on CPU ranks over gloo")
+    found.add_run_options()
     data = found.add_argument_group("data for importance")
     data.add_argument("--data_paths", nargs="*", help="Megatron's files, or weights and files in turn")
     data.add_argument("--text", help="JSON lines with a column text, tokenized with the checkpoint's tokenizer")
@@ -59,18 +71,21 @@ def parser() -> Parser:
 def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the checked arguments."""
     line = parser()
-    arguments = line.parse_args(argv)
+    arguments = line.read(argv)
+    if arguments.num_nodes is None:
+        arguments.num_nodes = default_nodes(1)
+    if arguments.devices is None:
+        arguments.devices = default_devices(arguments.num_nodes, arguments.tp_size, arguments.pp_size)
     given = [name for name in TARGETS if getattr(arguments, name) is not None]
     problems = missing_paths({"--restore_path": arguments.restore_path})
     problems += missing_paths({"--text": arguments.text}, folder=False)
     problems += layout_problems(arguments.devices, arguments.num_nodes, arguments.tp_size, arguments.pp_size)
-    problems += [f"--{name} must be at least 1" for name in given if getattr(arguments, name) < 1]
+    problems += not_positive(arguments, given)
     if arguments.drop_layers and given:
         problems.append(f"--drop_layers cannot be combined with --{', --'.join(given)}")
     if not arguments.drop_layers:
         problems += _importance_problems(arguments, given)
-    if problems:
-        line.error("\n".join(problems))
+    line.refuse(problems)
     return arguments
 
 
@@ -116,14 +131,8 @@ def make_data(arguments: argparse.Namespace):
     return llm.MockDataModule(**sizes)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Prune and save; return the exit code."""
-    arguments = resolve(argv)
-    code = run_local_ranks(arguments.devices, arguments.cpu)
-    if code is not None:
-        return code
-    if arguments.cpu:
-        start_on_cpu()
+def work(arguments: argparse.Namespace) -> None:
+    """Prune and save."""
     from nemo.collections import llm
     from nemo.collections.llm.modelopt import PruningConfig
 
@@ -147,7 +156,18 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer_path=arguments.tokenizer,
         **{name: getattr(arguments, name) for name in same_name},
     )
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prune and save, or print the plan; return the exit code."""
+    arguments = resolve(argv)
+    if arguments.dry_run:
+        from nemo_modelopt_dropin import dry_run
+
+        return dry_run.show(dry_run.pruning(arguments, TARGETS))
+    from nemo_modelopt_dropin.script_run import Script, execute
+
+    return execute(Script("prune", Path(arguments.save_path), PATHS), arguments, work)
 
 
 if __name__ == "__main__":

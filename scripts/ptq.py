@@ -1,19 +1,29 @@
 """Quantize a NeMo 2 checkpoint after training (PTQ) and export it. Flags as in NeMo's scripts/llm/ptq.py, and --cpu.
 
-Start it with torchrun for more than one GPU; with --cpu it starts its ranks itself. Exit codes: 0 done, 1 failed,
-2 wrong arguments.
+Start it with torchrun for more than one GPU; with --cpu it starts its ranks itself. The settings are saved as run.yaml
+with the output; --config takes such a file, flags win over it. Exit codes: 0 done, 1 failed, 2 wrong arguments or
+settings, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import sys
+from pathlib import Path
 
-from nemo_modelopt_dropin.command_line import Parser, layout_problems, missing_paths, run_local_ranks, start_on_cpu
+from nemo_modelopt_dropin.command_line import (
+    Parser,
+    default_devices,
+    default_nodes,
+    layout_problems,
+    missing_paths,
+    nearest,
+    not_positive,
+)
 
 ALGORITHMS = ("no_quant", "auto", "int8", "int8_sq", "fp8", "block_fp8", "int4_awq", "w4a8_awq", "int4", "nvfp4")
+PATHS = ("nemo_checkpoint", "tokenizer", "calibration_dataset", "auto_quantize_checkpoint", "export_path", "algorithm")
 _FOLDERS = {"trtllm": "./qnemo_{algorithm}_tp{inference_tp}_pp{inference_pp}", "hf": "./hf_{algorithm}"}
 
 
@@ -27,13 +37,16 @@ def parser() -> Parser:
     model.add_argument("--legacy_ckpt", action="store_true", help="checkpoint of Transformer Engine before 1.14")
     model.add_argument("--trust_remote_code", action="store_true", help="for Hugging Face models")
     layout = found.add_argument_group("layout")
-    layout.add_argument("-ctp", "--calibration_tp", "--calib_tp", type=int, default=1)
-    layout.add_argument("-cpp", "--calibration_pp", "--calib_pp", type=int, default=1)
+    layout.add_argument("-ctp", "--calibration_tp", "--calib_tp", "--tp", type=int, default=1)
+    layout.add_argument("-cpp", "--calibration_pp", "--calib_pp", "--pp", type=int, default=1)
     layout.add_argument("--num_layers_in_first_pipeline_stage", type=int, help="where stages are unequal")
     layout.add_argument("--num_layers_in_last_pipeline_stage", type=int, help="where stages are unequal")
-    layout.add_argument("--devices", type=int, help="ranks of each node (default: calibration_tp)")
-    layout.add_argument("-nodes", "--num_nodes", type=int, help="nodes (default: calibration_pp)")
+    layout.add_argument("--devices", type=int, help="ranks of each node (default: torchrun's, or what the model needs)")
+    layout.add_argument(
+        "-nodes", "--num_nodes", type=int, help="nodes (default: torchrun's, else calibration_pp, 1 with --cpu)"
+    )
     layout.add_argument("--cpu", action="store_true", help="run on CPU ranks over gloo")
+    found.add_run_options()
     quantization = found.add_argument_group("quantization")
     quantization.add_argument(
         "-algo",
@@ -79,19 +92,19 @@ def algorithm(name: str) -> str:
     """Return a name that may be an algorithm; which presets modelopt has is known once it is imported."""
     if name in ALGORITHMS or name.endswith("_CFG") or os.path.isfile(name):
         return name
-    near = difflib.get_close_matches(name, ALGORITHMS, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise argparse.ArgumentTypeError(f"unknown algorithm {name!r} (one of {', '.join(ALGORITHMS)}, or a file){hint}")
+    raise argparse.ArgumentTypeError(
+        f"unknown algorithm {name!r} (one of {', '.join(ALGORITHMS)}, or a file){nearest(name, ALGORITHMS)}"
+    )
 
 
 def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the checked arguments with the defaults that depend on others."""
     line = parser()
-    arguments = line.parse_args(argv)
-    if arguments.devices is None:
-        arguments.devices = arguments.calibration_tp * (arguments.calibration_pp if arguments.cpu else 1)
+    arguments = line.read(argv)
     if arguments.num_nodes is None:
-        arguments.num_nodes = 1 if arguments.cpu else arguments.calibration_pp
+        arguments.num_nodes = default_nodes(1 if arguments.cpu else arguments.calibration_pp)
+    if arguments.devices is None:
+        arguments.devices = default_devices(arguments.num_nodes, arguments.calibration_tp, arguments.calibration_pp)
     if arguments.export_path is None:
         name = _FOLDERS.get(arguments.export_format, "./nemo_{algorithm}")
         arguments.export_path = name.format(**vars(arguments))
@@ -99,24 +112,16 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     problems += layout_problems(
         arguments.devices, arguments.num_nodes, arguments.calibration_tp, arguments.calibration_pp
     )
-    for name in ("batch_size", "seq_len", "calibration_dataset_size", "awq_block_size", "inference_tp", "inference_pp"):
-        if getattr(arguments, name) < 1:
-            problems.append(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    sizes = ("batch_size", "seq_len", "calibration_dataset_size", "awq_block_size", "inference_tp", "inference_pp")
+    problems += not_positive(arguments, sizes)
     if (arguments.algorithm == "auto") is (arguments.auto_quantize_bits is None):
         problems.append("--algorithm auto and --auto_quantize_bits go together: give both or neither")
-    if problems:
-        line.error("\n".join(problems))
+    line.refuse(problems)
     return arguments
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Quantize and export; return the exit code."""
-    arguments = resolve(argv)
-    code = run_local_ranks(arguments.devices, arguments.cpu)
-    if code is not None:
-        return code
-    if arguments.cpu:
-        start_on_cpu()
+def work(arguments: argparse.Namespace) -> None:
+    """Quantize and export."""
     from nemo.collections import llm
     from nemo.collections.llm.modelopt import ExportConfig, QuantizationConfig
 
@@ -153,7 +158,18 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer_path=arguments.tokenizer,
         **{name: getattr(arguments, name) for name in same_name + stages},
     )
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Quantize and export, or print the plan; return the exit code."""
+    arguments = resolve(argv)
+    if arguments.dry_run:
+        from nemo_modelopt_dropin import dry_run
+
+        return dry_run.show(dry_run.quantization(arguments))
+    from nemo_modelopt_dropin.script_run import Script, execute
+
+    return execute(Script("ptq", Path(arguments.export_path), PATHS), arguments, work)
 
 
 if __name__ == "__main__":

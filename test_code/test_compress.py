@@ -193,16 +193,25 @@ def test_the_whole_job_killed_while_distilling(teacher, tmp_path):
     assert steps[-1] == 12
     shape = report["models"][1]["shape"]
     assert (shape["ffn_hidden_size"], shape["num_layers"]) == (64, 3)
+    assert [layer["fate"] for layer in report["importance"]["layers"]].count("kept") == 3
+    assert {(one["kind"], one["layer"]) for one in report["importance"]["units"]} == {
+        (kind, layer) for kind in ("attention", "ffn") for layer in (1, 2, 3, 4)
+    }
+    errors = {(one["layer"], one["matrix"]): one["error"] for one in report["sensitivity"]}
+    assert {layer for layer, _ in errors} == {1, 2, 3}
+    assert min(errors.values()) > 0 and max(errors.values()) < 0.1, "FP8 keeps 3 bits of mantissa"
     assert (tmp_path / "report.html").stat().st_size > 100_000
     assert not list(tmp_path.rglob("*.part"))
 
-    again = _run(command)
+    again = _run([sys.executable, str(ROOT / "scripts" / "compress.py"), "--config", str(tmp_path / "run.yaml")])
     assert again.returncode == 0
     assert again.stderr.count("kept") == 7
     assert "loading NeMo" not in again.stderr
 
     planned = _run([*command, "--dry-run", "--algorithm", "int8"])
-    assert [line.split(maxsplit=1)[1] for line in planned.stdout.splitlines()] == ["finished"] * 5 + ["would run"] * 2
+    states = [line.split(maxsplit=1)[1] for line in planned.stdout.splitlines()[:7]]
+    assert states == ["finished"] * 5 + ["would run"] * 2
+    assert "pruned    3 layers, hidden 64, ffn 64" in planned.stdout
 
 
 def _curve(report: dict, model: str) -> list[dict]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from nemo_modelopt_dropin import run_file
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("compress", "demo", "distill", "prune", "ptq")
@@ -144,30 +147,69 @@ def test_wrong_arguments_are_reported_before_nemo_is_imported(script, arguments,
 )
 def test_dashes_and_underscores_are_the_same(script, module, other):
     command = [sys.executable, "-c", f"import {script}; print({script}.parser()._known_spelling({module!r}))"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'scripts'}{os.pathsep}{ROOT}"}
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout.strip() == other
 
 
-def test_flags_win_over_the_config_file(tmp_path):
-    (tmp_path / "run.yaml").write_text(
-        "teacher: here\nlayout: {cpu: true, devices: 2}\npruning: {target_num_layers: 3}\n"
-    )
-    code = (
-        "import compress, pathlib; parsed = compress.parser().parse_args(['--config', 'run.yaml', '--devices', '4']);"
-        "print(compress.settings(parsed))"
-    )
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'scripts'}{os.pathsep}{ROOT}"}
-    found = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, cwd=tmp_path
-    )
-    assert found.stdout.strip() == str(
-        {"teacher": "here", "layout": {"cpu": True, "devices": 4}, "pruning": {"target_num_layers": 3}}
-    )
+def test_a_dry_run_imports_nothing_heavy(tmp_path):
+    (tmp_path / "model" / "context").mkdir(parents=True)
+    (tmp_path / "model" / "context" / "model.yaml").write_text("_target_: a.B\nconfig: {num_layers: 2}\n")
+    found = _run("ptq", "-nc", "model", "--dry-run", cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert "sizes unknown: its configuration has no hidden_size" in found.stdout
+    assert "HEAVY []" in found.stdout
 
 
-def test_distill_and_ptq_and_prune_on_cpu(ranks, tmp_path):
-    """The three scripts in a row on a tiny checkpoint: prune, distill into a checkpoint, quantize."""
+def test_ctrl_c_ends_with_130_and_leaves_nothing(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "tmp").mkdir()
+    command = [sys.executable, str(ROOT / "scripts" / "ptq.py"), "--cpu", "-nc", "model", "-out", "out"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr.readline() == "ptq: loading NeMo\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read().splitlines()[-1] == "interrupted; nothing was written"
+    assert process.returncode == 130
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "tmp"]
+    assert not list((tmp_path / "tmp").iterdir()), "the log of a run that did not fail is not kept"
+
+
+def test_exit_codes_and_what_is_seen(ranks, tmp_path):
+    from test_code import jobs_cli
+
+    found = ranks(1).run(jobs_cli.guarded_works, str(tmp_path))[0]
+    assert {name: code for name, (code, _) in found.items()} == {
+        "done": 0,
+        "settings": 2,
+        "failure": 1,
+        "interrupt": 130,
+        "verbose": 0,
+    }
+    assert found["settings"][1] == ["error: this cannot work"], "no traceback for what a user can put right"
+    assert found["failure"][1] == [f"error on rank 0: KeyError: 'x'; the whole story is in {tmp_path / 'failure'}"]
+    assert "Traceback" in (tmp_path / "failure").read_text()
+    assert found["interrupt"][1] == ["stopped"]
+    shown = "\n".join(found["done"][1])
+    for part in (
+        "warning: ours matters",
+        "error: theirs matters",
+        "our result",
+        "UserWarning: python's matters",
+        "a bar: 100%",
+    ):
+        assert shown.count(part) == 1, f"{part!r} in\n{shown}"
+    assert "noise" not in shown
+    # Two of libraries, and one of ours that came up in an import.
+    assert found["done"][1][-1] == "3 warnings of libraries are not shown here; -v shows them"
+    log = (tmp_path / "done").read_text()
+    for part in ("noise of a library", "noise on a descriptor", "ours matters"):
+        assert part in log
+    assert "noise on a descriptor" in "\n".join(found["verbose"][1])
+
+
+def test_distill_and_ptq_and_prune_on_cpu(ranks, tmp_path, monkeypatch):
+    """The three scripts in a row on a tiny checkpoint: prune, distill into a checkpoint, quantize through NeMo-Run."""
     from test_code import jobs_compress
 
     ranks(1).run(jobs_compress.make_teacher, str(tmp_path), timeout=240)
@@ -175,22 +217,52 @@ def test_distill_and_ptq_and_prune_on_cpu(ranks, tmp_path):
     common = ["--cpu", "--text", text, "--seq_length", "32"]
     pruned = tmp_path / "pruned"
     prune = [*common, "--restore_path", str(tmp_path / "checkpoint"), "--save_path", str(pruned)]
-    _works("prune", *prune, "--target_ffn_hidden_size", "64", "--num_train_samples", "4", "--mbs", "2", cwd=tmp_path)
+    prune += ["--target_ffn_hidden_size", "64", "--num_train_samples", "4", "--mbs", "2"]
+    seen = _works("prune", *prune, cwd=tmp_path)
+    assert "importance: 100%" in seen
+    assert "ffn_hidden_size" in seen, "the table of sizes before and after is a result"
+    assert f"prune: wrote {pruned}" in seen
+    assert "WARNING" not in seen and "INFO" not in seen, "what libraries write is not shown"
 
-    distill = [*common, "--name", "kd", "--log_dir", str(tmp_path / "log"), "--model_path", str(pruned)]
-    distill += ["--teacher_path", str(tmp_path / "checkpoint"), "--max_steps", "2", "--gbs", "4", "--mbs", "2"]
-    _works("distill", *distill, "--limit_val_batches", "2", cwd=tmp_path)
+    # The checkpoint of the pruned model holds a run file too; no reader minds.
+    settings = run_file.read(pruned / "run.yaml")
+    assert (settings["target_ffn_hidden_size"], settings["restore_path"]) == ("64", str(tmp_path / "checkpoint"))
+    config = {"name": "kd", "log_dir": "log", "model_path": "pruned", "teacher_path": "checkpoint", "max_steps": 2}
+    config |= {"gbs": 4, "mbs": 2, "limit_val_batches": 2, "cpu": True, "text": "train.jsonl", "seq_length": 32}
+    run_file.write(tmp_path / "kd.yaml", {**config, "lr": "1e-4"})
+    seen = _works("distill", "--config", "kd.yaml", cwd=tmp_path)
+    assert "distill: 100%" in seen and "loss=" in seen
+    assert run_file.read(tmp_path / "log" / "kd" / "run.yaml")["lr"] == "0.0001"
     distilled = sorted((tmp_path / "log" / "kd" / "checkpoints").glob("*-last"))
     assert distilled
 
     quantized = tmp_path / "quantized"
-    ptq = ["--cpu", "-nc", str(distilled[0]), "-out", str(quantized), "--export_format", "nemo", "-calib_ds", text]
-    _works("ptq", *ptq, "-algo", "int8", "-bs", "2", "-calib_size", "4", "-sl", "32", cwd=tmp_path)
+    ptq = ["--cpu", "--tp", "2", "-nc", str(distilled[0]), "-out", str(quantized), "--export_format", "nemo"]
+    ptq += ["-calib_ds", text, "-algo", "int8", "-bs", "2", "-calib_size", "4", "-sl", "32"]
+    _works_through_nemo_run("ptq", ptq, tmp_path, monkeypatch)
     assert (quantized / "weights" / "modelopt_state").exists()
+    assert run_file.read(quantized / "run.yaml")["devices"] == "2"
 
 
-def _works(script: str, *arguments: str, cwd: Path) -> None:
+def _works(script: str, *arguments: str, cwd: Path) -> str:
+    """Run a script that must succeed and return what is seen on the terminal."""
     command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     found = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-4000:]
+    return found.stdout + found.stderr
+
+
+def _works_through_nemo_run(script: str, arguments: list[str], folder: Path, monkeypatch) -> None:
+    """Run a script on two ranks that NeMo-Run starts with torchrun on this machine, and wait for it."""
+    import nemo_run as run
+
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(run.config, "_NEMORUN_HOME", str(folder / "nemo_run"))
+    job = run.Script(path=str(ROOT / "scripts" / f"{script}.py"), entrypoint="python", args=arguments)
+    executor = run.LocalExecutor(launcher="torchrun", ntasks_per_node=2, env_vars={"OMP_NUM_THREADS": "1"})
+    with run.Experiment(script, executor=executor) as experiment:
+        experiment.add(job, executor=executor, name=script)
+        experiment.run(detach=False, tail_logs=False)
+    (job_status,) = experiment.status(return_dict=True).values()
+    assert str(job_status["status"]) == "SUCCEEDED", job_status

@@ -7,11 +7,13 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
+from nemo_modelopt_dropin import run_file, screen
 from nemo_modelopt_dropin.compress import console, launch
 from nemo_modelopt_dropin.compress.settings import Layout
 from nemo_modelopt_dropin.compress.stages import (
@@ -26,12 +28,20 @@ from nemo_modelopt_dropin.compress.stages import (
 )
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+_RANK_ZERO_FIRST_S = 3.0
 
 MakeStages = Callable[[TextIO], list[Stage]]
 Finish = Callable[[Mapping[str, Record]], int]
 
 
-def execute(make_stages: MakeStages, root: Path, layout: Layout, finish: Finish, verbose: bool = False) -> int:
+def execute(
+    make_stages: MakeStages,
+    root: Path,
+    layout: Layout,
+    finish: Finish,
+    verbose: bool = False,
+    settings: Mapping[str, Any] | None = None,
+) -> int:
     """Run the stages on the layout's ranks, then ``finish`` on one process; return the exit code.
 
     Args:
@@ -40,6 +50,7 @@ def execute(make_stages: MakeStages, root: Path, layout: Layout, finish: Finish,
         layout: how many ranks this machine starts; under torchrun the ranks exist and none is started.
         finish: writes the report and returns the exit code.
         verbose: let everything that libraries write through to the terminal.
+        settings: of the run, saved as ``run.yaml`` in its folder.
     """
     root.mkdir(parents=True, exist_ok=True)
     if layout.cpu:
@@ -48,7 +59,7 @@ def execute(make_stages: MakeStages, root: Path, layout: Layout, finish: Finish,
     if not launch.is_rank() and (layout.devices > 1 and pending(make_stages(sys.stderr), root)):
         code = launch.run_ranks(layout.devices)
     else:
-        code = _as_rank(make_stages, root, layout, verbose)
+        code = _as_rank(make_stages, root, layout, verbose, settings)
     if code == OK and not started_by_us and int(os.environ.get("RANK", "0")) == 0:
         records = {stage.name: read_record(root / stage.name) for stage in make_stages(sys.stderr)}
         code = finish({name: record for name, record in records.items() if record is not None})
@@ -64,16 +75,34 @@ def cpu_environment() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def _as_rank(make_stages: MakeStages, root: Path, layout: Layout, verbose: bool) -> int:
+def _as_rank(
+    make_stages: MakeStages, root: Path, layout: Layout, verbose: bool, settings: Mapping[str, Any] | None
+) -> int:
     rank = int(os.environ.get("RANK", "0"))
+
+    def work(out: TextIO) -> None:
+        with lock(root) if rank == 0 else contextlib.nullcontext():
+            if rank == 0 and settings is not None:
+                heading = f"python scripts/compress.py --config {run_file.NAME}"
+                run_file.write(root / run_file.NAME, settings, heading)
+            _run_all(make_stages(out), root, layout, console.Teller(out, len(make_stages(out)), rank))
+
     log = None if verbose else root / "log" / f"rank{rank}.txt"
-    interrupted = _note_interrupt()
-    # An interrupt by the launcher, after another rank failed, ends this one as Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(FAILED))
-    with console.quiet(log) as out:
+    return guarded(work, log, "interrupted; the same command goes on from here")
+
+
+def guarded(work: Callable[[TextIO], None], log: Path | None, on_interrupt: str) -> int:
+    """Do a script's work on this rank, with what libraries write in ``log``, and return the exit code.
+
+    Args:
+        work: called with the stream to the screen.
+        log: file for everything else; None shows everything.
+        on_interrupt: what rank zero says after Ctrl-C.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    with _signals() as interrupted, screen.quiet(log) as out:
         try:
-            with lock(root) if rank == 0 else contextlib.nullcontext():
-                _run_all(make_stages(out), root, layout, console.Teller(out, len(make_stages(out)), rank))
+            work(out)
             return OK
         except StageError as error:
             out.write(f"error: {error}\n")
@@ -83,14 +112,25 @@ def _as_rank(make_stages: MakeStages, root: Path, layout: Layout, verbose: bool)
             if interrupted():
                 logging.disable(logging.CRITICAL)  # libraries complain at exit about what was not finished
                 if rank == 0:
-                    out.write("interrupted; the same command goes on from here\n")
+                    out.write(f"{on_interrupt}\n")
                 return INTERRUPTED
             return stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else FAILED
         except Exception as error:
+            if _is_users(error):
+                # All ranks check alike: the others speak up only where rank zero did not, and so did not end them.
+                time.sleep(0 if rank == 0 else _RANK_ZERO_FIRST_S)
+                out.write(f"error: {error}\n")
+                return USAGE
             traceback.print_exc()
             where = f"; the whole story is in {log}" if log else ""
             out.write(f"error on rank {rank}: {type(error).__name__}: {error}{where}\n")
             return FAILED
+
+
+def _is_users(error: Exception) -> bool:
+    """Return whether this is our error for what a user can put right, without importing NeMo to know."""
+    errors = sys.modules.get("nemo.collections.llm.modelopt.errors")
+    return errors is not None and isinstance(error, errors.ModelOptConfigError)
 
 
 def _run_all(stages: list[Stage], root: Path, layout: Layout, tell: console.Teller) -> None:
@@ -110,13 +150,21 @@ def _run_all(stages: list[Stage], root: Path, layout: Layout, tell: console.Tell
     training.release()
 
 
-def _note_interrupt() -> Callable[[], bool]:
-    """Remember that Ctrl-C came; the default handler still raises KeyboardInterrupt."""
+@contextlib.contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """Yield whether Ctrl-C came, and end on the launcher's SIGTERM; what handled both before does so afterwards."""
     seen: list[int] = []
 
     def handler(number, frame):
         seen.append(number)
         signal.default_int_handler(number, frame)
 
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, handler)
-    return lambda: bool(seen)
+    # Comes after another rank failed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(FAILED))
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)

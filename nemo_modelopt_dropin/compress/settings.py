@@ -152,18 +152,22 @@ class Job:
         Raises:
             SettingsError: listing every problem, not only the first.
         """
+        raise_all(self.problems(teacher_exists))
+
+    def problems(self, teacher_exists: bool = True) -> list[str]:
+        """Return everything that is wrong; paths that were not given are not looked for."""
         found = self.layout.problems() + self.pruning.problems()
         found += self.distillation.problems("distillation", self.layout) + self.quantization.problems()
         paths = [self.train_text, self.heldout_text] if teacher_exists else []
         paths += [self.distill_config] if self.distill_config else []
-        found += [f"file {path} does not exist" for path in paths if not Path(path).is_file()]
-        if teacher_exists and not Path(self.teacher).is_dir():
+        found += [f"file {path} does not exist" for path in paths if path and not Path(path).is_file()]
+        if teacher_exists and self.teacher and not Path(self.teacher).is_dir():
             found.append(f"teacher checkpoint {self.teacher} is not a folder")
         if self.seq_length < 2:
             found.append(f"seq_length must be at least 2, got {self.seq_length}")
         if self.layout.tp > 1 and not self.pruning.drop_layers:
             found.append("pruning by importance needs tp=1; split over the pipeline (pp) or give drop_layers")
-        raise_all(found)
+        return found
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as nested dictionaries."""
@@ -195,22 +199,56 @@ def unknown(what: str, values: Iterable[str], allowed: Iterable[str]) -> list[st
 
 
 def from_dict(cls, content: Mapping[str, Any], where: str = ""):
-    """Build a settings dataclass from nested dictionaries.
+    """Build a settings dataclass from nested dictionaries; texts get the type of their setting, as flags do.
 
     Raises:
-        SettingsError: for names that the dataclass does not have, with the nearest one.
+        SettingsError: listing unknown names, each with the nearest one, and values that do not fit.
     """
     nested = {"layout": Layout, "pruning": Pruning, "distillation": Training, "quantization": Quantization}
-    names = [f.name for f in fields(cls)]
-    raise_all(unknown(f"setting{f' in {where}' if where else ''}", content, names))
+    types = {f.name: str(f.type) for f in fields(cls)}
+    problems = unknown(f"setting{f' in {where}' if where else ''}", content, types)
     values = {}
     for name, value in content.items():
-        if name in nested and isinstance(value, Mapping):
-            value = from_dict(nested[name], value, name)
-        elif isinstance(value, list):
-            value = tuple(value)
-        values[name] = value
-    return cls(**values)
+        try:
+            if name in nested and isinstance(value, Mapping):
+                values[name] = from_dict(nested[name], value, name)
+            elif name in types and name not in nested:
+                values[name] = _typed(value, types[name])
+            elif name in types and isinstance(value, nested[name]):
+                values[name] = value
+            elif name in types:
+                problems.append(f"{name} must hold settings by name, got {value!r}")
+        except SettingsError as error:
+            problems += str(error).splitlines()
+        except ValueError as error:
+            problems.append(f"{where + ': ' if where else ''}{name} {error}, got {value!r}")
+    raise_all(problems)
+    # None is a value only where the setting may be None.
+    return cls(**{name: value for name, value in values.items() if value is not None or "None" in types[name]})
+
+
+def _typed(value: Any, annotation: str) -> Any:
+    """Return a value as the annotation of its setting has it; None stays None."""
+    if value is None:
+        return None
+    kind = annotation.partition(" | ")[0]
+    if kind.startswith("tuple["):
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_typed(item, kind.removeprefix("tuple[").partition(",")[0]) for item in items)
+    if kind == "bool":
+        found = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.get(
+            str(value).lower()
+        )
+        if found is None:
+            raise ValueError("is a switch, true or false")
+        return found
+    if isinstance(value, (list, tuple, Mapping)):
+        raise ValueError("takes one value")
+    convert, name = {"int": (int, "a whole number"), "float": (float, "a number")}.get(kind, (str, "a text"))
+    try:
+        return convert(str(value))
+    except ValueError:
+        raise ValueError(f"must be {name}") from None
 
 
 def file_digest(path: str | Path) -> str:

@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +28,7 @@ from nemo.utils.metaclasses import Singleton
 from tqdm import tqdm
 
 from nemo import lightning as nl
+from nemo_modelopt_dropin import screen
 from nemo_modelopt_dropin.compress import launch
 from nemo_modelopt_dropin.compress.settings import Layout, Training
 
@@ -264,14 +264,9 @@ class Curve(pl.Callback):
         if rank() == 0:
             with open(self.path, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(point) + "\n" for point in self.points)
-            stream = self.out or sys.stderr
-            self.bar = tqdm(
-                total=trainer.max_steps,
-                initial=trainer.global_step,
-                desc=self.title,
-                unit="step",
-                file=stream,
-                mininterval=0.1 if stream.isatty() else 15.0,  # a log file needs no animation
+            stream = {"file": self.out} if self.out else {}
+            self.bar = screen.bar(
+                total=trainer.max_steps, initial=trainer.global_step, desc=self.title, unit="step", **stream
             )
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):

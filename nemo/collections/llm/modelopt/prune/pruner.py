@@ -19,6 +19,7 @@ from nemo.utils.get_rank import is_global_rank_zero
 import modelopt.torch.prune as mtp
 from nemo import lightning as nl
 from nemo.collections import llm
+from nemo_modelopt_dropin import progress
 
 from ..errors import ModelOptConfigError
 from . import _checks, _report, _search, _state
@@ -177,7 +178,7 @@ def _validate_on_training_data(model: Any, data_module: Any, trainer: Any, conve
     logging.info("Measuring the importance of the model's parts...")
     # modelopt calls this without gradients, but setting a trainer up may build Megatron's DDP, which needs them;
     # the validation loop switches them off again by itself.
-    with torch.enable_grad():
+    with torch.enable_grad(), progress.validation_shown(trainer, "importance"):
         llm.validate(model, data=data_module, trainer=trainer, tokenizer="model")
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
-from tqdm import tqdm
 
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization import data_sources
+from nemo_modelopt_dropin import screen
 
 
 def tokenize(rows: Iterable[str | list[int]], tokenizer: Any, seq_len: int) -> list[list[int]]:
@@ -155,7 +155,7 @@ def same_shape_runs(batches: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]
 
 def ticking(items: Iterable, total: int | None, title: str) -> Iterator:
     """Return an iterator over ``items`` that advances a progress bar on rank zero."""
-    return iter(tqdm(items, total=total, desc=title, disable=not is_global_rank_zero()))
+    return iter(screen.bar(items, total=total, desc=title, disable=not is_global_rank_zero()))
 
 
 def forward_step(consume: Callable[[torch.Tensor], None] | None = None) -> Callable:

@@ -1,0 +1,59 @@
+"""The compression job as a function, for NeMo-Run and for Python. Importing this is cheap."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_modelopt_dropin.compress import launch
+from nemo_modelopt_dropin.compress.settings import Job, SettingsError
+
+
+def execute(job: Job, output: Path, verbose: bool = False) -> int:
+    """Run the job on this rank, or on ranks that are started for it, and return the exit code.
+
+    Args:
+        job: checked settings.
+        output: the run's folder.
+        verbose: show what the libraries write.
+    """
+    from nemo_modelopt_dropin.compress import plan, runner, summary
+
+    def finish(records):
+        return summary.finish(records, output, f"Compression of {Path(job.teacher).name}", job)
+
+    return runner.execute(
+        lambda out: plan.compression_stages(job, output, out=out),
+        output,
+        job.layout,
+        finish,
+        verbose,
+        {"output": str(output), **job.as_dict()},
+    )
+
+
+def compress(job: Job, output: str, verbose: bool = False) -> str:
+    """Prune, distill, quantize and export a checkpoint, and write the report.
+
+    Args:
+        job: what to do.
+        output: the run's folder; the same job goes on there after an interruption.
+        verbose: show what the libraries write.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        SettingsError: listing everything that is wrong with the job, or where its ranks are not there.
+        RuntimeError: where a stage fails.
+    """
+    job.check()
+    if job.layout.devices > 1 and not launch.is_rank():
+        raise SettingsError(
+            f"the job wants {job.layout.devices} ranks and this is one process: start it with torchrun, for example "
+            f"run.LocalExecutor(launcher='torchrun', ntasks_per_node={job.layout.devices})"
+        )
+    folder = Path(output).resolve()
+    code = execute(job, folder, verbose)
+    if code:
+        raise RuntimeError(f"The compression failed with code {code}; {folder / 'log'} holds the whole story.")
+    return str(folder / "report.html")

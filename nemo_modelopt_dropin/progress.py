@@ -1,0 +1,79 @@
+"""Bars of Lightning's loops, in the place of those that our scripts send to the log with the rest."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+
+from nemo_modelopt_dropin import screen
+
+
+class TrainingBar(pl.Callback):
+    """One bar for a training run: steps, time left, loss."""
+
+    def __init__(self, title: str):
+        self.title = title
+        self.bar: Any = None
+
+    def __getstate__(self):
+        """Leave the bar out of copies: NeMo copies what a trainer holds."""
+        return {**self.__dict__, "bar": None}
+
+    def on_train_start(self, trainer, pl_module):
+        """Open the bar where a resumed run goes on."""
+        self.bar = screen.bar(total=trainer.max_steps, initial=trainer.global_step, desc=self.title, unit="step")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        """Move the bar to the step."""
+        loss = trainer.callback_metrics.get("reduced_train_loss")
+        self.bar.update(trainer.global_step - self.bar.n)
+        if loss is not None:
+            self.bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
+
+    def on_train_end(self, trainer, pl_module):
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def on_exception(self, trainer, pl_module, exception):
+        """Close the bar."""
+        self.on_train_end(trainer, pl_module)
+
+
+class _ValidationBar(pl.Callback):
+    def __init__(self, title: str):
+        self.title = title
+        self.bar: Any = None
+
+    def on_validation_start(self, trainer, pl_module):
+        self.bar = screen.bar(total=_total(trainer.num_val_batches), desc=self.title, unit="batch")
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        self.bar.update()
+
+    def on_validation_end(self, trainer, pl_module):
+        self.bar.close()
+
+
+def _total(batches: list[int | float]) -> int | None:
+    return int(batches[0]) if batches and batches[0] != float("inf") else None
+
+
+@contextlib.contextmanager
+def validation_shown(trainer: Any, title: str) -> Iterator[None]:
+    """Show a validation of this trainer as one bar where Lightning's own bar goes to a log; elsewhere do nothing."""
+    callbacks = getattr(trainer, "callbacks", None)
+    if not screen.is_quiet() or not isinstance(callbacks, list):
+        yield
+        return
+    bar = _ValidationBar(title)
+    callbacks.append(bar)
+    try:
+        yield
+    finally:
+        callbacks.remove(bar)
+        if bar.bar is not None:
+            bar.bar.close()

@@ -1,0 +1,100 @@
+"""Run one script's work: its ranks, the CPU backend, a quiet screen, the exit code, the run file with the output."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from nemo_modelopt_dropin import run_file
+from nemo_modelopt_dropin.command_line import saved_settings
+
+
+@dataclass(frozen=True)
+class Script:
+    """What `execute` must know of a script.
+
+    Args:
+        name: as people call it.
+        output: what the script writes, where the run file goes.
+        paths: settings that are paths, or may be: the run file holds them so that they work from everywhere.
+        keeps_progress: True where the same command goes on after an interruption; the run file is then written first.
+    """
+
+    name: str
+    output: Path
+    paths: tuple[str, ...]
+    keeps_progress: bool = False
+
+
+def execute(script: Script, given: argparse.Namespace, work: Callable[[argparse.Namespace], None]) -> int:
+    """Do the work on every rank and return the exit code.
+
+    With ``given.cpu`` this starts ``given.devices`` ranks itself unless it is one of them; on GPUs torchrun (or
+    Lightning itself) does, as for NeMo's own scripts. Rank zero writes the run file once the work is done.
+    """
+    from nemo_modelopt_dropin.compress import runner
+
+    code = run_local_ranks(given.devices, given.cpu)
+    if code is not None:
+        return code
+    rank = int(os.environ.get("RANK", "0"))
+    settings = saved_settings(given, script.paths)
+
+    def on_this_rank(out: TextIO) -> None:
+        if rank == 0:
+            out.write(f"{script.name}: loading NeMo\n")
+        started = time.perf_counter()
+        if rank == 0 and script.keeps_progress:
+            save(script, settings)
+        if given.cpu:
+            start_on_cpu()
+        work(given)
+        if rank == 0:
+            save(script, settings)
+            out.write(f"{script.name}: wrote {script.output} in {time.perf_counter() - started:.0f} s\n")
+
+    log = None if given.verbose else _log_file(script.name, rank)
+    after = "the same command goes on from here" if script.keeps_progress else "nothing was written"
+    code = runner.guarded(on_this_rank, log, f"interrupted; {after}")
+    if log is not None and code in (runner.OK, runner.USAGE, runner.INTERRUPTED):
+        log.unlink(missing_ok=True)
+    return code
+
+
+def save(script: Script, settings: dict) -> Path:
+    """Write the run file into the script's output, so that ``--config`` with it is the same run."""
+    script.output.mkdir(parents=True, exist_ok=True)
+    heading = f"python scripts/{script.name}.py --config {run_file.NAME}"
+    return run_file.write(script.output / run_file.NAME, settings, heading)
+
+
+def _log_file(name: str, rank: int) -> Path:
+    handle, path = tempfile.mkstemp(prefix=f"{name}-rank{rank}-", suffix=".log")
+    os.close(handle)
+    return Path(path)
+
+
+def start_on_cpu() -> None:
+    """Let this process run Megatron on the CPU over gloo; call it before NeMo is imported."""
+    from nemo_modelopt_dropin.compress import runner
+
+    runner.cpu_environment()
+    from nemo_modelopt_dropin import cpu_backend
+
+    cpu_backend.enable()
+
+
+def run_local_ranks(devices: int, cpu: bool) -> int | None:
+    """Start ``devices`` CPU ranks of this command and return their exit code; None where this is a rank already."""
+    from nemo_modelopt_dropin.compress import launch
+
+    if not cpu or devices == 1 or launch.is_rank():
+        return None
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
+    return launch.run_ranks(devices)

@@ -1,0 +1,410 @@
+"""Flags, run files and the plans of --dry-run: everything that happens before NeMo is imported."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_modelopt_dropin import command_line, dry_run, model_sizes, run_file
+from nemo_modelopt_dropin.compress import settings as job_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _scripts_on_the_path():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    yield
+    sys.path.remove(str(ROOT / "scripts"))
+
+
+def _script(name: str):
+    return importlib.import_module(name)
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def line() -> command_line.Parser:
+    found = command_line.Parser(prog="p")
+    found.add_argument("-n", "--needed", required=True)
+    found.add_argument("--tp_size", "--tp", type=int, default=1)
+    found.add_argument("--rate", type=float, default=0.5)
+    found.add_argument("--format", choices=("nemo", "hf"), default="nemo")
+    found.add_argument("--layers", type=int, nargs="*")
+    found.add_argument("--cpu", action="store_true")
+    found.add_argument("--enable_kv", action="store_true", default=None)
+    found.add_argument("--disable_kv", dest="enable_kv", action="store_false")
+    found.add_run_options()
+    return found
+
+
+def _refused(line: command_line.Parser, argv: list[str], capsys) -> list[str]:
+    with pytest.raises(SystemExit) as stopped:
+        line.parse_args(argv)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.splitlines()
+
+
+def test_every_wrong_argument_is_reported_at_once(line, capsys):
+    argv = ["--tp", "two", "--format", "hff", "--rats", "3", "--rate", "--layers", "1", "b", "--cpuu"]
+    assert _refused(line, argv, capsys) == [
+        "p: --rate: expected one argument",
+        "p: --tp_size/--tp: invalid int value: 'two'",
+        "p: --format: 'hff' is none of nemo, hf; did you mean hf?",
+        "p: --layers: invalid int value: 'b'",
+        "p: unknown argument --rats; did you mean --rate?",
+        "p: unknown argument --cpuu; did you mean --cpu?",
+        "p: missing: --needed",
+        "p: see --help",
+    ]
+
+
+def test_problems_of_the_caller_come_with_those_of_the_flags(line, capsys):
+    line.read(["-n", "x", "--tp", "two"])
+    with pytest.raises(SystemExit, match="2"):
+        line.refuse(["and this"])
+    assert capsys.readouterr().err.splitlines()[:2] == ["p: --tp_size/--tp: invalid int value: 'two'", "p: and this"]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("rate: 1e-4", "rate", 1e-4),  # YAML 1.1 reads a text
+        ("rate: 2", "rate", 2.0),
+        ("tp: 010", "tp_size", 10),  # YAML 1.1 reads 8
+        ("tp-size: 2", "tp_size", 2),
+        ("needed: no", "needed", "no"),  # YAML 1.1 reads false
+        ("needed: 1:30", "needed", "1:30"),  # YAML 1.1 reads 90
+        ("needed: 'null'", "needed", "null"),
+        ("layers: [1, 3]", "layers", [1, 3]),
+        ("layers: 3", "layers", [3]),
+        ("layers: null", "layers", None),
+        ("cpu: yes", "cpu", True),
+        ("cpu: false", "cpu", False),
+        ("enable_kv: false", "enable_kv", False),
+        ("disable_kv: true", "enable_kv", False),
+        ("", "rate", 0.5),
+    ],
+)
+def test_a_run_file_is_read_as_the_flags_are(line, tmp_path, text, name, value):
+    (tmp_path / "run.yaml").write_text(text)
+    found = line.parse_args(["--config", str(tmp_path / "run.yaml"), *([] if "needed" in text else ["-n", "x"])])
+    assert getattr(found, name) == value
+    assert type(getattr(found, name)) is type(value)
+
+
+def test_flags_win_over_the_run_file(line, tmp_path):
+    (tmp_path / "run.yaml").write_text("{needed: a, tp: 4, cpu: true, layers: [1, 2], rate: 1}")
+    found = line.parse_args([f"--config={tmp_path / 'run.yaml'}", "--tp_size", "2", "--no-cpu", "--layers", "7"])
+    assert (found.needed, found.tp_size, found.cpu, found.layers, found.rate) == ("a", 2, False, [7], 1.0)
+
+
+def test_everything_wrong_in_a_run_file_is_reported(line, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("rats: 3\ntp: two\ncpu: maybe\nformat: [nemo]\nrate: {a: 1}\nlayers: [1, x]\nconfig: other\n")
+    found = _refused(line, ["--config", str(file), "--formt", "hf"], capsys)
+    for part in (
+        "unknown setting 'rats'; did you mean rate?",
+        "--tp_size/--tp: invalid int value: 'two'",
+        "cpu is a switch, true or false, got 'maybe'",
+        "format takes one value",
+        "rate takes one value",
+        "--layers: invalid int value: 'x'",
+        "unknown setting 'config'",
+        "--formt; did you mean --format?",
+        "missing: --needed",
+    ):
+        assert any(part in text for text in found), part
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (None, "cannot be read: No such file"),
+        ("a: [1", "is not YAML"),
+        ("- a", "must hold settings by name"),
+        ("rate: 1\nrate: 2", "line 2: rate is set twice"),
+        ("? [a]\n: 1", "a name must be one word"),
+    ],
+)
+def test_files_that_are_no_run_files(line, tmp_path, capsys, text, problem):
+    if text is not None:
+        (tmp_path / "run.yaml").write_text(text)
+    assert any(problem in row for row in _refused(line, ["--config", str(tmp_path / "run.yaml")], capsys))
+
+
+# --- a saved run is the same run --------------------------------------------------------------------------------------
+
+
+def _inputs(folder: Path) -> dict[str, str]:
+    for name in ("model", "teacher"):
+        (folder / name).mkdir()
+    (folder / "text.jsonl").write_text('{"text": "a"}\n')
+    return {name: str(folder / name) for name in ("model", "teacher", "text.jsonl")}
+
+
+RUNS = {
+    "ptq": "-nc model -calib_ds text.jsonl --tp 2 --cpu --sq_alpha 1e-1 -algo int8 --disable_kv_cache -out here/q",
+    "prune": "--restore_path model --save_path here/p --text text.jsonl --seq_length 8 --target_num_layers 2 "
+    "--pp 2 --cpu",
+    "distill": "--name n --log_dir logs --model_path model --teacher_path teacher --text text.jsonl --seq_length 8 "
+    "--max_steps 2 --gbs 4 --mbs 2 --lr 1e-5 --tp 2 --cpu",
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_saved_run_file_gives_the_same_run_from_anywhere(name, tmp_path, monkeypatch):
+    from nemo_modelopt_dropin.script_run import Script, save
+
+    _inputs(tmp_path)
+    script = _script(name)
+    monkeypatch.chdir(tmp_path)
+    given = script.resolve(RUNS[name].split())
+    settings = command_line.saved_settings(given, script.PATHS)
+    file = save(Script(name, tmp_path / "out", script.PATHS), settings)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.yaml"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = script.resolve(["--config", str(file)])
+    assert command_line.saved_settings(again, script.PATHS) == settings
+    text = next(value for key, value in settings.items() if key in ("text", "calibration_dataset"))
+    assert text == str(tmp_path / "text.jsonl")
+    assert given.devices == 2, "as many ranks as one copy of the model needs"
+
+
+def test_there_are_as_many_ranks_as_torchrun_started(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert command_line.default_devices(1, 2, 2) == 4
+    assert command_line.default_devices(3, 2, 2) == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    assert (command_line.default_devices(1, 2, 2), command_line.default_nodes(1)) == (8, 2)
+
+
+def test_names_of_data_sets_are_no_paths(tmp_path, monkeypatch):
+    _inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    script = _script("ptq")
+    given = script.resolve(["-nc", "model", "-calib_ds", "wikitext"])
+    saved = command_line.saved_settings(given, script.PATHS)
+    assert (saved["calibration_dataset"], saved["algorithm"]) == ("wikitext", "fp8")
+    assert saved["export_path"] == str(tmp_path / "qnemo_fp8_tp1_pp1")
+
+
+COMPRESS = "--teacher model --train-text text.jsonl --heldout-text text.jsonl --target-num-layers 2 --distill-lr 1e-3"
+
+
+def test_a_saved_compression_is_the_same_compression(tmp_path, monkeypatch):
+    _inputs(tmp_path)
+    compress = _script("compress")
+    monkeypatch.chdir(tmp_path)
+    job, output, _ = compress.resolve([*COMPRESS.split(), "--cpu", "--formats", "nemo", "hf"])
+    file = run_file.write(tmp_path / "saved.yaml", {"output": str(output), **job.as_dict()}, "a comment")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again, folder, _ = compress.resolve(["--config", str(file)])
+    assert (again, folder) == (job, output)
+    other, _, _ = compress.resolve(["--config", str(file), "--no-cpu", "--distill-steps", "70"])
+    assert (other.layout.cpu, other.distillation.steps) == (False, 70)
+    assert other.distillation.lr == 1e-3
+
+
+def test_every_wrong_setting_of_a_compression_is_reported(tmp_path, capsys, monkeypatch):
+    _inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(
+        "teachr: x\nlayout: 3\ndistillation: {lr: 1e-4x, stepps: 3}\nquantization: {formats: hff}\nscratch: perhaps\n"
+    )
+    with pytest.raises(SystemExit, match="2"):
+        _script("compress").resolve(["--config", "run.yaml", "--devices", "x", "--traim-text", "a"])
+    found = capsys.readouterr().err
+    for part in (
+        "unknown setting 'teachr'",
+        "did you mean teacher?",
+        "layout must hold settings by name",
+        "distillation: lr must be a number, got '1e-4x'",
+        "in distillation 'stepps'",
+        "scratch is a switch",
+        "--devices: invalid int value: 'x'",
+        "did you mean --train-text?",
+        "missing: --teacher, --train-text, --heldout-text",
+    ):
+        assert part in found, part
+
+
+def test_settings_get_the_types_of_the_job():
+    text = {"lr": "1e-4", "steps": "010", "save_every": 5}
+    found = job_settings.from_dict(job_settings.Training, text)
+    assert (found.lr, found.steps, found.save_every) == (1e-4, 10, 5)
+    quantization = job_settings.from_dict(job_settings.Quantization, {"enable_kv_cache": None, "formats": "hf"})
+    assert quantization.enable_kv_cache is None
+    assert quantization.formats == ("hf",)
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+LLAMA = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "ffn_hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "vocab_size": 128,
+    "gated_linear_unit": True,
+    "normalization": "RMSNorm",
+}
+
+
+def _checkpoint(folder: Path, **changed) -> Path:
+    import yaml
+
+    (folder / "context").mkdir(parents=True)
+    content = {"_target_": "nemo.collections.llm.gpt.model.llama.LlamaModel", "config": {**LLAMA, **changed}}
+    (folder / "context" / "model.yaml").write_text(yaml.safe_dump(content))
+    return folder
+
+
+MODELS = {
+    "llama": {},
+    "tied": {"share_embeddings_and_output_weights": True},
+    "gpt": {
+        "gated_linear_unit": False,
+        "normalization": "LayerNorm",
+        "add_bias_linear": True,
+        "num_query_groups": None,
+        "position_embedding_type": "learned_absolute",
+        "seq_length": 32,
+    },
+    "qwen": {"add_qkv_bias": True, "qk_layernorm": True, "kv_channels": 16},
+    "experts": {"num_moe_experts": 4, "moe_ffn_hidden_size": 24},
+}
+
+
+def test_parameters_are_those_of_the_models(ranks, tmp_path):
+    from test_code import jobs_cli
+
+    counted = ranks(1).run(jobs_cli.count_parameters, {name: {**LLAMA, **MODELS[name]} for name in MODELS})[0]
+    shapes = {name: model_sizes.read(_checkpoint(tmp_path / name, **MODELS[name])) for name in MODELS}
+    assert {
+        name: {"parameters": shape.parameters, "body": shape.body_parameters, "linear": shape.linear_parameters}
+        for name, shape in shapes.items()
+    } == counted
+
+
+def test_a_hugging_face_folder_has_the_same_sizes(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(tmp_path)
+    assert model_sizes.read(tmp_path).parameters == sum(p.numel() for p in LlamaForCausalLM(config).parameters())
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"hybrid_override_pattern": "M*"}, "hybrid_override_pattern are not covered"),
+        ({"num_layers": None}, "no num_layers"),
+        ({"vocab_size": None}, "no vocab_size and no tokenizer.json"),
+        ({"num_moe_experts": 2, "moe_layer_freq": 2}, "mixed"),
+    ],
+)
+def test_sizes_that_cannot_be_told_are_not_guessed(tmp_path, changed, reason):
+    with pytest.raises(model_sizes.UnknownModel, match=reason):
+        model_sizes.read(_checkpoint(tmp_path, **changed))
+    rows, shape = dry_run.model("model", tmp_path)
+    assert shape is None
+    assert reason in rows[1][1]
+    assert dry_run.memory(None) == ("memory", "unknown")
+
+
+def test_a_vocabulary_comes_from_the_tokenizer_where_the_configuration_has_none(tmp_path):
+    checkpoint = _checkpoint(tmp_path, vocab_size=None, make_vocab_size_divisible_by=8)
+    (tmp_path / "context" / "tokenizer").mkdir()
+    content = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"content": "</s>"}, {"content": "b"}]}
+    (tmp_path / "context" / "tokenizer" / "tokenizer.json").write_text(json.dumps(content))
+    assert model_sizes.read(checkpoint).vocab_size == 8
+
+
+def test_memory_is_shared_by_the_ranks(tmp_path):
+    shape = model_sizes.read(_checkpoint(tmp_path))
+    one = model_sizes.training_memory(shape, shape, 2, 8, 1, 1, 1, 2).parts
+    four = model_sizes.training_memory(shape, shape, 2, 8, 2, 2, 2, 2).parts
+    assert one["weights"] == 2 * shape.parameters
+    assert one["teacher"] == 2 * shape.parameters
+    assert one["optimizer"] == 12 * shape.parameters
+    assert four["weights"] == one["weights"] / 4
+    assert four["optimizer"] == one["optimizer"] / 8
+    # fp32: its weights are what Adam steps on, so there is no second copy
+    assert model_sizes.training_memory(shape, None, 2, 8, 1, 1, 1, 4).parts["optimizer"] == 8 * shape.parameters
+    forward = model_sizes.forward_memory(shape, 2, 8, 2, 1, 2)
+    assert forward.parts["logits"] == 4 * 2 * 8 * 128 / 2
+    assert forward.total == sum(forward.parts.values())
+
+
+PLANS = {
+    "ptq": [
+        "quantize  fp8; matrices in 8 bits",
+        "ranks     2 x 1 nodes (CPU over gloo): tp 2 x pp 1 x dp 1",
+        "run.yaml",
+    ],
+    "prune": ["after   1 layers, hidden 32", "of the parameters", "ranks   2 x 1", "run.yaml"],
+    "distill": ["teacher  ", "train    2 steps of 4 x 8 tokens", "optimizer", "checkpoints/"],
+    "compress": ["prune     would run", "pruned    2 layers", "report.html", "export/hf"],
+}
+PLANNED = {
+    "ptq": "-nc model --tp 2 --cpu --export_format hf -out out",
+    "prune": "--restore_path model --save_path out --pp 2 --cpu --drop_layers 2",
+    "distill": RUNS["distill"].replace("logs", "out"),
+    "compress": COMPRESS + " --formats hf --output out",
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_dry_run_prints_the_plan_and_writes_nothing(name, tmp_path, monkeypatch, capsys):
+    _inputs(tmp_path)
+    for folder in ("model", "teacher"):
+        (tmp_path / folder).rmdir()
+        _checkpoint(tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert _script(name).main([*PLANNED[name].split(), "--dry-run"]) == 0
+    found = capsys.readouterr().out
+    for part in (*PLANS[name], "LlamaModel", "2 layers, hidden 32", "memory", "a rank", "out"):
+        assert part in found, f"{part!r} is not in\n{found}"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# --- two runs -------------------------------------------------------------------------------------------------------
+
+
+def test_comparing_two_runs(tmp_path, capsys):
+    from test_code import test_report as reports
+
+    content = reports.summary.build(reports._records(), "t", job_settings.Job("t", "a", "b"))
+    compress = _script("compress")
+    for name, run in zip(("one", "two"), reports._two(content), strict=True):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(run))
+    assert compress.main(["--compare", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    shown = capsys.readouterr().out
+    assert "4.2130" in shown and "+10.0%" in shown and "distillation.lr" in shown
+    page = reports._Page((tmp_path / "two" / "compare.html").read_text(encoding="utf-8"))
+    assert "4.2130" in page.cells
+    assert json.loads(page.scripts["report"])["names"] == ["one", "two"]
+    with pytest.raises(SystemExit, match="2"):
+        compress.main(["--compare", str(tmp_path / "one"), str(tmp_path)])
+    assert "no report.json there" in capsys.readouterr().err
