@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fiddle
 import nemo_run as run
 import pytest
+from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
 from nemo import lightning as nl
 from nemo.collections import llm
-from nemo.collections.llm.modelopt import PruningConfig
-from nemo.collections.llm.modelopt.recipes import distillation_recipe, prune_recipe
+from nemo.collections.llm.modelopt import ExportConfig, PruningConfig, QuantizationConfig
+from nemo.collections.llm.modelopt.recipes import compress_recipe, distillation_recipe, prune_recipe, ptq_recipe
 from nemo.collections.llm.modelopt.recipes.distillation_recipe import trainer
+from nemo_modelopt_dropin.compress import api
+from nemo_modelopt_dropin.compress.settings import Job, Layout, SettingsError
 
 
 def test_distillation_recipe():
@@ -53,3 +57,49 @@ def test_prune_recipe():
     assert recipe.pruning_config.__fn_or_cls__ is PruningConfig
     recipe.pruning_config.target_ffn_hidden_size = 9216
     assert recipe.pruning_config.target_ffn_hidden_size == 9216
+
+
+def test_ptq_recipe():
+    recipe = ptq_recipe("/model", "/fp8", export_format="hf", tensor_parallelism=4, pipeline_parallelism=2, num_nodes=2)
+    assert isinstance(recipe, run.Partial) and recipe.__fn_or_cls__ is llm.ptq
+    assert (recipe.calibration_tp, recipe.calibration_pp, recipe.devices, recipe.num_nodes) == (4, 2, 4, 2)
+    assert recipe.export_config.__fn_or_cls__ is ExportConfig
+    assert (recipe.export_config.path, recipe.export_config.export_format) == ("/fp8", "hf")
+    assert recipe.quantization_config.__fn_or_cls__ is QuantizationConfig
+    recipe.quantization_config.algorithm = "int8"
+    assert recipe.quantization_config.algorithm == "int8"
+
+
+def test_compress_recipe_builds_the_job():
+    recipe = compress_recipe("/model", "/train", "/heldout", "/run", num_gpus_per_node=2, pipeline_parallelism=2)
+    assert isinstance(recipe, run.Partial) and recipe.__fn_or_cls__ is api.compress
+    recipe.job.pruning.target_num_layers = 3
+    recipe.job.distillation.steps = 7
+    job = fiddle.build(recipe.job)
+    assert isinstance(job, Job)
+    assert job.layout == Layout(devices=2, pp=2)
+    assert (job.teacher, job.pruning.target_num_layers, job.distillation.steps) == ("/model", 3, 7)
+    assert recipe.output == "/run"
+
+
+@pytest.mark.parametrize(
+    "recipe", [ptq_recipe("/m", "/q"), compress_recipe("/m", "/a", "/b", "/c")], ids=["ptq", "compress"]
+)
+def test_recipes_travel_to_a_cluster(recipe):
+    """NeMo-Run sends a job to Slurm or Kubernetes as text."""
+    packed = ZlibJSONSerializer().serialize(recipe)
+    assert ZlibJSONSerializer().deserialize(packed) == recipe
+
+
+def test_the_job_as_a_function_refuses_what_cannot_work(tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    recipe = compress_recipe(str(tmp_path), "none", "none", str(tmp_path / "run"))
+    with pytest.raises(SettingsError, match="nothing to prune(.|\n)*file none does not exist"):
+        fiddle.build(recipe)()
+    recipe.job.train_text = recipe.job.heldout_text = __file__
+    recipe.job.pruning.target_num_layers = 1
+    recipe.job.distillation.global_batch_size = 32
+    with pytest.raises(SettingsError, match="wants 8 ranks and this is one process: start it with torchrun"):
+        fiddle.build(recipe)()
+    assert not (tmp_path / "run").exists()
