@@ -1,7 +1,8 @@
 """Quantize a NeMo 2 checkpoint after training (PTQ) and export it. Flags as in NeMo's scripts/llm/ptq.py, and --cpu.
 
-Start it with torchrun for more than one GPU; with --cpu it starts its ranks itself. Exit codes: 0 done, 1 failed,
-2 wrong arguments.
+Start it with torchrun for more than one GPU; with --cpu it starts its ranks itself. Until the export has succeeded the
+calibrated state lies beside the output: the same command, run again after a failure, does not calibrate again. Exit
+codes: 0 done, 1 failed, 2 wrong arguments.
 """
 
 from __future__ import annotations
@@ -72,6 +73,11 @@ def parser() -> Parser:
     export.add_argument("-itp", "--inference_tp", "--tensor_parallelism_size", type=int, default=1, help="for trtllm")
     export.add_argument("-ipp", "--inference_pp", "--pipeline_parallelism_size", type=int, default=1, help="for trtllm")
     export.add_argument("--generate_sample", action="store_true", help="let the quantized model write a sample")
+    state = found.add_argument_group("calibrated state")
+    state.add_argument("--calibration_state", help="folder to keep it in (default: export_path + .calibration-state)")
+    state.add_argument(
+        "--no_calibration_state", action="store_true", help="neither keep nor use one: calibrate every time"
+    )
     return found
 
 
@@ -95,6 +101,8 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     if arguments.export_path is None:
         name = _FOLDERS.get(arguments.export_format, "./nemo_{algorithm}")
         arguments.export_path = name.format(**vars(arguments))
+    if arguments.calibration_state is None:
+        arguments.calibration_state = f"{arguments.export_path.rstrip('/')}.calibration-state"
     problems = missing_paths({"--nemo_checkpoint": arguments.nemo_checkpoint})
     problems += layout_problems(
         arguments.devices, arguments.num_nodes, arguments.calibration_tp, arguments.calibration_pp
@@ -134,6 +142,7 @@ def main(argv: list[str] | None = None) -> int:
         auto_quantize_bits=arguments.auto_quantize_bits,
         auto_quantize_formats=arguments.auto_quantize_formats.split(","),
         auto_quantize_checkpoint=arguments.auto_quantize_checkpoint,
+        calibration_state=None if arguments.no_calibration_state else arguments.calibration_state,
     )
     export = ExportConfig(
         path=arguments.export_path,

@@ -27,6 +27,10 @@ class QuantizationConfig:
     ``algorithm="auto"`` chooses a format for each layer so that the weights take ``auto_quantize_bits`` bits on average
     (layers that stay as they are count 16); ``auto_quantize_checkpoint`` is a file or folder from which an interrupted
     search goes on.
+
+    ``calibration_state`` is a folder, one that all ranks see, in which the calibrated state is kept between the
+    calibration and the end of a successful export: after a failure the next run with the same settings does not
+    calibrate again.
     """
 
     algorithm: Optional[str] = "fp8"  # noqa: UP045
@@ -48,6 +52,7 @@ class QuantizationConfig:
     auto_quantize_bits: Optional[float] = None  # noqa: UP045
     auto_quantize_formats: list[str] = field(default_factory=lambda: ["int4_awq", "fp8"])
     auto_quantize_checkpoint: Optional[str] = None  # noqa: UP045
+    calibration_state: Optional[str] = None  # noqa: UP045
 
 
 @dataclass

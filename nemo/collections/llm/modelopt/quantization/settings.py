@@ -5,8 +5,12 @@ from __future__ import annotations
 import copy
 import fnmatch
 import os
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from nemo.utils.get_rank import is_global_rank_zero
 
 import modelopt.torch.quantization as mtq
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError, one_of
@@ -219,5 +223,31 @@ def check_export(config: Any, formats: list, dtypes: list) -> None:
     if config.dtype not in dtypes:
         raise ModelOptConfigError(f"Unsupported export dtype: dtype={config.dtype!r}; allowed: {dtypes}.")
     one_of("verify", config.verify, ["full", "files", "none"])
+    check_writable(config.path)
     _check_number("inference_tp", config.inference_tp, 1)
     _check_number("inference_pp", config.inference_pp, 1)
+
+
+def check_writable(path: Path) -> None:
+    """Raise where no folder can be made at a path; a rank of another machine may see another file system.
+
+    Raises:
+        ModelOptConfigError: Naming what is in the way.
+    """
+    if not is_global_rank_zero():
+        return
+    place = Path(path).absolute()
+    reason = f"{place} is a file" if place.is_file() else None
+    place = place.parent
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if place.is_file():
+        reason = f"{place} is a file"
+    elif reason is None:
+        try:
+            # Permissions do not tell all: file systems may be read-only, or virtual.
+            os.rmdir(tempfile.mkdtemp(prefix=".writable-", dir=place))
+        except OSError as error:
+            reason = f"{place} cannot be written to ({error.strerror})"
+    if reason:
+        raise ModelOptConfigError(f"path={str(path)!r}: {reason}; give an export path in a folder that can be written.")
