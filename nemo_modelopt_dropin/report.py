@@ -23,18 +23,31 @@ _TEMPLATE = "report_template.html.j2"
 def write(content: Mapping[str, Any], folder: Path) -> Path:
     """Write all files of the report into ``folder`` and return the page's path."""
     charts = report_charts.charts(content)
-    _replace(folder / "report.json", json.dumps(content, indent=1).encode())
+    replace_file(folder / "report.json", json.dumps(content, indent=1).encode())
     figures = folder / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     for name, chart in charts.items():
-        _replace(figures / f"{name}.png", report_charts.png(chart["spec"]))
-    page = folder / "report.html"
-    _replace(page, render(content, charts).encode())
-    return page
+        replace_file(figures / f"{name}.png", report_charts.png(chart["spec"]))
+    target = folder / "report.html"
+    replace_file(target, render(content, charts).encode())
+    return target
 
 
 def render(content: Mapping[str, Any], charts: Mapping[str, Mapping[str, Any]] | None = None) -> str:
     """Return the page."""
+    charts = report_charts.charts(content) if charts is None else charts
+    return page(_TEMPLATE, content, charts, rows=rows(content))
+
+
+def page(template: str, content: Mapping[str, Any], charts: Mapping[str, Mapping[str, Any]], **more: Any) -> str:
+    """Return a page with its data, figures and Vega inside.
+
+    Args:
+        template: A file beside this one that extends ``report_base.html.j2``.
+        content: The report; "title" is needed.
+        charts: Name to title, caption and specification of each figure.
+        **more: For the template.
+    """
     import jinja2
     from vl_convert import javascript_bundle
 
@@ -42,11 +55,10 @@ def render(content: Mapping[str, Any], charts: Mapping[str, Mapping[str, Any]] |
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {"millions": millions, "megabytes": megabytes, "duration": duration}
-    charts = report_charts.charts(content) if charts is None else charts
-    return environment.get_template(_TEMPLATE).render(
+    return environment.get_template(template).render(
         report=content,
         charts=charts,
-        rows=rows(content),
+        **more,
         data=_embedded(content),
         specs=_embedded({name: chart["spec"] for name, chart in charts.items()}),
         vega=javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script"),
@@ -115,7 +127,7 @@ def _embedded(content: Any) -> str:
     return json.dumps(content).replace("<", "\\u003c")
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Write beside the file and rename, so that a reader never sees half of it."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     beside.write_bytes(content)

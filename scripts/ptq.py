@@ -66,12 +66,17 @@ def parser() -> Parser:
         help="wikitext, cnn_dailymail, or a JSON, JSON-lines, Parquet or text file, a folder or glob of such",
     )
     calibration.add_argument("--calibration_column", help="column of the texts, where it is not text")
+    calibration.add_argument(
+        "--sensitivity_scan", action="store_true", help="measure what each group of layers costs, one at a time"
+    )
     calibration.add_argument("--calibration_shuffle_seed", type=int, help="shuffle the calibration data")
     export = found.add_argument_group("export")
     export.add_argument("-out", "--export_path", "--output_path", help="folder to write (default: named by algorithm)")
     export.add_argument("--export_format", default="trtllm", choices=("trtllm", "nemo", "hf"))
     export.add_argument("-itp", "--inference_tp", "--tensor_parallelism_size", type=int, default=1, help="for trtllm")
     export.add_argument("-ipp", "--inference_pp", "--pipeline_parallelism_size", type=int, default=1, help="for trtllm")
+    export.add_argument("--report_path", help="folder of report.html and .json (default: export_path + .report)")
+    export.add_argument("--no_report", action="store_true", help="write neither")
     export.add_argument("--generate_sample", action="store_true", help="let the quantized model write a sample")
     state = found.add_argument_group("calibrated state")
     state.add_argument("--calibration_state", help="folder to keep it in (default: export_path + .calibration-state)")
@@ -101,8 +106,9 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     if arguments.export_path is None:
         name = _FOLDERS.get(arguments.export_format, "./nemo_{algorithm}")
         arguments.export_path = name.format(**vars(arguments))
-    if arguments.calibration_state is None:
-        arguments.calibration_state = f"{arguments.export_path.rstrip('/')}.calibration-state"
+    for option, ending in (("calibration_state", "calibration-state"), ("report_path", "report")):
+        if getattr(arguments, option) is None:
+            setattr(arguments, option, f"{arguments.export_path.rstrip('/')}.{ending}")
     problems = missing_paths({"--nemo_checkpoint": arguments.nemo_checkpoint})
     problems += layout_problems(
         arguments.devices, arguments.num_nodes, arguments.calibration_tp, arguments.calibration_pp
@@ -142,6 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         auto_quantize_bits=arguments.auto_quantize_bits,
         auto_quantize_formats=arguments.auto_quantize_formats.split(","),
         auto_quantize_checkpoint=arguments.auto_quantize_checkpoint,
+        sensitivity_scan=arguments.sensitivity_scan,
         calibration_state=None if arguments.no_calibration_state else arguments.calibration_state,
     )
     export = ExportConfig(
@@ -152,6 +159,7 @@ def main(argv: list[str] | None = None) -> int:
         inference_tp=arguments.inference_tp,
         inference_pp=arguments.inference_pp,
         generate_sample=arguments.generate_sample,
+        report_path=None if arguments.no_report else arguments.report_path,
     )
     same_name = ("calibration_tp", "calibration_pp", "devices", "num_nodes", "legacy_ckpt", "trust_remote_code")
     stages = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")

@@ -187,6 +187,7 @@ def test_distill_and_ptq_and_prune_on_cpu(ranks, tmp_path):
     ptq = ["--cpu", "-nc", str(distilled[0]), "-out", str(quantized), "--export_format", "nemo", "-calib_ds", text]
     _works("ptq", *ptq, "-algo", "int8", "-bs", "2", "-calib_size", "4", "-sl", "32", cwd=tmp_path)
     assert (quantized / "weights" / "modelopt_state").exists()
+    assert (tmp_path / "quantized.report" / "report.html").exists()
     assert not (tmp_path / "quantized.calibration-state").exists(), "it is kept for a failed export only"
 
 

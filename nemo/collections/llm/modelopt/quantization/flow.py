@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from nemo.utils import logging
 
+from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization import (
     auto,
     calibration,
     hf_auto,
     insertion,
+    layer_errors,
     report,
     settings,
 )
@@ -74,13 +76,17 @@ class CalibrationFlow:
         searches = algorithm == settings.AUTO
         calibrates = not searches and forward_loop is None and tools().mtq.config.need_calibration(quant_cfg)
         rows, evaluation = None, None
+        if forward_loop is not None and self.quantization_config.sensitivity_scan:
+            raise ModelOptConfigError(
+                "sensitivity_scan=True compares on held-out calibration data, of which a forward_loop has none."
+            )
         if forward_loop is not None:
             logging.info("A forward_loop was given: without calibration data there is no comparison with the original")
         elif report.is_comparable(core):
             rows, evaluation = self._read_rows(model)
         if calibrates:
             forward_loop = self._get_forward_loop(model) if rows is None else self._get_forward_loop(model, rows)
-        before = report.evaluate(core, evaluation, title="Original model") if evaluation else None
+        before = report.hidden_states(core, evaluation, "Original model") if evaluation else []
 
         logging.info(f"Using quant_cfg:\n{pprint.pformat(quant_cfg)}")
         if searches:
@@ -92,8 +98,30 @@ class CalibrationFlow:
         if decoder_type == "gpt":
             insertion.keep_amax_from_vanishing(tools().mtq, quantized, algorithm)
         if isinstance(core, torch.nn.Module):
-            after = report.evaluate(core, evaluation, before, "Quantized model") if evaluation else None
-            self.report.update(report.describe(core, before, after))
+            self._measure(core, evaluation, before)
+
+    def _measure(self, core, evaluation: list[torch.Tensor] | None, before: list[torch.Tensor]) -> None:
+        """Put into the report what quantization did; see `report.describe` and `layer_errors`."""
+        config = self.quantization_config
+        after = None
+        with layer_errors.recorded(core, config.layer_errors) as activations:
+            if evaluation:
+                after = report.evaluate(core, evaluation, before, "Quantized model")
+        self.report.update(report.describe(core, after))
+        if config.layer_errors:
+            self.report["layers"] = layer_errors.table(core, activations)
+        if not config.sensitivity_scan:
+            return
+        if not evaluation:
+            logging.warning("sensitivity_scan: there is nothing to compare this model on, it was left out")
+            return
+
+        def measure(group: str) -> dict[str, float]:
+            found = report.evaluate(core, evaluation, before, f"Sensitivity of {group}")
+            figures = {"kl_to_original": found.kl, "relative_output_error": found.relative_error}
+            return {**figures, "loss_increase": found.loss - found.reference_loss}
+
+        self.report["sensitivity"] = layer_errors.sensitivity(core, measure)
 
     def _search(self, model, core, quant_cfg: dict[str, Any], rows: list | None):
         """Choose a format for each layer (mixed precision) and calibrate; return the Megatron-Core model."""
@@ -106,16 +134,17 @@ class CalibrationFlow:
     def _read_rows(self, model) -> tuple[list, list[torch.Tensor]]:
         """Read the rows: those that calibrate, and the comparison's microbatches `[b, s]` of this rank."""
         config = self.quantization_config
+        compared_rows = min(config.comparison_size, max(1, config.comparison_tokens // config.calibration_seq_len))
         batches = tools().get_calib_data_iter(
             data=config.calibration_dataset,
             batch_size=config.calibration_batch_size,
-            calib_size=config.calibration_dataset_size + config.comparison_size,
+            calib_size=config.calibration_dataset_size + compared_rows,
             max_sequence_length=calibration.CHARACTERS_PER_TOKEN * config.calibration_seq_len,
             column=config.calibration_column,
             seed=config.calibration_shuffle_seed,
         )
         texts = calibration.collect(batches, config.calibration_dataset, config.calibration_dataset_size)
-        used, compared, held_out = calibration.split_rows(len(texts), config.calibration_dataset_size, config.comparison_size)
+        used, compared, held_out = calibration.split_rows(len(texts), config.calibration_dataset_size, compared_rows)
         self.report = {"algorithm": config.algorithm, "calibration_rows": len(texts[used]), "held_out": held_out}
         evaluation = tools().create_data_iterator_getter(
             model,

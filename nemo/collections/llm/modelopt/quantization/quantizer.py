@@ -261,6 +261,14 @@ class Quantizer(flow.CalibrationFlow, state.StateKeeper):
             self._save_tokenizer(model, model_dir, folder, fmt)
         self._forget()
         export.log_success(target)
+        if isinstance(model, torch.nn.Module) and self.quantization_config.algorithm is not None:
+            self.report.update(report.sizes_on_disk(model_dir, target))
+            if self.export_config.report_path is not None:
+                self.write_report(self.export_config.report_path)
+
+    def write_report(self, folder: AnyPath) -> None:
+        """Write `report` as ``report.json`` and as one self-contained page, ``report.html``, on rank zero."""
+        report.write(self.report, self.quantization_config, Path(folder))
 
 
 def export_hf_checkpoint(
