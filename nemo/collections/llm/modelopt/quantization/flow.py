@@ -96,7 +96,7 @@ class CalibrationFlow:
             kv_option = self.quantization_config.enable_kv_cache
             quantized = insertion.insert(tools().mtq, core, quant_cfg, forward_loop, kv_option, from_file)
         if decoder_type == "gpt":
-            insertion.keep_amax_from_vanishing(tools().mtq, quantized, algorithm)
+            insertion.keep_amax_from_vanishing(tools().mtq, quantized, algorithm, self.report.get("formats"))
         if isinstance(core, torch.nn.Module):
             self._measure(core, evaluation, before)
 
