@@ -61,7 +61,7 @@ def charts(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for name, (title, caption, maker) in makers.items():
         chart = maker(content)
         if chart is not None:
-            found[name] = {"title": title, "caption": caption, "spec": _specification(chart)}
+            found[name] = {"title": title, "caption": caption, "spec": specification(chart)}
     return found
 
 
@@ -82,16 +82,16 @@ def comparison(names: tuple[str, str], contents: list[dict[str, Any]]) -> dict[s
         ),
     }
     return {
-        name: {"title": title, "caption": caption, "spec": _specification(chart)}
+        name: {"title": title, "caption": caption, "spec": specification(chart)}
         for name, (title, caption, chart) in makers.items()
         if chart is not None
     }
 
 
-def _specification(chart: alt.TopLevelMixin) -> dict[str, Any]:
+def specification(chart: alt.TopLevelMixin, height: int = _HEIGHT) -> dict[str, Any]:
     """Return the chart with data inside, as wide as its place on the page, in the page's text colour."""
     text = {"labelColor": "currentColor", "titleColor": "currentColor"}
-    styled = chart.properties(width="container", height=_HEIGHT, background="transparent").configure(
+    styled = chart.properties(width="container", height=height, background="transparent").configure(
         axis={**text, "gridColor": "#8884", "domainColor": "#8888", "tickColor": "#8888"},
         legend={
             **text,
@@ -116,7 +116,8 @@ def png(specification: Mapping[str, Any]) -> bytes:
     return vl_convert.vegalite_to_png(fixed, scale=2)
 
 
-def _data(values: list[dict[str, Any]]) -> alt.Data:
+def inline(values: list[dict[str, Any]]) -> alt.Data:
+    """Return a figure's data as part of its specification."""
     import altair as alt
 
     return alt.Data(values=values)
@@ -130,7 +131,7 @@ def _by_model(content: Mapping[str, Any]) -> alt.LayerChart | None:
         return None
     names = [model["name"] for model in models]
     values = [{"model": model["name"], "loss": model["heldout_loss"]} for model in models]
-    base = alt.Chart(_data(values)).encode(
+    base = alt.Chart(inline(values)).encode(
         x=alt.X("loss:Q", title="nats per token", scale=alt.Scale(zero=False, padding=24), axis=alt.Axis(tickCount=6)),
         y=alt.Y("model:N", sort=names, title=None),
         tooltip=["model:N", alt.Tooltip("loss:Q", format=".4f")],
@@ -156,7 +157,7 @@ def _heldout_curves(content: Mapping[str, Any]) -> alt.Chart | None:
         return None
     chosen = alt.selection_point(fields=["model"], bind="legend")  # a click on a name in the legend
     return (
-        alt.Chart(_data(values))
+        alt.Chart(inline(values))
         .mark_line(point=True)
         .encode(
             x=alt.X("step:Q", title="step"),
@@ -183,7 +184,7 @@ def _training_curves(content: Mapping[str, Any], models: set[str], title: str) -
         return None
     chosen = alt.selection_point(fields=["model"], bind="legend")  # a click on a name in the legend
     return (
-        alt.Chart(_data(values))
+        alt.Chart(inline(values))
         .mark_line(strokeWidth=1.5)
         .encode(
             x=alt.X("step:Q", title="step"),
@@ -210,7 +211,7 @@ def _sizes(content: Mapping[str, Any]) -> alt.Chart | None:
         return None
     parts = alt.Scale(domain=["body", "embedding and output"], range=["#3b82c4", "#9aa5b1"])
     return (
-        alt.Chart(_data(values))
+        alt.Chart(inline(values))
         .mark_bar()
         .encode(
             x=alt.X("count:Q", title="parameters", axis=alt.Axis(format="~s")),
@@ -229,7 +230,7 @@ def _times(content: Mapping[str, Any]) -> alt.Chart | None:
     if not values:
         return None
     return (
-        alt.Chart(_data(values))
+        alt.Chart(inline(values))
         .mark_bar(color="#3b82c4")
         .encode(
             x=alt.X("seconds:Q", title="seconds"),

@@ -1,8 +1,9 @@
 """Quantize a NeMo 2 checkpoint after training (PTQ) and export it. Flags as in NeMo's scripts/llm/ptq.py, and --cpu.
 
 Start it with torchrun for more than one GPU; with --cpu it starts its ranks itself. The settings are saved as run.yaml
-with the output; --config takes such a file, flags win over it. Exit codes: 0 done, 1 failed, 2 wrong arguments or
-settings, 130 interrupted.
+with the output; --config takes such a file, flags win over it. Until the export has succeeded the calibrated state lies
+beside the output: the same command, run again after a failure, does not calibrate again. Exit codes: 0 done, 1 failed,
+2 wrong arguments or settings, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -78,13 +79,23 @@ def parser() -> Parser:
         help="wikitext, cnn_dailymail, or a JSON, JSON-lines, Parquet or text file, a folder or glob of such",
     )
     calibration.add_argument("--calibration_column", help="column of the texts, where it is not text")
+    calibration.add_argument(
+        "--sensitivity_scan", action="store_true", help="measure what each group of layers costs, one at a time"
+    )
     calibration.add_argument("--calibration_shuffle_seed", type=int, help="shuffle the calibration data")
     export = found.add_argument_group("export")
     export.add_argument("-out", "--export_path", "--output_path", help="folder to write (default: named by algorithm)")
     export.add_argument("--export_format", default="trtllm", choices=("trtllm", "nemo", "hf"))
     export.add_argument("-itp", "--inference_tp", "--tensor_parallelism_size", type=int, default=1, help="for trtllm")
     export.add_argument("-ipp", "--inference_pp", "--pipeline_parallelism_size", type=int, default=1, help="for trtllm")
+    export.add_argument("--report_path", help="folder of report.html and .json (default: export_path + .report)")
+    export.add_argument("--no_report", action="store_true", help="write neither")
     export.add_argument("--generate_sample", action="store_true", help="let the quantized model write a sample")
+    state = found.add_argument_group("calibrated state")
+    state.add_argument("--calibration_state", help="folder to keep it in (default: export_path + .calibration-state)")
+    state.add_argument(
+        "--no_calibration_state", action="store_true", help="neither keep nor use one: calibrate every time"
+    )
     return found
 
 
@@ -108,6 +119,9 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     if arguments.export_path is None:
         name = _FOLDERS.get(arguments.export_format, "./nemo_{algorithm}")
         arguments.export_path = name.format(**vars(arguments))
+    for option, ending in (("calibration_state", "calibration-state"), ("report_path", "report")):
+        if getattr(arguments, option) is None:
+            setattr(arguments, option, f"{arguments.export_path.rstrip('/')}.{ending}")
     problems = missing_paths({"--nemo_checkpoint": arguments.nemo_checkpoint})
     problems += layout_problems(
         arguments.devices, arguments.num_nodes, arguments.calibration_tp, arguments.calibration_pp
@@ -139,6 +153,8 @@ def work(arguments: argparse.Namespace) -> None:
         auto_quantize_bits=arguments.auto_quantize_bits,
         auto_quantize_formats=arguments.auto_quantize_formats.split(","),
         auto_quantize_checkpoint=arguments.auto_quantize_checkpoint,
+        sensitivity_scan=arguments.sensitivity_scan,
+        calibration_state=None if arguments.no_calibration_state else arguments.calibration_state,
     )
     export = ExportConfig(
         path=arguments.export_path,
@@ -148,6 +164,7 @@ def work(arguments: argparse.Namespace) -> None:
         inference_tp=arguments.inference_tp,
         inference_pp=arguments.inference_pp,
         generate_sample=arguments.generate_sample,
+        report_path=None if arguments.no_report else arguments.report_path,
     )
     same_name = ("calibration_tp", "calibration_pp", "devices", "num_nodes", "legacy_ckpt", "trust_remote_code")
     stages = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
-from test_code import jobs_quant
+import torch
+
+from test_code import jobs_quant, jobs_state
 
 
 @contextlib.contextmanager
@@ -80,3 +83,62 @@ def quantize_many(checkpoint, data, tp, pp, runs) -> list[str]:
         else:
             found.append("")
     return found
+
+
+def clamped(checkpoint, data) -> dict[str, dict]:
+    """Return amax before and after the clamp of a mixed model that counts as a "gpt" decoder."""
+    from nemo.collections.llm.modelopt.quantization import insertion
+    from test_code import tiny
+
+    found = {}
+    kept = insertion.keep_amax_from_vanishing
+
+    def watch(mtq, model, algorithm, formats=None):
+        found["before"] = _inputs(model)
+        found["formats"] = formats
+        kept(mtq, model, algorithm, formats)
+        found["after"] = _inputs(model)
+
+    def _inputs(model):
+        return {
+            name: float(module.amax.max())
+            for name, module in model.named_modules()
+            if name.endswith("input_quantizer") and getattr(module, "amax", None) is not None and module.is_enabled
+        }
+
+    insertion.keep_amax_from_vanishing = watch
+    try:
+        settings = {"algorithm": "auto", "auto_quantize_formats": ["w4a8_awq", "fp8"], "auto_quantize_bits": 9.0}
+        settings["awq_block_size"] = 16
+        export = {"path": "unused", "export_format": "nemo", "decoder_type": "gpt"}
+        quantizer = jobs_state.quantizer_for(data, export=export, **settings)
+        model, _ = jobs_state.restored(checkpoint)
+        quantizer.quantize(model)
+    finally:
+        insertion.keep_amax_from_vanishing = kept
+    found["size"] = len(list(tiny.core(model).modules()))
+    return found
+
+
+def auto_to_hf(checkpoint, data, out, **settings) -> dict:
+    """Quantize with mixed precision and export to Hugging Face, fully verified; return what the model was."""
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+    from test_code import tiny
+
+    export = {"path": str(out), "export_format": "hf"}
+    quantizer = jobs_state.quantizer_for(data, export=export, algorithm="auto", **settings)
+    model, trainer = jobs_state.restored(checkpoint)
+    quantizer.quantize(model)
+    try:
+        quantizer.export(model, str(checkpoint), trainer)
+    except ModelOptConfigError as error:
+        return {"error": str(error), "left": Path(out).exists(), "formats": quantizer.report["formats"]}
+    tokens = torch.arange(3, 35).unsqueeze(0)
+    from nemo.collections.llm.modelopt.quantization import hf_check
+
+    core = tiny.core(model).eval()
+    with torch.no_grad(), hf_check._not_stored_disabled(core):
+        ours = core(tokens, torch.arange(32).unsqueeze(0), None)
+        theirs = hf_check.load(Path(out))(tokens).logits
+    error = float((theirs - ours).norm() / ours.norm())
+    return {"formats": quantizer.report["formats"], "logits": error, "error": ""}

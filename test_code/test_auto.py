@@ -115,6 +115,66 @@ def test_the_checkpoint_reloads_in_another_layout(ranks, work):
             torch.testing.assert_close(amax, seen["amax"][name], rtol=0, atol=0)
 
 
+# --- clamp and export ---
+
+
+_INNER = {
+    "linear_qkv": ("self_attn.q", "self_attn.k", "self_attn.v"),
+    "linear_proj": ("self_attn.o",),
+    "linear_fc1": ("mlp.gate", "mlp.up"),
+    "linear_fc2": ("mlp.down",),
+}
+
+
+def test_a_mixed_model_of_a_gpt_decoder_is_clamped_by_the_format_of_each_layer(ranks, work):
+    found = ranks(1).run(jobs_auto.clamped, str(work / "llama"), str(work / "text.jsonl"))[0]
+    before, after = found["before"], found["after"]
+    # The inputs of W4A8 are FP8 as well: stock's clamp goes by the name of the algorithm.
+    by_format = {"fp8": 4.48, "w4a8_awq": 0.0}
+    raised, low = set(), set()
+    for name, amax in before.items():
+        fmt = found["formats"][name.removesuffix(".input_quantizer")]
+        assert after[name] == pytest.approx(max(amax, by_format[fmt]), rel=1e-6)
+        raised |= {fmt} if after[name] > amax else set()
+        low |= {fmt} if amax < 4.48 else set()
+    assert raised == {"fp8"} and low == set(by_format)
+
+
+@pytest.mark.parametrize("formats", [["fp8"], ["int4_awq"]])
+def test_a_mixed_model_goes_to_hugging_face(ranks, work, formats):
+    out = work / f"hf-{formats[0]}"
+    bits = 12.0 if formats == ["fp8"] else 10.0
+    settings = {"auto_quantize_formats": formats, "auto_quantize_bits": bits, "awq_block_size": 16}
+    found = ranks(1).run(jobs_auto.auto_to_hf, str(work / "llama"), str(work / "text.jsonl"), str(out), **settings)[0]
+    assert found["error"] == "" and set(found["formats"].values()) == {formats[0], "none"}
+    # What is not quantized is stored in bf16: 8 bits of mantissa.
+    assert found["logits"] < 0.02
+    excluded = json.loads((out / "hf_quant_config.json").read_text())["quantization"]["exclude_modules"]
+    expected = {"lm_head"}
+    for name in (n for n, fmt in found["formats"].items() if fmt == "none" and "layers" in n):
+        layer, leaf = name.split(".")[2], name.rpartition(".")[2]
+        expected |= {f"model.layers.{layer}.{inner}_proj" for inner in _INNER[leaf]}
+    # By their own names: a parent's would take its quantized layers out too.
+    assert expected == set(excluded) and expected > {"lm_head"}
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["ignore"] == excluded
+
+
+def test_formats_that_one_hugging_face_checkpoint_cannot_describe_are_refused_before_the_search(cpu_backend):
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+    from nemo.collections.llm.modelopt.quantization import quantizer as q
+
+    def build(formats, fmt):
+        config = q.QuantizationConfig(
+            algorithm="auto", auto_quantize_bits=10, auto_quantize_formats=formats, calibration_dataset=["a text"]
+        )
+        return q.Quantizer(config, q.ExportConfig(path="out", export_format=fmt))
+
+    with pytest.raises(ModelOptConfigError, match=r"auto_quantize_formats=\['int4_awq', 'fp8'\].*one format"):
+        build(["int4_awq", "fp8"], "hf")
+    build(["int4_awq", "fp8"], "nemo")
+    build(["int8", "int8_sq"], "hf")
+
+
 # --- bad settings -----------------------------------------------------------------------------------------------------
 
 

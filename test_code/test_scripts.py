@@ -242,6 +242,8 @@ def test_distill_and_ptq_and_prune_on_cpu(ranks, tmp_path, monkeypatch):
     _works_through_nemo_run("ptq", ptq, tmp_path, monkeypatch)
     assert (quantized / "weights" / "modelopt_state").exists()
     assert run_file.read(quantized / "run.yaml")["devices"] == "2"
+    assert (tmp_path / "quantized.report" / "report.html").exists()
+    assert not (tmp_path / "quantized.calibration-state").exists(), "it is kept for a failed export only"
 
 
 def _works(script: str, *arguments: str, cwd: Path) -> str:

@@ -71,12 +71,12 @@ class Searcher(_Base):
         """
         state, problem = _read_state(self._get_checkpoint_path(), self.config["identity"])
         stored = {recipe: saved for recipe, saved in state.get("quantizer_states", {}).items() if _restorable(saved)}
-        answers = _gather((problem, {str(recipe) for recipe in stored}))
+        answers = gather((problem, {str(recipe) for recipe in stored}))
         problems = [text for text, _ in answers if text]
         if problems:
             raise ModelOptConfigError(f"auto_quantize_checkpoint: {problems[0]}")
         common = set.intersection(*(recipes for _, recipes in answers))
-        scored = all(_gather(bool(state.get("candidate_stats"))))
+        scored = all(gather(bool(state.get("candidate_stats"))))
         self.quantizer_states = {recipe: saved for recipe, saved in stored.items() if str(recipe) in common}
         if scored:
             self.candidate_stats = state["candidate_stats"]
@@ -113,7 +113,7 @@ class Searcher(_Base):
     def run_search_with_stats(self, max_weight_size, verbose=False):
         """Choose for the layers of all pipeline stages at once; return this stage's part."""
         own = self.candidate_stats
-        stages = _gather(own, parallel_state.get_pipeline_model_parallel_group())
+        stages = gather(own, parallel_state.get_pipeline_model_parallel_group())
         everything = {(i, name): dict(stat) for i, stats in enumerate(stages) for name, stat in stats.items()}
         # The solver's tolerances are absolute: scores of about one.
         largest = max((max(stat["scores"]) for stat in everything.values()), default=0.0) or 1.0
@@ -217,8 +217,8 @@ def quantize(
             f"{searcher.effective_bits:.2f} bits)."
         )
     chosen = {name.removesuffix(".quant_recipe"): recipe for name, recipe in best["recipe"].items()}
-    layers = {_global_name(core, name): recipes.get(str(recipe), UNQUANTIZED) for name, recipe in chosen.items()}
-    stages = _gather(layers, parallel_state.get_pipeline_model_parallel_group())
+    layers = {global_name(core, name): recipes.get(str(recipe), UNQUANTIZED) for name, recipe in chosen.items()}
+    stages = gather(layers, parallel_state.get_pipeline_model_parallel_group())
     return {
         "formats": {name: fmt for stage in stages for name, fmt in stage.items()},
         "effective_bits": searcher.effective_bits,
@@ -375,13 +375,14 @@ def _restorable(saved: dict[str, Any]) -> bool:
     return "pre_quant_scale" not in {key.lstrip("_") for state in saved["state_dict"].values() for key in state}
 
 
-def _gather(value: Any, group=None) -> list[Any]:
+def gather(value: Any, group=None) -> list[Any]:
+    """Return the value of each rank."""
     found: list[Any] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(found, value, group=group)
     return found
 
 
-def _global_name(core: torch.nn.Module, name: str) -> str:
+def global_name(core: torch.nn.Module, name: str) -> str:
     """Return a layer's name with its number in the whole model; a pipeline stage counts from zero."""
     head, marker, tail = name.partition("layers.")
     if not marker:

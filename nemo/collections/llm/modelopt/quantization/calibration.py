@@ -17,6 +17,9 @@ from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization import data_sources
 from nemo_modelopt_dropin import screen
 
+# Long enough for `seq_len` tokens of any language's text; the rest of a document would be tokenized in vain.
+CHARACTERS_PER_TOKEN = 16
+
 
 def tokenize(rows: Iterable[str | list[int]], tokenizer: Any, seq_len: int) -> list[list[int]]:
     """Return the first ``seq_len`` token ids of each row; rows without tokens are left out.
@@ -101,6 +104,30 @@ def arrange(rows, seq_len: int, batch_size: int, tokenizer: Any, packed: bool, s
     if shard:
         sequences = share_of_rank(sequences, *data_parallel_position())
     return microbatches(sequences, batch_size)
+
+
+def iterator_getter(
+    read: Callable[[], list], model: Any, seq_len: int, batch_size: int, packed: bool, shard: bool
+) -> Callable[[], Iterator[torch.Tensor]]:
+    """Return a function that gives an iterator over microbatches `[b, s]` on the model's device.
+
+    Args:
+        read: Returns the rows; called once, when the first iterator is made.
+        model: The ``llm.GPTModel``: its tokenizer and device are used.
+        seq_len: See `arrange`, and so for the others.
+        batch_size: Sequences in a microbatch.
+        packed: Join rows into full sequences.
+        shard: Give this data-parallel rank its part only.
+    """
+    cache: list[torch.Tensor] = []
+
+    def iterate():
+        if not cache:
+            rows = tokenize(read(), model.tokenizer, seq_len)
+            cache.extend(arrange(rows, seq_len, batch_size, model.tokenizer, packed, shard))
+        return iter([batch.to(model.device) for batch in cache])
+
+    return iterate
 
 
 def collect(batches: Iterable[list], name: Any, wanted: int) -> list:

@@ -22,11 +22,19 @@ class QuantizationConfig:
 
     ``packed`` joins rows into full sequences; False leaves each row a sequence of its own, and rows of equal length run
     together: neither lets padding enter the statistics. ``comparison_size`` is the number of held-out rows on which the
-    quantized model is compared with the original, 0 for none.
+    quantized model is compared with the original, 0 for none; of long rows fewer, about ``comparison_tokens`` in all.
 
     ``algorithm="auto"`` chooses a format for each layer so that the weights take ``auto_quantize_bits`` bits on average
     (layers that stay as they are count 16); ``auto_quantize_checkpoint`` is a file or folder from which an interrupted
     search goes on.
+
+    ``calibration_state`` is a folder, one that all ranks see, in which the calibrated state is kept between the
+    calibration and the end of a successful export: after a failure the next run with the same settings does not
+    calibrate again.
+
+    ``layer_errors`` measures the error of each layer's weight and inputs (SQNR) while the models are compared;
+    ``sensitivity_scan`` quantizes one group of layers at a time and measures what it costs, a pass over the held-out
+    rows for each. Both are in ``Quantizer.report``.
     """
 
     algorithm: Optional[str] = "fp8"  # noqa: UP045
@@ -48,6 +56,10 @@ class QuantizationConfig:
     auto_quantize_bits: Optional[float] = None  # noqa: UP045
     auto_quantize_formats: list[str] = field(default_factory=lambda: ["int4_awq", "fp8"])
     auto_quantize_checkpoint: Optional[str] = None  # noqa: UP045
+    calibration_state: Optional[str] = None  # noqa: UP045
+    comparison_tokens: int = 4096
+    layer_errors: bool = True
+    sensitivity_scan: bool = False
 
 
 @dataclass
@@ -57,6 +69,9 @@ class ExportConfig:
     ``verify`` says how a Hugging Face checkpoint is checked before it appears: "full" compares its logits with the
     quantized model's (skipped with a warning where `transformers` does not know the class or the host's memory is too
     small), "files" reopens it for names, shapes, dtypes and scales only, "none" trusts it.
+
+    ``report_path`` is a folder that gets ``report.json`` and ``report.html`` after the export, None for neither. It is
+    not the checkpoint's: readers of that find what its format says and nothing else.
     """
 
     path: str
@@ -67,6 +82,7 @@ class ExportConfig:
     inference_pp: int = 1
     generate_sample: bool = False
     verify: str = "full"
+    report_path: Optional[str] = None  # noqa: UP045
 
     def __post_init__(self):
         self.path = Path(self.path)  # type: ignore[assignment]

@@ -85,6 +85,34 @@ def check_format(quant_cfg: dict[str, Any] | None, algorithm: str | None, export
         )
 
 
+def check_mixture(formats: dict[str, dict[str, Any]], export_format: str) -> None:
+    """Refuse mixed precision among formats that one Hugging Face checkpoint cannot describe, before a search.
+
+    Args:
+        formats: Name to quant_cfg of those that are offered.
+        export_format: Format asked for.
+
+    Raises:
+        ModelOptConfigError: With the reason and what to do.
+    """
+    found = {name: _hf_algorithm(quant_cfg) for name, quant_cfg in formats.items()}
+    if export_format == "hf" and len(set(found.values())) > 1:
+        raise ModelOptConfigError(
+            f'auto_quantize_formats={list(found)}: export_format="hf" describes all layers by one format. Give '
+            f"one (layers may still stay in 16 bits). {_REMEDY}."
+        )
+
+
+def _hf_algorithm(quant_cfg: dict[str, Any]) -> str | None:
+    settings: dict[str, list[dict[str, Any]]] = {}
+    for pattern, attributes in choices.quantizer_settings(quant_cfg):
+        settings.setdefault(pattern, []).append(attributes)
+    has_input = any("input_quantizer" in pattern for pattern in settings)
+    scales_input = choices.is_awq(quant_cfg) or choices.is_smoothquant(quant_cfg)
+    weight = next((steps for pattern, steps in settings.items() if "weight_quantizer" in pattern), [])
+    return hf_formats.algorithm_of(weight, has_input, scales_input) if weight else None
+
+
 def check_layout(export_format: str, config: Any, tensor_parallel: int) -> None:
     """Refuse a model whose parts cannot be put together for Hugging Face.
 

@@ -29,6 +29,7 @@ def check_planned(planned: dict[str, dict[str, Any]], export_config: Any) -> Non
     """
     for name, quant_cfg in planned.items():
         export.check_format(quant_cfg, name, export_config.export_format)
+    export.check_mixture(planned, export_config.export_format)
 
 
 def check_model(model: Any, export_config: Any, quant_cfg: dict[str, Any], planned: dict[str, dict[str, Any]]) -> None:

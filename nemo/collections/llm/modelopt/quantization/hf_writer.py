@@ -54,7 +54,7 @@ def write(model, hf_config, tokenizer, target: Path, write: Callable, **kwargs: 
             stack.enter_context(_extended(layers, writes))
         write(model, pretrained_model_name_or_path=source, export_dir=folder, **kwargs)
     with export.together("Writing the configuration"):
-        if is_global_rank_zero() and layers:
+        if is_global_rank_zero() and isinstance(model, torch.nn.Module):
             _describe(target, layers)
 
 
@@ -250,15 +250,22 @@ def tidy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _describe(folder: Path, layers: dict[int, hf_formats.Layer]) -> None:
-    """Record the format where modelopt's writer did not."""
+    """Record the format where modelopt's writer did not, and which layers it does not hold for.
+
+    modelopt names the parent of fused layers: with `linear_qkv` in 16 bits it excludes the whole ``self_attn``, and a
+    reader would take the codes of its other layers for weights.
+    """
     from nemo.collections.llm.modelopt.quantization import hf_check
 
     path = folder / "hf_quant_config.json"
-    if path.exists():
+    if not layers and not path.exists():
         return
     shapes = hf_check.stored_shapes(folder)
     linear = {name.removesuffix(".weight") for name, shape in shapes.items() if _is_matrix(name, shape)}
-    excluded = [name for name in linear if f"{name}.weight_scale" not in shapes and "embed" not in name]
+    excluded = sorted(name for name in linear if f"{name}.weight_scale" not in shapes and "embed" not in name)
+    if path.exists():
+        _exclude(path, folder / "config.json", excluded)
+        return
     first = next(iter(layers.values()))
     kv_cache = "FP8" if any(name.endswith(".k_scale") for name in shapes) else None
     content = hf_formats.configuration(first.algorithm, first.facts, excluded, kv_cache)
@@ -266,6 +273,18 @@ def _describe(folder: Path, layers: dict[int, hf_formats.Layer]) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = hf_formats.config_section(content)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _exclude(quant_config: Path, config: Path, names: list[str]) -> None:
+    """Put the names of the layers without quantization into both files that modelopt wrote."""
+    content = json.loads(quant_config.read_text())
+    content["quantization"]["exclude_modules"] = names
+    quant_config.write_text(json.dumps(content, indent=4))
+    content = json.loads(config.read_text())
+    section = content.get("quantization_config", {})
+    if "ignore" in section:
+        section["ignore"] = names
+        config.write_text(json.dumps(content, indent=2))
 
 
 def _is_matrix(name: str, shape: list[int]) -> bool:

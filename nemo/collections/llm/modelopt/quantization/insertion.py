@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from nemo.utils import logging
 
-from nemo.collections.llm.modelopt.quantization import gated_amax, hf_auto, kv_cache, patterns
+from nemo.collections.llm.modelopt.quantization import auto, gated_amax, hf_auto, kv_cache, patterns
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 
 # Largest value of the formats whose input amax is kept from becoming too small.
@@ -52,14 +52,30 @@ def insert(
     return quantized
 
 
-def keep_amax_from_vanishing(mtq: Any, quantized: Any, algorithm: str) -> None:
+def keep_amax_from_vanishing(mtq: Any, quantized: Any, algorithm: str, formats: dict[str, str] | None = None) -> None:
     """Keep the amax of inputs from becoming so small that later values overflow the format.
 
     Squared ReLU gives activations that are near zero on calibration data and large on others: amax is at least 1 % of
     the format's largest value.
+
+    Args:
+        mtq: ``modelopt.torch.quantization``.
+        quantized: The quantized model.
+        algorithm: Of all layers.
+        formats: Of mixed precision: the format of each layer, layers numbered over all pipeline stages.
     """
+    if formats is None:
+        _clamp(mtq, quantized, "*input_quantizer", algorithm)
+        return
+    for name, module in quantized.named_modules():
+        chosen = formats.get(auto.global_name(quantized, name)) if hasattr(module, "input_quantizer") else None
+        if chosen in _MAXBOUND:
+            _clamp(mtq, quantized, f"{name}.input_quantizer", chosen)
+
+
+def _clamp(mtq: Any, quantized: Any, pattern: str, algorithm: str) -> None:
     lowest = _MIN_AMAX_SHARE * _MAXBOUND.get(algorithm, 0)
-    mtq.postprocess_amax(quantized, "*input_quantizer", lambda amax: torch.clamp(amax, min=lowest))
+    mtq.postprocess_amax(quantized, pattern, lambda amax: torch.clamp(amax, min=lowest))
 
 
 def generate_sample(tools: ModuleType, model: Any) -> None:

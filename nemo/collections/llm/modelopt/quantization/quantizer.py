@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy  # noqa: F401
 import os  # noqa: F401
-import pprint
+import pprint  # noqa: F401
 import shutil  # noqa: F401
 import sys
 import tempfile  # noqa: F401
@@ -43,11 +43,14 @@ from nemo.collections.llm.modelopt.quantization import (
     data_sources,
     decoders,
     export,
+    fingerprint,
+    flow,
     formats,
     hf_auto,
     insertion,
     report,
     settings,
+    state,
 )
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 from nemo.collections.llm.modelopt.quantization.config import ExportConfig, QuantizationConfig
@@ -65,11 +68,8 @@ SUPPORTED_EXPORT_FMT = ["trtllm", "nemo", "hf"]
 KV_QUANT_CFG_CHOICES = {"fp8": "FP8_KV_CFG", "nvfp4": "NVFP4_KV_CFG"}
 AnyPath = Union[Path, str]  # noqa: UP007
 
-# Long enough for `seq_len` tokens of any language's text; the rest of a document would be tokenized in vain.
-_CHARACTERS_PER_TOKEN = 16
 
-
-class Quantizer:
+class Quantizer(flow.CalibrationFlow, state.StateKeeper):
     """Quantizes a NeMo model after training and exports it.
 
     Attributes:
@@ -141,34 +141,6 @@ class Quantizer:
         """Let the quantized model continue two prompts and log what it says."""
         insertion.generate_sample(_collaborators(), model)
 
-    def _get_forward_loop(self, model, rows: list | None = None):
-        """Return the loop that feeds this rank's share of the calibration data.
-
-        Args:
-            model: The ``llm.GPTModel``.
-            rows: Texts to use in place of the configured dataset.
-        """
-        shard = choices.statistics_merge_over_ranks(self._get_quant_cfg(model))
-        get_batches = self._get_microbatches(model, rows, shard)
-        if hf_auto.is_wrapped(model):
-            return hf_auto.forward_loop(model, get_batches)
-        return self.create_megatron_forward_loop(get_batches, num_batches=None)
-
-    def _get_microbatches(self, model, rows: list | None, shard: bool):
-        """Return a function that gives an iterator over the calibration microbatches `[b, s]`."""
-        config = self.quantization_config
-        return create_data_iterator_getter(
-            model,
-            dataset=config.calibration_dataset if rows is None else rows,
-            seq_len=config.calibration_seq_len,
-            batch_size=config.calibration_batch_size,
-            calibration_size=config.calibration_dataset_size if rows is None else len(rows),
-            packed=config.packed,
-            shard=shard,
-            column=config.calibration_column if rows is None else None,
-            seed=config.calibration_shuffle_seed if rows is None else None,
-        )
-
     def _planned_quant_cfgs(self) -> dict[str, dict[str, Any]]:
         return settings.planned_quant_cfgs(self.quantization_config, QUANT_CFG_CHOICES, load_quant_cfg)
 
@@ -212,70 +184,25 @@ class Quantizer:
         searches = algorithm == settings.AUTO
         if searches and forward_loop is not None:
             raise ModelOptConfigError('algorithm="auto" needs calibration data, it cannot run with a forward_loop.')
-        calibrates = not searches and forward_loop is None and mtq.config.need_calibration(quant_cfg)
-        rows, evaluation = None, None
-        if forward_loop is not None:
-            logging.info("A forward_loop was given: without calibration data there is no comparison with the original")
-        elif report.is_comparable(core):
-            rows, evaluation = self._read_rows(model)
-        if calibrates:
-            forward_loop = self._get_forward_loop(model) if rows is None else self._get_forward_loop(model, rows)
-        before = report.evaluate(core, evaluation, title="Original model") if evaluation else None
-
-        logging.info(f"Using quant_cfg:\n{pprint.pformat(quant_cfg)}")
-        if searches:
-            quantized = self._search(model, core, quant_cfg, rows)
-        else:
-            from_file = settings.is_file(algorithm, QUANT_CFG_CHOICES)
-            kv_option = self.quantization_config.enable_kv_cache
-            quantized = insertion.insert(mtq, core, quant_cfg, forward_loop, kv_option, from_file)
-        if decoder_type == "gpt":
-            insertion.keep_amax_from_vanishing(mtq, quantized, algorithm)
+        is_stand_in = not isinstance(core, torch.nn.Module)
+        if is_stand_in or not self._begin(core, self._fingerprint(quant_cfg, forward_loop)):
+            self._calibrate(model, core, quant_cfg, decoder_type, forward_loop)
+            if not is_stand_in:
+                self._keep()
         if is_global_rank_zero():
-            mtq.print_quant_summary(quantized)
+            mtq.print_quant_summary(core)
         if not is_stand_in:
-            after = report.evaluate(core, evaluation, before, "Quantized model") if evaluation else None
-            self.report.update(report.describe(core, before, after))
             report.log(self.report)
         if self.export_config is not None and self.export_config.generate_sample:
             logging.info("Generating a sample output after model quantization.")
             self._generate_sample(model)
         return model
 
-    def _search(self, model, core, quant_cfg: dict[str, Any], rows: list | None):
-        """Choose a format for each layer (mixed precision) and calibrate; return the Megatron-Core model."""
-        offered = settings.auto_formats(self.quantization_config, QUANT_CFG_CHOICES)
-        shard = all(choices.statistics_merge_over_ranks(offer) for offer in offered.values())
-        batches = list(self._get_microbatches(model, rows, shard)())
-        self.report.update(auto.insert(mtq, core, quant_cfg, offered, batches, self.quantization_config))
-        return core
-
-    def _read_rows(self, model) -> tuple[list, list[torch.Tensor]]:
-        """Read the rows: those that calibrate, and the comparison's microbatches `[b, s]` of this rank."""
+    def _fingerprint(self, quant_cfg: dict[str, Any], forward_loop) -> dict[str, Any]:
+        """Return what the result depends on beside the model, see `fingerprint.settings_of`."""
         config = self.quantization_config
-        batches = get_calib_data_iter(
-            data=config.calibration_dataset,
-            batch_size=config.calibration_batch_size,
-            calib_size=config.calibration_dataset_size + config.comparison_size,
-            max_sequence_length=_CHARACTERS_PER_TOKEN * config.calibration_seq_len,
-            column=config.calibration_column,
-            seed=config.calibration_shuffle_seed,
-        )
-        texts = calibration.collect(batches, config.calibration_dataset, config.calibration_dataset_size)
-        used, compared, held_out = calibration.split_rows(
-            len(texts), config.calibration_dataset_size, config.comparison_size
-        )
-        self.report = {"algorithm": config.algorithm, "calibration_rows": len(texts[used]), "held_out": held_out}
-        evaluation = create_data_iterator_getter(
-            model,
-            dataset=texts[compared],
-            seq_len=config.calibration_seq_len,
-            batch_size=config.calibration_batch_size,
-            calibration_size=len(texts[compared]),
-            shard=True,
-        )
-        # A single token has no next one to predict.
-        return texts[used], [batch for batch in evaluation() if batch.shape[1] > 1]
+        offered = settings.auto_formats(config, QUANT_CFG_CHOICES) if config.algorithm == settings.AUTO else {}
+        return fingerprint.settings_of(config, quant_cfg, offered, forward_loop is not None)
 
     def create_megatron_forward_loop(
         self, get_dataloader, num_batches, seq_length=None, micro_batch_size=None, decoder_seq_length=None
@@ -332,7 +259,16 @@ class Quantizer:
         with export.staged(target, beside=isinstance(model, torch.nn.Module)) as folder:
             formats.write(_collaborators(), self, model, model_dir, trainer, folder)
             self._save_tokenizer(model, model_dir, folder, fmt)
+        self._forget()
         export.log_success(target)
+        if isinstance(model, torch.nn.Module) and self.quantization_config.algorithm is not None:
+            self.report.update(report.sizes_on_disk(model_dir, target))
+            if self.export_config.report_path is not None:
+                self.write_report(self.export_config.report_path)
+
+    def write_report(self, folder: AnyPath) -> None:
+        """Write `report` as ``report.json`` and as one self-contained page, ``report.html``, on rank zero."""
+        report.write(self.report, self.quantization_config, Path(folder))
 
 
 def export_hf_checkpoint(
@@ -421,24 +357,19 @@ def create_data_iterator_getter(
         column: See `get_calib_data_iter`.
         seed: See `get_calib_data_iter`.
     """
-    cache: list[torch.Tensor] = []
 
-    def _get_iterator():
-        if not cache:
-            batches = get_calib_data_iter(
-                data=dataset,
-                max_sequence_length=_CHARACTERS_PER_TOKEN * seq_len,
-                batch_size=batch_size,
-                calib_size=calibration_size,
-                column=column,
-                seed=seed,
-            )
-            texts = [text for batch in batches for text in batch]
-            rows = calibration.tokenize(texts, model.tokenizer, seq_len)
-            cache.extend(calibration.arrange(rows, seq_len, batch_size, model.tokenizer, packed, shard))
-        return iter([batch.to(model.device) for batch in cache])
+    def read() -> list:
+        batches = get_calib_data_iter(
+            data=dataset,
+            max_sequence_length=calibration.CHARACTERS_PER_TOKEN * seq_len,
+            batch_size=batch_size,
+            calib_size=calibration_size,
+            column=column,
+            seed=seed,
+        )
+        return [row for batch in batches for row in batch]
 
-    return _get_iterator
+    return calibration.iterator_getter(read, model, seq_len, batch_size, packed, shard)
 
 
 gpt_model_type = decoders.known_models()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,16 +18,29 @@ from nemo.collections.llm.modelopt.quantization import calibration
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 
 KINDS = ("weight", "input", "output", "kv_cache")
+_SHOWN_LAYERS = 3
+# Logits that are worked on at a time, in fp32.
+_LOGITS_BYTES = 64 << 20
+_PLAIN = (str, int, float, bool, list, type(None))
 
 
 @dataclass
 class Evaluation:
-    """Loss over some text, its final hidden states `[s, b, h]` (last stage only), and the error against others."""
+    """How a model does on some text, beside the one it was made of.
+
+    Attributes:
+        loss: Next-token cross entropy, nats for each token.
+        reference_loss: The original's.
+        tokens: Predicted tokens.
+        relative_error: ``||logits - original's|| / ||original's||``.
+        kl: KL(original || model) in nats for each position.
+    """
 
     loss: float
+    reference_loss: float
     tokens: int
-    relative_error: float | None = None
-    hidden: list[torch.Tensor] = field(default_factory=list)
+    relative_error: float
+    kl: float
 
 
 def is_comparable(model: Any) -> bool:
@@ -34,48 +48,78 @@ def is_comparable(model: Any) -> bool:
     return isinstance(model, LanguageModule) and parallel_state.model_parallel_is_initialized()
 
 
+def hidden_states(model, batches: list[torch.Tensor], title: str) -> list[torch.Tensor]:
+    """Return the final hidden states `[s, b, h]` of each microbatch `[b, s]`; nothing before the last pipeline stage.
+
+    They are kept and not logits, which would take v / h times the memory.
+    """
+    was_training = model.training
+    model.eval()
+    found: list[torch.Tensor] = []
+    with calibration.output_layer_skipped(model):
+        calibration.run_forward(model, batches, found.append, title)
+    model.train(was_training)
+    return found
+
+
 @torch.no_grad()
-def evaluate(model, batches: list[torch.Tensor], reference: Evaluation | None = None, title="Evaluation") -> Evaluation:
-    """Measure next-token loss, and the error of the logits relative to those of a reference.
+def evaluate(
+    model, batches: list[torch.Tensor], reference: list[torch.Tensor], title: str = "Evaluation"
+) -> Evaluation:
+    """Measure next-token loss, and how far the logits are from those of the model as it was.
 
     Works on any layout: hidden states exist on the last pipeline stage, where the output layer gives this rank's part
-    `[s, b, v]` of the vocabulary. Hidden states are kept and not logits, which would take v / h times the memory.
+    `[s, b, v]` of the vocabulary, some sequences at a time.
 
     Args:
         model: This rank's Megatron-Core model.
         batches: This data-parallel rank's microbatches `[b, s]`.
-        reference: What this function returned for the same batches before the model changed.
+        reference: What `hidden_states` returned for the same batches before the model changed.
         title: Of the progress bar.
 
     Returns:
-        Loss in nats for each token and ``||logits - reference|| / ||reference||``, over all ranks.
+        The figures over all ranks, see `Evaluation`.
     """
-    was_training = model.training
-    model.eval()
-    hidden: list[torch.Tensor] = []
-    with calibration.output_layer_skipped(model):
-        calibration.run_forward(model, batches, hidden.append, title)
-    sums = torch.zeros(4, dtype=torch.float64, device=batches[0].device)
-    for index, (states, tokens) in enumerate(zip(hidden, batches, strict=False)):
-        logits = _logits(model, states)
-        if reference is not None:
-            expected = _logits(model, reference.hidden[index].to(states.device), quantized=False).double()
-            sums[2] += (logits.double() - expected).square().sum()
-            sums[3] += expected.square().sum()
-        losses = _token_losses(logits, tokens)
-        # Every tensor-parallel rank computes the whole loss: count it once.
-        if parallel_state.get_tensor_model_parallel_rank() == 0:
-            sums[0] += losses.double().sum()
-            sums[1] += losses.numel()
-    model.train(was_training)
+    hidden = hidden_states(model, batches, title)
+    sums = torch.zeros(7, dtype=torch.float64, device=batches[0].device)
+    for states, expected, tokens in zip(hidden, reference, batches, strict=False):
+        columns = max(1, _LOGITS_BYTES // (4 * tokens.shape[1] * _vocabulary(model)))
+        for start in range(0, tokens.shape[0], columns):
+            part = slice(start, start + columns)
+            sums += _sums(model, states[:, part], expected[:, part].to(states.device), tokens[part])
     torch.distributed.all_reduce(sums)
-    loss_sum, tokens, error, norm = sums.tolist()
+    loss, reference_loss, tokens, error, norm, divergence, positions = sums.tolist()
     return Evaluation(
-        loss=loss_sum / max(tokens, 1),
+        loss=loss / max(tokens, 1),
+        reference_loss=reference_loss / max(tokens, 1),
         tokens=int(tokens),
-        relative_error=None if reference is None else math.sqrt(error / norm) if norm else 0.0,
-        hidden=[] if reference is not None else [states.cpu() for states in hidden],
+        relative_error=math.sqrt(error / norm) if norm else 0.0,
+        # Rounding may leave less than nothing where the models agree.
+        kl=max(0.0, divergence / max(positions, 1)),
     )
+
+
+def _vocabulary(model) -> int:
+    return int(getattr(model.output_layer, "output_size_per_partition", model.vocab_size))
+
+
+def _sums(model, states: torch.Tensor, expected: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the sums behind the figures of `Evaluation` [7], of hidden states `[s, b, h]` and tokens `[b, s]`."""
+    # Every tensor-parallel rank computes the whole loss and divergence: they count once.
+    counts = int(parallel_state.get_tensor_model_parallel_rank() == 0)
+    found = torch.zeros(7, dtype=torch.float64, device=states.device)
+    logits = _logits(model, states).float()
+    wanted = _logits(model, expected, quantized=False).float()
+    divergence = _divergence(logits, wanted)
+    found[5] = divergence.double().sum() * counts
+    found[6] = divergence.numel() * counts
+    found[4] = torch.linalg.vector_norm(wanted).double().square()
+    found[3] = torch.linalg.vector_norm(logits - wanted).double().square()
+    losses = _token_losses(logits, tokens)
+    found[0] = losses.double().sum() * counts
+    found[1] = _token_losses(wanted, tokens).double().sum() * counts
+    found[2] = losses.numel() * counts
+    return found
 
 
 def _logits(model, hidden: torch.Tensor, quantized: bool = True) -> torch.Tensor:
@@ -96,10 +140,17 @@ def _logits(model, hidden: torch.Tensor, quantized: bool = True) -> torch.Tensor
 
 
 def _token_losses(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Return cross entropy `[s - 1, b]` of logits `[s, b, v]` against the next token of `[b, s]`."""
+    """Return cross entropy `[s - 1, b]` of fp32 logits `[s, b, v]` (used up) against the next token of `[b, s]`."""
     labels = tokens.t()[1:].contiguous()
-    # Megatron's cross entropy works in place on fp32 logits: give it a copy.
-    return tensor_parallel.vocab_parallel_cross_entropy(logits[:-1].float().clone(), labels)
+    # Megatron's cross entropy works in place on them.
+    return tensor_parallel.vocab_parallel_cross_entropy(logits[:-1], labels)
+
+
+def _divergence(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Return KL(expected || logits) `[s, b]` of logits `[s, b, v]` whose vocabulary may be split over ranks."""
+    from nemo.collections.llm.modelopt.distill import _vocab_parallel
+
+    return _vocab_parallel.kl_divergence(logits, expected, group=parallel_state.get_tensor_model_parallel_group())
 
 
 def _kind(name: str) -> str | None:
@@ -168,13 +219,12 @@ def model_bytes(model) -> tuple[int, int]:
     return int(plain), int(quantized)
 
 
-def describe(model, before: Evaluation | None, after: Evaluation | None, **facts: Any) -> dict[str, Any]:
+def describe(model, found: Evaluation | None, **facts: Any) -> dict[str, Any]:
     """Return the report: a plain dictionary of numbers and strings.
 
     Args:
         model: The quantized Megatron-Core model.
-        before: The original's evaluation, None where nothing was compared.
-        after: The quantized model's evaluation.
+        found: How it does beside the original, None where nothing was compared.
         **facts: Further entries, put first.
     """
     plain, quantized = model_bytes(model)
@@ -184,14 +234,15 @@ def describe(model, before: Evaluation | None, after: Evaluation | None, **facts
         "weight_bytes_before": plain,
         "weight_bytes_after": quantized,
     }
-    if before is not None and after is not None:
+    if found is not None:
         report.update(
-            evaluation_tokens=after.tokens,
-            loss_before=before.loss,
-            loss_after=after.loss,
-            perplexity_before=_perplexity(before.loss),
-            perplexity_after=_perplexity(after.loss),
-            relative_output_error=after.relative_error,
+            evaluation_tokens=found.tokens,
+            loss_before=found.reference_loss,
+            loss_after=found.loss,
+            perplexity_before=_perplexity(found.reference_loss),
+            perplexity_after=_perplexity(found.loss),
+            relative_output_error=found.relative_error,
+            kl_to_original=found.kl,
         )
     return report
 
@@ -208,12 +259,21 @@ def table(report: dict[str, Any]) -> str:
             ("loss (nats/token)", f"{report['loss_before']:.4f}", f"{report['loss_after']:.4f}"),
             ("perplexity", f"{report['perplexity_before']:.2f}", f"{report['perplexity_after']:.2f}"),
             ("relative output error", "", f"{report['relative_output_error']:.2%}"),
+            ("KL to the original (nats)", "", f"{report['kl_to_original']:.2e}"),
         ]
     mib = 2**20
     sizes = (report["weight_bytes_before"] / mib, report["weight_bytes_after"] / mib)
     rows.append(("weights (MiB)", f"{sizes[0]:.2f}", f"{sizes[1]:.2f}"))
     rows += [(f"{kind} quantizers", "0", str(count)) for kind, count in report["quantizers"].items()]
-    return "\n".join(f"  {name:<24}{first:>12}{second:>12}" for name, first, second in rows)
+    lines = [f"  {name:<28}{first:>12}{second:>12}" for name, first, second in rows]
+    for row in report.get("layers", [])[:_SHOWN_LAYERS]:
+        errors = [f"{row[key]:.1f} dB" if key in row else "" for key in ("weight_sqnr_db", "activation_sqnr_db")]
+        lines.append(f"  {row['layer']:<44}{errors[0]:>12}{errors[1]:>12}")
+    if report.get("layers"):
+        lines.insert(
+            -min(len(report["layers"]), _SHOWN_LAYERS), f"  {'layers, worst first':<44}{'weight':>12}{'input':>12}"
+        )
+    return "\n".join(lines)
 
 
 def log(report: dict[str, Any]) -> None:
@@ -223,3 +283,52 @@ def log(report: dict[str, Any]) -> None:
     where = "held-out" if report.get("held_out") else "calibration"
     tokens = f" on {report['evaluation_tokens']} {where} tokens" if "evaluation_tokens" in report else ""
     logging.info(f"Quantization with {report.get('algorithm')}{tokens}:\n{table(report)}")
+
+
+def bytes_on_disk(folder: Path) -> int | None:
+    """Return the bytes that a model takes on disk; None for what is no folder.
+
+    Of a NeMo checkpoint the entries of the model count, by the index of the files: the optimizer's are left out.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return None
+    index = folder / "weights" / ".metadata"
+    if not index.is_file():
+        return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    from torch.distributed.checkpoint import FileSystemReader
+
+    stored = FileSystemReader(str(index.parent)).read_metadata().storage_data or {}
+    return sum(place.length for key, place in stored.items() if not key.fqn.startswith("optimizer"))
+
+
+def sizes_on_disk(original: Any, exported: Path) -> dict[str, int]:
+    """Return "disk_bytes_before" and "disk_bytes_after" as rank zero measured them; all ranks must call."""
+    found: list[Any] = [None]
+    if is_global_rank_zero():
+        sizes = {"disk_bytes_before": bytes_on_disk(original), "disk_bytes_after": bytes_on_disk(exported)}
+        found = [{name: size for name, size in sizes.items() if size is not None}]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def write(content: dict[str, Any], config: Any, folder: Path) -> None:
+    """Write the report's files on rank zero; a failure is logged, as the checkpoint it speaks of is there and right.
+
+    Args:
+        content: The report.
+        config: The QuantizationConfig.
+        folder: For the files.
+    """
+    if not is_global_rank_zero():
+        return
+    from nemo_modelopt_dropin import quantization_report
+
+    settings = {name: str(value) if not isinstance(value, _PLAIN) else value for name, value in vars(config).items()}
+    try:
+        page = quantization_report.write({**content, "settings": settings}, folder)
+    except (OSError, ImportError) as error:
+        logging.error(f"The report could not be written to {folder}: {error}")
+        return
+    logging.info(f"The report of the quantization is {page}.")

@@ -5,8 +5,12 @@ from __future__ import annotations
 import copy
 import fnmatch
 import os
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from nemo.utils.get_rank import is_global_rank_zero
 
 import modelopt.torch.quantization as mtq
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError, one_of
@@ -198,6 +202,9 @@ def check_quantization(config: Any, kv_formats: dict[str, str]) -> None:
     _check_number("calibration_batch_size", config.calibration_batch_size, 1)
     _check_number("calibration_seq_len", config.calibration_seq_len, 2)
     _check_number("comparison_size", config.comparison_size, 0)
+    _check_number("comparison_tokens", config.comparison_tokens, 2)
+    if config.sensitivity_scan and not config.comparison_size:
+        raise ModelOptConfigError("sensitivity_scan=True compares on held-out rows: comparison_size=0 leaves none.")
     if config.calibration_shuffle_seed is not None:
         _check_number("calibration_shuffle_seed", config.calibration_shuffle_seed, 0)
     column = config.calibration_column
@@ -219,5 +226,31 @@ def check_export(config: Any, formats: list, dtypes: list) -> None:
     if config.dtype not in dtypes:
         raise ModelOptConfigError(f"Unsupported export dtype: dtype={config.dtype!r}; allowed: {dtypes}.")
     one_of("verify", config.verify, ["full", "files", "none"])
+    check_writable(config.path)
     _check_number("inference_tp", config.inference_tp, 1)
     _check_number("inference_pp", config.inference_pp, 1)
+
+
+def check_writable(path: Path) -> None:
+    """Raise where no folder can be made at a path; a rank of another machine may see another file system.
+
+    Raises:
+        ModelOptConfigError: Naming what is in the way.
+    """
+    if not is_global_rank_zero():
+        return
+    place = Path(path).absolute()
+    reason = f"{place} is a file" if place.is_file() else None
+    place = place.parent
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if place.is_file():
+        reason = f"{place} is a file"
+    elif reason is None:
+        try:
+            # Permissions do not tell all: file systems may be read-only, or virtual.
+            os.rmdir(tempfile.mkdtemp(prefix=".writable-", dir=place))
+        except OSError as error:
+            reason = f"{place} cannot be written to ({error.strerror})"
+    if reason:
+        raise ModelOptConfigError(f"path={str(path)!r}: {reason}; give an export path in a folder that can be written.")

@@ -1,0 +1,204 @@
+"""The error that quantization makes in each layer, and how much each group of layers costs the model.
+
+The signal-to-quantization-noise ratio is ``10 log10(sum(x^2) / sum((x - Q(x))^2))`` decibels: 6 dB more are a bit more.
+Weights are compared as the quantizer sees them: AWQ and SmoothQuant have scaled them, and the inputs inversely.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
+from nemo.collections.llm.modelopt.quantization import auto
+from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
+
+# Calls of each quantizer that are compared: about microbatches, all of a layer's inputs look alike.
+COMPARED_CALLS = 4
+# Of a quantizer that changes nothing.
+_EXACT_DB = 200.0
+_GROUP = re.compile(r"^(.*?layers\.\d+\.[^.]+)\.")
+
+Sums = dict[str, torch.Tensor]
+
+
+def _parts(quantizer: Any) -> list[Any]:
+    return list(quantizer) if isinstance(quantizer, SequentialQuantizer) else [quantizer]
+
+
+def enabled_quantizers(core: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield name and quantizer of those that change a value; of a sequence, the whole."""
+    for name, module in core.named_modules():
+        inner = name.rpartition(".")[2].isdigit()
+        is_quantizer = isinstance(module, (TensorQuantizer, SequentialQuantizer)) and not inner
+        if is_quantizer and any(part.is_enabled for part in _parts(module)):
+            yield name, module
+
+
+def _sums(value: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
+    """Return the sums of squares of a value and of its error, [2]."""
+    signal, noise = value.float(), value.float() - quantized.float()
+    return torch.stack([torch.linalg.vector_norm(part).double().square() for part in (signal, noise)])
+
+
+@contextlib.contextmanager
+def recorded(core: torch.nn.Module, wanted: bool = True, calls: int = COMPARED_CALLS) -> Iterator[Sums]:
+    """Give a dictionary that receives, inside of the context, the sums `[2]` of the quantizers of activations.
+
+    Args:
+        core: This rank's quantized Megatron-Core model.
+        wanted: False records nothing.
+        calls: Of each quantizer; later ones are let pass.
+    """
+    found: Sums = {}
+    left: dict[str, int] = {}
+    hooks = []
+
+    def watch(name: str) -> Callable:
+        def hook(quantizer, arguments, output):
+            parts = _parts(quantizer)
+            if left[name] <= 0 or not any(part.is_enabled for part in parts) or not arguments[0].numel():
+                return
+            left[name] -= 1
+            value, scale = arguments[0], getattr(parts[0], "pre_quant_scale", None)
+            sums = _sums(value if scale is None else value * scale, output)
+            found[name] = found[name] + sums if name in found else sums
+
+        return hook
+
+    if wanted:
+        for name, quantizer in enabled_quantizers(core):
+            if not name.endswith("weight_quantizer"):
+                left[name] = calls
+                hooks.append(quantizer.register_forward_hook(watch(name)))
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def of_weights(core: torch.nn.Module) -> Sums:
+    """Return the sums `[2]` of every weight quantizer, by its name."""
+    found = {}
+    for name, quantizer in enabled_quantizers(core):
+        weight = getattr(core.get_submodule(name.rpartition(".")[0]), "weight", None)
+        if name.endswith(".weight_quantizer") and isinstance(weight, torch.Tensor):
+            found[name] = _sums(weight, quantizer(weight))
+    return found
+
+
+def format_of(quantizer: Any) -> str:
+    """Return the number formats of a quantizer, such as "int4/128 + fp8" (blocks of 128, then FP8)."""
+    names = []
+    for part in _parts(quantizer):
+        bits, blocks = part.num_bits, (part.block_sizes or {}).get(-1)
+        kind = "fp" if isinstance(bits, (tuple, list)) else "int"
+        names.append(f"{kind}{choices.bits_of(bits)}" + (f"/{blocks}" if blocks else ""))
+    return " + ".join(names)
+
+
+def decibels(signal: float, noise: float) -> float | None:
+    """Return the ratio in dB; None where there was no signal."""
+    if signal <= 0:
+        return None
+    return _EXACT_DB if noise <= 0 else round(min(_EXACT_DB, 10 * math.log10(signal / noise)), 2)
+
+
+def table(core: torch.nn.Module, activations: Sums) -> list[dict[str, Any]]:
+    """Return a row for each quantized layer of all pipeline stages, worst first; all ranks must call.
+
+    Args:
+        core: This rank's quantized Megatron-Core model.
+        activations: What `recorded` gave; empty where nothing ran.
+    """
+    sums = {**of_weights(core), **activations}
+    names = sorted(name for name, _ in enabled_quantizers(core))
+    device = next(core.parameters()).device
+    nothing = torch.zeros(2, dtype=torch.float64, device=device)
+    stacked = torch.stack([sums.get(name, nothing).to(device) for name in names] or [nothing])
+    if parallel_state.model_parallel_is_initialized():
+        # Of a whole input every tensor-parallel rank adds the same to signal and noise: their ratio stays.
+        group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        torch.distributed.all_reduce(stacked, group=group)
+    entries = []
+    for name, (signal, noise) in zip(names, stacked.tolist(), strict=False):
+        layer, _, leaf = auto.global_name(core, name).rpartition(".")
+        entries.append((layer, leaf, format_of(core.get_submodule(name)), signal, noise))
+    if parallel_state.model_parallel_is_initialized():
+        stages = auto.gather(entries, parallel_state.get_pipeline_model_parallel_group())
+        entries = [entry for stage in stages for entry in stage]
+    return _rows(entries)
+
+
+def _rows(entries: list[tuple]) -> list[dict[str, Any]]:
+    """Return a row for each layer of (layer, quantizer, format, signal, noise): its weight's and activations' error."""
+    rows: dict[str, dict[str, Any]] = {}
+    totals: dict[tuple[str, str], list[float]] = {}
+    for layer, leaf, fmt, signal, noise in entries:
+        kind = "weight" if leaf == "weight_quantizer" else "activation"
+        row = rows.setdefault(layer, {"layer": layer})
+        row.setdefault(f"{kind}_format", fmt)
+        total = totals.setdefault((layer, kind), [0.0, 0.0])
+        total[0] += signal
+        total[1] += noise
+    for (layer, kind), (signal, noise) in totals.items():
+        ratio = decibels(signal, noise)
+        if ratio is not None:
+            rows[layer][f"{kind}_sqnr_db"] = ratio
+    return sorted(rows.values(), key=_worst)
+
+
+def _worst(row: dict[str, Any]) -> tuple[float, str]:
+    return min((row[key] for key in ("weight_sqnr_db", "activation_sqnr_db") if key in row), default=math.inf), row[
+        "layer"
+    ]
+
+
+def group_of(name: str) -> str:
+    """Return the group of a quantizer: its layer's attention or MLP, or the module that has it."""
+    found = _GROUP.match(name)
+    return found.group(1) if found else name.rpartition(".")[0]
+
+
+def sensitivity(core: torch.nn.Module, measure: Callable[[str], dict[str, float]]) -> list[dict[str, Any]]:
+    """Return what each group of layers costs when it alone is quantized, worst first; all ranks must call.
+
+    Scales that calibration has put on inputs stay, as the weights carry their inverse.
+
+    Args:
+        core: This rank's quantized Megatron-Core model.
+        measure: Runs the model and returns figures; called with the group's name. The first figure ranks.
+    """
+    own: dict[str, list[Any]] = {}
+    for name, quantizer in enabled_quantizers(core):
+        parts = [part for part in _parts(quantizer) if part.is_enabled]
+        own.setdefault(group_of(auto.global_name(core, name)), []).extend(parts)
+    groups = set(own)
+    if torch.distributed.is_initialized():
+        groups = set().union(*auto.gather(groups))
+    everything = [part for parts in own.values() for part in parts]
+    rows = []
+    try:
+        for group in sorted(groups, key=_natural):
+            for part in everything:
+                part.disable_quant()
+            for part in own.get(group, []):
+                part.enable_quant()
+            rows.append({"group": group, **measure(group)})
+    finally:
+        for part in everything:
+            part.enable_quant()
+    ranked = [key for key in (rows[0] if rows else {}) if key != "group"][:1]
+    return sorted(rows, key=lambda row: [-row[key] for key in ranked])
+
+
+def _natural(name: str) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,160 @@
+"""The calibrated state: saved, loaded bit for bit, refused where it does not belong, kept when an export fails."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from test_code import jobs_quant, jobs_state
+from test_code.ranks import RankError, RankPool
+
+AWQ = {"algorithm": "int4_awq", "awq_block_size": 16}
+AUTO = {"algorithm": "auto", "awq_block_size": 16, "auto_quantize_bits": 9.0}
+# A format in two steps, of which a search may choose one for this layer and the other for that.
+AUTO_W4A8 = {**AUTO, "auto_quantize_formats": ["w4a8_awq", "fp8"]}
+
+
+@pytest.fixture(scope="module")
+def work(ranks_factory, tmp_path_factory):
+    """Return a folder with a trained checkpoint of a tiny llm.LlamaModel and a calibration file."""
+    folder = tmp_path_factory.mktemp("state")
+    ranks_factory(1).run(jobs_quant.make_checkpoint, str(folder / "llama"), True)
+    jobs_quant.corpus(folder / "text.jsonl")
+    return folder
+
+
+def paths(work) -> tuple[str, str, str]:
+    return str(work / "llama"), str(work / "text.jsonl"), str(work)
+
+
+def files_of(folder) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "runs"),
+    [
+        (1, 1, [{**AWQ, "hf": True}, {"algorithm": "int8_sq", "hf": True}, {"algorithm": "fp8"}, AUTO_W4A8]),
+        (2, 1, [{**AWQ, "hf": True}, AUTO]),
+        (1, 2, [{"algorithm": "w4a8_awq", "awq_block_size": 16}]),
+        (1, 1, [{"algorithm": "fp8"}]),
+    ],
+    ids=["one", "tp2", "pp2", "dp2"],
+)
+def test_a_loaded_state_is_the_calibrated_model(ranks, work, tp, pp, runs, request):
+    size = 1 if request.node.callspec.id == "one" else 2
+    results = ranks(size).run(jobs_state.save_and_load, *paths(work), tp, pp, runs, timeout=300)
+    for result in results:
+        for run, outcome in zip(runs, result, strict=True):
+            assert not outcome["unequal"], (run, outcome["unequal"][:8])
+            assert outcome["size"] > 50 and outcome["reports"][0] == outcome["reports"][1]
+            assert outcome["forward"][0] > 0 and outcome["forward"][1:] == (0, 0)
+            # Data-parallel replicas share a file.
+            assert outcome["state"] == [f"tp{t}_pp{p}_ep0.pt" for t in range(tp) for p in range(pp)]
+            if outcome["hf"]:
+                calibrated, loaded = (files_of(work / path.rpartition("/")[2]) for path in outcome["hf"])
+                assert len(calibrated) > 5 and calibrated == loaded
+
+
+def test_a_state_is_refused_where_it_does_not_belong(ranks, work):
+    errors = ranks(1).run(jobs_state.load_errors, *paths(work))[0]
+    for label, words in {
+        "nothing calibrated": ["call quantize(model) first"],
+        "algorithm": ["algorithm was 'fp8', now 'int8'", "Delete it to calibrate anew"],
+        "option": ["bmm_quantizer", "now 'absent'"],
+        "sequence": ["calibration_seq_len was 32, now 16"],
+        "data": ["calibration_dataset was", "other.jsonl"],
+        "weights": ["model.decoder.final_layernorm.weight was '[64] float32 checksum", "now '[64] float32 checksum"],
+        "broken": ["tp0_pp0_ep0.pt cannot be read"],
+        "empty": ["it has no tp0_pp0_ep0.pt but []"],
+        "missing": ["there is no folder", "save_state writes one"],
+    }.items():
+        for word in words:
+            assert word in errors[label], (label, errors[label])
+    for error in ranks(2).run(jobs_state.wrong_layout, *paths(work)[:2], str(work / "one-state")):
+        assert "it has no tp1_pp0_ep0.pt" in error or "tensor parallel size was 1, now 2" in error
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_checksum_sees_every_bit_and_every_place(dtype):
+    from nemo.collections.llm.modelopt.quantization import fingerprint
+
+    value = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    swapped, changed = value.clone(), value.clone()
+    swapped[[3, 700]] = value[[700, 3]]
+    changed[5] = torch.nextafter(changed[5:6], torch.full((1,), 9, dtype=dtype))[0] if dtype.itemsize > 2 else 0.0
+    sums = [fingerprint.checksum(tensor) for tensor in (value, swapped, changed, value.clone())]
+    assert len(set(sums)) == 3 and sums[0] == sums[3]
+
+
+def test_data_in_memory_is_told_apart():
+    from nemo.collections.llm.modelopt.quantization import fingerprint
+    from nemo.collections.llm.modelopt.quantization.config import QuantizationConfig
+
+    def stamp(data):
+        return fingerprint.settings_of(QuantizationConfig(calibration_dataset=data), {}, {}, False)
+
+    assert fingerprint.differences(stamp(["a b", "c"]), stamp(["a b", "c"])) == []
+    (line,) = fingerprint.differences(stamp(["a b", "c"]), stamp(["a b", "d"]))
+    assert line.startswith("calibration_content was '2 rows, checksum")
+    assert fingerprint.differences(stamp([[1, 2]]), stamp([[1, 3]]))
+
+
+# --- failures in the middle of an export ---
+
+
+@pytest.mark.parametrize("fmt", ["nemo", "hf"])
+def test_a_full_disk_leaves_the_state_and_nothing_else(ranks, work, fmt):
+    out = work / f"full-{fmt}"
+    checkpoint, data, _ = paths(work)
+    failed = ranks(1).run(jobs_state.ptq_that_fails, checkpoint, data, str(out), fmt, "full")[0]
+    assert "File too large" in failed["error"], failed["error"]
+    assert failed["left"] == [f"{out.name}.calibration-state"] and failed["forward"] > 0
+    again = ranks(1).run(jobs_state.ptq_that_fails, checkpoint, data, str(out), fmt, "")[0]
+    assert again["error"] == "" and again["left"] == [out.name]
+    for name, amax in failed["amax"].items():
+        assert torch.equal(again["amax"][name], amax)
+
+
+def test_killed_in_the_middle_of_an_export(work, tmp_path):
+    out, (checkpoint, data, _) = work / "killed", paths(work)
+    run = (jobs_state.ptq_that_fails, checkpoint, data, str(out), "nemo")
+    pool = RankPool(2, tmp_path)
+    try:
+        with pytest.raises(RankError, match="the process died"):
+            pool.run(*run, "killed", tp=2, **AWQ)
+        assert not out.exists() and (work / ".killed.partial").is_dir()
+        assert (work / "killed.calibration-state").is_dir()
+        again = pool.run(*run, "", tp=2, **AWQ)
+    finally:
+        pool.close()
+    assert again[0]["error"] == "" and again[0]["forward"] == 0 and again[0]["left"] == ["killed"]
+    assert (out / "weights" / "modelopt_state").is_dir() and (out / "context").is_dir()
+
+
+def test_a_kept_state_of_another_run_is_not_used(ranks, work):
+    out, (checkpoint, data, _) = work / "changed", paths(work)
+    run = (jobs_state.ptq_that_fails, checkpoint, data, str(out), "nemo")
+    failed = ranks(1).run(*run, "full")[0]
+    again = ranks(1).run(*run, "", "int8")[0]
+    assert failed["error"] and again["error"] == "" and again["forward"] > 0
+    assert set(again["amax"]) < set(failed["amax"]), "int8 leaves the KV cache alone"
+    assert again["left"] == ["changed"]
+
+
+def test_a_path_that_cannot_be_written_is_refused_before_anything_is_loaded(cpu_backend, tmp_path):
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+    from nemo.collections.llm.modelopt.quantization import quantizer as q
+
+    (tmp_path / "file").write_text("")
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "some words"}))
+    config = q.QuantizationConfig(calibration_dataset=str(tmp_path / "text.jsonl"))
+    for path, reason in {
+        tmp_path / "file" / "out": "is a file",
+        tmp_path / "file": "is a file",
+        "/proc/no/such": "cannot be written",
+    }.items():
+        with pytest.raises(ModelOptConfigError, match=f"path=.*{reason}"):
+            q.Quantizer(config, q.ExportConfig(path=str(path), export_format="nemo"))
