@@ -24,7 +24,16 @@ from nemo_modelopt_dropin.command_line import (
 )
 
 ALGORITHMS = ("no_quant", "auto", "int8", "int8_sq", "fp8", "block_fp8", "int4_awq", "w4a8_awq", "int4", "nvfp4")
-PATHS = ("nemo_checkpoint", "tokenizer", "calibration_dataset", "auto_quantize_checkpoint", "export_path", "algorithm")
+PATHS = (
+    "nemo_checkpoint",
+    "tokenizer",
+    "calibration_dataset",
+    "auto_quantize_checkpoint",
+    "export_path",
+    "calibration_state",
+    "report_path",
+    "algorithm",
+)
 _FOLDERS = {"trtllm": "./qnemo_{algorithm}_tp{inference_tp}_pp{inference_pp}", "hf": "./hf_{algorithm}"}
 
 
