@@ -83,7 +83,7 @@ def distillation_model(teacher_path, settings=None, student=None, teacher_overri
 
 
 def distill(
-    teacher_path, settings=None, student=None, steps=4, data=None, teacher_overrides=None, metrics=False, **layout
+    teacher_path, settings=None, student=None, steps=6, data=None, teacher_overrides=None, metrics=False, **layout
 ):
     """Distil and return the loss of each step, or with ``metrics`` everything logged and the validation losses."""
     model = distillation_model(teacher_path, settings, student, teacher_overrides)
@@ -204,7 +204,7 @@ def kl_loss_against_plugin():
 
 def load_teacher(path, where="", after_fit=False):
     """Save a teacher on one rank each, load it with TP=2, and return (prefix in the file, differences, left random)."""
-    from nemo.collections.llm.modelopt.distill import _teacher
+    from nemo.collections.llm.modelopt import _saved_keys
     from nemo.collections.llm.modelopt.distill.utils import teacher_provider
 
     own = os.path.join(teacher(path, after_fit), where)
@@ -220,7 +220,7 @@ def load_teacher(path, where="", after_fit=False):
     pairs = zip(model.named_parameters(), again.parameters(), strict=True)
     differences = {name: float((a - b).abs().max()) for (name, a), b in pairs}
     unset = [name for name, a in model.named_parameters() if not a.isfinite().all()]
-    return _teacher.saved_prefix(_teacher.saved_keys(own)), differences, unset
+    return _saved_keys.saved_prefix(_saved_keys.saved_keys(own)), differences, unset
 
 
 def pipeline_shapes():
@@ -289,7 +289,7 @@ def curves_by_micro_batch(teacher_path, per_token):
 
 def checkpoint_of_student(teacher_path, settings, path):
     """Distil, save, and return (keys in the file, loss when a plain model trains on from it, numbers of parameters)."""
-    from nemo.collections.llm.modelopt.distill import _teacher
+    from nemo.collections.llm.modelopt import _saved_keys
 
     student = {"hidden_size": 32}
     model = distillation_model(teacher_path, settings, student)
@@ -303,7 +303,7 @@ def checkpoint_of_student(teacher_path, settings, path):
     ranks.reset()
     plain = tiny.model(ffn_hidden_size=64, **student)
     continued = tiny.fit(plain, max_steps=1, restore=path, tp=2)
-    return _teacher.saved_keys(path), losses, continued, moved, in_buffers - trainable, teacher_trains
+    return _saved_keys.saved_keys(path), losses, continued, moved, in_buffers - trainable, teacher_trains
 
 
 def refusals(teacher_path, settings):

@@ -107,6 +107,100 @@ def dataset(path, rows: int = 10) -> str:
     return str(path)
 
 
+# --- pruning ---
+
+
+@contextlib.contextmanager
+def known_norms():
+    """Let modelopt know PyTorch's RMSNorm inside of the context; without Transformer Engine it stops there.
+
+    modelopt 0.43 hands the shared hidden size to a norm's set-up; its class for ``nn.LayerNorm`` does not take it.
+    """
+    from modelopt.torch.nas.modules import _DynamicLayerNorm
+    from modelopt.torch.nas.registry import DMRegistry
+
+    class Norm(_DynamicLayerNorm):
+        def _setup(self, *, num_features):
+            self._register_hparam("num_features", num_features)
+            self._register_dynamic_attribute("weight", self._cut_to_active_features)
+            self._register_dynamic_attribute("normalized_shape", self._get_normalized_shape)
+
+    DMRegistry.register({torch.nn.RMSNorm: "nn.RMSNorm"})(Norm)
+    try:
+        yield
+    finally:
+        DMRegistry.unregister(torch.nn.RMSNorm)
+
+
+def prune_as_stock(pruner, model, config, data, run) -> None:
+    """Call stock's function so that modelopt 0.43 takes it: norms known, and modelopt's model not in NeMo's wrapper.
+
+    Stock gives the wrapper to modelopt, and what modelopt gives back to NeMo; each wants the other.
+    """
+    from unittest import mock
+
+    validate = pruner.llm.validate
+
+    def validate_wrapped(core, **settings):
+        with torch.enable_grad():  # the set-up of a trainer builds Megatron's DDP
+            return validate(model, **settings)
+
+    with known_norms(), mock.patch.object(pruner.llm, "validate", validate_wrapped):
+        pruner.prune_language_model(tiny.core(model), config, data, run)
+
+
+def pruned(path: str, request: dict, **sizes):
+    """Prune a model on one rank, save it, and return its weights and sizes.
+
+    Args:
+        path: Where to save it, with "-ours" or "-stock" behind it.
+        request: Settings of a PruningConfig.
+        **sizes: Sizes of the model.
+    """
+    from nemo.collections.llm.modelopt.prune import PruningConfig, pruner
+    from test_code import jobs_prune
+
+    with first(1) as member:
+        if not member:
+            return None
+        model, data, run = jobs_prune.build(**sizes)
+        config = PruningConfig(**request)
+        who = "stock" if "site-packages" in pruner.__file__ else "ours"
+        if who == "stock" and not config.drop_layers:
+            prune_as_stock(pruner, model, config, data, run)
+        else:
+            pruner.prune_language_model(model, config, data, run)
+        pruner.save_pruned_model(run, f"{path}-{who}")
+        return jobs_prune.weights(model), jobs_prune.sizes(model)
+
+
+def pruning_errors(request: dict, **sizes) -> list[str]:
+    """Return what stops stock without help, and what does when modelopt knows the norms."""
+    from nemo.collections.llm.modelopt.prune import PruningConfig, pruner
+    from test_code import jobs_prune
+
+    found: list[str] = []
+    for help_ in (contextlib.nullcontext, known_norms):
+        with first(1) as member:
+            if not member:
+                continue
+            model, data, run = jobs_prune.build(**sizes)
+            try:
+                with help_():
+                    pruner.prune_language_model(model, PruningConfig(**request), data, run)
+            except (KeyError, AssertionError) as error:
+                found.append(str(error))
+    return found
+
+
+def pruned_weights(path: str):
+    """Load a checkpoint on one rank; return its weights and validation losses."""
+    from test_code import jobs_prune
+
+    with first(1) as member:
+        return jobs_prune.loaded_weights(path) if member else None
+
+
 # --- distillation ---
 
 

@@ -115,6 +115,39 @@ def test_the_kv_cache_deviates_by_being_quantized(both):
     assert_same(common, stock["state"])
 
 
+# --- pruning ---
+
+# On modelopt 0.43's grid, hidden sizes in steps of 256 and ffn sizes in steps of 512: stock ignores other targets.
+WIDE = {"hidden_size": 512, "ffn_hidden_size": 1024, "num_attention_heads": 8, "num_query_groups": 4, "num_layers": 2}
+REQUESTS = {
+    "hidden": {"target_hidden_size": 256},
+    "ffn": {"target_ffn_hidden_size": 512},
+    "heads": {"target_num_attention_heads": 4, "target_num_query_groups": 4},
+    "width": {"target_hidden_size": 256, "target_ffn_hidden_size": 512},
+    "depth": {"target_num_layers": 2},
+    "dropped layers": {"drop_layers": [2, 3]},
+}
+
+
+@pytest.mark.parametrize("case", REQUESTS)
+def test_pruned_weights_equal_stock(both, ranks_factory, tmp_path, case):
+    """Stock is helped over what stops it (modelopt 0.43, no Transformer Engine), and we read what it saves."""
+    sizes = {} if case in ("depth", "dropped layers") else WIDE
+    ours, stock = both(jobs_parity.pruned, str(tmp_path / "pruned"), REQUESTS[case], **sizes)
+    assert ours[0][1] == stock[0][1]
+    assert assert_same(ours[0][0], stock[0][0]) >= 15
+    loaded, losses = ranks_factory(4).run(jobs_parity.pruned_weights, str(tmp_path / "pruned-stock"))[0]
+    assert_same(loaded, stock[0][0])
+    assert losses
+
+
+def test_pruning_deviates_by_running(stock_ranks):
+    """Stock stops without Transformer Engine, and with modelopt 0.43, which wants the model out of NeMo's wrapper."""
+    norms, wrapper = stock_ranks(4).run(jobs_parity.pruning_errors, REQUESTS["depth"])[0]
+    assert "RMSNorm" in norms and "not registered" in norms
+    assert "Input should be unwrapped MCore model" in wrapper
+
+
 # --- distillation -----------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
+from nemo.collections.llm.modelopt import _saved_keys
 from nemo.collections.llm.modelopt.distill import _teacher, utils
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from test_code import jobs_distill as jobs
@@ -165,7 +166,7 @@ def test_what_loading_took_is_released(empty_cache):
     ],
 )
 def test_prefix_is_read_from_the_checkpoint(keys, prefix):
-    assert _teacher.saved_prefix(keys) == prefix
+    assert _saved_keys.saved_prefix(keys) == prefix
 
 
 def test_only_missing_extra_state_leaves_the_request():

@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from nemo.collections.llm.inference.base import _setup_trainer_and_restore_model
 from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
 from nemo.lightning.io.pl import ckpt_to_weights_subdir
+from nemo.lightning.megatron_parallel import MegatronParallel
 from nemo.utils import logging
 from nemo.utils.import_utils import safe_import
 from nemo.utils.model_utils import unwrap_model
@@ -22,7 +23,7 @@ from nemo.utils.model_utils import unwrap_model
 import modelopt.torch.opt as mto
 from nemo import lightning as nl
 from nemo.collections import llm
-from nemo.collections.llm.modelopt import _moved
+from nemo.collections.llm.modelopt import _moved, _saved_keys
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError, one_of
 
 _, HAVE_TE = safe_import("transformer_engine")
@@ -42,7 +43,6 @@ else:
 if TYPE_CHECKING:
     import lightning.pytorch as pl
     from lightning.fabric.plugins import CheckpointIO
-    from nemo.lightning.megatron_parallel import MegatronParallel
 
 __all__ = ["set_modelopt_spec_if_exists_in_ckpt", "setup_trainer_and_restore_model_with_modelopt_spec"]
 
@@ -301,6 +301,8 @@ def restore_modelopt_state(
 ) -> None | Callable:
     """Convert a model as its checkpoint says (quantizers, pruned sizes ...), before weights are loaded.
 
+    NeMo's strategy calls it before every load, and then finds the weights under whatever prefix they were saved.
+
     Args:
         model: The model, wrapped or not.
         path: The checkpoint; by default the one the trainer restores or resumes from.
@@ -315,6 +317,8 @@ def restore_modelopt_state(
         return None
 
     core_model = unwrap_model(model)
+    if isinstance(model, MegatronParallel):
+        _saved_keys.follow_saved_prefix(model.trainer.strategy, path)
     if mto.ModeloptStateManager.is_converted(core_model):
         logging.info("Model Optimizer state already restored from checkpoint. Skipping.")
         return None

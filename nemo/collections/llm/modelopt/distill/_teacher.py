@@ -1,18 +1,13 @@
-"""What `teacher_provider` needs: the teacher's configuration, the keys of its checkpoint, and the strictness."""
+"""What `teacher_provider` needs: the teacher's configuration, its vocabulary, and the strictness of loading."""
 
 from __future__ import annotations
 
-import collections
 import copy
-import os
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.core import check_is_distributed_checkpoint
-from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.validation import StrictHandling, parse_strict_flag
 from nemo.lightning import get_vocab_size
-from nemo.lightning.io.pl import ckpt_to_weights_subdir
 from nemo.utils import logging
 
 from ..errors import ModelOptConfigError
@@ -46,7 +41,6 @@ _SPLIT = (
     "account_for_loss_in_pipeline_split",
 )
 _LENIENT = (StrictHandling.LOG_UNEXPECTED, StrictHandling.LOG_ALL, StrictHandling.IGNORE_ALL)
-_MODULE = "module."
 _EXTRA_STATE = "_extra_state"
 
 
@@ -135,37 +129,6 @@ def is_strict(strict: Any) -> bool | None:
         allowed = [member.value for member in StrictHandling]
         raise ModelOptConfigError(f"ckpt_load_strictness={strict!r} is not supported; allowed: {allowed}.") from error
     return flag in (StrictHandling.ASSUME_OK_UNEXPECTED, StrictHandling.RAISE_UNEXPECTED, StrictHandling.RAISE_ALL)
-
-
-def strip_module_prefix(key: str) -> str:
-    """Return a key without the ``module.`` that each wrapper put in front of it; inside, the word is left alone."""
-    while key.startswith(_MODULE):
-        key = key[len(_MODULE) :]
-    return key
-
-
-def saved_keys(ckpt_path: Any) -> list[str]:
-    """Return the keys of the tensors and objects in a distributed checkpoint; empty where there is none to look at."""
-    if not isinstance(ckpt_path, (str, os.PathLike)):
-        return []
-    folder = ckpt_to_weights_subdir(ckpt_path, is_saving=False)
-    if not folder.is_dir() or not check_is_distributed_checkpoint(str(folder)):
-        return []
-    return list(load_sharded_metadata(str(folder)))
-
-
-def saved_prefix(keys: list[str]) -> str:
-    """Return what the keys of a checkpoint's weights begin with: ``module.`` once for each wrapper, once by default.
-
-    NeMo's callbacks save inside of ``fit`` (``module.``); afterwards the DDP wrapper is off or on, and
-    ``trainer.save_checkpoint`` writes ``module.module.`` or ``module.``. Optimizer entries do not count.
-    """
-    depths: collections.Counter[int] = collections.Counter()
-    for key in keys:
-        name = strip_module_prefix(key)
-        if not name.startswith("optimizer."):
-            depths[(len(key) - len(name)) // len(_MODULE)] += 1
-    return _MODULE * depths.most_common(1)[0][0] if depths else _MODULE
 
 
 def drop_missing_extra_state(sharded: Any, keys: list[str]) -> None:

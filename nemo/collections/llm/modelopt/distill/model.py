@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import fiddle as fdl
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
@@ -19,9 +20,10 @@ import modelopt.torch.distill as mtd
 from nemo.collections import llm
 
 from .. import _moved
+from .._saved_keys import strip_module_prefix
 from ..errors import ModelOptConfigError
 from ._config import check_models, read_distillation_config
-from ._teacher import check_vocabularies, derive_teacher_config, may_leave_weights_unset, strip_module_prefix
+from ._teacher import check_vocabularies, derive_teacher_config, may_leave_weights_unset
 from .loss import sum_value_over
 from .utils import adjust_distillation_model_for_mcore, load_distillation_config, teacher_provider
 
@@ -35,6 +37,8 @@ average_losses_across_data_parallel_group = _moved.find("average_losses_across_d
 # Names of the balancer's results, in the order of the tensor that is reduced; what is logged is named below.
 _PARTS = ("kd_loss", "logits_loss", "intermediate_loss", "lm_loss")
 METRICS = ("kd_loss", "kd_logits_loss", "kd_intermediate_loss", "lm_loss")
+# Arguments of the constructor that a plain model has, too.
+_OF_STUDENT = ("config", "optim", "tokenizer", "model_transform")
 
 
 class _DistillationLossReduction(MaskedTokenLossReduction):
@@ -145,8 +149,19 @@ class _DistillationLossReduction(MaskedTokenLossReduction):
 class DistillationGPTModel(llm.GPTModel):
     """GPT model that holds a frozen teacher beside the student and trains on their distance.
 
-    Its checkpoints hold the student alone and load into the student's own class.
+    Its checkpoints hold the student alone and load into the student's own class, their context included.
     """
+
+    def io_init(self, **kwargs) -> fdl.Config:
+        """Return what a checkpoint's context describes: the student as a plain model.
+
+        (NeMo asks here what to write of a model. It would otherwise depend on what else the process has built: a
+        context of this class, or, once any ``GPTModel`` exists, one without the teacher, which nobody can load.)
+
+        Args:
+            **kwargs: arguments of a constructor.
+        """
+        return fdl.Config(llm.GPTModel, **{name: value for name, value in kwargs.items() if name in _OF_STUDENT})
 
     def __init__(
         self,
@@ -246,6 +261,19 @@ class DistillationGPTModel(llm.GPTModel):
     def core_module(self):
         """The Megatron-Core model inside of the wrappers."""
         return unwrap_model(self.module)
+
+    def sharded_state_dict(self, prefix: str = "", *args, **kwargs) -> dict[str, Any]:
+        """Return what checkpoints hold, under one ``module.`` during a training and after it.
+
+        (NeMo finds the name in the innermost model during a training; afterwards it counts the wrappers, and cannot
+        load what it then saves.)
+
+        Args:
+            prefix: put in front of every key.
+            *args: for the student's own method.
+            **kwargs: for the student's own method.
+        """
+        return self.core_module.sharded_state_dict(f"{prefix}module.", *args, **kwargs)
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """Load the student's weights, whatever wrappers they were saved from.

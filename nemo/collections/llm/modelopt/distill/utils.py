@@ -26,6 +26,7 @@ from modelopt.torch.distill import DistillationLossBalancer, DistillationModel  
 from nemo import lightning as nl
 from nemo.collections import llm
 
+from .._saved_keys import saved_keys, saved_prefix, strip_module_prefix
 from ..errors import ModelOptConfigError
 from ._config import (
     INTERMEDIATE_LOSSES,
@@ -38,9 +39,6 @@ from ._teacher import (
     drop_missing_extra_state,
     is_strict,
     load_weights,
-    saved_keys,
-    saved_prefix,
-    strip_module_prefix,
 )
 from ._vocab_parallel import REVERSE
 from .loss import (
