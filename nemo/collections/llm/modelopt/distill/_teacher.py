@@ -47,6 +47,8 @@ _SPLIT = (
 )
 _LENIENT = (StrictHandling.LOG_UNEXPECTED, StrictHandling.LOG_ALL, StrictHandling.IGNORE_ALL)
 _MODULE = "module."
+# Vocabularies are padded to a multiple of some hundred entries for each tensor-parallel rank.
+_MOST_PADDING = 2048
 _EXTRA_STATE = "_extra_state"
 
 
@@ -103,19 +105,39 @@ def padded_vocab_size(config: Any, tokenizer: Any) -> int:
     return get_vocab_size(config, tokenizer.vocab_size, config.make_vocab_size_divisible_by)
 
 
-def check_vocabularies(student: Any, teacher: Any, tokenizer: Any) -> None:
-    """Raise where the logits of student and teacher have different sizes.
+def align_vocabularies(student: Any, teacher: Any, tokenizer: Any) -> int | None:
+    """Give the teacher the student's padded vocabulary, where the two differ only in padding.
+
+    Megatron then loads the teacher's rows by their place in the vocabulary, cuts what the student has not, and fills up
+    with zeros.
+
+    Args:
+        student: configuration of the student.
+        teacher: configuration of the teacher, changed in place.
+        tokenizer: of the student.
+
+    Returns:
+        How many entries both models have, from the first on; None where the vocabularies are equal.
 
     Raises:
-        ModelOptConfigError: with both sizes.
+        ModelOptConfigError: with both sizes, where more than padding differs.
     """
     sizes = padded_vocab_size(student, tokenizer), padded_vocab_size(teacher, tokenizer)
-    if sizes[0] != sizes[1]:
+    if sizes[0] == sizes[1]:
+        return None
+    known = getattr(tokenizer, "vocab_size", None)
+    if not isinstance(known, int) or not all(known <= size < known + _MOST_PADDING for size in sizes):
         raise ModelOptConfigError(
-            f"Student and teacher have different vocabularies: {sizes[0]} and {sizes[1]} entries after padding. "
-            "Logits can be compared only over one vocabulary: use models of one tokenizer, and set the same "
-            "vocab_size (or make_vocab_size_divisible_by) in both configurations."
+            f"Student and teacher have different vocabularies: {sizes[0]} and {sizes[1]} entries, the tokenizer "
+            f"{known}. Logits can be compared only over one vocabulary, and these differ in more than padding: use "
+            "models of one tokenizer, and set vocab_size to the size in each checkpoint."
         )
+    logging.info(
+        f"Distillation: the vocabularies of student and teacher are padded to {sizes[0]} and {sizes[1]} entries; the "
+        f"first {min(sizes)} are compared."
+    )
+    teacher.vocab_size = sizes[0]
+    return min(sizes)
 
 
 def is_strict(strict: Any) -> bool | None:
@@ -152,6 +174,13 @@ def saved_keys(ckpt_path: Any) -> list[str]:
     if not folder.is_dir() or not check_is_distributed_checkpoint(str(folder)):
         return []
     return list(load_sharded_metadata(str(folder)))
+
+
+def has_modelopt_state(ckpt_path: Any) -> bool:
+    """Return whether a checkpoint is of a model that Model Optimizer has changed (quantized, pruned)."""
+    if not isinstance(ckpt_path, (str, os.PathLike)):
+        return False
+    return (ckpt_to_weights_subdir(ckpt_path, is_saving=False) / "modelopt_state").exists()
 
 
 def saved_prefix(keys: list[str]) -> str:
