@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import os
 from pathlib import Path
 
@@ -118,47 +120,82 @@ def which_subpackage() -> str:
 # --- losses over a split vocabulary ---
 
 
-def reference_kl(student, teacher, temperature, direction, weights):
+def reference_kl(student, teacher, temperature, direction, weights, topk=None):
     """Return value [...] and gradient [..., v] in fp64 by plain PyTorch, of the sum weighed by ``weights``."""
     leaf = student.detach().double().requires_grad_()
     log_p = torch.log_softmax(leaf / temperature, -1)
     log_q = torch.log_softmax(teacher.double() / temperature, -1)
-    first, second = (log_q, log_p) if direction == "forward" else (log_p, log_q)
-    value = (first.exp() * (first - second)).sum(-1)
+    if topk is not None and topk < log_q.shape[-1]:
+        chosen = log_q.topk(topk, -1).indices
+        in_tail = torch.ones_like(log_q, dtype=torch.bool).scatter(-1, chosen, False)
+        log_p, log_q = (
+            torch.cat([x.gather(-1, chosen), x.masked_fill(~in_tail, -torch.inf).logsumexp(-1, keepdim=True)], -1)
+            for x in (log_p, log_q)
+        )
+    if direction == "jsd":
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        value = 0.5 * sum((x.exp() * (x - log_m)).sum(-1) for x in (log_p, log_q))
+    else:
+        first, second = (log_q, log_p) if direction == "forward" else (log_p, log_q)
+        value = (first.exp() * (first - second)).sum(-1)
     (value * weights.double()).sum().backward()
     return value.detach(), leaf.grad
 
 
-def sharded_kl(sizes, direction):
-    """Return, by case, this rank's value and gradient beside those of the whole vocabulary in fp64."""
-    from nemo.collections.llm.modelopt.distill._vocab_parallel import kl_divergence
+def distinct(*shape, generator, step=0.125):
+    """Return logits [..., v] that bf16 holds exactly and that are all different, so that their order is defined."""
+    return torch.stack(
+        [torch.randperm(shape[-1], generator=generator) * step - 8 for _ in range(torch.Size(shape[:-1]).numel())]
+    ).view(shape)
 
-    tiny.init_parallel(tp=2)
-    rank = torch.distributed.get_rank()
-    part = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+
+def sharded_kl(all_sizes, tp):
+    """Return, by case, this rank's value and gradient beside those of the whole vocabulary in fp64.
+
+    Args:
+        all_sizes: for each case the sizes of the shards.
+        tp: ranks the vocabulary is split over.
+    """
+    from nemo.collections.llm.modelopt.distill._vocab_parallel import DIRECTIONS, kl_divergence
+
+    tiny.init_parallel(tp=tp)
+    group, rank = torch.distributed.group.WORLD, torch.distributed.get_rank()
     generator = torch.Generator().manual_seed(3)
-    student, teacher = (torch.randn(5, 2, sum(sizes), generator=generator) * 3 for _ in range(2))
-    weights = torch.rand(5, 2, generator=generator)
     fp32 = {"rtol": 1e-5, "atol": 2e-6}
-    cases = {
-        "plain": (student, teacher, 1.0, fp32),
-        "temperature": (student, teacher, 2.5, fp32),
-        "offset of 1e4": (student, teacher + 1e4, 1.0, fp32),
-        # One rounding to 8 bits of mantissa.
-        "bf16": (student.bfloat16(), teacher.bfloat16(), 1.0, {"rtol": 2**-7, "atol": 1e-5}),
-    }
     results = {}
-    for label, (s, t, temperature, tolerance) in cases.items():
-        mine = s[..., part].contiguous().requires_grad_()
-        group = torch.distributed.group.WORLD
-        value = kl_divergence(mine, t[..., part].contiguous(), temperature, direction, group, chunk_rows=3)
-        (value * weights).sum().backward()
-        expected, gradient = reference_kl(s, t, temperature, direction, weights)
-        results[label] = (value.detach().double(), expected, mine.grad.double(), gradient[..., part], tolerance)
+    for sizes in all_sizes:
+        part = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+        student = torch.randn(5, 2, sum(sizes), generator=generator) * 3
+        teacher = distinct(5, 2, sum(sizes), generator=generator)
+        weights = torch.rand(5, 2, generator=generator)
+        padded = [
+            x.clone().index_fill_(-1, torch.arange(sum(sizes) - 4, sum(sizes)), -1e30) for x in (student, teacher)
+        ]
+        cases = {
+            "plain": (student, teacher, 1.0, fp32),
+            "temperature": (student, teacher, 2.5, fp32),
+            "offset of 1e4": (student, teacher + 1e4, 1.0, fp32),
+            "four entries of padding": (*padded, 1.0, fp32),
+            # One rounding to 8 bits of mantissa.
+            "bf16": (student.bfloat16(), teacher.bfloat16(), 1.0, {"rtol": 2**-7, "atol": 1e-5}),
+        }
+        for (label, (s, t, temperature, tolerance)), direction, topk in itertools.product(
+            cases.items(), DIRECTIONS, (None, 3, 7)
+        ):
+            mine = s[..., part].contiguous().requires_grad_()
+            shard = t[..., part].contiguous()
+            if label == "four entries of padding":
+                with torch.no_grad():
+                    mine[mine < -1e29] = shard[shard < -1e29] = -torch.inf
+            value = kl_divergence(mine, shard, temperature, direction, group, chunk_rows=3, topk=topk)
+            (value * weights).sum().backward()
+            expected, gradient = reference_kl(s, t, temperature, direction, weights, topk)
+            key = f"{sizes} {label} {direction} topk={topk}"
+            results[key] = (value.detach().double(), expected, mine.grad.double(), gradient[..., part], tolerance)
     return results
 
 
-def collectives_of_kl() -> tuple[int, int]:
+def collectives_of_kl() -> dict[str, tuple[int, int]]:
     """Return how many collectives a divergence over two ranks takes in its forward and backward pass."""
     from unittest import mock
 
@@ -167,15 +204,19 @@ def collectives_of_kl() -> tuple[int, int]:
     tiny.init_parallel(tp=2)
     names = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
     student, teacher = torch.randn(4, 2, 9, requires_grad=True), torch.randn(4, 2, 9)
-    with contextlib.ExitStack() as stack:
-        spies = [
-            stack.enter_context(mock.patch.object(torch.distributed, n, wraps=getattr(torch.distributed, n)))
-            for n in names
-        ]
-        value = kl_divergence(student, teacher, group=torch.distributed.group.WORLD)
-        forward = sum(spy.call_count for spy in spies)
-        value.sum().backward()
-        return forward, sum(spy.call_count for spy in spies) - forward
+    counts = {}
+    for direction, topk in itertools.product(("forward", "reverse", "jsd"), (None, 3)):
+        with contextlib.ExitStack() as stack:
+            spies = [
+                stack.enter_context(mock.patch.object(torch.distributed, n, wraps=getattr(torch.distributed, n)))
+                for n in names
+            ]
+            group = torch.distributed.group.WORLD
+            value = kl_divergence(student, teacher, direction=direction, group=group, topk=topk, chunk_rows=3)
+            forward = sum(spy.call_count for spy in spies)
+            value.sum().backward()
+            counts[f"{direction} topk={topk}"] = (forward, sum(spy.call_count for spy in spies) - forward)
+    return counts
 
 
 def kl_loss_against_plugin():
@@ -314,7 +355,7 @@ def refusals(teacher_path, settings):
 
     cases = {
         "vpp in the strategy": ({}, {}, None, {"virtual_pipeline_model_parallel_size": 2}),
-        "vocabulary": ({"vocab_size": 264}, {}, None, {}),
+        "vocabulary": ({"vocab_size": 4096}, {}, None, {}),
         "layer": ({}, {}, settings["layer"], {}),
         "stage": ({}, {}, settings["stage"], {}),
         "recompute": (

@@ -38,20 +38,22 @@ def logits(*shape, seed=0, scale=3.0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def check(student, teacher, temperature=1.0, direction="forward", gradient=None, **kwargs):
+def check(student, teacher, temperature=1.0, direction="forward", gradient=None, topk=None, **kwargs):
     """Compare ours with the fp64 reference, in value and in gradient."""
     gradient = FP32 if gradient is None else gradient
     weights = torch.rand(student.shape[:-1], generator=torch.Generator().manual_seed(5))
     mine = student.clone().requires_grad_()
-    value = kl_divergence(mine, teacher, temperature, direction, **kwargs)
+    # In place, a copy is overwritten: a leaf that needs its gradient may not be.
+    given_logits = mine.clone() if kwargs.get("in_place") else mine
+    value = kl_divergence(given_logits, teacher, temperature, direction, topk=topk, **kwargs)
     (value * weights).sum().backward()
-    expected, expected_gradient = jobs.reference_kl(student, teacher, temperature, direction, weights)
+    expected, expected_gradient = jobs.reference_kl(student, teacher, temperature, direction, weights, topk)
     torch.testing.assert_close(value.double(), expected, **FP32)
     torch.testing.assert_close(mine.grad.double(), expected_gradient, **gradient)
     assert mine.grad.dtype == student.dtype
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     s=st.integers(1, 7),
     b=st.integers(1, 3),
@@ -60,34 +62,40 @@ def check(student, teacher, temperature=1.0, direction="forward", gradient=None,
     direction=st.sampled_from(DIRECTIONS),
     rows=st.integers(1, 9),
     seed=st.integers(0, 99),
+    topk=st.none() | st.integers(1, 140),
+    in_place=st.booleans(),
 )
-def test_kl_equals_fp64_for_any_shape_temperature_and_chunk(s, b, v, temperature, direction, rows, seed):
+def test_kl_equals_fp64_for_any_shape_temperature_and_chunk(
+    s, b, v, temperature, direction, rows, seed, topk, in_place
+):
     student, teacher = logits(s, b, v, seed=seed), logits(s, b, v, seed=seed + 100)
     # Cold temperatures blow logits, and with them fp32 rounding, up by their inverse.
     slack = max(1.0, 1 / temperature) ** 2
     tolerances = {"rtol": 1e-5, "atol": 2e-6 * slack}
-    check(student, teacher, temperature, direction, gradient=tolerances, chunk_rows=rows)
+    check(student, teacher, temperature, direction, tolerances, topk, chunk_rows=rows, in_place=in_place)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])
-def test_logits_of_ten_thousand_lose_nothing(direction, offset):
+@pytest.mark.parametrize("topk", [None, 4])
+def test_logits_of_ten_thousand_lose_nothing(direction, offset, topk):
     student, teacher = logits(6, 2, 33), logits(6, 2, 33, seed=1)
     # The offset itself rounds the teacher's logits: the reference gets the rounded ones.
-    check(student, teacher + offset, direction=direction)
-    check(student * 1e4, teacher * 1e4, direction=direction, gradient={"rtol": 1e-4, "atol": 1e-4})
+    check(student, teacher + offset, direction=direction, topk=topk)
+    check(student * 1e4, teacher * 1e4, direction=direction, gradient={"rtol": 1e-4, "atol": 1e-4}, topk=topk)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_entries_masked_in_both_models_do_not_count(direction):
+@pytest.mark.parametrize("topk", [None, 4, 17])
+def test_entries_masked_in_both_models_do_not_count(direction, topk):
     student, teacher = logits(5, 2, 20), logits(5, 2, 20, seed=1)
     whole = student.clone().requires_grad_()
     masked_student, masked_teacher = whole.clone(), teacher.clone()
     masked_student[..., 15:] = masked_teacher[..., 15:] = -torch.inf
-    value = kl_divergence(masked_student, masked_teacher, direction=direction)
+    value = kl_divergence(masked_student, masked_teacher, direction=direction, topk=topk)
     value.sum().backward()
     kept = student[..., :15].clone().requires_grad_()
-    expected = kl_divergence(kept, teacher[..., :15].contiguous(), direction=direction)
+    expected = kl_divergence(kept, teacher[..., :15].contiguous(), direction=direction, topk=topk)
     expected.sum().backward()
     torch.testing.assert_close(value, expected, **FP32)
     torch.testing.assert_close(whole.grad[..., :15], kept.grad, **FP32)
@@ -96,23 +104,26 @@ def test_entries_masked_in_both_models_do_not_count(direction):
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("whose", ["student", "teacher", "both rows"])
-def test_minus_infinity_never_makes_nan(direction, whose):
+@pytest.mark.parametrize("topk", [None, 2, 20])
+def test_minus_infinity_never_makes_nan(direction, whose, topk):
     student, teacher = logits(4, 1, 12), logits(4, 1, 12, seed=1)
     if whose == "both rows":
         student[0] = teacher[0] = -torch.inf
     else:
         (student if whose == "student" else teacher)[..., 3] = -torch.inf
     student.requires_grad_()
-    value = kl_divergence(student, teacher, direction=direction)
+    value = kl_divergence(student, teacher, 1.5, direction, topk=topk)
     value.sum().backward()
     assert not value.isnan().any() and not student.grad.isnan().any()
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_bf16_logits_are_accumulated_in_fp32(direction, temperature):
-    student, teacher = logits(6, 2, 300).bfloat16(), logits(6, 2, 300, seed=1).bfloat16()
-    check(student, teacher, temperature, direction, gradient=BF16_GRADIENT)
+@pytest.mark.parametrize("topk", [None, 20])
+def test_bf16_logits_are_accumulated_in_fp32(direction, temperature, topk):
+    student = logits(6, 2, 200).bfloat16()
+    teacher = jobs.distinct(6, 2, 200, generator=torch.Generator().manual_seed(1)).bfloat16()
+    check(student, teacher, temperature, direction, BF16_GRADIENT, topk)
 
 
 def test_equal_models_have_no_divergence_and_no_gradient():
@@ -139,18 +150,33 @@ def test_nothing_but_one_gradient_buffer_is_kept():
     assert value.grad_fn is not None
 
 
-@pytest.mark.parametrize("sizes", [(17, 17), (5, 30), (1, 12)])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_split_vocabulary_equals_fp64(ranks, sizes, direction):
-    for values in ranks(2).run(jobs.sharded_kl, sizes, direction):
+@pytest.mark.parametrize("topk", [None, 5])
+def test_in_place_the_gradient_takes_the_memory_of_the_logits(direction, topk):
+    student, teacher = logits(8, 2, 100).requires_grad_(), logits(8, 2, 100, seed=1)
+    overwritten = student * 1.0
+    gradients = []
+    overwritten.register_hook(gradients.append)
+    kl_divergence(overwritten, teacher, direction=direction, topk=topk, in_place=True).sum().backward()
+    assert gradients[0].data_ptr() == overwritten.data_ptr()
+
+
+# Even shards, uneven ones, and shards with fewer entries than are compared.
+@pytest.mark.parametrize("sizes", [[(17, 17), (5, 30), (1, 12)], [(9, 9, 9, 9), (3, 20, 1, 9)]], ids=["TP=2", "TP=4"])
+def test_split_vocabulary_equals_fp64(ranks, sizes):
+    tp = len(sizes[0])
+    for values in ranks(tp).run(jobs.sharded_kl, sizes, tp):
+        assert len(values) == len(sizes) * 5 * 3 * 3
         for label, (value, expected, gradient, expected_gradient, tolerance) in values.items():
             torch.testing.assert_close(value, expected, rtol=1e-5, atol=2e-6, msg=lambda m, x=label: f"{x}: {m}")
             torch.testing.assert_close(gradient, expected_gradient, **tolerance, msg=lambda m, x=label: f"{x}: {m}")
 
 
 def test_split_vocabulary_takes_one_collective_and_no_backward_one(ranks):
-    for forward, backward in ranks(2).run(jobs.collectives_of_kl):
-        assert (forward, backward) == (1, 0)
+    for counts in ranks(2).run(jobs.collectives_of_kl):
+        # The Jensen-Shannon divergence needs both models' sums before its expectations; over k + 1 buckets nobody does.
+        assert counts.pop("jsd topk=None") == (2, 0)
+        assert set(counts.values()) == {(1, 0)} and len(counts) == 5
 
 
 def test_losses_over_ranks_equal_stock_loss(ranks):
@@ -184,6 +210,11 @@ def test_temperature_squared_keeps_the_size_of_gradients():
 def test_different_sizes_are_refused_with_both(loss):
     with pytest.raises(ModelOptConfigError, match=r"50 and 56"):
         loss(model_config())(logits(3, 2, 50), logits(3, 2, 56))
+
+
+def test_an_unknown_direction_is_refused():
+    with pytest.raises(ModelOptConfigError, match="direction.*sideways.*jsd"):
+        losses.LogitsKLLoss(model_config(), direction="sideways")
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0])
@@ -255,6 +286,19 @@ def test_equal_models_and_masked_batches_divide_by_nothing(skip, intermediate):
     assert out["kd_loss"].isfinite()
     out["kd_loss"].backward()
     assert parts["MSELoss_1"].grad.isfinite()
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_fixed_weights_are_the_weighed_sum(skip):
+    parts = {LM: 3.0, "LogitsKLLoss_0": 0.5, "HiddenStateCosineLoss_1": 0.1, "MSELoss_2": 0.3}
+    tensors = {name: torch.tensor(value, requires_grad=True) for name, value in parts.items()}
+    balancer = losses.LogitsAndIntermediatesLossBalancer(
+        skip_original_loss=skip, weights={"kd_logits": 2.0, "lm": 0.25, "intermediate": 0.0}
+    )
+    out = balancer(tensors)
+    assert out["kd_loss"].item() == pytest.approx(2.0 * 0.5 + (0.0 if skip else 0.25 * 3.0))
+    out["kd_loss"].backward()
+    assert tensors["LogitsKLLoss_0"].grad.item() == 2.0 and tensors["MSELoss_2"].grad.item() == 0.0
 
 
 @pytest.mark.parametrize("names", [[], ["MSELoss_0"], ["LogitsKLLoss_0", "LogitsKLLoss_1"]])

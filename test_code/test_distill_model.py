@@ -121,9 +121,9 @@ def test_what_cannot_work_is_refused_before_the_teacher_is_loaded(ranks, teacher
     }
     expected = {
         "vpp in the strategy": "virtual_pipeline_model_parallel_size=2",
-        "vocabulary": "264 and 256 entries",
+        "vocabulary": "4096 and 256 entries, the tokenizer 256",
         "layer": "no layer 'decoder.final_layernom'",
-        "stage": "decoder.layers.1 does not fall on final PP rank",
+        "stage": "does not fall on one pipeline stage: the student's layer is on stage 0, the teacher's on stage 1",
         "recompute": "cannot be trained",
         "setting": "Did you mean 'skip_lm_loss'",
     }

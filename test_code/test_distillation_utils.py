@@ -87,6 +87,7 @@ def stage():
     """Whether this is the last pipeline stage."""
     with mock.patch.object(utils, "parallel_state") as state:
         state.is_pipeline_last_stage.return_value = True
+        state.get_pipeline_model_parallel_rank.return_value = 0
         yield state.is_pipeline_last_stage
 
 
@@ -235,10 +236,28 @@ def test_everything_is_reachable_from_yaml(one_rank, write):
     )
     config = load_distillation_config(path, model_config(), model_config(hidden_size=16))
     logits, cosine, mse = config.criterion.values()
-    assert (logits._temperature, logits._reverse, logits._factor) == (2.0, True, 1.0)
+    assert (logits._temperature, logits._direction, logits._factor) == (2.0, "reverse", 1.0)
     assert type(cosine).__name__ == "HiddenStateCosineLoss" and type(mse).__name__ == "MSELoss"
     assert cosine._projection is mse._projection and cosine._projection._fit.weight.shape == (16, 8)
     assert config.loss_balancer._kd_loss_scale == 0.1 and not config.loss_balancer._skip_original_loss
+
+
+def test_the_newer_objectives_are_reachable_from_yaml(one_rank, write):
+    path = write(
+        """
+        skip_lm_loss: false
+        logit_kl_direction: jsd
+        logit_kl_topk: 20
+        loss_weights: {kd_logits: 0.5, lm: 2}
+        """
+    )
+    config = load_distillation_config(path, model_config(), model_config())
+    (logits,) = config.criterion.values()
+    assert (logits._direction, logits._topk, logits._in_place) == ("jsd", 20, False)
+    parts = {"LogitsKLLoss_0": torch.tensor(3.0), "MSELoss_1": torch.tensor(5.0), "student_loss": torch.tensor(7.0)}
+    assert config.loss_balancer(parts)["kd_loss"].item() == 0.5 * 3 + 5 + 2 * 7
+    in_place = load_distillation_config(write("logit_kl_in_place: true"), model_config(), model_config())
+    assert next(iter(in_place.criterion.values()))._in_place
 
 
 def test_earlier_stages_have_no_losses(stage):
@@ -267,6 +286,16 @@ def test_earlier_stages_have_no_losses(stage):
         ("logit_kl_temperature: 0", "logit_kl_temperature=0"),
         ("logit_kl_temperature: .inf", "logit_kl_temperature=inf"),
         ("logit_kl_direction: backward", "logit_kl_direction='backward'"),
+        ("logit_kl_topk: 0", "logit_kl_topk=0 must be a positive integer"),
+        ("logit_kl_topk: 2.5", "logit_kl_topk=2.5 must be"),
+        ("logit_kl_topk: true", "logit_kl_topk=True must be"),
+        ("logit_kl_in_place: true\nskip_lm_loss: false", "overwrites the logits"),
+        ("loss_weights: [1, 2]", r"loss_weights=\[1, 2\] must map some of"),
+        ("loss_weights: {logits: 1}", "loss_weights=.*'kd_logits', 'intermediate', 'lm'"),
+        ("loss_weights: {kd_logits: -1}", r"loss_weights\['kd_logits'\]=-1 must be a positive number"),
+        ("loss_weights: {kd_logits: much}", r"loss_weights\['kd_logits'\]='much'"),
+        ("loss_weights: {lm: 1}", "skip_lm_loss is true, which leaves it out"),
+        ("loss_weights: {kd_logits: 1}\nkd_loss_scale: 2", "give one of them"),
         ("skip_lm_loss: 'no'", "skip_lm_loss='no' must be true or false"),
         ("skip_lm_los: true", "no setting 'skip_lm_los'.*Did you mean 'skip_lm_loss'"),
         ("- a\n- b", "holds a list"),
@@ -308,7 +337,7 @@ def test_layers_are_renamed_by_position(name, offset, renamed):
 def test_a_layer_of_an_earlier_stage_cannot_be_renamed():
     with (
         mock.patch.object(utils.TransformerLayer, "_get_layer_offset", return_value=6),
-        pytest.raises(ModelOptConfigError, match="decoder.layers.5.mlp does not fall on final PP rank"),
+        pytest.raises(ModelOptConfigError, match="decoder.layers.5.mlp does not fall on this PP rank"),
     ):
         utils._adjust_layer_index_for_pp("decoder.layers.5.mlp", None)
 
@@ -323,25 +352,39 @@ def test_stages_are_checked_on_every_rank(stage, index, ok, whose):
     if ok:
         load_distillation_config(config, *models)
     else:
-        with pytest.raises(ModelOptConfigError, match=f"does not (exist|fall).*{whose}"):
+        with pytest.raises(ModelOptConfigError, match="does not (exist|fall on one)"):
             load_distillation_config(config, *models)
+
+
+def test_pairs_live_on_the_stage_of_their_layers(stage):
+    stage.return_value = False
+    pairs = [("decoder.layers.2", "decoder.layers.4", "mse"), ("decoder.final_layernorm", "decoder.final_layernorm")]
+    config = DistillationConfig(intermediate_layer_pairs=pairs)
+    models = [model_config(pipeline_model_parallel_size=2) for _ in range(2)]
+    with mock.patch.object(utils.TransformerLayer, "_get_layer_offset", side_effect=lambda config: 0):
+        criterion = load_distillation_config(config, *models).criterion
+    assert [(*pair, type(loss).__name__) for pair, loss in criterion.items()] == [
+        ("decoder.layers.2", "decoder.layers.4", "MSELoss")
+    ]
+    assert _config.pairs_of_stages(config, models[0]) == [0]
 
 
 @pytest.mark.parametrize(
     "overrides, first",
     [
-        ({}, 9),
-        ({"num_layers_in_last_pipeline_stage": 5}, 7),
-        ({"num_layers_in_first_pipeline_stage": 6}, 10),
-        ({"account_for_loss_in_pipeline_split": True, "num_layers": 11}, 9),
-        ({"account_for_embedding_in_pipeline_split": True, "num_layers": 11}, 8),
-        ({"pipeline_model_parallel_size": 1}, 0),
+        ({}, [0, 3, 6, 9]),
+        ({"num_layers_in_last_pipeline_stage": 3}, [0, 3, 6, 9]),
+        ({"num_layers_in_first_pipeline_stage": 6}, [0, 6, 8, 10]),
+        ({"num_layers_in_first_pipeline_stage": 1, "num_layers_in_last_pipeline_stage": 5}, [0, 1, 4, 7]),
+        ({"account_for_loss_in_pipeline_split": True, "num_layers": 11}, [0, 3, 6, 9]),
+        ({"account_for_embedding_in_pipeline_split": True, "num_layers": 11}, [0, 2, 5, 8]),
+        ({"pipeline_model_parallel_size": 1}, [0]),
         ({"pipeline_model_parallel_layout": object()}, None),
     ],
 )
-def test_first_layer_of_the_last_stage(overrides, first):
+def test_first_layers_of_the_stages(overrides, first):
     config = model_config(**{"pipeline_model_parallel_size": 4, **overrides})
-    assert _config.first_layer_of_last_stage(config) == first
+    assert _config.first_layers(config) == first
 
 
 @pytest.mark.parametrize(

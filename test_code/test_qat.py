@@ -67,3 +67,18 @@ def test_distilling_into_a_quantized_student(ranks, work, tmp_path, algorithm, l
         assert same(results[0]["amax"], start)
         before, after = (ranks(1).run(jobs_qat.logits, str(path))[0] for path in (work / algorithm, saved))
         assert torch.isfinite(after).all() and not torch.equal(before, after)
+
+
+def test_a_quantized_checkpoint_serves_as_teacher(ranks, work, tmp_path):
+    """The student starts with the very weights that were quantized: all there is to learn is the quantization."""
+    first = {}
+    for teacher in ("plain", "fp8"):
+        saved = tmp_path / f"from-{teacher}"
+        first[teacher] = ranks(1).run(jobs_qat.distill, str(work / teacher), str(work / "plain"), str(saved), steps=1)[
+            0
+        ]
+    assert first["plain"]["teacher"] == [] and len(first["fp8"]["teacher"]) > 10
+    # Rounding of fp32 against fp8's few percent of logits that a barely trained model keeps near zero.
+    assert abs(first["plain"]["losses"][0]) < 1e-6 < first["fp8"]["losses"][0]
+    names = ranks(1).run(jobs_qat.checkpoint_names, str(tmp_path / "from-fp8"))[0]
+    assert names and not any("quantizer" in name or "teacher" in name for name in names)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ import yaml
 from modelopt.torch.distill import DistillationLossBalancer
 
 from ..errors import ModelOptConfigError, one_of
+from ._fused_model import FUSED_LOGITS
 from ._vocab_parallel import DIRECTIONS, FORWARD
-from .loss import HiddenStateCosineLoss, MSELoss
+from .loss import LOSS_WEIGHTS, HiddenStateCosineLoss, MSELoss
 
 INTERMEDIATE_LOSSES = {"cosine": HiddenStateCosineLoss, "mse": MSELoss}
 # The index of a layer: the first number that is a whole component of the path.
@@ -40,8 +41,15 @@ class DistillationConfig:
         criterion: losses by layer pair; filled in from the settings above.
         loss_balancer: combines the losses; filled in from the settings above.
         logit_kl_temperature: divides the logits of student and teacher.
-        logit_kl_direction: ``forward`` for KL(teacher || student), ``reverse`` for KL(student || teacher).
+        logit_kl_direction: ``forward`` for KL(teacher || student), ``reverse`` for KL(student || teacher), ``jsd`` for
+            the Jensen-Shannon divergence, which is symmetric.
         logit_kl_temperature_squared: multiply the logits loss by the square of the temperature.
+        logit_kl_topk: compare the teacher's so many likeliest entries and the rest as one; None for all entries.
+        logit_kl_in_place: write the gradient over the student's logits, which nothing else may need then.
+        loss_weights: fixed weights of ``kd_logits``, ``intermediate`` and ``lm`` (1 where one is missing) in the place
+            of the dynamic balance; None for the balance.
+        fused_logits: make logits and logits loss in one, chunk by chunk, without holding the logits of a micro-batch.
+            ``auto``: where that is exact for the model; ``on``: refuse where it is not; ``off``.
 
     Raises:
         ModelOptConfigError: where a setting cannot be used.
@@ -56,6 +64,10 @@ class DistillationConfig:
     logit_kl_temperature: float = 1.0
     logit_kl_direction: str = FORWARD
     logit_kl_temperature_squared: bool = True
+    logit_kl_topk: int | None = None
+    logit_kl_in_place: bool = False
+    loss_weights: dict[str, float] | None = None
+    fused_logits: str = "auto"
 
     def __post_init__(self):
         student, teacher = _names("logit_layers", self.logit_layers, (2,))
@@ -77,10 +89,35 @@ class DistillationConfig:
             raise ModelOptConfigError(f"The layer pairs {repeated} are given more than once; give each pair once.")
         for name in ("kd_loss_scale", "logit_kl_temperature"):
             setattr(self, name, _positive(name, getattr(self, name)))
-        for name in ("skip_lm_loss", "logit_kl_temperature_squared"):
+        for name in ("skip_lm_loss", "logit_kl_temperature_squared", "logit_kl_in_place"):
             if not isinstance(getattr(self, name), bool):
                 raise ModelOptConfigError(f"{name}={getattr(self, name)!r} must be true or false.")
         one_of("logit_kl_direction", self.logit_kl_direction, DIRECTIONS)
+        self._check_objective()
+
+    def _check_objective(self):
+        if isinstance(self.fused_logits, bool):  # YAML 1.1 reads on and off so
+            self.fused_logits = "on" if self.fused_logits else "off"
+        one_of("fused_logits", self.fused_logits, FUSED_LOGITS)
+        if self.logit_kl_topk is not None and (type(self.logit_kl_topk) is not int or self.logit_kl_topk < 1):
+            raise ModelOptConfigError(f"logit_kl_topk={self.logit_kl_topk!r} must be a positive integer, or None.")
+        if self.logit_kl_in_place and not self.skip_lm_loss:
+            raise ModelOptConfigError(
+                "logit_kl_in_place=True overwrites the logits that the language-model loss needs; set skip_lm_loss to "
+                "true, or leave logit_kl_in_place out."
+            )
+        if self.loss_weights is not None:
+            self.loss_weights = _loss_weights(self.loss_weights)
+            if self.kd_loss_scale != 1.0:
+                raise ModelOptConfigError(
+                    f"kd_loss_scale={self.kd_loss_scale} belongs to the dynamic balance, loss_weights replaces it: "
+                    "give one of them."
+                )
+            if self.skip_lm_loss and "lm" in self.loss_weights:
+                raise ModelOptConfigError(
+                    f"loss_weights gives the language-model loss the weight {self.loss_weights['lm']}, but "
+                    "skip_lm_loss is true, which leaves it out. Set skip_lm_loss to false, or take 'lm' out."
+                )
 
 
 # Pickles, NeMo contexts and NeMo-Run's YAML name a class by its module: the stock one, so that stock reads them too.
@@ -133,6 +170,13 @@ def check_models(config: DistillationConfig, student: Any, teacher: Any) -> None
     for pair in config.intermediate_layer_pairs:
         for name, model, whose in ((pair[0], student, "student"), (pair[1], teacher, "teacher")):
             check_layer_exists(name, model, whose)
+        stages = stage_of_layer(pair[0], student), stage_of_layer(pair[1], teacher)
+        if stages[0] != stages[1]:
+            raise ModelOptConfigError(
+                f"The intermediate pair {pair[:2]} does not fall on one pipeline stage: the student's layer is on "
+                f"stage {stages[0]}, the teacher's on stage {stages[1]} (first layers of the stages: "
+                f"{first_layers(student)} and {first_layers(teacher)}). Choose layers of one stage."
+            )
         reason = recomputed(pair[0], student)
         if reason:
             raise ModelOptConfigError(
@@ -143,45 +187,57 @@ def check_models(config: DistillationConfig, student: Any, teacher: Any) -> None
 
 
 def check_layer_exists(name: str, model: Any, whose: str) -> None:
-    """Raise where a layer index is beyond the model, or is not on its last pipeline stage.
+    """Raise where a layer index is beyond the model.
 
     Raises:
-        ModelOptConfigError: naming the layer, and the layers that can be used.
+        ModelOptConfigError: naming the layer, and the number of layers.
     """
     match = LAYER_INDEX.search(name)
-    if not match:
-        return
-    first = first_layer_of_last_stage(model) or 0
-    index = int(match.group())
-    if index >= model.num_layers:
+    if match and int(match.group()) >= model.num_layers:
         raise ModelOptConfigError(
             f"Layer {name!r} does not exist: the {whose} has {model.num_layers} layers, counted from 0."
         )
-    if index < first:
-        raise ModelOptConfigError(
-            f"Layer {name} does not fall on final PP rank: with pipeline_model_parallel_size="
-            f"{model.pipeline_model_parallel_size} it holds the {whose}'s layers {first} to {model.num_layers - 1}. "
-            "Intermediate losses are computed there; choose a layer among them."
-        )
 
 
-def first_layer_of_last_stage(model: Any) -> int | None:
-    """Return the index of the first layer on the last pipeline stage; None where only Megatron's layout tells."""
-    stages = model.pipeline_model_parallel_size
+def first_layers(model: Any) -> list[int] | None:
+    """Return the index of the first layer of each pipeline stage; None where only Megatron's layout tells."""
+    stages, layers = model.pipeline_model_parallel_size, model.num_layers
     if stages == 1:
-        return 0
+        return [0]
     if getattr(model, "pipeline_model_parallel_layout", None):
         return None
-    last = getattr(model, "num_layers_in_last_pipeline_stage", None)
-    if last is not None:
-        return model.num_layers - last
-    first = getattr(model, "num_layers_in_first_pipeline_stage", None)
-    if first is not None:
-        return model.num_layers - (model.num_layers - first) // (stages - 1)
     embedding = bool(getattr(model, "account_for_embedding_in_pipeline_split", False))
     loss = bool(getattr(model, "account_for_loss_in_pipeline_split", False))
-    per_stage = (model.num_layers + embedding + loss) // stages
-    return model.num_layers - (per_stage - loss)
+    first = getattr(model, "num_layers_in_first_pipeline_stage", None)
+    last = getattr(model, "num_layers_in_last_pipeline_stage", None)
+    if first is None and last is None:
+        per_stage = (layers + embedding + loss) // stages
+        return [max(0, stage * per_stage - embedding) for stage in range(stages)]
+    others = stages - (first is not None) - (last is not None)
+    per_stage = (layers - (first or 0) - (last or 0)) // max(1, others)
+    sizes = [per_stage] * stages
+    if first is not None:
+        sizes[0] = first
+    if last is not None:
+        sizes[-1] = last
+    return [sum(sizes[:stage]) for stage in range(stages)]
+
+
+def stage_of_layer(name: str, model: Any) -> int:
+    """Return the pipeline stage of a layer; layers without an index are on the last.
+
+    With a layout of Megatron's, the last stage is assumed, and checked when the losses are made.
+    """
+    match, starts = LAYER_INDEX.search(name), first_layers(model)
+    if not match or starts is None:
+        return model.pipeline_model_parallel_size - 1
+    return max(stage for stage, first in enumerate(starts) if first <= int(match.group()))
+
+
+def pairs_of_stages(config: DistillationConfig, student: Any) -> list[int]:
+    """Return the stages of the intermediate pairs before the last pipeline stage, in the order of the settings."""
+    stages = [stage_of_layer(pair[0], student) for pair in config.intermediate_layer_pairs]
+    return [stage for stage in stages if stage < student.pipeline_model_parallel_size - 1]
 
 
 def recomputed(name: str, model: Any) -> str | None:
@@ -194,7 +250,8 @@ def recomputed(name: str, model: Any) -> str | None:
     if not match or granularity is None:
         return None
     if granularity == "full":
-        local = int(match.group()) - (first_layer_of_last_stage(model) or 0)
+        starts = first_layers(model)
+        local = int(match.group()) - (starts[stage_of_layer(name, model)] if starts else 0)
         if model.recompute_method == "block" and local >= (model.recompute_num_layers or 0):
             return None
         return f"recompute_granularity='full', recompute_method={model.recompute_method!r}"
@@ -237,6 +294,16 @@ def _names(setting: str, value: Any, lengths: tuple[int, ...]) -> tuple[str, ...
             + "]."
         )
     return tuple(value)
+
+
+def _loss_weights(value: Any) -> dict[str, float]:
+    """Return fixed weights, each zero or positive; that of the logits loss positive."""
+    if not isinstance(value, Mapping) or not set(value) <= set(LOSS_WEIGHTS):
+        raise ModelOptConfigError(f"loss_weights={value!r} must map some of {list(LOSS_WEIGHTS)} to numbers.")
+    return {
+        name: 0.0 if type(weight) in (int, float) and weight == 0 else _positive(f"loss_weights[{name!r}]", weight)
+        for name, weight in value.items()
+    }
 
 
 def _positive(name: str, value: Any) -> float:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.validation import StrictHandling, parse_strict_flag
 from nemo.lightning import get_vocab_size
+from nemo.lightning.io.pl import ckpt_to_weights_subdir
 from nemo.utils import logging
 
 from ..errors import ModelOptConfigError
@@ -41,6 +43,8 @@ _SPLIT = (
     "account_for_loss_in_pipeline_split",
 )
 _LENIENT = (StrictHandling.LOG_UNEXPECTED, StrictHandling.LOG_ALL, StrictHandling.IGNORE_ALL)
+# Vocabularies are padded to a multiple of some hundred entries for each tensor-parallel rank.
+_MOST_PADDING = 2048
 _EXTRA_STATE = "_extra_state"
 
 
@@ -97,19 +101,39 @@ def padded_vocab_size(config: Any, tokenizer: Any) -> int:
     return get_vocab_size(config, tokenizer.vocab_size, config.make_vocab_size_divisible_by)
 
 
-def check_vocabularies(student: Any, teacher: Any, tokenizer: Any) -> None:
-    """Raise where the logits of student and teacher have different sizes.
+def align_vocabularies(student: Any, teacher: Any, tokenizer: Any) -> int | None:
+    """Give the teacher the student's padded vocabulary, where the two differ only in padding.
+
+    Megatron then loads the teacher's rows by their place in the vocabulary, cuts what the student has not, and fills up
+    with zeros.
+
+    Args:
+        student: configuration of the student.
+        teacher: configuration of the teacher, changed in place.
+        tokenizer: of the student.
+
+    Returns:
+        How many entries both models have, from the first on; None where the vocabularies are equal.
 
     Raises:
-        ModelOptConfigError: with both sizes.
+        ModelOptConfigError: with both sizes, where more than padding differs.
     """
     sizes = padded_vocab_size(student, tokenizer), padded_vocab_size(teacher, tokenizer)
-    if sizes[0] != sizes[1]:
+    if sizes[0] == sizes[1]:
+        return None
+    known = getattr(tokenizer, "vocab_size", None)
+    if not isinstance(known, int) or not all(known <= size < known + _MOST_PADDING for size in sizes):
         raise ModelOptConfigError(
-            f"Student and teacher have different vocabularies: {sizes[0]} and {sizes[1]} entries after padding. "
-            "Logits can be compared only over one vocabulary: use models of one tokenizer, and set the same "
-            "vocab_size (or make_vocab_size_divisible_by) in both configurations."
+            f"Student and teacher have different vocabularies: {sizes[0]} and {sizes[1]} entries, the tokenizer "
+            f"{known}. Logits can be compared only over one vocabulary, and these differ in more than padding: use "
+            "models of one tokenizer, and set vocab_size to the size in each checkpoint."
         )
+    logging.info(
+        f"Distillation: the vocabularies of student and teacher are padded to {sizes[0]} and {sizes[1]} entries; the "
+        f"first {min(sizes)} are compared."
+    )
+    teacher.vocab_size = sizes[0]
+    return min(sizes)
 
 
 def is_strict(strict: Any) -> bool | None:
@@ -129,6 +153,13 @@ def is_strict(strict: Any) -> bool | None:
         allowed = [member.value for member in StrictHandling]
         raise ModelOptConfigError(f"ckpt_load_strictness={strict!r} is not supported; allowed: {allowed}.") from error
     return flag in (StrictHandling.ASSUME_OK_UNEXPECTED, StrictHandling.RAISE_UNEXPECTED, StrictHandling.RAISE_ALL)
+
+
+def has_modelopt_state(ckpt_path: Any) -> bool:
+    """Return whether a checkpoint is of a model that Model Optimizer has changed (quantized, pruned)."""
+    if not isinstance(ckpt_path, (str, os.PathLike)):
+        return False
+    return (ckpt_to_weights_subdir(ckpt_path, is_saving=False) / "modelopt_state").exists()
 
 
 def drop_missing_extra_state(sharded: Any, keys: list[str]) -> None:

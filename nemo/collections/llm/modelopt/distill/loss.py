@@ -8,6 +8,7 @@ and whether its value still has to be summed over the tensor-parallel ranks.
 from __future__ import annotations
 
 from abc import ABCMeta
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,12 +23,15 @@ from torch.nn.modules.loss import _Loss
 import modelopt.torch.distill as mtd
 from modelopt.torch.distill import DistillationLossBalancer
 
-from ..errors import ModelOptConfigError
-from ._vocab_parallel import FORWARD, REVERSE, kl_divergence
+from ..errors import ModelOptConfigError, one_of
+from ._fused_model import DeferredLogits, PairedLogits, SummedLoss
+from ._vocab_parallel import DIRECTIONS, FORWARD, REVERSE, kl_divergence
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+# Parts of the loss that fixed weights name.
+LOSS_WEIGHTS = ("kd_logits", "intermediate", "lm")
 _LOGITS = "Logits"  # in the class name of every loss on logits
 
 
@@ -119,7 +123,7 @@ class HiddenStateCosineLoss(BaseLoss):
 
 
 class LogitsKLLoss(BaseLoss):
-    """KL divergence of two sets of logits: exact, chunked and vocabulary-parallel (see ``_vocab_parallel``)."""
+    """Divergence of two sets of logits: exact, chunked and vocabulary-parallel (see ``_vocab_parallel``)."""
 
     def __init__(
         self,
@@ -128,6 +132,9 @@ class LogitsKLLoss(BaseLoss):
         reverse: bool = False,
         *,
         temperature_squared: bool = False,
+        direction: str | None = None,
+        topk: int | None = None,
+        in_place: bool = False,
     ):
         """Choose the divergence.
 
@@ -137,15 +144,25 @@ class LogitsKLLoss(BaseLoss):
             reverse: KL(student || teacher) instead of KL(teacher || student).
             temperature_squared: multiply the loss by temperature ** 2, which keeps the size of its gradients
                 independent of the temperature (Hinton et al., arXiv 1503.02531).
+            direction: ``forward``, ``reverse`` or ``jsd``; as ``reverse`` says by default.
+            topk: compare the teacher's so many likeliest entries, and all others as one.
+            in_place: overwrite the student's logits with their gradient; nothing else may need them.
 
         Raises:
-            ModelOptConfigError: where the temperature is not positive.
+            ModelOptConfigError: where the temperature is not positive, or the direction does not exist.
         """
         super().__init__(model_config)
         if not temperature > 0:
             raise ModelOptConfigError(f"temperature={temperature!r} must be a positive number.")
+        if direction is None:
+            direction = REVERSE if reverse else FORWARD
+        one_of("direction", direction, DIRECTIONS)
         self._temperature = temperature
-        self._reverse = reverse
+        self._direction = direction
+        self._topk = topk
+        self._in_place = in_place
+        # How many entries of the vocabulary both models have, where their padding differs.
+        self.entries: int | None = None
         self._factor = temperature**2 if temperature_squared else 1.0
 
     def forward(self, predictions: Tensor, targets: Tensor) -> Tensor:
@@ -156,41 +173,70 @@ class LogitsKLLoss(BaseLoss):
             targets: teacher logits [s, b, v].
 
         Returns:
-            ([b, s] loss, tp_reduce, is_sequence_parallel).
+            ([b, s] loss, tp_reduce, is_sequence_parallel); a `SummedLoss` in its place of deferred logits.
 
         Raises:
             ModelOptConfigError: where the vocabularies differ.
         """
+        first = [x[0] if isinstance(x, tuple) else x for x in (predictions, targets)]
+        if isinstance(first[0], DeferredLogits):
+            return SummedLoss(self.pair(*first), "divergence"), False, False
         student, teacher = self.pre_forward(predictions, targets)
         _same_shape(student, teacher, "vocabulary sizes", type(self).__name__)
         split = self._config.tensor_model_parallel_size > 1
+        if self.entries is not None:
+            rank = parallel_state.get_tensor_model_parallel_rank() if split else 0
+            student, teacher = (_first_entries(x, self.entries, rank) for x in (student, teacher))
         loss = kl_divergence(
             student,
             teacher,
             self._temperature,
-            REVERSE if self._reverse else FORWARD,
+            self._direction,
             parallel_state.get_tensor_model_parallel_group() if split else None,
+            topk=self._topk,
+            in_place=self._in_place,
         )
         return self.post_forward(loss if self._factor == 1.0 else loss * self._factor)
+
+    def pair(self, student: DeferredLogits, teacher: DeferredLogits) -> PairedLogits:
+        """Return both models' deferred logits with this divergence, the same object each time.
+
+        Args:
+            student: its deferred logits.
+            teacher: its deferred logits.
+        """
+        if student.pair is None:
+            objective = {"temperature": self._temperature, "direction": self._direction, "topk": self._topk}
+            student.pair = PairedLogits(student, teacher, objective, self._factor)
+        return student.pair
 
 
 class LogitsAndIntermediatesLossBalancer(DistillationLossBalancer):
     """Combine the logits loss, the mean of the intermediate losses and the language-model loss.
 
-    The intermediate loss is rescaled to the value of the logits loss, and the distillation loss to that of the
-    language-model loss. The scales are constants to the gradient and stay on the device: nothing is synchronised.
+    Without weights, the intermediate loss is rescaled to the value of the logits loss, and the distillation loss to
+    that of the language-model loss. The scales are constants to the gradient and stay on the device: nothing is
+    synchronised. With weights, the total is the weighed sum.
     """
 
-    def __init__(self, kd_loss_scale: float = 1.0, skip_original_loss: bool = False):
+    def __init__(
+        self,
+        kd_loss_scale: float = 1.0,
+        skip_original_loss: bool = False,
+        *,
+        weights: Mapping[str, float] | None = None,
+    ):
         """Choose the weights.
 
         Args:
             kd_loss_scale: weight of the distillation loss, with or without a language-model loss beside it.
             skip_original_loss: leave the language-model loss out, whether it was given or not.
+            weights: fixed weights of ``kd_logits``, ``intermediate`` and ``lm`` instead; 1 where one is missing.
         """
         super().__init__()
         self._kd_loss_scale = kd_loss_scale
         self._skip_original_loss = skip_original_loss
+        self._weights = None if weights is None else {name: float(weights.get(name, 1.0)) for name in LOSS_WEIGHTS}
 
     def forward(self, loss_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the total and its parts.
@@ -205,14 +251,22 @@ class LogitsAndIntermediatesLossBalancer(DistillationLossBalancer):
             ModelOptConfigError: where no loss on logits is among them.
         """
         logits, intermediate, original = split_losses(loss_dict)
-        kd_loss = logits if intermediate is None else logits + rescale(intermediate, logits)
-        if self._skip_original_loss or original is None:
-            total = kd_loss * self._kd_loss_scale
+        if self._skip_original_loss:
+            original = None
+        if self._weights is None:
+            total = self._balanced(logits, intermediate, original)
         else:
-            total = original + rescale(kd_loss, original) * self._kd_loss_scale
+            parts = zip(self._weights.values(), (logits, intermediate, original), strict=True)
+            total = sum(weight * part for weight, part in parts if part is not None)
         if intermediate is None:
             intermediate = torch.zeros_like(logits)
         return {"kd_loss": total, "logits_loss": logits, "intermediate_loss": intermediate}
+
+    def _balanced(self, logits: Tensor, intermediate: Tensor | None, original: Tensor | None) -> Tensor:
+        kd_loss = logits if intermediate is None else logits + rescale(intermediate, logits)
+        if original is None:
+            return kd_loss * self._kd_loss_scale
+        return original + rescale(kd_loss, original) * self._kd_loss_scale
 
 
 class ProjectionLayer(MegatronModule):
@@ -308,6 +362,14 @@ def rescale(loss: Tensor, target: Tensor) -> Tensor:
     """
     value, wanted = loss.detach(), target.detach().clamp(min=0.0)
     return loss * torch.where(value > 0, wanted / torch.where(value > 0, value, 1.0), 1.0)
+
+
+def _first_entries(logits: Tensor, entries: int, rank: int) -> Tensor:
+    """Return what this rank's logits [s, b, v] hold of the first entries of the whole vocabulary, at least one."""
+    own = entries - rank * logits.shape[-1]
+    if own > 0:
+        return logits[..., :own]
+    return logits[..., :1] * 0.0 - torch.inf  # nothing but padding
 
 
 def _same_shape(student: Tensor, teacher: Tensor, what: str, name: str) -> None:

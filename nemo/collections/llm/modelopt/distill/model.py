@@ -23,7 +23,8 @@ from .. import _moved
 from .._saved_keys import strip_module_prefix
 from ..errors import ModelOptConfigError
 from ._config import check_models, read_distillation_config
-from ._teacher import check_vocabularies, derive_teacher_config, may_leave_weights_unset
+from ._fused_model import SummedLoss, has_deferring_output
+from ._teacher import align_vocabularies, derive_teacher_config, may_leave_weights_unset
 from .loss import sum_value_over
 from .utils import adjust_distillation_model_for_mcore, load_distillation_config, teacher_provider
 
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 average_losses_across_data_parallel_group = _moved.find("average_losses_across_data_parallel_group")
 
 # Names of the balancer's results, in the order of the tensor that is reduced; what is logged is named below.
-_PARTS = ("kd_loss", "logits_loss", "intermediate_loss", "lm_loss")
-METRICS = ("kd_loss", "kd_logits_loss", "kd_intermediate_loss", "lm_loss")
+_PARTS = ("kd_loss", "logits_loss", "intermediate_loss", "lm_loss", "top1_agreement")
+METRICS = ("kd_loss", "kd_logits_loss", "kd_intermediate_loss", "lm_loss", "kd_top1_agreement")
 # Arguments of the constructor that a plain model has, too.
 _OF_STUDENT = ("config", "optim", "tokenizer", "model_transform")
 
@@ -112,7 +113,7 @@ class _DistillationLossReduction(MaskedTokenLossReduction):
         return sums[0] / tokens
 
     def take_metrics(self) -> Tensor | None:
-        """Return the last global batch's `METRICS` once, [4]; None on ranks that compute no loss."""
+        """Return the last global batch's `METRICS` once, [5]; None on ranks that compute no loss."""
         metrics, self._metrics = self._metrics, None
         return metrics
 
@@ -120,7 +121,7 @@ class _DistillationLossReduction(MaskedTokenLossReduction):
         """Return the mean of a token loss over the tokens that count, a scalar with the same value on all ranks.
 
         Args:
-            loss_output: [b, s], alone or as (loss, tp_reduce, is_sequence_parallel).
+            loss_output: [b, s] or a `SummedLoss`, alone or as (loss, tp_reduce, is_sequence_parallel).
             mask: [b, s], zero where a token does not count.
         """
         tp_reduce = is_sequence_parallel = False
@@ -130,7 +131,10 @@ class _DistillationLossReduction(MaskedTokenLossReduction):
         if is_sequence_parallel:
             rank = parallel_state.get_tensor_model_parallel_rank()
             mask = mask.tensor_split(self._tp_size, dim=1)[rank]
-        loss = (loss_output.reshape(-1).float() * mask.reshape(-1).float()).sum() / tokens
+        if isinstance(loss_output, SummedLoss):
+            loss = loss_output.masked_sum(mask) / tokens
+        else:
+            loss = (loss_output.reshape(-1).float() * mask.reshape(-1).float()).sum() / tokens
         if self._cp_size > 1:
             loss = sum_value_over(loss, parallel_state.get_context_parallel_group())
         if tp_reduce or is_sequence_parallel:
@@ -195,6 +199,7 @@ class DistillationGPTModel(llm.GPTModel):
         self._teacher_ckpt_path = teacher_ckpt_path
         self._distillation_config_path = distillation_config_path
         self._skip_lm_loss = True
+        self._fused_logits: bool | None = None
         if not all(isinstance(c, llm.GPTConfig) for c in (config, teacher_config)):
             logging.warning(
                 "DistillationGPTModel is made for llm.GPTConfig and its subclasses; got "
@@ -214,7 +219,7 @@ class DistillationGPTModel(llm.GPTModel):
         strategy = self.trainer.strategy
         _refuse_virtual_pipeline(self.config, strategy)
         teacher_config = derive_teacher_config(self.config, self._teacher_config)
-        check_vocabularies(self.config, teacher_config, self.tokenizer)
+        entries = align_vocabularies(self.config, teacher_config, self.tokenizer)
         check_models(settings, self.config, teacher_config)
         if not may_leave_weights_unset(getattr(strategy, "ckpt_load_strictness", None)):
             # Every weight is about to be read: drawing random ones would take as long as reading them.
@@ -224,6 +229,9 @@ class DistillationGPTModel(llm.GPTModel):
         student = self.config.configure_model(self.tokenizer)
         settings = load_distillation_config(self._distillation_config_path, self.config, teacher_config)
         _check_student_layers(student, settings.criterion or {})
+        logits_loss: Any = (settings.criterion or {}).get(settings.logit_layers)
+        if entries is not None and logits_loss is not None:
+            logits_loss.entries = entries
         kd_config = {
             "teacher_model": (
                 teacher_provider,
@@ -283,10 +291,27 @@ class DistillationGPTModel(llm.GPTModel):
         weights = {strip_module_prefix(key): value for key, value in state_dict.items()}
         return self.core_module.load_state_dict(weights, *args, **kwargs)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the projections of intermediate losses out of a checkpoint that holds nothing but weights.
+
+        They are no part of the student. A checkpoint to resume from keeps them, beside their optimizer state.
+        """
+        super().on_save_checkpoint(checkpoint)
+        if "optimizer_states" in checkpoint or not len(getattr(self.core_module, "loss_modules", ())):
+            return
+        with self.core_module.hide_loss_modules():
+            checkpoint["sharded_state_dict"] = self.trainer.strategy.megatron_parallel.sharded_state_dict()
+
     def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
         """Log the parts of the loss of this global batch, on every rank the same."""
+        left_out = {"lm_loss"} if self._skip_lm_loss else set()
+        if self._fused_logits is None:
+            # The last stage has decided, all stages log.
+            self._fused_logits = any(_of_all_stages(has_deferring_output(self.core_module)))
+        if not self._fused_logits:
+            left_out.add("kd_top1_agreement")
         for name, value in zip(METRICS, self._metrics_of_last_stage(), strict=True):
-            if name != "lm_loss" or not self._skip_lm_loss:
+            if name not in left_out:
                 self.log(name, value, batch_size=1)
 
     def _metrics_of_last_stage(self) -> Tensor:
@@ -333,11 +358,16 @@ def _check_student_layers(student: nn.Module, criterion: Mapping[tuple[str, str]
         for layer, _ in criterion
         if layer not in names
     ]
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    if stages > 1:
-        # Only the last stage knows; the others would wait for it in the teacher's checkpoint.
-        mine, problems = (problems or [None])[0], [None] * stages
-        torch.distributed.all_gather_object(problems, mine, group=parallel_state.get_pipeline_model_parallel_group())
-    for problem in problems:
+    # Only the last stage knows; the others would wait for it in the teacher's checkpoint.
+    for problem in _of_all_stages((problems or [None])[0]):
         if problem:
             raise ModelOptConfigError(problem)
+
+
+def _of_all_stages(value: Any) -> list[Any]:
+    """Return what every pipeline stage gives, in order."""
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    values = [value] * stages
+    if stages > 1:
+        torch.distributed.all_gather_object(values, value, group=parallel_state.get_pipeline_model_parallel_group())
+    return values

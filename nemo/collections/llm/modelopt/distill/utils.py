@@ -28,19 +28,24 @@ from nemo.collections import llm
 
 from .._saved_keys import saved_keys, saved_prefix, strip_module_prefix
 from ..errors import ModelOptConfigError
+from ..model_utils import restore_modelopt_state
+from ._carried import message, teacher_part
 from ._config import (
     INTERMEDIATE_LOSSES,
     LAYER_INDEX,
     DistillationConfig,
     check_models,
+    pairs_of_stages,
     read_distillation_config,
+    stage_of_layer,
 )
+from ._fused_model import DeferredLogits, compute_kd_loss, fuse_output_layers, set_deferring
 from ._teacher import (
     drop_missing_extra_state,
+    has_modelopt_state,
     is_strict,
     load_weights,
 )
-from ._vocab_parallel import REVERSE
 from .loss import (
     HiddenStateCosineLoss,  # noqa: F401
     LogitsAndIntermediatesLossBalancer,
@@ -55,13 +60,15 @@ if TYPE_CHECKING:
     from nemo.collections.common.tokenizers.tokenizer_spec import TokenizerSpec
 
 
+_LOSS_MODULES = "_loss_modules."
+
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
 def load_distillation_config(
     config_path: str | None, student_cfg: TransformerConfig, teacher_cfg: TransformerConfig
 ) -> DistillationConfig:
-    """Return the settings with the losses and the balancer made of them; the losses live on the last pipeline stage.
+    """Return the settings with the losses and the balancer made of them; each loss lives on the stage of its layers.
 
     Hidden sizes of intermediate layers are taken to be the models' ``hidden_size``.
 
@@ -77,27 +84,33 @@ def load_distillation_config(
         logging.info("Distillation: no settings given, the logits alone are distilled.")
     cfg = read_distillation_config(config_path or None)
     check_models(cfg, student_cfg, teacher_cfg)
-    cfg.criterion = {}
-    if student_cfg.pipeline_model_parallel_size == 1 or parallel_state.is_pipeline_last_stage():
-        cfg.criterion = _criterion(cfg, student_cfg, teacher_cfg)
+    cfg.criterion = _criterion(cfg, student_cfg, teacher_cfg)
     cfg.loss_balancer = LogitsAndIntermediatesLossBalancer(
-        kd_loss_scale=cfg.kd_loss_scale, skip_original_loss=cfg.skip_lm_loss
+        kd_loss_scale=cfg.kd_loss_scale, skip_original_loss=cfg.skip_lm_loss, weights=cfg.loss_weights
     )
     return cfg
 
 
 def _criterion(cfg: DistillationConfig, student_cfg, teacher_cfg) -> dict[tuple[str, str], torch.nn.Module]:
-    """Return a loss for each pair of layers, named as on this stage; all intermediate losses share one projection."""
-    criterion: dict[tuple[str, str], torch.nn.Module] = {
-        cfg.logit_layers: LogitsKLLoss(
+    """Return a loss for each pair of this stage's layers, named as on it; all but the logits share a projection."""
+    stage = last = student_cfg.pipeline_model_parallel_size - 1
+    if last > 0 and not parallel_state.is_pipeline_last_stage():
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+    criterion: dict[tuple[str, str], torch.nn.Module] = {}
+    if stage == last:
+        criterion[cfg.logit_layers] = LogitsKLLoss(
             student_cfg,
             temperature=cfg.logit_kl_temperature,
-            reverse=cfg.logit_kl_direction == REVERSE,
             temperature_squared=cfg.logit_kl_temperature_squared,
+            direction=cfg.logit_kl_direction,
+            topk=cfg.logit_kl_topk,
+            in_place=cfg.logit_kl_in_place,
         )
-    }
+    pairs = [pair for pair in cfg.intermediate_layer_pairs if stage_of_layer(pair[0], student_cfg) == stage]
+    if not pairs:
+        return criterion
     projection = ProjectionLayer(student_cfg, teacher_cfg)
-    for student_layer, teacher_layer, *chosen in cfg.intermediate_layer_pairs:
+    for student_layer, teacher_layer, *chosen in pairs:
         loss = INTERMEDIATE_LOSSES[chosen[0] if chosen else "cosine"]
         pair = (
             _adjust_layer_index_for_pp(student_layer, student_cfg),
@@ -114,7 +127,7 @@ def _criterion(cfg: DistillationConfig, student_cfg, teacher_cfg) -> dict[tuple[
 
 
 def _adjust_layer_index_for_pp(submodule_name, model_cfg):
-    """Return the name of a layer on the last pipeline stage, where layers are counted from zero again.
+    """Return the name of a layer on this pipeline stage, where layers are counted from zero again.
 
     Raises:
         ModelOptConfigError: where the layer is on an earlier stage.
@@ -129,8 +142,8 @@ def _adjust_layer_index_for_pp(submodule_name, model_cfg):
     index = int(match.group()) - first
     if index < 0:
         raise ModelOptConfigError(
-            f"Layer {submodule_name} does not fall on final PP rank, which begins at layer {first}. Intermediate "
-            "losses are computed there; choose a layer on it."
+            f"Layer {submodule_name} does not fall on this PP rank, which begins at layer {first}; choose a layer of "
+            "the stage."
         )
     return f"{submodule_name[: match.start()]}{index}{submodule_name[match.end() :]}"
 
@@ -160,6 +173,10 @@ def teacher_provider(
     strict_flag = is_strict(strict)
     logging.info(f"Distillation: loading the teacher from {ckpt_path}")
     model = config.configure_model(tokenizer)
+    if has_modelopt_state(ckpt_path):
+        restore_modelopt_state(model, ckpt_path)
+        # The quantizers stay; a state of its own inside of the student would be refused.
+        mto.ModeloptStateManager.remove_state(model)
 
     keys = saved_keys(ckpt_path)
     metadata = strategy.unwrapped_checkpoint_io.load_content_metadata(ckpt_path)
@@ -184,7 +201,13 @@ def teacher_provider(
 def _sharded_state_dict_of_student(self, *args, **kwargs) -> ShardedStateDict:
     """Return what checkpoints hold: the student, without the teacher."""
     with self.hide_teacher_model():
-        return type(self).sharded_state_dict(self, *args, **kwargs)
+        sharded = type(self).sharded_state_dict(self, *args, **kwargs)
+    if self._stage is not None and not parallel_state.is_pipeline_last_stage():
+        # Each stage has projections of its own; the names in files are those of the whole model.
+        for name, value in sharded.items():
+            if _LOSS_MODULES in name and hasattr(value, "key"):
+                value.key = value.key.replace(_LOSS_MODULES, f"{_LOSS_MODULES}stage_{self._stage}.", 1)
+    return sharded
 
 
 def _student_lm_loss(self, labels: Tensor, logits: Tensor, *, distill_cfg: DistillationConfig) -> Tensor:
@@ -192,6 +215,10 @@ def _student_lm_loss(self, labels: Tensor, logits: Tensor, *, distill_cfg: Disti
     if not self.training:
         return type(self).compute_language_model_loss(self, labels, logits)
     if distill_cfg.skip_lm_loss:
+        return _no_lm_loss(self, labels, logits)
+    if isinstance(logits, DeferredLogits):
+        # Computed with the distillation loss; `compute_kd_loss` puts it in the place of these zeros.
+        logits.labels = labels
         return _no_lm_loss(self, labels, logits)
     if logits.dtype == torch.float32:
         # Megatron's cross entropy works in place on fp32 logits, and the distillation loss still needs them.
@@ -214,18 +241,24 @@ def _set_input_tensor(self, input_tensors: list[Tensor]) -> None:
 
     Before the first training step, and in validation, the student's part is all there is.
     """
-    student, teacher = [], []
+    student: list[Tensor | None] = []
+    teacher: list[Tensor | None] = []
+    pairs = len(self._pairs_of_stages) if self.training else 0
+    self._carried = None
     for tensor in input_tensors:
-        split = None if tensor is None else tensor.shape[-1]
-        if self._tensor_split_idx is not None:
-            split = self._tensor_split_idx
-        student.append(None if tensor is None else tensor[..., :split])
-        teacher.append(None if tensor is None else tensor[..., split:])
+        if tensor is None:
+            student.append(None)
+            teacher.append(None)
+            continue
+        split = tensor.shape[-1] if self._tensor_split_idx is None else self._tensor_split_idx
+        student.append(tensor[..., :split])
+        teacher.append(teacher_part(tensor, split, pairs))
+        self._carried = tensor[..., tensor.shape[-1] - pairs :] if pairs else None
     type(self).set_input_tensor(self.teacher_model, teacher)
     type(self).set_input_tensor(self, student)
 
 
-def _forward_student_and_teacher(self, *args, **kwargs) -> Tensor:
+def _forward_student_and_teacher(self, *args, distill_cfg: DistillationConfig, **kwargs) -> Tensor:
     """Run both models in training and the student alone otherwise.
 
     Returns:
@@ -237,15 +270,27 @@ def _forward_student_and_teacher(self, *args, **kwargs) -> Tensor:
         _forget_captured_outputs(self)
         return output
 
-    with torch.no_grad():
-        # Whoever calls `train()` reaches the teacher too.
-        self._teacher_model.eval()
-        teacher_output = self._teacher_model(*args, **kwargs)
-    with self.only_student_forward():
-        student_output = type(self).forward(self, *args, **kwargs)
+    models = (self, self._teacher_model)
+    if not self._chose_fusing:
+        # Only now are both as they will be trained: a checkpoint's quantizers come after the model is built.
+        fuse_output_layers(*models, distill_cfg)
+        self._chose_fusing = True
+    try:
+        for model in models:
+            # Without labels, logits are what is wanted.
+            set_deferring(model, kwargs.get("labels") is not None)
+        with torch.no_grad():
+            # Whoever calls `train()` reaches the teacher too.
+            self._teacher_model.eval()
+            teacher_output = self._teacher_model(*args, **kwargs)
+        with self.only_student_forward():
+            student_output = type(self).forward(self, *args, **kwargs)
+    finally:
+        for model in models:
+            set_deferring(model, False)
     if parallel_state.is_pipeline_last_stage():
         return student_output
-    return torch.cat([student_output, teacher_output.to(student_output.dtype)], dim=-1)
+    return message(self, student_output, teacher_output)
 
 
 def _captured_layers(self) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
@@ -297,12 +342,18 @@ def adjust_distillation_model_for_mcore(model: DistillationModel, distill_cfg: D
     mto.ModeloptStateManager.remove_state(model)
 
     model._tensor_split_idx = None
+    model._chose_fusing = False
+    model._pairs_of_stages, model._carried, model._stage = [], None, None
+    if distill_cfg.intermediate_layer_pairs and getattr(model.config, "pipeline_model_parallel_size", 1) > 1:
+        model._stage = parallel_state.get_pipeline_model_parallel_rank()
+        model._pairs_of_stages = pairs_of_stages(distill_cfg, model.config)
     methods: dict[str, Callable[..., Any]] = {
         "sharded_state_dict": _sharded_state_dict_of_student,
         "compute_language_model_loss": partial(_student_lm_loss, distill_cfg=distill_cfg),
         "set_student_input_tensor_shape": _set_student_input_tensor_shape,
         "set_input_tensor": _set_input_tensor,
-        "forward": _forward_student_and_teacher,
+        "forward": partial(_forward_student_and_teacher, distill_cfg=distill_cfg),
+        "compute_kd_loss": compute_kd_loss,
     }
     for name, function in methods.items():
         setattr(model, name, MethodType(function, model))
@@ -353,7 +404,7 @@ def get_tensor_shapes_adjust_fn_for_distillation(
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             cp_group=parallel_state.get_context_parallel_group(),
         )
-        width = teacher_shapes[0][-1]
+        width = teacher_shapes[0][-1] + len(getattr(unwrapped, "_pairs_of_stages", ()))
         shapes[:] = [(*shape[:-1], shape[-1] + width) for shape in shapes]
 
     def adjust_tensor_shapes(recv_tensor_shapes: list[tuple[int, ...]], send_tensor_shapes: list[tuple[int, ...]]):

@@ -1,0 +1,74 @@
+"""Intermediate losses of earlier pipeline stages: their values travel to the last stage with the hidden states.
+
+A message between stages is [s, b, h of the student + h of the teacher + pairs]: each pair of layers before the last
+stage has one more column, zero until the stage that computes the loss of its tokens fills it in. The last stage takes
+the columns like losses of its own: they are masked, balanced and logged there, and Megatron's schedule brings their
+gradient back with that of the hidden states. (In the type of the messages, as all that crosses stages.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def teacher_part(tensor: Tensor, split: int, pairs: int) -> Tensor:
+    """Return the teacher's part of a message [s, b, h + h_teacher + pairs]."""
+    return tensor[..., split : tensor.shape[-1] - pairs]
+
+
+def own_columns(model: Any) -> list[Tensor]:
+    """Return the losses [s, b] of the layer pairs captured on this stage, in order, and forget the captured outputs.
+
+    Args:
+        model: a ``DistillationModel`` after a forward pass.
+    """
+    columns = []
+    for (student, teacher), loss in model._layers_to_loss.items():
+        outputs = student._intermediate_output, teacher._intermediate_output
+        student._intermediate_output = teacher._intermediate_output = None
+        columns.append(loss(*outputs)[0].transpose(0, 1))
+    return columns
+
+
+def message(model: Any, student: Tensor, teacher: Tensor) -> Tensor:
+    """Return what this stage sends: [s, b, h of the student + h of the teacher + pairs].
+
+    Args:
+        model: a ``DistillationModel`` that knows its ``_pairs_of_stages``.
+        student: hidden states of the student [s, b, h].
+        teacher: hidden states of the teacher.
+    """
+    parts = [student, teacher.to(student.dtype)]
+    if model._pairs_of_stages:
+        received = model._carried
+        columns = [student.new_zeros(student.shape[:-1])] * len(model._pairs_of_stages)
+        if received is not None:
+            columns = list(received.unbind(-1))
+        own = iter(own_columns(model))
+        for place, stage in enumerate(model._pairs_of_stages):
+            if stage == model._stage:
+                columns[place] = next(own).to(student.dtype)
+        parts.append(torch.stack(columns, dim=-1))
+    return torch.cat(parts, dim=-1)
+
+
+def losses_of_stages(model: Any, loss_reduction_fn: Any) -> dict[str, Tensor]:
+    """Return the reduced losses that earlier stages have sent, by name, and forget them.
+
+    Args:
+        model: a ``DistillationModel`` on the last stage.
+        loss_reduction_fn: reduces (loss [b, s], tp_reduce, is_sequence_parallel) to a scalar.
+    """
+    received, model._carried = model._carried, None
+    if received is None:
+        return {}
+    split = bool(model.config.sequence_parallel)
+    return {
+        f"IntermediateLoss_of_stage_{stage}_{place}": loss_reduction_fn(
+            (column.transpose(0, 1).contiguous(), False, split)
+        )
+        for place, (stage, column) in enumerate(zip(model._pairs_of_stages, received.unbind(-1), strict=True))
+    }

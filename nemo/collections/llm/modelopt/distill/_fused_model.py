@@ -1,0 +1,314 @@
+"""Where the fused loss meets Megatron's models: output layers that keep back their logits, and when that is exact.
+
+An output layer that defers gives its hidden states and weight in the place of logits (`DeferredLogits`). modelopt's
+hooks capture them as they capture logits, the logits loss pairs them (`PairedLogits`), and the reduction of the losses,
+which knows the loss mask, has them computed (`_fused_linear`).
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.num_microbatches_calculator import get_micro_batch_size
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from nemo.utils import logging
+from torch import Tensor
+
+from ..errors import ModelOptConfigError
+from ._carried import losses_of_stages
+from ._fused_linear import FusedLosses, Objective, fused_linear_losses
+
+OFF, ON, AUTO = "off", "on", "auto"
+FUSED_LOGITS = (AUTO, ON, OFF)
+# Bytes of logits from which memory matters more than the time of two more matrix products.
+_WORTH_IT = 512 << 20
+_OUTPUT_LAYERS = ("output_layer", "output_layer")
+
+
+class DeferredLogits:
+    """What makes the logits [s, b, v] of one model.
+
+    Attributes:
+        hidden: [s, b, h], the whole sequence.
+        weight: [v, h], this rank's shard.
+        layer: the output layer.
+        labels: next tokens [b, s] where the language-model loss is wanted.
+        pair: with the other model's, once they were brought together.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, layer: Any):
+        """Keep them; a student's gradients will be reduced over the tensor-parallel ranks as its layer would.
+
+        Args:
+            hidden: what the layer was given: [s, b, h], or this rank's stretch of it under sequence parallelism.
+            weight: [v, h].
+            layer: the layer.
+        """
+        if layer.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=True, group=layer.tp_group
+            )
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=layer.tp_group)
+        self.hidden, self.weight, self.layer = hidden, weight, layer
+        self.labels: Tensor | None = None
+        self.pair: PairedLogits | None = None
+        self.dtype = hidden.dtype  # of the logits
+
+
+class PairedLogits:
+    """Both models' deferred logits with what is to be computed of them; computed once, when the mask is known."""
+
+    def __init__(self, student: DeferredLogits, teacher: DeferredLogits, objective: dict[str, Any], factor: float):
+        """Remember them.
+
+        Args:
+            student: its deferred logits.
+            teacher: its deferred logits.
+            objective: fields of an ``Objective``.
+            factor: the divergence is multiplied by it.
+        """
+        self._student, self._teacher, self._factor = student, teacher, factor
+        group = student.layer.tp_group
+        self._objective = Objective(
+            **objective,
+            group=group if group is not None and torch.distributed.get_world_size(group) > 1 else None,
+            student_cap=_softcap(student.layer),
+            teacher_cap=_softcap(teacher.layer),
+            main_grad=bool(student.layer.gradient_accumulation_fusion),
+        )
+        self._losses: FusedLosses | None = None
+
+    def sums(self, mask: Tensor) -> FusedLosses:
+        """Return the losses summed over the tokens that count.
+
+        Args:
+            mask: [b, s], zero where a token does not count.
+        """
+        if self._losses is None:
+            labels = self._student.labels
+            losses = fused_linear_losses(
+                self._student.hidden.flatten(0, 1),
+                self._student.weight,
+                self._teacher.hidden.flatten(0, 1),
+                self._teacher.weight,
+                mask.t().reshape(-1),
+                self._objective,
+                None if labels is None else labels.t().reshape(-1),
+            )
+            self._losses = losses._replace(divergence=losses.divergence * self._factor)
+            # They know this pair: a cycle would keep them until the garbage is collected.
+            del self._student, self._teacher
+        return self._losses
+
+
+class SummedLoss:
+    """One of the fused losses, for a reduction to ask for with its mask: ``masked_sum(mask)``."""
+
+    def __init__(self, pair: PairedLogits, name: str):
+        """Choose.
+
+        Args:
+            pair: both models' logits.
+            name: a field of ``FusedLosses``.
+        """
+        self._pair, self._name = pair, name
+
+    def masked_sum(self, mask: Tensor) -> Tensor:
+        """Return the loss summed over the tokens that count, a scalar.
+
+        Args:
+            mask: [b, s].
+        """
+        return getattr(self._pair.sums(mask), self._name)
+
+
+def why_not_fused(student: Any, teacher: Any, criterion: Any, settings: Any) -> str | None:
+    """Return why the logits loss of two Megatron-Core models cannot be fused with their output layers, or None.
+
+    Args:
+        student: model on the last pipeline stage.
+        teacher: model.
+        criterion: loss of the logits pair.
+        settings: a ``DistillationConfig``.
+    """
+    from .loss import LogitsKLLoss
+
+    if settings.logit_layers != _OUTPUT_LAYERS:
+        return f"logit_layers={settings.logit_layers} are not the output layers"
+    if type(criterion) is not LogitsKLLoss:
+        return f"the logits loss is a {type(criterion).__name__}"
+    if criterion.entries is not None:
+        return "the vocabularies of student and teacher are padded differently"
+    if getattr(student, "mtp_process", False) or getattr(teacher, "mtp_process", False):
+        return "multi-token prediction uses the output layer several times"
+    if not settings.skip_lm_loss:
+        if (
+            getattr(type(student), "compute_language_model_loss", None)
+            is not LanguageModule.compute_language_model_loss
+        ):
+            return "the student has a language-model loss of its own"
+        if getattr(student, "fp16_lm_cross_entropy", False):
+            return "fp16_lm_cross_entropy is set"
+    for whose, model in (("student", student), ("teacher", teacher)):
+        reason = _why_not_deferred(getattr(model, "output_layer", None), model)
+        if reason:
+            return f"the {whose}'s output layer {reason}"
+    return None
+
+
+def _why_not_deferred(layer: Any, model: Any) -> str | None:
+    """Return why an output layer does more than a matrix product with a shard of the vocabulary, or None."""
+    name = type(layer).__name__
+    if type(layer) is not ColumnParallelLinear and name != "Gemma2OutputLayer":
+        return f"is a {name} (quantized, adapted or of another implementation)"
+    config = layer.config
+    if layer.bias is not None or layer.skip_bias_add:
+        return "has a bias"
+    if layer.gather_output and torch.distributed.get_world_size(layer.tp_group) > 1:
+        return "gathers the logits"
+    if layer.is_expert or layer.disable_grad_reduce:
+        return "has communication of its own"
+    if getattr(config, "defer_embedding_wgrad_compute", False):
+        return "defers its weight gradient (defer_embedding_wgrad_compute)"
+    if getattr(config, "cpu_offloading", False):
+        return "offloads activations to the CPU"
+    if getattr(model, "share_embeddings_and_output_weights", False) and layer.weight is None and not model.pre_process:
+        return "has no weight"
+    # One hook is modelopt's own.
+    if len(layer._forward_hooks) > 1 or layer._backward_hooks:
+        return "has hooks that want its logits"
+    return None
+
+
+def slower_by(settings: Any) -> str | None:
+    """Return what makes the fused loss slower than the chunked one with these settings, or None."""
+    if settings.skip_lm_loss:
+        return None
+    return "with a language-model loss the logits are made a second time in the backward pass"
+
+
+def choose_fused(student: Any, teacher: Any, settings: Any) -> bool:
+    """Return whether the logits loss is fused, and log why.
+
+    Args:
+        student: model on the last pipeline stage.
+        teacher: model.
+        settings: a ``DistillationConfig`` with its losses made.
+
+    Raises:
+        ModelOptConfigError: where it is demanded and would not be exact.
+    """
+    if settings.fused_logits == OFF:
+        return False
+    reason = why_not_fused(student, teacher, settings.criterion.get(settings.logit_layers), settings)
+    if reason and settings.fused_logits == ON:
+        raise ModelOptConfigError(
+            f"fused_logits='on' is not exact for this model: {reason}. Take 'auto', or change the model."
+        )
+    size, slower = 0 if reason else _logits_bytes(student), slower_by(settings)
+    if not reason and slower and settings.fused_logits == AUTO and size < _WORTH_IT:
+        reason = f"{slower}, and the logits of a micro-batch take only {size / 2**20:.0f} MiB"
+    if reason:
+        logging.info(f"Distillation: output layers and logits loss are not fused: {reason}.")
+        return False
+    logging.info(
+        f"Distillation: output layers and logits loss are fused; the logits of a micro-batch ({size / 2**20:.0f} MiB "
+        "for each model) are never held" + (f"; {slower}." if slower else ".")
+    )
+    return True
+
+
+def _logits_bytes(model) -> int:
+    """Return the size of the logits [s, b, v] of one micro-batch on this rank."""
+    config, layer = model.config, model.output_layer
+    try:
+        sequences = get_micro_batch_size()
+    except AttributeError:  # nobody has set it up
+        sequences = 1
+    tokens = getattr(config, "seq_length", 0) * sequences // config.context_parallel_size
+    return tokens * layer.output_size_per_partition * config.params_dtype.itemsize
+
+
+def fuse_output_layers(student: Any, teacher: Any, settings: Any) -> None:
+    """Let both output layers give `DeferredLogits` in training, where that is exact and wanted.
+
+    Args:
+        student: model; nothing happens before the last pipeline stage.
+        teacher: model.
+        settings: a ``DistillationConfig`` with its losses made.
+
+    Raises:
+        ModelOptConfigError: where it is demanded and would not be exact.
+    """
+    if not settings.criterion or not getattr(student, "post_process", False):
+        return
+    if not choose_fused(student, teacher, settings):
+        return
+    for layer in (student.output_layer, teacher.output_layer):
+        layer._defers = False
+        layer.forward = MethodType(_forward_of_output_layer, layer)
+
+
+def has_deferring_output(model: Any) -> bool:
+    """Return whether a model's output layer can defer its logits."""
+    return hasattr(getattr(model, "output_layer", None), "_defers")
+
+
+def set_deferring(model: Any, on: bool) -> None:
+    """Switch the deferring of a model's output layer, where it has one that can."""
+    if has_deferring_output(model):
+        model.output_layer._defers = on
+
+
+def _forward_of_output_layer(self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output=None):
+    if not self._defers or runtime_gather_output:
+        return type(self).forward(self, input_, weight=weight, runtime_gather_output=runtime_gather_output)
+    return DeferredLogits(input_, self.weight if weight is None else weight, self), None
+
+
+def compute_kd_loss(self, student_loss: Tensor | None = None, loss_reduction_fn=None, **kwargs):
+    """Return modelopt's total of the losses, with those of earlier pipeline stages.
+
+    The language-model loss is the fused pass's where that computes it.
+
+    Returns:
+        What the loss balancer returns; with fused logits its dictionary also holds ``top1_agreement`` and ``lm_loss``.
+    """
+    student, teacher = _captured_deferred(self), _captured_deferred(self.teacher_model)
+    pair = None
+    if student is not None and teacher is not None:
+        criterion = next(loss for (layer, _), loss in self._layers_to_loss.items() if layer is self.output_layer)
+        pair = criterion.pair(student, teacher)
+        if student.labels is not None:
+            student_loss = loss_reduction_fn(SummedLoss(pair, "lm"))
+    of_stages = losses_of_stages(self, loss_reduction_fn)
+    if of_stages:
+        losses = type(self).compute_kd_loss(self, student_loss, loss_reduction_fn, skip_balancer=True, **kwargs)
+        losses = self.loss_balancer({**losses, **of_stages})
+    else:
+        losses = type(self).compute_kd_loss(self, student_loss, loss_reduction_fn, **kwargs)
+    if pair is not None and isinstance(losses, dict):
+        losses["top1_agreement"] = loss_reduction_fn(SummedLoss(pair, "agreement"))
+        if student_loss is not None:
+            losses["lm_loss"] = student_loss.detach()
+    return losses
+
+
+def _captured_deferred(model: Any) -> DeferredLogits | None:
+    """Return what modelopt's hook captured of a model's output layer, where that is deferred logits."""
+    output = getattr(getattr(model, "output_layer", None), "_intermediate_output", None)
+    first = output[0] if isinstance(output, tuple) else output
+    return first if isinstance(first, DeferredLogits) else None
+
+
+def _softcap(layer: Any) -> float | None:
+    """Return at which value the logits of Gemma 2 and 3 are capped."""
+    return getattr(layer.config, "final_logit_softcapping", None) if type(layer) is not ColumnParallelLinear else None

@@ -1,0 +1,136 @@
+"""What ranks execute for the tests of a distillation's state: vocabularies, checkpoints, what training holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+
+from test_code import jobs_distill, ranks, tiny
+
+
+def teacher_rows(teacher_path, student_vocabulary, teacher_vocabulary):
+    """Distil one step at TP=2 and return (losses, metrics, the teacher's whole embedding and output weight)."""
+    from megatron.core import parallel_state
+
+    recorder = jobs_distill.Metrics()
+    model = jobs_distill.distillation_model(
+        teacher_path, None, {"vocab_size": student_vocabulary}, {"vocab_size": teacher_vocabulary}
+    )
+    losses = tiny.fit(model, max_steps=1, tp=2, callbacks=[recorder])
+    teacher = tiny.core(model).teacher_model
+    weights = []
+    for weight in (teacher.embedding.word_embeddings.weight, teacher.output_layer.weight):
+        shards = [torch.empty_like(weight) for _ in range(2)]
+        torch.distributed.all_gather(
+            shards, weight.detach().contiguous(), group=parallel_state.get_tensor_model_parallel_group()
+        )
+        weights.append(torch.cat(shards))
+    return losses, recorder.steps, weights
+
+
+def loss_of_first_entries(entries):
+    """Return, by number of entries that count, this rank's loss and gradient at TP=2 beside those of fp64."""
+    from types import SimpleNamespace
+
+    from nemo.collections.llm.modelopt.distill.loss import LogitsKLLoss
+
+    tiny.init_parallel(tp=2)
+    part = slice(8 * torch.distributed.get_rank(), 8 * torch.distributed.get_rank() + 8)
+    generator = torch.Generator().manual_seed(3)
+    student, teacher = (torch.randn(5, 2, 16, generator=generator) * 3 for _ in range(2))
+    results = {}
+    for number in entries:
+        loss = LogitsKLLoss(SimpleNamespace(tensor_model_parallel_size=2, sequence_parallel=False))
+        loss.entries = number
+        mine = student[..., part].clone().requires_grad_()
+        value = loss(mine, teacher[..., part].clone())[0]
+        value.sum().backward()
+        expected, gradient = jobs_distill.reference_kl(
+            student[..., :number], teacher[..., :number], 1.0, "forward", torch.ones(5, 2)
+        )
+        whole = torch.zeros(5, 2, 16).double()
+        whole[..., :number] = gradient
+        results[number] = (value.detach().double(), expected.t(), mine.grad.double(), whole[..., part])
+    return results
+
+
+class Projection(pl.Callback):
+    """Keep the projections as they are when training starts, and write both kinds of checkpoint at its end."""
+
+    def __init__(self, folder=None):
+        self.folder, self.weights = folder, []
+
+    def on_train_start(self, trainer, pl_module):
+        self.weights = [p.detach().clone() for p in tiny.core(pl_module).loss_modules.parameters()]
+
+    def on_train_end(self, trainer, pl_module):
+        self.weights_at_end = [p.detach().clone() for p in tiny.core(pl_module).loss_modules.parameters()]
+        if self.folder is not None:
+            tiny.save(trainer, self.folder / "full")
+            trainer.save_checkpoint(self.folder / "weights only", weights_only=True)
+
+
+def checkpoints(teacher_path, settings, folder):
+    """Distil with a projection, save, resume; return what the checkpoints and the training held."""
+    from nemo.collections.llm.modelopt.distill import _teacher
+
+    folder, student = Path(folder), {"hidden_size": 32}
+    first = Projection(folder)
+    model = jobs_distill.distillation_model(teacher_path, settings, student)
+    tiny.fit(model, max_steps=2, callbacks=[first], tp=2)
+    core = tiny.core(model)
+    in_optimizer = sum(
+        p.numel() for group in model.optimizers(use_pl_optimizer=False).param_groups for p in group["params"]
+    )
+    projection = sum(p.numel() for p in core.loss_modules.parameters())
+    own = sum(p.numel() for p in core.parameters() if p.requires_grad)
+    teacher = sum(p.numel() for p in core.teacher_model.parameters())
+    bytes_of = {
+        kind: sum(f.stat().st_size for f in (folder / kind / "weights").rglob("*.distcp"))
+        for kind in ("full", "weights only")
+    }
+    keys = {kind: _teacher.saved_keys(folder / kind) for kind in ("full", "weights only")}
+    ranks.reset()
+
+    again = Projection()
+    model = jobs_distill.distillation_model(teacher_path, settings, student)
+    trainer = tiny.trainer(max_steps=3, tp=2, callbacks=[again])
+    trainer.fit(model, tiny.data(), ckpt_path=str(folder / "full"))
+    return {
+        "keys": keys,
+        "bytes": bytes_of,
+        "sizes": {"optimizer": in_optimizer, "student": own - projection, "projection": projection, "teacher": teacher},
+        "end": first.weights_at_end,
+        "resumed": again.weights,
+        "later": again.weights_at_end,
+        "steps": trainer.global_step,
+    }
+
+
+def early_projection(teacher_path, settings, path):
+    """Distil at PP=2 with other hidden sizes, save, and return (keys, how far projections moved, metrics)."""
+    from nemo.collections.llm.modelopt.distill import _teacher
+
+    recorder, projection = jobs_distill.Metrics(), Projection()
+    model = jobs_distill.distillation_model(teacher_path, settings, {"hidden_size": 32, "num_layers": 2})
+    tiny.fit(model, max_steps=2, save_to=path, callbacks=[recorder, projection], pp=2)
+    moved = [(a - b).abs().max() for a, b in zip(projection.weights, projection.weights_at_end, strict=True)]
+    return _teacher.saved_keys(path), float(min(moved)), recorder.steps
+
+
+def curves(teacher_path, settings, steps):
+    """Return the curve of a distillation of ``steps`` steps in each layout of two ranks, and alone."""
+    import contextlib
+
+    layouts = {"1 rank": {}, "TP=2": {"tp": 2}, "TP=2 SP": {"tp": 2, "sp": True}, "PP=2": {"pp": 2}, "DP=2": {}}
+    found = {}
+    for layout, arguments in layouts.items():
+        # The same student everywhere: pipeline stages draw their weights in another order.
+        with jobs_distill.alone() if layout == "1 rank" else contextlib.nullcontext():
+            model = jobs_distill.distillation_model(teacher_path, settings, {"ffn_hidden_size": 128, "num_layers": 2})
+            data = tiny.data(samples=4 * steps)
+            found[layout] = tiny.fit(model, data, restore=teacher_path + "-student", max_steps=steps, **arguments)
+        ranks.reset()
+    return found
