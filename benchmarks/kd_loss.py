@@ -1,8 +1,9 @@
-"""Logits KL, stock against ours in one process: time and memory kept for the backward pass, forward + backward, TP=1.
+"""Losses on logits, stock against ours side by side in one run: forward + backward, TP=1 and TP=2, on CPU ranks.
 
-Stock's loss module is loaded from nemo-toolkit under another name. Times are interleaved, best of n, on one thread;
-memory is the exact sum of what autograd and the functions keep alive between forward and backward, in units of one
-logits tensor. The same run shows that the gradients agree.
+Stock's loss module is loaded from nemo-toolkit under another name. Times are CPU seconds of one rank with one thread,
+the contestants interleaved, best and worst of n. Memory is the peak of what a step allocates beside its inputs, counted
+by PyTorch's allocator, in units of one logits tensor in its own dtype. The same run shows that the gradients agree.
+Writes a JSON file, a table and a plot to ``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
+import os
 import platform
+import socket
 import sys
 import sysconfig
 import time
@@ -21,17 +25,20 @@ from pathlib import Path
 import torch
 
 STOCK = Path(sysconfig.get_paths()["purelib"]) / "nemo/collections/llm/modelopt/distill/loss.py"
-# [s, b, v], dtype
-SHAPES = {
-    "512 x 2 x 32000 fp32": ((512, 2, 32000), torch.float32),
-    "512 x 2 x 32000 bf16": ((512, 2, 32000), torch.bfloat16),
-    "256 x 1 x 128256 fp32": ((256, 1, 128256), torch.float32),
-    "256 x 1 x 128256 bf16": ((256, 1, 128256), torch.bfloat16),
+FP32, BF16 = torch.float32, torch.bfloat16
+# [s, b, v] over all ranks, dtype.
+SIZES = {
+    "full": [((512, 2, 32000), FP32), ((512, 2, 32000), BF16), ((256, 1, 128256), FP32), ((1024, 1, 151936), BF16)],
+    "default": [((32, 2, 32000), FP32), ((32, 2, 32000), BF16), ((256, 2, 32000), FP32), ((256, 1, 128256), BF16)],
+    "quick": [((16, 2, 8000), FP32), ((16, 2, 8000), BF16)],
 }
-QUICK = {
-    "64 x 2 x 8000 fp32": ((64, 2, 8000), torch.float32),
-    "64 x 2 x 8000 bf16": ((64, 2, 8000), torch.bfloat16),
+# [n, v, h of the student, h of the teacher] with their output layers.
+LINEAR = {
+    "full": [((1024, 128256, 512, 1024), BF16)],
+    "default": [((256, 32000, 256, 512), FP32), ((1024, 32000, 64, 128), BF16)],
+    "quick": [((64, 8000, 64, 64), FP32)],
 }
+TOPK = 100
 
 
 def stock_loss_class():
@@ -41,92 +48,274 @@ def stock_loss_class():
     return module.LogitsKLLoss
 
 
-def step(loss, student, teacher):
-    """Return seconds of forward + backward, bytes kept in between, and the gradient."""
-    student.grad = None
-    kept = {}
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    start = time.perf_counter()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        value = loss(student, teacher)[0]
-    # What a function keeps on its context, as ours keeps its gradient.
-    nodes, seen = [value.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        buffer = getattr(node, "gradient", None)
-        if isinstance(buffer, torch.Tensor):
-            kept[buffer.untyped_storage().data_ptr()] = buffer.untyped_storage().nbytes()
-        nodes.extend(following for following, _ in node.next_functions)
-    value.mean().backward()
-    seconds = time.perf_counter() - start
-    for given in (student, teacher):  # they exist anyway
-        kept.pop(given.untyped_storage().data_ptr(), None)
-    return seconds, sum(kept.values()), student.grad.clone()
+def naive_topk(student, teacher):
+    """The top-k divergence as one would write it: whole log-probabilities, then the entries."""
+    log_p, log_q = (torch.log_softmax(x.float(), -1) for x in (student, teacher))
+    kept, positions = log_q.topk(TOPK, -1)
+    picked = log_p.gather(-1, positions)
+    tails = [(1 - x.exp().sum(-1)).clamp(min=1e-9).log() for x in (kept, picked)]
+    value = (kept.exp() * (kept - picked)).sum(-1) + tails[0].exp() * (tails[0] - tails[1])
+    return value.transpose(0, 1)
 
 
-def compare(shape, dtype, losses, repeats):
-    generator = torch.Generator().manual_seed(0)
-    student = (3 * torch.randn(shape, generator=generator)).to(dtype).requires_grad_()
-    teacher = (3 * torch.randn(shape, generator=generator)).to(dtype)
-    times = {name: [] for name in losses}
-    kept, grads = {}, {}
+class _Logits(torch.autograd.Function):
+    """Stands for an output layer: gives logits, and takes their gradient without keeping it after the first time."""
+
+    @staticmethod
+    def forward(ctx, anchor, logits, name, gradients):
+        ctx.name, ctx.gradients = name, gradients
+        return logits.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.gradients.setdefault(ctx.name, None)
+        if ctx.gradients[ctx.name] is None:
+            ctx.gradients[ctx.name] = gradient.to(torch.float32, copy=True)
+        return torch.zeros(1), None, None, None
+
+
+def peak_bytes(function) -> int:
+    """Return the most bytes a function has allocated at one time, by the allocator's own events."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    now = peak = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def prepare(step):
+    if getattr(step, "prepare", None):
+        step.prepare()
+
+
+def measure(contestants, repeats):
+    """Return {name: {seconds, spread, peak}} of interleaved steps, the first of them not timed."""
+    times = {name: [] for name in contestants}
+    peaks = {}
+    for name, step in contestants.items():
+        prepare(step)
+        step()
+        prepare(step)
+        peaks[name] = peak_bytes(step)
     for _ in range(repeats):
-        for name, loss in losses.items():
-            seconds, kept[name], grads[name] = step(loss, student, teacher)
-            times[name].append(seconds)
-    size = student.numel() * student.element_size()
-    scale = grads["stock"].float().abs().max()
-    return {
-        "seconds": {name: {"best": min(values), "worst": max(values)} for name, values in times.items()},
-        "time stock / ours": min(times["stock"]) / min(times["ours"]),
-        "kept in units of the logits": {name: value / size for name, value in kept.items()},
-        "kept stock / ours": kept["stock"] / kept["ours"],
-        "largest relative gradient difference": float(
-            (grads["stock"].float() - grads["ours"].float()).abs().max() / scale
-        ),
+        for name, step in contestants.items():
+            prepare(step)
+            start = time.process_time()
+            step()
+            times[name].append(time.process_time() - start)
+    return {n: {"seconds": min(t), "worst": max(t), "peak bytes": peaks[n]} for n, t in times.items()}
+
+
+def compare_logits(shape, dtype, config, repeats):
+    """Every loss on logits at one size; a step is forward + backward of the mean."""
+    from nemo.collections.llm.modelopt.distill.loss import LogitsKLLoss
+
+    tp = config.tensor_model_parallel_size
+    shape = (*shape[:2], shape[2] // tp)
+    generator = torch.Generator().manual_seed(torch.distributed.get_rank() if tp > 1 else 0)
+    student, teacher = ((3 * torch.randn(shape, generator=generator)).to(dtype) for _ in range(2))
+    stock_class, scratch = stock_loss_class(), student.clone()
+    gradients = {}
+
+    def step(name, loss, in_place=False):
+        def run():
+            logits = scratch if in_place else student
+            result = loss(_Logits.apply(torch.zeros(1, requires_grad=True), logits, name, gradients), teacher)
+            (result[0] if isinstance(result, tuple) else result).mean().backward()
+
+        run.prepare = (lambda: scratch.copy_(student)) if in_place else None
+        return run
+
+    contestants = {
+        "stock forward": step("stock forward", stock_class(config)),
+        "stock reverse": step("stock reverse", stock_class(config, reverse=True)),
+        "forward": step("forward", LogitsKLLoss(config)),
+        "forward in place": step("forward in place", LogitsKLLoss(config, in_place=True), in_place=True),
+        "reverse": step("reverse", LogitsKLLoss(config, reverse=True)),
+        "jsd": step("jsd", LogitsKLLoss(config, direction="jsd")),
+        "topk": step("topk", LogitsKLLoss(config, topk=TOPK)),
     }
+    if tp == 1:
+        contestants["naive topk"] = step("naive topk", naive_topk)
+    result = measure(contestants, repeats)
+    logits = student.numel() * student.element_size()
+    against = {"forward": "stock forward", "forward in place": "stock forward", "reverse": "stock reverse"}
+    against["topk"] = "naive topk" if tp == 1 else None
+    rows = {}
+    for name in ("forward", "forward in place", "reverse", "jsd", "topk"):
+        other = against.get(name)
+        rows[name] = row(result[name], result.get(other), logits)
+        if other in gradients and name in gradients:
+            scale = gradients[other].abs().max()
+            rows[name]["gradient difference"] = float((gradients[other] - gradients[name]).abs().max() / scale)
+    return rows
+
+
+def row(ours, other, unit):
+    found = {"ours": ours, "other": other, "peak in L": {"ours": ours["peak bytes"] / unit}}
+    if other:
+        found["peak in L"]["other"] = other["peak bytes"] / unit
+        found["time other / ours"] = other["seconds"] / ours["seconds"]
+        found["peak other / ours"] = other["peak bytes"] / max(1, ours["peak bytes"])
+    return found
+
+
+def compare_linear(shape, dtype, config, repeats):
+    """Output layers and forward KL: stock, ours on logits, ours fused, and the matrix products alone."""
+    from nemo.collections.llm.modelopt.distill._fused_linear import Objective, fused_linear_losses
+    from nemo.collections.llm.modelopt.distill.loss import LogitsKLLoss
+
+    n, v, h, h_teacher = shape
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, hidden_teacher, weight_teacher = (
+        torch.randn(size, generator=generator).mul_(scale).to(dtype)
+        for size, scale in (((n, h), 1.0), ((v, h), h**-0.5), ((n, h_teacher), 1.0), ((v, h_teacher), h_teacher**-0.5))
+    )
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    ones, gradients = torch.ones(n), {}
+
+    def unfused(name, loss):
+        def run():
+            hidden.grad = weight.grad = None
+            teacher = (hidden_teacher @ weight_teacher.t()).view(n, 1, v)
+            loss((hidden @ weight.t()).view(n, 1, v), teacher)[0].mean().backward()
+            gradients[name] = weight.grad.float()
+
+        return run
+
+    def fused():
+        hidden.grad = weight.grad = None
+        losses = fused_linear_losses(hidden, weight, hidden_teacher, weight_teacher, ones, Objective())
+        (losses.divergence / n).backward()
+        gradients["fused"] = weight.grad.float()
+
+    @torch.no_grad()
+    def products():
+        logits = hidden @ weight.t()
+        hidden_teacher @ weight_teacher.t()
+        logits @ weight
+        logits.t() @ hidden
+
+    result = measure(
+        {
+            "stock": unfused("stock", stock_loss_class()(config)),
+            "chunked": unfused("chunked", LogitsKLLoss(config)),
+            "fused": fused,
+            "products": products,
+        },
+        repeats,
+    )
+    logits = n * v * hidden.element_size()
+    found = row(result["fused"], result["stock"], logits)
+    scale = gradients["stock"].abs().max()
+    found["gradient difference"] = float((gradients["stock"] - gradients["fused"]).abs().max() / scale)
+    found["time fused / matrix products alone"] = result["fused"]["seconds"] / result["products"]["seconds"]
+    rows = {"fused with the output layers": found}
+    rows["chunked with the output layers"] = row(result["chunked"], result["stock"], logits)
+    return rows
+
+
+def on_rank(rank, tp, port, size, repeats, pipe):
+    """Measure on one rank and send the rows of rank zero."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(tp))
+    torch.set_num_threads(1)
+    from megatron.core import parallel_state
+
+    from nemo_modelopt_dropin import cpu_backend
+
+    cpu_backend.enable()
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=tp)
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
+    config = types.SimpleNamespace(tensor_model_parallel_size=tp, sequence_parallel=False)
+    rows = {}
+    for shape, dtype in SIZES[size]:
+        label = f"{' x '.join(map(str, shape))} {str(dtype)[6:]}, TP={tp}"
+        rows |= {f"{label}: {name}": found for name, found in compare_logits(shape, dtype, config, repeats).items()}
+    for shape, dtype in LINEAR[size] if tp == 1 else ():
+        label = f"n={shape[0]} v={shape[1]} h={shape[2]} and {shape[3]} {str(dtype)[6:]}"
+        rows |= {f"{label}: {name}": found for name, found in compare_linear(shape, dtype, config, repeats).items()}
+    if rank == 0:
+        pipe.send(rows)
+
+
+def run_ranks(tp, size, repeats):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    ranks = [context.Process(target=on_rank, args=(r, tp, port, size, repeats, sender)) for r in range(tp)]
+    for process in ranks:
+        process.start()
+    sender.close()
+    rows = receiver.recv()
+    for process in ranks:
+        process.join()
+    return rows
+
+
+def table(rows) -> str:
+    lines = [
+        "| | CPU s, ours (worst) | stock or naive | ratio | peak / L, ours | stock or naive | ratio | gradients |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, found in rows.items():
+        ours, other, peak = found["ours"], found["other"], found["peak in L"]
+        cells = [f"{ours['seconds']:.3f} ({ours['worst']:.3f})"]
+        cells += [f"{other['seconds']:.3f}", f"{found['time other / ours']:.1f}x"] if other else ["", ""]
+        cells += [f"{peak['ours']:.2f}"]
+        cells += [f"{peak['other']:.2f}", f"{found['peak other / ours']:.1f}x"] if other else ["", ""]
+        cells += [f"{found['gradient difference']:.0e}" if "gradient difference" in found else ""]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        if "time fused / matrix products alone" in found:
+            lines.append(f"| fused / the matrix products alone | {found['time fused / matrix products alone']:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows) -> str:
+    """Return an SVG with two bars a row: how many times less time and memory ours takes."""
+    found = [(name, r["time other / ours"], r["peak other / ours"]) for name, r in rows.items() if r["other"]]
+    widest = max(max(a, min(b, 30.0)) for _, a, b in found)
+    parts, height = [], 44 + 26 * len(found)
+    for i, (name, faster, leaner) in enumerate(found):
+        y = 34 + 26 * i
+        parts.append(f'<text x="330" y="{y + 13}" text-anchor="end">{name}</text>')
+        for offset, value, colour in ((0, faster, "#4477aa"), (10, leaner, "#ccbb44")):
+            width = 330 * min(value, 30.0) / widest
+            parts.append(f'<rect x="338" y="{y + offset}" width="{width:.1f}" height="9" fill="{colour}"/>')
+            parts.append(f'<text x="{342 + width:.1f}" y="{y + offset + 8}">{value:.1f}x</text>')
+    title = '<text x="8" y="18">times less: CPU time (blue), peak extra memory (yellow); stock or naive / ours</text>'
+    style = '<style>text{font:10px sans-serif}</style><rect width="100%" height="100%" fill="white"/>'
+    body = style + title + "".join(parts)
+    return f'<svg xmlns="http://www.w3.org/2000/svg" width="740" height="{height}">{body}</svg>\n'
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small shapes")
+    parser.add_argument("--size", choices=sorted(SIZES), default="default", help="full needs 8 GB a rank")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "kd_loss.json")
+    parser.add_argument("--tp", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-
-    from nemo.collections.llm.modelopt.distill.loss import LogitsKLLoss
-
-    config = types.SimpleNamespace(tensor_model_parallel_size=1)
-    losses = {"stock": stock_loss_class()(config), "ours": LogitsKLLoss(config)}
-    rows = {
-        name: compare(shape, dtype, losses, args.repeats)
-        for name, (shape, dtype) in (QUICK if args.quick else SHAPES).items()
-    }
+    rows = {}
+    for tp in args.tp:
+        rows |= run_ranks(tp, args.size, args.repeats)
     packages = ("torch", "nemo-toolkit", "megatron-core", "nvidia-modelopt")
     result = {
-        "machine": f"{platform.machine()}, one CPU thread",
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, one thread a rank",
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
         "rows": rows,
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
-    titles = ("stock s", "ours s", "ratio", "stock L", "ours L", "ratio", "grad diff")
-    print(f"{'[s, b, v]':24}" + "".join(f"{title:>10}" for title in titles))
-    for name, row in rows.items():
-        seconds, kept = row["seconds"], row["kept in units of the logits"]
-        print(
-            f"{name:24}{seconds['stock']['best']:10.3f}{seconds['ours']['best']:10.3f}{row['time stock / ours']:10.2f}"
-            f"{kept['stock']:10.2f}{kept['ours']:10.2f}{row['kept stock / ours']:10.2f}"
-            f"{row['largest relative gradient difference']:10.1e}"
-        )
+    args.output.mkdir(parents=True, exist_ok=True)
+    text = table(rows)
+    (args.output / "kd_loss.json").write_text(json.dumps(result, indent=2) + "\n")
+    (args.output / "kd_loss.md").write_text(f"{result['machine']}; {result['versions']}\n\n{text}")
+    (args.output / "kd_loss.svg").write_text(plot(rows))
+    print(text)
 
 
 if __name__ == "__main__":
