@@ -180,6 +180,8 @@ def test_hf_files_are_the_same_in_every_layout(ranks, exported, tmp_path, algori
 def test_hf_configuration_says_the_format(exported, algorithm):
     from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 
+    from nemo.collections.llm.modelopt.quantization import hf_formats
+
     _, hf = exported(algorithm)
     assert sorted(path.name for path in hf.glob("*.safetensors")) == [
         f"model-{n:05d}-of-00004.safetensors" for n in range(1, 5)
@@ -191,8 +193,25 @@ def test_hf_configuration_says_the_format(exported, algorithm):
     section = json.loads((hf / "config.json").read_text())["quantization_config"]
     assert section["quant_algo"] == stored["quantization"]["quant_algo"] and section["ignore"] == ["lm_head"]
     if algorithm == "fp8":
-        # Of the formats that we write modelopt's readers know this one: the section is theirs.
-        assert section == convert_hf_quant_config_format(stored)
+        # Of the formats that we write modelopt's readers know this one: the section is theirs, whoever wrote it.
+        assert section == hf_formats.config_section(stored) == convert_hf_quant_config_format(stored)
+
+
+def test_one_state_of_all_layers_is_cut_as_later_versions_of_modelopt_do():
+    from nemo.collections.llm.modelopt.quantization import hf_writer
+
+    names = [
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+        "model.layers.0.mlp.experts.7.w.weight",
+    ]
+    state = {name: torch.ones(1) for name in [*names, "model.layers.11.a.weight"]}
+    cut = {number: sorted(part) for number, part in hf_writer.by_layer(state, 12).items()}
+    assert cut == {
+        1: sorted([names[0], names[3]]),
+        12: ["lm_head.weight", "model.layers.11.a.weight", "model.norm.weight"],
+    }
 
 
 def test_calibrating_and_exporting_with_tensor_parallel(ranks, work, exported):
