@@ -8,12 +8,13 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from test_code import jobs_auto, jobs_quant
+from test_code import installed, jobs_auto, jobs_quant
 
 # Formats whose calibration is a maximum: ranks of any layout measure the same.
 PLAIN = {"auto_quantize_formats": ["int4", "fp8"], "enable_kv_cache": False}
 # INT4's blocks of 128 inputs end where a tensor-parallel shard does; one scale a tensor is the same in any layout.
 FP8 = {"auto_quantize_formats": ["fp8"], "auto_quantize_bits": 12.0, "enable_kv_cache": False}
+needs_search = pytest.mark.skipif(not installed.AUTO, reason="refused on this modelopt: see test_old_modelopt")
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,7 @@ def bits_of(report, weights) -> float:
     )
 
 
+@needs_search
 def test_the_formats_take_the_bits_asked_for(one_rank):
     # Weights of a tiny layer: hidden 64, ffn 128 gated, 4 heads in 2 groups, vocabulary 256.
     weights = {"linear_qkv": 64 * 128, "linear_proj": 64 * 64, "linear_fc1": 64 * 256, "linear_fc2": 128 * 64}
@@ -66,6 +68,7 @@ def test_the_formats_take_the_bits_asked_for(one_rank):
     assert len(set(one_rank[0]["report"]["formats"].values())) == 3
 
 
+@needs_search
 def test_a_resumed_search_runs_no_data(one_rank, work):
     assert one_rank[0]["counts"]["_score"] > 0 and one_rank[0]["counts"]["_calibrate"] > 0
     for resumed in one_rank[1:3]:
@@ -76,16 +79,19 @@ def test_a_resumed_search_runs_no_data(one_rank, work):
     assert not list(work.glob("*.part"))
 
 
+@needs_search
 def test_bits_that_no_choice_reaches_are_refused_with_the_least(one_rank):
     # The output layer stays in 16 bits: (4 * 4 layers + 16 * output layer) / all.
     assert "auto_quantize_bits=5.0 cannot be reached on this model: at least 5.20" in one_rank[3]["error"]
     assert "output_layer" in one_rank[3]["error"]
 
 
+@needs_search
 def test_a_file_of_another_search_is_refused(one_rank):
     assert "belongs to a search with other formats; delete it" in one_rank[4]["error"]
 
 
+@needs_search
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (1, 1)], ids=["tp2", "pp2", "dp2"])
 def test_layouts_choose_as_one_rank_does(ranks, work, one_rank, tp, pp):
     expected = one_rank[5 if tp == 2 else 0]["report"]
@@ -95,6 +101,7 @@ def test_layouts_choose_as_one_rank_does(ranks, work, one_rank, tp, pp):
         assert len(set(expected["formats"].values())) > 1
 
 
+@needs_search
 def test_tensor_ranks_agree_and_resume_with_awq_and_kv_cache(ranks, work):
     # AWQ searches by shards, so its scores are TP's own; it is calibrated anew, and not scored, where a search resumes.
     results = search(ranks, work, 2, 2, 1, [{"auto_quantize_checkpoint": str(work / "tp")}] * 2)
@@ -105,6 +112,7 @@ def test_tensor_ranks_agree_and_resume_with_awq_and_kv_cache(ranks, work):
     assert (work / "tp" / "rank1.pth").is_file()
 
 
+@needs_search
 def test_the_checkpoint_reloads_in_another_layout(ranks, work):
     settings = {"auto_quantize_bits": 10.0, "awq_block_size": 16}
     seen = ranks(1).run(jobs_auto.ptq_of_dataset, str(work / "llama"), str(work / "out"), **settings)[0]
@@ -126,6 +134,7 @@ _INNER = {
 }
 
 
+@needs_search
 def test_a_mixed_model_of_a_gpt_decoder_is_clamped_by_the_format_of_each_layer(ranks, work):
     found = ranks(1).run(jobs_auto.clamped, str(work / "llama"), str(work / "text.jsonl"))[0]
     before, after = found["before"], found["after"]
@@ -140,6 +149,7 @@ def test_a_mixed_model_of_a_gpt_decoder_is_clamped_by_the_format_of_each_layer(r
     assert raised == {"fp8"} and low == set(by_format)
 
 
+@needs_search
 @pytest.mark.parametrize("formats", [["fp8"], ["int4_awq"]])
 def test_a_mixed_model_goes_to_hugging_face(ranks, work, formats):
     out = work / f"hf-{formats[0]}"
@@ -159,6 +169,7 @@ def test_a_mixed_model_goes_to_hugging_face(ranks, work, formats):
     assert json.loads((out / "config.json").read_text())["quantization_config"]["ignore"] == excluded
 
 
+@needs_search
 def test_formats_that_one_hugging_face_checkpoint_cannot_describe_are_refused_before_the_search(cpu_backend):
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
     from nemo.collections.llm.modelopt.quantization import quantizer as q
@@ -173,6 +184,21 @@ def test_formats_that_one_hugging_face_checkpoint_cannot_describe_are_refused_be
         build(["int4_awq", "fp8"], "hf")
     build(["int4_awq", "fp8"], "nemo")
     build(["int8", "int8_sq"], "hf")
+
+
+def test_old_modelopt_is_refused_at_construction(monkeypatch):
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+    from nemo.collections.llm.modelopt.quantization import auto
+    from nemo.collections.llm.modelopt.quantization import quantizer as q
+
+    if installed.AUTO:
+        monkeypatch.setattr(auto, "_Base", object)
+    config = q.QuantizationConfig("auto", auto_quantize_bits=8)
+    with (
+        patch("torch.cuda.is_available", return_value=True),
+        pytest.raises(ModelOptConfigError, match=r'algorithm="auto" needs nvidia-modelopt 0\.43'),
+    ):
+        q.Quantizer(config, None)
 
 
 # --- bad settings -----------------------------------------------------------------------------------------------------
@@ -221,6 +247,7 @@ def test_nemo_run_reads_the_settings_from_a_command_line():
     assert (parsed.calibration_column, parsed.calibration_shuffle_seed, parsed.enable_kv_cache) == ("body", 3, False)
 
 
+@needs_search
 def test_formats_that_need_cuda_kernels_say_so_at_construction(cpu_backend):
     from nemo.collections.llm.modelopt.quantization import quantizer as q
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from unittest.mock import MagicMock, patch
 
@@ -58,9 +59,15 @@ def test_hf_refuses_what_it_would_get_wrong(cpu_backend, algorithm):
 
 @pytest.mark.parametrize("algorithm", [*HF_ALGORITHMS, "int4", "nvfp4", "INT8_WEIGHT_ONLY_CFG", None])
 def test_hf_takes_the_algorithms_it_can_write(algorithm):
+    import modelopt.torch.quantization as mtq
+
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
     from nemo.collections.llm.modelopt.quantization import quantizer as q
 
-    with patch("torch.cuda.is_available", return_value=True):
+    # modelopt 0.37 has fewer presets: a name it does not know is refused.
+    unknown = str(algorithm).endswith("_CFG") and not hasattr(mtq, algorithm)
+    refusal = pytest.raises(ModelOptConfigError, match=f"Unsupported quantization format: algorithm='{algorithm}'")
+    with patch("torch.cuda.is_available", return_value=True), refusal if unknown else contextlib.nullcontext():
         q.Quantizer(q.QuantizationConfig(algorithm=algorithm), q.ExportConfig(path="out", export_format="hf"))
 
 
@@ -169,6 +176,44 @@ def test_hf_files_are_the_same_in_every_layout(ranks, exported, tmp_path, algori
         assert (tmp_path / "hf" / name).read_text() == (one / name).read_text()
 
 
+@pytest.mark.parametrize("algorithm", HF_ALGORITHMS)
+def test_hf_configuration_says_the_format(exported, algorithm):
+    from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
+
+    from nemo.collections.llm.modelopt.quantization import hf_formats
+
+    _, hf = exported(algorithm)
+    assert sorted(path.name for path in hf.glob("*.safetensors")) == [
+        f"model-{n:05d}-of-00004.safetensors" for n in range(1, 5)
+    ]
+    stored = json.loads((hf / "hf_quant_config.json").read_text())
+    names = {"fp8": "FP8", "int8": "W8A8_SQ_PER_CHANNEL", "int8_sq": "W8A8_SQ_PER_CHANNEL", "int4_awq": "W4A16_AWQ"}
+    assert stored["quantization"]["quant_algo"] == names.get(algorithm, "W4A8_AWQ")
+    assert stored["quantization"]["exclude_modules"] == ["lm_head"]
+    section = json.loads((hf / "config.json").read_text())["quantization_config"]
+    assert section["quant_algo"] == stored["quantization"]["quant_algo"] and section["ignore"] == ["lm_head"]
+    if algorithm == "fp8":
+        # Of the formats that we write modelopt's readers know this one: the section is theirs, whoever wrote it.
+        assert section == hf_formats.config_section(stored) == convert_hf_quant_config_format(stored)
+
+
+def test_one_state_of_all_layers_is_cut_as_later_versions_of_modelopt_do():
+    from nemo.collections.llm.modelopt.quantization import hf_writer
+
+    names = [
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+        "model.layers.0.mlp.experts.7.w.weight",
+    ]
+    state = {name: torch.ones(1) for name in [*names, "model.layers.11.a.weight"]}
+    cut = {number: sorted(part) for number, part in hf_writer.by_layer(state, 12).items()}
+    assert cut == {
+        1: sorted([names[0], names[3]]),
+        12: ["lm_head.weight", "model.layers.11.a.weight", "model.norm.weight"],
+    }
+
+
 def test_calibrating_and_exporting_with_tensor_parallel(ranks, work, exported):
     _, one = exported("fp8")
     ranks(2).run(jobs.ptq, str(work / "llama"), str(work / "hf-tp"), "fp8", "hf", 2, 1, settings(work))
@@ -201,6 +246,8 @@ def test_blocks_must_divide_the_inputs(ranks, work):
 def test_plain_model_is_written_when_there_is_no_algorithm(ranks, work):
     target = work / "plain"
     ranks(1).run(jobs.ptq, str(work / "llama"), str(target), None, "hf")
+    # modelopt 0.37 names a format, none, also for a model without one.
+    assert not (target / "hf_quant_config.json").exists()
     loaded, expected = ranks(1).run(jobs.plain_logits, str(target), str(work / "llama"))[0]
     # bf16 weights have 8 bits of mantissa.
     assert float((loaded - expected).norm() / expected.norm()) < 0.02

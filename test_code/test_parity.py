@@ -11,7 +11,8 @@ import json
 import pytest
 import torch
 
-from test_code import jobs_distill, jobs_parity
+from test_code import installed, jobs_distill, jobs_parity
+from test_code.ranks import RankError
 
 JSON_CFG = {
     "quant_cfg": {
@@ -107,6 +108,10 @@ def test_smoothquant_deviates_by_its_alpha(both):
 def test_the_kv_cache_deviates_by_being_quantized(both):
     """Stock logs that KV-cache quantization is enabled, and makes no quantizer on Megatron's attention."""
     cases = {"kv": {"algorithm": "fp8", "enable_kv_cache": True}}
+    if not installed.KV_CACHE:
+        with pytest.raises(RankError, match=installed.KV_CACHE_REFUSAL):
+            both(jobs_parity.quantized, 1, cases)
+        return
     ours, stock = (found[0]["kv"] for found in both(jobs_parity.quantized, 1, cases))
     assert stock["kv_cache"] == 0
     # Keys and values of four layers.

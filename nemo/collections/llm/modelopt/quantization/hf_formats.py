@@ -200,9 +200,13 @@ def configuration(algorithm: str, facts: dict[str, Any], excluded: list[str], kv
 def config_section(quant_config: dict[str, Any]) -> dict[str, Any]:
     """Return the section ``quantization_config`` of ``config.json`` for a content of ``hf_quant_config.json``."""
     details = dict(quant_config["quantization"])
+    is_fp8 = details["quant_algo"] == "FP8"
     bits = 4 if details["quant_algo"].startswith("W4") else 8
-    group: dict[str, Any] = {"weights": {"dynamic": False, "num_bits": bits, "type": "int"}, "targets": ["Linear"]}
-    if "group_size" in details:
+    weights = {"dynamic": False, "num_bits": bits, "type": "float" if is_fp8 else "int"}
+    group: dict[str, Any] = {"weights": weights, "targets": ["Linear"]}
+    if is_fp8:
+        group["input_activations"] = dict(weights)
+    elif "group_size" in details:
         group["weights"]["group_size"] = details["group_size"]
     else:
         group["weights"]["strategy"] = "channel"

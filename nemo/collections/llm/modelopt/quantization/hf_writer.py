@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,7 +52,7 @@ def write(model, hf_config, tokenizer, target: Path, write: Callable, **kwargs: 
         stack.enter_context(_whole_tensors(model, layers, writes))
         stack.enter_context(_without_padding(model, hf_config.vocab_size))
         if isinstance(model, torch.nn.Module):
-            stack.enter_context(_extended(layers, writes))
+            stack.enter_context(_extended(layers, model.config.num_layers, writes))
         write(model, pretrained_model_name_or_path=source, export_dir=folder, **kwargs)
     with export.together("Writing the configuration"):
         if is_global_rank_zero() and isinstance(model, torch.nn.Module):
@@ -154,7 +155,7 @@ def _check_common(value: torch.Tensor, what: str) -> None:
 
 
 @contextlib.contextmanager
-def _extended(layers: dict[int, hf_formats.Layer], writes: bool) -> Iterator[None]:
+def _extended(layers: dict[int, hf_formats.Layer], total_layers: int, writes: bool) -> Iterator[None]:
     """Let modelopt's writer store all formats of `hf_formats`, inside of the context.
 
     Raises:
@@ -163,12 +164,13 @@ def _extended(layers: dict[int, hf_formats.Layer], writes: bool) -> Iterator[Non
     from modelopt.torch.export import unified_export_megatron as writer
 
     exporter = writer.GPTModelExporter
-    names = [
-        (exporter, "_get_quantized_state"),
-        (exporter, "_get_state_dict"),
-        (writer, "to_quantized_weight"),
-        (writer, "save_safetensors_by_layer_index"),
-    ]
+    # modelopt 0.37 has a function where later versions have a method, and keeps all layers in one state.
+    states = (exporter, "_get_quantized_state")
+    if not hasattr(*states):
+        states = (writer, "get_quantized_state")
+    is_flat = not hasattr(writer, "save_safetensors_by_layer_index")
+    saver = "save_safetensors" if is_flat else "save_safetensors_by_layer_index"
+    names = [states, (exporter, "_get_state_dict"), (writer, "to_quantized_weight"), (writer, saver)]
     missing = [name for owner, name in names if not hasattr(owner, name)]
     if missing:
         raise ModelOptConfigError(
@@ -177,26 +179,25 @@ def _extended(layers: dict[int, hf_formats.Layer], writes: bool) -> Iterator[Non
     originals = [(owner, name, getattr(owner, name)) for owner, name in names]
     state_of, all_states, quantize, _ = (original for _, _, original in originals)
 
-    def quantized_state(self, module, *args, **kwargs):
+    def quantized_state(*args, **kwargs):
+        module, dtype = args[-2:]
         layer = layers.get(id(module))
-        if layer is None:
-            return state_of(self, module, *args, **kwargs)
-        # The codes come from the weight as it is, not from one rounded to the export's dtype.
-        state = {"weight": module.weight.detach().float().cpu(), "weight_scale": layer.scale.cpu()}
-        if getattr(module, "bias", None) is not None and module.bias.numel() > 0:
-            state["bias"] = module.bias.detach().to(self.dtype).cpu()
-        for name in ("weight_scale_2", "input_scale", "pre_quant_scale"):
-            value = getattr(layer, name.removeprefix("weight_"))
-            if value is not None:
-                state[name] = value.cpu()
-        return state, layer.algorithm, None
+        return state_of(*args, **kwargs) if layer is None else (_stored(module, layer, dtype), layer.algorithm, None)
 
     def to_quantized(weight, scale, algorithm, *args, **kwargs):
         if algorithm in {layer.algorithm for layer in layers.values()}:
             return hf_formats.encode(algorithm, weight, scale)
         return quantize(weight, scale, algorithm, *args, **kwargs)
 
-    replacements = [quantized_state, all_states if writes else lambda self: None, to_quantized, save_layers]
+    def save_flat(state, folder):
+        save_layers(by_layer(state, total_layers), total_layers, folder, "model-{:05d}-of-{:05d}")
+
+    replacements = [
+        quantized_state,
+        all_states if writes else lambda self: None,
+        to_quantized,
+        save_flat if is_flat else save_layers,
+    ]
     for (owner, name), replacement in zip(names, replacements, strict=True):
         setattr(owner, name, replacement)
     try:
@@ -204,6 +205,29 @@ def _extended(layers: dict[int, hf_formats.Layer], writes: bool) -> Iterator[Non
     finally:
         for owner, name, original in originals:
             setattr(owner, name, original)
+
+
+def _stored(module, layer: hf_formats.Layer, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return what modelopt's writer cuts and names for a quantized layer."""
+    # The codes come from the weight as it is, not from one rounded to the export's dtype.
+    state = {"weight": module.weight.detach().float().cpu(), "weight_scale": layer.scale.cpu()}
+    if getattr(module, "bias", None) is not None and module.bias.numel() > 0:
+        state["bias"] = module.bias.detach().to(dtype).cpu()
+    for name in ("weight_scale_2", "input_scale", "pre_quant_scale"):
+        value = getattr(layer, name.removeprefix("weight_"))
+        if value is not None:
+            state[name] = value.cpu()
+    return state
+
+
+def by_layer(state: dict[str, torch.Tensor], total_layers: int) -> dict[int, dict[str, torch.Tensor]]:
+    """Return a state by the number of the layer, from 1: the embedding is with the first, the head with the last."""
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in state.items():
+        layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+        number = int(layer[1]) + 1 if layer else 1 if "embed" in name else total_layers
+        found.setdefault(number, {})[name] = value
+    return found
 
 
 def save_layers(layer_state_dicts: dict, total_layers: int, save_directory, name_template: str, **_: Any) -> None:
@@ -258,19 +282,23 @@ def _describe(folder: Path, layers: dict[int, hf_formats.Layer]) -> None:
     from nemo.collections.llm.modelopt.quantization import hf_check
 
     path = folder / "hf_quant_config.json"
-    if not layers and not path.exists():
+    named = json.loads(path.read_text())["quantization"]["quant_algo"] if path.exists() else None
+    if named is None:
+        # modelopt 0.37 writes one for each model, also where it knows no name for the format or there is none.
+        path.unlink(missing_ok=True)
+    if not layers and named is None:
         return
+    config = json.loads((folder / "config.json").read_text())
     shapes = hf_check.stored_shapes(folder)
     linear = {name.removesuffix(".weight") for name, shape in shapes.items() if _is_matrix(name, shape)}
     excluded = sorted(name for name in linear if f"{name}.weight_scale" not in shapes and "embed" not in name)
-    if path.exists():
+    if named and ("quantization_config" in config or not layers):
         _exclude(path, folder / "config.json", excluded)
         return
     first = next(iter(layers.values()))
     kv_cache = "FP8" if any(name.endswith(".k_scale") for name in shapes) else None
     content = hf_formats.configuration(first.algorithm, first.facts, excluded, kv_cache)
     path.write_text(json.dumps(content, indent=4))
-    config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = hf_formats.config_section(content)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
