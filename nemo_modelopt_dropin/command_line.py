@@ -286,3 +286,8 @@ def layout_problems(devices: int, num_nodes: int, tp: int, pp: int, others: int 
             f"tp {tp} x pp {pp}{f' x {others}' if others > 1 else ''}"
         ]
     return []
+
+
+def loading_options(cpu: bool) -> dict[str, int]:
+    """Return options of NeMo's data modules: on CPU ranks no loader processes, which would each import NeMo again."""
+    return {"num_workers": 0} if cpu else {}

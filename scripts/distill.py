@@ -18,6 +18,7 @@ from nemo_modelopt_dropin.command_line import (
     default_devices,
     default_nodes,
     layout_problems,
+    loading_options,
     missing_paths,
     not_positive,
 )
@@ -112,13 +113,10 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
 def make_data(given: argparse.Namespace):
     """Return the data module that the flags describe."""
     from nemo.collections import llm
+    from nemo_modelopt_dropin.compress.tokens import TextDataModule, checkpoint_tokenizer
 
     sizes = {"seq_length": given.seq_length, "micro_batch_size": given.mbs, "global_batch_size": given.gbs}
-    if given.use_mock_data:
-        return llm.MockDataModule(**sizes)
     if given.text:
-        from nemo_modelopt_dropin.compress.tokens import TextDataModule
-
         samples = given.max_steps * given.gbs
         return TextDataModule(given.text, given.model_path, given.heldout_text, train_samples=samples, **sizes)
     if given.use_chat_data:
@@ -130,8 +128,16 @@ def make_data(given: argparse.Namespace):
             use_hf_tokenizer_chat_template=True,
             **sizes,
         )
+    tokenizer = make_tokenizer(given) or checkpoint_tokenizer(given.model_path)
+    if given.use_mock_data:
+        return llm.MockDataModule(tokenizer=tokenizer, **loading_options(given.cpu), **sizes)
     return llm.PreTrainingDataModule(
-        paths=given.data_paths, split=given.split, index_mapping_dir=given.index_mapping_dir, **sizes
+        paths=given.data_paths,
+        split=given.split,
+        index_mapping_dir=given.index_mapping_dir,
+        tokenizer=tokenizer,
+        **loading_options(given.cpu),
+        **sizes,
     )
 
 

@@ -17,6 +17,7 @@ from nemo_modelopt_dropin.command_line import (
     default_devices,
     default_nodes,
     layout_problems,
+    loading_options,
     missing_paths,
     not_positive,
 )
@@ -111,6 +112,7 @@ def make_data(arguments: argparse.Namespace):
     from nemo.utils import logging
 
     from nemo.collections import llm
+    from nemo_modelopt_dropin.compress.tokens import TextDataModule, checkpoint_tokenizer
 
     sizes = {
         "seq_length": arguments.seq_length,
@@ -119,16 +121,20 @@ def make_data(arguments: argparse.Namespace):
     }
     if arguments.data_paths:
         return llm.PreTrainingDataModule(
-            paths=arguments.data_paths, split=arguments.split, index_mapping_dir=arguments.index_mapping_dir, **sizes
+            paths=arguments.data_paths,
+            split=arguments.split,
+            index_mapping_dir=arguments.index_mapping_dir,
+            tokenizer=checkpoint_tokenizer(arguments.restore_path),
+            **loading_options(arguments.cpu),
+            **sizes,
         )
     if arguments.text:
-        from nemo_modelopt_dropin.compress.tokens import TextDataModule
-
         return TextDataModule(
             arguments.text, arguments.restore_path, train_samples=arguments.num_train_samples, **sizes
         )
     logging.warning("Neither --data_paths nor --text: importance is measured on random tokens, so pruning is random.")
-    return llm.MockDataModule(**sizes)
+    tokenizer = checkpoint_tokenizer(arguments.restore_path)
+    return llm.MockDataModule(tokenizer=tokenizer, **loading_options(arguments.cpu), **sizes)
 
 
 def work(arguments: argparse.Namespace) -> None:

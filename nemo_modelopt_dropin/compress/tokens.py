@@ -34,6 +34,17 @@ def encode(path: str | Path, tokenizer) -> np.ndarray:
     return np.asarray(ids, dtype=np.int32)
 
 
+def checkpoint_tokenizer(checkpoint: str | Path) -> Any:
+    """Return the tokenizer in a NeMo checkpoint.
+
+    NeMo's data modules that are given none download GPT-2's, although the model's takes its place afterwards.
+    """
+    from nemo.lightning import io
+    from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
+
+    return io.load_context(ckpt_to_context_subdir(checkpoint), subpath="model.tokenizer")
+
+
 class Windows(Dataset):
     """Windows of ``seq_length + 1`` tokens as the batches of NeMo's GPT.
 
@@ -149,11 +160,7 @@ class TextDataModule(TokenDataModule):
     """
 
     def __init__(self, text: str | Path, checkpoint: str | Path, heldout_text: str | Path | None = None, **sizes):
-        from nemo.lightning import io
-        from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
-
-        tokenizer = io.load_context(ckpt_to_context_subdir(checkpoint), subpath="model.tokenizer")
-        super().__init__("", tokenizer, **sizes)
+        super().__init__("", checkpoint_tokenizer(checkpoint), **sizes)
         self.texts = {"train": str(text), "heldout": str(heldout_text or text)}
         self.encoded: dict[str, np.ndarray] = {}
 

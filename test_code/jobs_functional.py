@@ -1,0 +1,53 @@
+"""What ranks execute for the functional tests: our scripts on live ranks, which have the environment of torchrun."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+
+from test_code import jobs_checkpoints, jobs_quant, tiny
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+SEQ_LENGTH = 64
+
+
+def load_script(name: str):
+    """Return one of our scripts as a module."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def prepare(folder: str) -> None:
+    """Write Megatron's tokenized files, texts, and a trained Llama of 4 layers, hidden 128, ffn 256, 8 heads."""
+    import os
+
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    here = Path(folder)
+    if os.environ["RANK"] == "0":
+        builder = IndexedDatasetBuilder(str(here / "corpus.bin"), dtype=np.uint16)
+        tokenizer = tiny.tokenizer()
+        for text in tiny.texts(300):
+            ids = [*tokenizer.text_to_ids(text), tokenizer.eos_id]
+            builder.add_document(np.asarray(ids, dtype=np.uint16), [len(ids)])
+        builder.finalize(str(here / "corpus.idx"))
+        jobs_quant.corpus(here / "texts.jsonl", rows=40)
+    sizes = {"hidden_size": 128, "ffn_hidden_size": 256, "num_attention_heads": 8, "num_query_groups": 8}
+    jobs_quant.make_checkpoint(here / "teacher", llama=True, vocab_size=tiny.VOCABULARY, **sizes)
+
+
+def run_script(name: str, layout: str, *arguments: str) -> int:
+    """Run a script as a rank that torchrun started; return its exit code."""
+    with jobs_checkpoints.world_of(layout):
+        return load_script(name).main(["--cpu", *arguments])
+
+
+def quantized_logits(hf: str, nemo: str):
+    """Return the logits of a quantized Hugging Face checkpoint and of the NeMo checkpoint, on one rank."""
+    with jobs_checkpoints.world_of("1 rank"):
+        return jobs_quant.hf_logits(hf, nemo)
