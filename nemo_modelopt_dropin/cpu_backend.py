@@ -344,6 +344,14 @@ def patch_torch_norms() -> None:
     torch_norm.WrappedTorchNorm.__new__ = __new__
 
 
+def patch_moe_router() -> None:
+    """Let the router of experts ask for Transformer Engine's matmul: without it Megatron never defines the name."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
 PATCHES: tuple[Callable[[], None], ...] = (
     patch_cuda_runtime,
     patch_cuda_memory,
@@ -354,6 +362,7 @@ PATCHES: tuple[Callable[[], None], ...] = (
     patch_parallel_seed,
     patch_distributed_adam,
     patch_torch_norms,
+    patch_moe_router,
     cpu_backend_nemo.patch_checkpoint_devices,
     cpu_backend_nemo.patch_accelerator,
     cpu_backend_nemo.patch_local_checkpoint_callback,

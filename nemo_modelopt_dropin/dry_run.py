@@ -95,10 +95,15 @@ def pruning(given: argparse.Namespace, targets: Iterable[str]) -> Rows:
     rows, shape = model("model", given.restore_path)
     wanted = {name: getattr(given, name) for name in targets}
     asked = ", ".join(f"{name.removeprefix('target_')} {size}" for name, size in wanted.items() if size is not None)
+    limits = {name: getattr(given, name, None) for name in ("target_params", "target_active_params")}
+    limited = [f"{name.removeprefix('target_')} at most {limit}" for name, limit in limits.items() if limit is not None]
+    if limited:
+        tried = f"the best of up to {given.max_candidates} candidates by held-out loss"
+        asked = ", ".join([*limited, *([asked] if asked else []), tried])
     rows.append(("prune", f"drop layers {', '.join(map(str, given.drop_layers))}" if given.drop_layers else asked))
     width = 4 if given.cpu else 2
     written = ""
-    if shape is not None:
+    if shape is not None and not limited:
         small = shape.pruned(wanted, given.drop_layers)
         rows += [("after", size(small)), ("", f"{small.parameters / shape.parameters:.0%} of the parameters")]
         written = f", about {megabytes(width * small.parameters)}"

@@ -52,11 +52,16 @@ class Shape:
     shared_expert_size: int = 0
 
     def pruned(
-        self, targets: Mapping[str, int | None], drop_layers: list[int] | tuple[int, ...] | None = None
+        self, targets: Mapping[str, int | float | None], drop_layers: list[int] | tuple[int, ...] | None = None
     ) -> Shape:
         """Return the shape after pruning; ``targets`` as the flags name them, None for what stays."""
         sizes = {name.removeprefix("target_"): size for name, size in targets.items() if size is not None}
-        known: dict[str, Any] = {name: size for name, size in sizes.items() if hasattr(self, name)}
+        # A size below one is a share of the original's; pruning rounds it to a legal size near by.
+        known: dict[str, Any] = {
+            name: size if size >= 1 else max(1, round(size * getattr(self, name)))
+            for name, size in sizes.items()
+            if hasattr(self, name)
+        }
         if drop_layers:
             known["num_layers"] = self.num_layers - len(set(drop_layers))
         return replace(self, **known)

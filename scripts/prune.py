@@ -1,9 +1,11 @@
 """Prune a NeMo 2 GPT checkpoint. Flags as in NeMo's scripts/llm/gpt_prune.py, and --text and --cpu.
 
 Width and depth go by importance, which is measured on data (--data_paths: Megatron's tokenized files; --text: JSON
-lines with a column text); --drop_layers needs none. By importance tp_size must be 1. Start it with torchrun for more
-than one GPU; with --cpu it starts its ranks itself. The settings are saved as run.yaml with the output; --config takes
-such a file, flags win over it. Exit codes: 0 done, 1 failed, 2 wrong arguments or settings, 130 interrupted.
+lines with a column text); --drop_layers needs none. A target is a size or a share of the original's (0.5); with
+--target_params sizes are chosen among candidates by held-out loss. By importance tp_size must be 1. Start it with
+torchrun for more than one GPU; with --cpu it starts its ranks itself. The settings are saved as run.yaml with the
+output; --config takes such a file, flags win over it. Exit codes: 0 done, 1 failed, 2 wrong arguments or settings,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -22,17 +24,38 @@ from nemo_modelopt_dropin.command_line import (
     not_positive,
 )
 
-PATHS = ("restore_path", "save_path", "tokenizer", "data_paths", "text", "index_mapping_dir")
+PATHS = (
+    "restore_path",
+    "save_path",
+    "tokenizer",
+    "data_paths",
+    "text",
+    "heldout_text",
+    "index_mapping_dir",
+    "scores_path",
+)
 
 TARGETS = {
     "target_ffn_hidden_size": "size of the MLP's inner layer",
     "target_hidden_size": "size of the embedding",
-    "target_num_attention_heads": "attention heads; with --target_num_query_groups",
+    "target_num_attention_heads": "attention heads, divisible by the query groups",
     "target_num_query_groups": "query groups; with --target_num_attention_heads",
     "target_num_layers": "layers to keep, by block influence (arXiv 2403.03853)",
     "target_mamba_num_heads": "Mamba's heads",
     "target_mamba_head_dim": "size of Mamba's heads",
+    "target_num_moe_experts": "experts of each layer",
+    "target_moe_ffn_hidden_size": "size of an expert's inner layer",
+    "target_moe_shared_expert_intermediate_size": "size of the shared expert's inner layer",
 }
+BUDGETS = {
+    "target_params": "parameters to keep at most: 70%%, 5.6e9 or 5.6B; targets given too stay fixed",
+    "target_active_params": "the same for the parameters that one token of an MoE model uses",
+}
+
+
+def number(text: str) -> int | float:
+    """Return a size, or a share of the original's."""
+    return int(text) if text.lstrip("+-").isdigit() else float(text)
 
 
 def parser() -> Parser:
@@ -55,6 +78,8 @@ def parser() -> Parser:
     data = found.add_argument_group("data for importance")
     data.add_argument("--data_paths", nargs="*", help="Megatron's files, or weights and files in turn")
     data.add_argument("--text", help="JSON lines with a column text, tokenized with the checkpoint's tokenizer")
+    data.add_argument("--heldout_text", help="JSON lines to compare candidates on (default: --text)")
+    data.add_argument("--scores_path", help="folder that keeps the measured importance for further targets")
     data.add_argument("--split", default="99,1,0", help="train, validation and test shares (default: 99,1,0)")
     data.add_argument("--index_mapping_dir", help="where index files are written")
     data.add_argument("--seq_length", type=int, help="tokens a sample; required for importance")
@@ -62,9 +87,18 @@ def parser() -> Parser:
     data.add_argument("--num_train_samples", type=int, default=1024, help="samples to measure on (default: 1024)")
     targets = found.add_argument_group("what to prune")
     for name, text in TARGETS.items():
-        targets.add_argument(f"--{name}", type=int, help=text)
+        targets.add_argument(f"--{name}", type=number, help=text)
+    for name, text in BUDGETS.items():
+        targets.add_argument(f"--{name}", help=text)
+    targets.add_argument("--max_candidates", type=int, default=16, help="combinations of sizes to try (default: 16)")
+    targets.add_argument(
+        "--heldout_batches", type=int, default=16, help="batches of held-out data to try them on (default: 16)"
+    )
     targets.add_argument(
         "--drop_layers", type=int, nargs="*", help="layers to drop, counted from 1; excludes the targets"
+    )
+    found.add_argument(
+        "--report_path", help="folder of report.json and report.html (default: SAVE_PATH.report; none: write none)"
     )
     return found
 
@@ -77,11 +111,17 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
         arguments.num_nodes = default_nodes(1)
     if arguments.devices is None:
         arguments.devices = default_devices(arguments.num_nodes, arguments.tp_size, arguments.pp_size)
-    given = [name for name in TARGETS if getattr(arguments, name) is not None]
+    given = [name for name in (*TARGETS, *BUDGETS) if getattr(arguments, name) is not None]
     problems = missing_paths({"--restore_path": arguments.restore_path})
-    problems += missing_paths({"--text": arguments.text}, folder=False)
+    problems += missing_paths({"--text": arguments.text, "--heldout_text": arguments.heldout_text}, folder=False)
     problems += layout_problems(arguments.devices, arguments.num_nodes, arguments.tp_size, arguments.pp_size)
-    problems += not_positive(arguments, given)
+    problems += not_positive(arguments, ("max_candidates", "heldout_batches"))
+    sizes = {name: getattr(arguments, name) for name in given if name in TARGETS}
+    problems += [
+        f"--{name} must be a size of at least 1, or a share between 0 and 1, got {size}"
+        for name, size in sizes.items()
+        if not (size >= 1 if isinstance(size, int) else 0 < size < 1)
+    ]
     if arguments.drop_layers and given:
         problems.append(f"--drop_layers cannot be combined with --{', --'.join(given)}")
     if not arguments.drop_layers:
@@ -93,9 +133,9 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
 def _importance_problems(arguments: argparse.Namespace, given: list[str]) -> list[str]:
     found = []
     if not given:
-        found.append("nothing to prune: give --drop_layers or at least one --target_...")
-    if ("target_num_attention_heads" in given) != ("target_num_query_groups" in given):
-        found.append("--target_num_attention_heads and --target_num_query_groups go together")
+        found.append("nothing to prune: give --drop_layers, --target_params or at least one other --target_...")
+    if "target_num_query_groups" in given and "target_num_attention_heads" not in given:
+        found.append("--target_num_query_groups needs --target_num_attention_heads")
     if arguments.tp_size != 1:
         found.append("--tp_size must be 1 when pruning by importance; use --pp_size")
     if not arguments.seq_length:
@@ -130,7 +170,11 @@ def make_data(arguments: argparse.Namespace):
         )
     if arguments.text:
         return TextDataModule(
-            arguments.text, arguments.restore_path, train_samples=arguments.num_train_samples, **sizes
+            arguments.text,
+            arguments.restore_path,
+            arguments.heldout_text,
+            train_samples=arguments.num_train_samples,
+            **sizes,
         )
     logging.warning("Neither --data_paths nor --text: importance is measured on random tokens, so pruning is random.")
     tokenizer = checkpoint_tokenizer(arguments.restore_path)
@@ -141,6 +185,7 @@ def work(arguments: argparse.Namespace) -> None:
     """Prune and save."""
     from nemo.collections import llm
     from nemo.collections.llm.modelopt import PruningConfig
+    from nemo.collections.llm.modelopt.prune import check_checkpoint
 
     same_name = (
         "devices",
@@ -153,11 +198,19 @@ def work(arguments: argparse.Namespace) -> None:
         "save_path",
         "legacy_ckpt",
     )
+    report = arguments.report_path or f"{arguments.save_path.rstrip('/')}.report"
+    config = PruningConfig(
+        **{name: getattr(arguments, name) for name in (*TARGETS, *BUDGETS)},
+        drop_layers=arguments.drop_layers,
+        scores_path=arguments.scores_path,
+        max_candidates=arguments.max_candidates,
+        heldout_batches=arguments.heldout_batches,
+        report_path=None if report == "none" else report,
+    )
+    check_checkpoint(config, arguments.restore_path, arguments.tp_size)
     llm.prune(
         nemo_checkpoint=arguments.restore_path,
-        pruning_config=PruningConfig(
-            **{name: getattr(arguments, name) for name in TARGETS}, drop_layers=arguments.drop_layers
-        ),
+        pruning_config=config,
         data=None if arguments.drop_layers else make_data(arguments),
         tokenizer_path=arguments.tokenizer,
         **{name: getattr(arguments, name) for name in same_name},

@@ -76,7 +76,7 @@ def logits(model, tokens=None):
     tokens = torch.arange(64).view(2, 32) * 3 % 251 if tokens is None else tokens
     mask = torch.ones(1, 1, 32, 32, dtype=torch.bool).triu(1)
     with torch.no_grad():
-        return core(tokens, torch.arange(32).expand(2, 32), mask)
+        return core(tokens, torch.arange(32).expand(len(tokens), 32), mask)
 
 
 def run_prune(model, request, module=None, run=None):
@@ -150,19 +150,31 @@ def measured(model, module, run):
     heads: dict[int, torch.Tensor] = {}
     layers: dict[int, float] = {}
     handles = []
+    weights: list[torch.Tensor] = []  # [s, b], a column sums to one
+
+    dataset = module.train_dataloader().dataset
+    rows = {tuple((row := dataset[i])["tokens"].tolist()): row["loss_mask"] for i in range(len(dataset))}
+
+    def keep_weights(_, args, kwargs):
+        tokens = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        mask = torch.stack([rows[tuple(row.tolist())] for row in tokens]).T
+        weights[:] = [mask / mask.sum(0)]
+
+    handles.append(core.register_forward_pre_hook(keep_weights, with_kwargs=True))
 
     def keep_inputs(store, number):
         def hook(_, args):
-            # Mean over the sequence, then squares summed over the samples (arXiv 2407.14679).
-            store[number] = store.get(number, 0) + args[0].abs().mean(0).square().sum(0)
+            # Mean over the sequence's unmasked tokens, then squares summed over the samples (arXiv 2407.14679).
+            mean = (args[0].abs() * weights[0][..., None]).sum(0)
+            store[number] = store.get(number, 0) + mean.square().sum(0)
 
         return hook
 
     def keep_change(number):
         def hook(_, args, kwargs, output):
             before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            change = 1 - torch.nn.functional.cosine_similarity(before, output[0], dim=2).mean()
-            layers[number] = layers.get(number, 0.0) + float(change)
+            change = 1 - torch.nn.functional.cosine_similarity(before, output[0], dim=2)
+            layers[number] = layers.get(number, 0.0) + float((change * weights[0]).sum(0).mean())
 
         return hook
 
@@ -357,6 +369,36 @@ def reuse_scores(folder: str, requests: list[dict], **settings):
         out.append((weights(model), len(calls)))
         reset_layout()
     return out
+
+
+def refused_by_checkpoint(path: str, requests: list[tuple[dict, int]]) -> list[str]:
+    """Return what a checkpoint's requests and tensor-parallel sizes are refused with, or "accepted"."""
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+    from nemo.collections.llm.modelopt.prune import PruningConfig, check_checkpoint
+
+    save_checkpoint(path)
+    said = []
+    for request, tp in requests:
+        try:
+            check_checkpoint(PruningConfig(**request), path, tp)
+            said.append("accepted")
+        except ModelOptConfigError as error:
+            said.append(str(error))
+    return said
+
+
+def scores_of_other_data(folder: str) -> str:
+    """Measure scores on one data set and ask for them with another; return the error."""
+    request = {"target_ffn_hidden_size": 64, "scores_path": folder}
+    model, module, run = build()
+    run_prune(model, request, module, run)
+    reset_layout()
+    model, module, run = build(data={"seed": 5})
+    try:
+        run_prune(model, request, module, run)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("scores of other data were accepted")
 
 
 def scores_of_other_model(folder: str) -> str:

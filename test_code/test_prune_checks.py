@@ -196,8 +196,54 @@ class TestOnAModel:
         for message in ranks(2).run(jobs.refused, {"target_num_layers": 2}, tp=2):
             assert "tensor_model_parallel_size=2" in message
 
+    def test_before_the_weights_are_read(self, ranks, tmp_path):
+        cases = [
+            ({"target_hidden_size": 65}, 1, "above the model's 64"),
+            ({"target_num_attention_heads": 3}, 1, "allowed: [2, 4]"),
+            ({"target_num_moe_experts": 2}, 1, "no such dimension"),
+            ({"target_num_layers": 2}, 2, "tp_size=2: importance is measured on whole layers"),
+            ({"drop_layers": [9]}, 1, "allowed: whole numbers from 1 to 4"),
+            ({"target_num_layers": 2}, 1, "accepted"),
+        ]
+        messages = ranks(1).run(jobs.refused_by_checkpoint, str(tmp_path / "model"), [case[:2] for case in cases])[0]
+        for (request, _, expected), message in zip(cases, messages, strict=True):
+            assert expected in message, request
+
 
 class TestPureFunctions:
+    def test_norms_that_cannot_be_sliced_are_refused_by_name(self, cpu_backend):
+        from nemo.collections.llm.modelopt.prune import _norms
+
+        class OddNorm(torch.nn.Module):
+            pass
+
+        layer = SimpleNamespace(input_layernorm=OddNorm(), self_attention=1, pre_mlp_layernorm=None, mlp=1, norm=None)
+        core = SimpleNamespace(decoder=SimpleNamespace(final_layernorm=None, layers=[layer]))
+        with pytest.raises(ValueError, match=r"class \['OddNorm'\] cannot be pruned.*local spec"):
+            _norms.check_norms(core)
+
+    def test_data_is_told_apart_by_settings_and_files(self, cpu_backend, tmp_path):
+        from nemo.collections.llm.modelopt.prune._scores import describe_data
+
+        file, trainer = tmp_path / "text.jsonl", SimpleNamespace(limit_val_batches=4)
+        file.write_text("one")
+        data = SimpleNamespace(paths=[0.5, str(file)], seq_length=8, consumed_samples=3, tokenizer=object(), _x=1)
+        found = describe_data(data, trainer)
+        assert found["paths"] == [0.5, f"{file} (3 bytes)"]
+        assert "consumed_samples" not in found and "tokenizer" not in found and "_x" not in found
+        file.write_text("another")
+        assert describe_data(data, trainer) != found
+        assert describe_data(data, SimpleNamespace(limit_val_batches=5))["batches"] == 5
+
+    @pytest.mark.parametrize(
+        ("frequency", "layers", "kept", "expected"),
+        [(1, 4, [1, 3], 1), (2, 4, [1, 2, 4], [1, 0, 0]), (2, 4, [1, 3], 2), ([0, 1, 1, 0], 4, [2, 4], [1, 0])],
+    )
+    def test_layers_with_experts_stay_what_they_are(self, cpu_backend, frequency, layers, kept, expected):
+        from nemo.collections.llm.modelopt.prune._report import keep_moe_pattern
+
+        assert keep_moe_pattern(frequency, layers, kept) == expected
+
     @settings(deadline=None)
     @given(kept=st.sets(st.integers(1, 8), min_size=1))
     def test_pattern_keeps_the_letters_of_the_layers(self, cpu_backend, kept):
@@ -207,10 +253,10 @@ class TestPureFunctions:
         assert keep_pattern(pattern, kept) == "".join(c for i, c in enumerate(pattern, 1) if i in kept)
 
     def test_hybrid_pattern_in_model_and_configuration(self, cpu_backend):
-        from nemo.collections.llm.modelopt.prune._report import keep_hybrid_pattern
+        from nemo.collections.llm.modelopt.prune._report import keep_layer_patterns
 
         core = SimpleNamespace(hybrid_override_pattern="M*M-", config=SimpleNamespace(hybrid_override_pattern="M*M-"))
-        keep_hybrid_pattern(core, [1, 2, 4])
+        keep_layer_patterns(core, [1, 2, 4], 4)
         assert core.hybrid_override_pattern == core.config.hybrid_override_pattern == "M*-"
 
     def test_saved_configuration_gets_pattern_and_forgets_stage_splits(self, cpu_backend):

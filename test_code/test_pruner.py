@@ -194,8 +194,11 @@ class TestOracle:
         ],
     )
     def test_same_weights_as_modelopt_alone(self, ranks, export_config):
-        ours = ranks(1).run(jobs.prune, {f"target_{name}": size for name, size in export_config.items()})[0]["after"]
-        theirs = ranks(1).run(jobs.plain_modelopt, export_config)[0]
+        # Without a loss mask: modelopt counts masked tokens too.
+        data = {"masked": False}
+        request = {f"target_{name}": size for name, size in export_config.items()}
+        ours = ranks(1).run(jobs.prune, request, data=data)[0]["after"]
+        theirs = ranks(1).run(jobs.plain_modelopt, export_config, data=data)[0]
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -290,6 +293,10 @@ class TestScores:
         for rank, other in zip(out, fresh, strict=True):
             assert rank[1][1] == 0
             assert all(torch.equal(rank[1][0][name], value) for name, value in other["after"].items())
+
+    def test_scores_of_other_data_are_refused(self, ranks, tmp_path):
+        message = ranks(1).run(jobs.scores_of_other_data, str(tmp_path / "scores"))[0]
+        assert "holds scores of another run (data seed: 1 there, 5 now); use the same model, data" in message
 
     def test_scores_of_another_model_are_refused(self, ranks, tmp_path):
         message = ranks(1).run(jobs.scores_of_other_model, str(tmp_path / "scores"))[0]

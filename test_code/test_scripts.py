@@ -109,6 +109,16 @@ def test_help_takes_no_time(script):
         ),
         ("prune", ["--restore_path", "no", "--save_path", "x"], ["nothing to prune"]),
         (
+            "prune",
+            ["--restore_path", "no", "--save_path", "x", "--target_num_layers", "1.5", "--max_candidates", "0"],
+            ["--target_num_layers must be a size of at least 1, or a share", "--max_candidates must be at least 1"],
+        ),
+        (
+            "prune",
+            ["--restore_path", "no", "--save_path", "x", "--target_params", "70%", "--drop_layers", "2"],
+            ["cannot be combined with --target_params"],
+        ),
+        (
             "distill",
             [
                 "--name",

@@ -11,7 +11,8 @@ from nemo.utils import logging
 from ..errors import ModelOptConfigError
 
 # Width hparams whose size GPU kernels want as a multiple of something; a ratio is rounded to it.
-_ROUNDED = ("hidden_size", "ffn_hidden_size")
+_ROUNDED = ("hidden_size", "ffn_hidden_size", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
+MOE_SIZES = ("num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
 _TENSOR_CORE_MULTIPLE = 8
 _ROUND_TO = 64
 
@@ -101,6 +102,8 @@ def model_sizes(core: Any) -> dict[str, int]:
     sizes = {name: getattr(config, name, None) for name in names}
     if sizes["num_query_groups"] is None:
         sizes["num_query_groups"] = sizes["num_attention_heads"]
+    if getattr(config, "num_moe_experts", None):
+        sizes |= {name: getattr(config, name, None) for name in MOE_SIZES}
     # A Mamba configuration may leave its sizes to the mixer; every Megatron configuration has the fields.
     mixer = next((layer.mixer for layer in core.decoder.layers if hasattr(layer, "mixer")), None)
     if mixer is not None:
@@ -108,12 +111,13 @@ def model_sizes(core: Any) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if isinstance(size, int)}
 
 
-def resolve_targets(targets: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, int]:
+def resolve_targets(targets: Mapping[str, Any], sizes: Mapping[str, int], may_be_empty: bool = False) -> dict[str, int]:
     """Return the requested sizes as whole numbers, ratios rounded to a legal size.
 
     Args:
         targets: hparam -> requested size, or ratio of the original.
         sizes: hparam -> size of the model as it is.
+        may_be_empty: whether it is right that these targets alone change nothing.
 
     Raises:
         ModelOptConfigError: where the model cannot be pruned to a target; the message names what is allowed.
@@ -138,20 +142,24 @@ def resolve_targets(targets: Mapping[str, Any], sizes: Mapping[str, int]) -> dic
             )
     if "num_attention_heads" in resolved:
         resolved = _resolve_heads(resolved, targets, sizes)
-    if all(resolved[name] == sizes[name] for name in resolved):
+    if not may_be_empty and all(resolved[name] == sizes[name] for name in resolved):
         raise ModelOptConfigError(f"All targets equal the model's sizes ({resolved}): there is nothing to prune.")
     return resolved
+
+
+def size_step(name: str, original: int) -> int:
+    """Return the number that sizes chosen by us are multiples of."""
+    if name not in _ROUNDED:
+        return 1
+    if original % _ROUND_TO == 0 and original >= 16 * _ROUND_TO:
+        return _ROUND_TO
+    return _TENSOR_CORE_MULTIPLE if original % _TENSOR_CORE_MULTIPLE == 0 else 1
 
 
 def _rounded(name: str, ratio: float, sizes: Mapping[str, int]) -> int:
     """Return the legal size nearest to a ratio of the original one."""
     original = sizes[name]
-    if name not in _ROUNDED:
-        step = 1
-    elif original % _ROUND_TO == 0 and original >= 16 * _ROUND_TO:
-        step = _ROUND_TO
-    else:
-        step = _TENSOR_CORE_MULTIPLE if original % _TENSOR_CORE_MULTIPLE == 0 else 1
+    step = size_step(name, original)
     size = min(original, max(step, round(ratio * original / step) * step))
     logging.info(f"target_{name}={ratio} of {original} is {size}")
     return size
@@ -173,6 +181,23 @@ def _resolve_heads(resolved: dict[str, int], targets: Mapping[str, Any], sizes: 
             f"{sizes['num_attention_heads']} heads in {sizes['num_query_groups']} groups; allowed: {allowed}."
         )
     return {**resolved, "num_attention_heads": heads, "num_query_groups": groups}
+
+
+def check_experts(resolved: Mapping[str, int], config: Any) -> None:
+    """Refuse a number of experts that a token cannot be sent to.
+
+    Raises:
+        ModelOptConfigError: where there are fewer than the router chooses, or they do not divide into its groups.
+    """
+    experts = resolved.get("num_moe_experts")
+    if experts is None:
+        return
+    topk, groups = getattr(config, "moe_router_topk", 1) or 1, getattr(config, "moe_router_num_groups", None) or 1
+    if experts < topk or experts % groups:
+        raise ModelOptConfigError(
+            f"target_num_moe_experts={experts}: a token is sent to {topk} experts in {groups} groups; allowed: "
+            f"{[n for n in range(1, config.num_moe_experts + 1) if n >= topk and n % groups == 0]}."
+        )
 
 
 def check_layout(config: Any, by_importance: bool) -> None:

@@ -15,20 +15,30 @@ from ._checks import model_sizes
 def measure(core: nn.Module) -> dict[str, int]:
     """Return the number of parameters over all tensor- and pipeline-parallel ranks, and the prunable sizes.
 
+    Of a mixture of experts also ``active_parameters``, those that one token uses.
+
     Args:
         core: the Megatron-Core model. All ranks must call it.
     """
     model: Any = core
     tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
-    count = 0
+    count, in_experts = 0, 0
     for name, parameter in core.named_parameters():
         # With tied embeddings the last pipeline stage holds a copy.
         copy = name.startswith("output_layer") and model.share_embeddings_and_output_weights and not model.pre_process
         if not copy:
-            count += parameter.numel() * (tensor_parallel if getattr(parameter, "tensor_model_parallel", False) else 1)
-    total = torch.tensor([count], dtype=torch.int64, device=next(core.parameters()).device)
+            number = parameter.numel() * (tensor_parallel if getattr(parameter, "tensor_model_parallel", False) else 1)
+            count += number
+            in_experts += number if ".mlp.experts." in name else 0
+    total = torch.tensor([count, in_experts], dtype=torch.int64, device=next(core.parameters()).device)
     torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-    return {"parameters": int(total), **model_sizes(core)}
+    count, in_experts = total.tolist()
+    sizes = model_sizes(core)
+    experts = sizes.get("num_moe_experts")
+    if not experts:
+        return {"parameters": count, **sizes}
+    used = count - in_experts + in_experts * min(model.config.moe_router_topk, experts) // experts
+    return {"parameters": count, "active_parameters": used, **sizes}
 
 
 def numbered_layers(core: nn.Module) -> list[tuple[int, nn.Module]]:
@@ -63,16 +73,35 @@ def keep_pattern(pattern: str, kept: Sequence[int]) -> str:
     return "".join(pattern[number - 1] for number in sorted(kept))
 
 
-def keep_hybrid_pattern(core: nn.Module, kept: Sequence[int]) -> None:
-    """Cut the pattern of a hybrid model, in the model and its configuration, to the layers that are left.
+def keep_moe_pattern(frequency: int | Sequence[int], num_layers: int, kept: Sequence[int]) -> int | list[int]:
+    """Return Megatron's ``moe_layer_freq`` for the layers that are left.
 
-    modelopt cuts the model's own only, and not when layers are dropped by number; the configuration is what is saved.
+    Args:
+        frequency: every so-manieth layer has experts, beginning with the first, or one 0 or 1 a layer.
+        num_layers: number of layers before.
+        kept: 1-indexed numbers of the layers that are left.
+    """
+    pattern = (
+        [int(index % frequency == 0) for index in range(num_layers)] if isinstance(frequency, int) else list(frequency)
+    )
+    left = [pattern[number - 1] for number in sorted(kept)]
+    return frequency if isinstance(frequency, int) and all(left) else left
+
+
+def keep_layer_patterns(core: nn.Module, kept: Sequence[int], num_layers: int) -> None:
+    """Cut the pattern of a hybrid or MoE model, in model and configuration, to the layers that are left.
+
+    modelopt cuts the hybrid model's own only, and not when layers are dropped by number; the configuration is saved.
 
     Args:
         core: the pruned model.
         kept: 1-indexed original numbers of the layers that are left.
+        num_layers: number of layers before.
     """
     model: Any = core
+    frequency = getattr(model.config, "moe_layer_freq", 1)
+    if getattr(model.config, "num_moe_experts", None) and frequency != 1 and len(kept) != num_layers:
+        model.config.moe_layer_freq = keep_moe_pattern(frequency, num_layers, kept)
     pattern = getattr(model.config, "hybrid_override_pattern", None)
     if not isinstance(pattern, str) or len(pattern) == len(kept):
         return

@@ -18,10 +18,58 @@ _FINGERPRINT = "fingerprint.json"
 _SCORES = "scores.pth"
 
 
-def fingerprint(core: nn.Module) -> dict[str, Any]:
-    """Return what must agree for scores to be used again: sizes, weights, number of ranks, modelopt's version.
+# Attributes of a data module that say how far it has been read.
+_PROGRESS = ("init_global_step", "global_step", "consumed_samples")
+
+
+def describe_data(data_module: Any, trainer: Any) -> dict[str, Any]:
+    """Return what tells one measurement's data from another's: the data module's class and settings, the batches.
+
+    Settings are its public attributes that are numbers, texts and lists of them; files named there count with their
+    size. The tokens themselves are not read.
+
+    Args:
+        data_module: the data that importance is measured on.
+        trainer: its ``limit_val_batches`` is the number of batches.
+    """
+    found = {
+        name: _plain(value)
+        for name, value in sorted(vars(data_module).items())
+        if not name.startswith("_") and name not in _PROGRESS
+    }
+    limit = getattr(trainer, "limit_val_batches", None)
+    return {
+        "class": f"{type(data_module).__module__}.{type(data_module).__qualname__}",
+        "batches": limit if isinstance(limit, int | float) else None,
+        **{name: value for name, value in found.items() if value is not None},
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting as JSON has it, None for anything else and for what is empty."""
+    if isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str | Path):
+        files = [Path(f"{value}{ending}") for ending in ("", ".bin")] if str(value) else []
+        sizes = [file.stat().st_size for file in files if file.is_file()]
+        return f"{value} ({sizes[0]} bytes)" if sizes else str(value)
+    if isinstance(value, list | tuple):
+        inner = [_plain(entry) for entry in value]
+        return inner if inner and all(entry is not None for entry in inner) else None
+    if isinstance(value, dict):
+        entries = {str(key): _plain(entry) for key, entry in value.items()}
+        return {key: entry for key, entry in entries.items() if entry is not None} or None
+    return None
+
+
+def fingerprint(core: nn.Module, data: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return what must agree for scores to be used again: sizes, weights, data, number of ranks, modelopt's version.
 
     Weights are compared by the sum and the sum of squares of each parameter. All ranks must call it.
+
+    Args:
+        core: the Megatron-Core model.
+        data: what `describe_data` returned.
     """
     import modelopt
 
@@ -36,6 +84,7 @@ def fingerprint(core: nn.Module) -> dict[str, Any]:
     return {
         "modelopt": modelopt.__version__,
         "ranks": len(digests),
+        "data": json.loads(json.dumps(data or {})),
         "sizes": model_sizes(core),
         "weights": hashlib.sha256("".join(digests).encode()).hexdigest(),
     }
@@ -49,7 +98,7 @@ def prepare(folder: str | Path, current: dict[str, Any]) -> str:
         current: `fingerprint` of the model. All ranks must call this.
 
     Raises:
-        ModelOptConfigError: where the scores there were measured on another model or layout.
+        ModelOptConfigError: where the scores there were measured on another model, data or layout.
     """
     folder = Path(folder)
     problem = [_difference(folder, current) if torch.distributed.get_rank() == 0 else None]
@@ -57,7 +106,7 @@ def prepare(folder: str | Path, current: dict[str, Any]) -> str:
     if problem[0]:
         raise ModelOptConfigError(
             f"scores_path={str(folder)!r} holds scores of another run ({problem[0]}); "
-            "use the same model and number of ranks, or give another folder."
+            "use the same model, data and number of ranks, or give another folder."
         )
     return str(folder / _SCORES)
 
@@ -72,9 +121,7 @@ def _difference(folder: Path, current: dict[str, Any]) -> str | None:
     stored = folder / _FINGERPRINT
     if stored.exists():
         known = json.loads(stored.read_text())
-        return ", ".join(
-            f"{key}: {known.get(key)} there, {current[key]} now" for key in current if known.get(key) != current[key]
-        )
+        return ", ".join(_differences(known, current))
     if folder.exists() and not folder.is_dir():
         return "it is a file, not a folder"
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,6 +129,18 @@ def _difference(folder: Path, current: dict[str, Any]) -> str | None:
     for half in folder.glob(f"{Path(_SCORES).stem}*.pth"):
         half.unlink()
     return None
+
+
+def _differences(known: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return a phrase for each entry that differs."""
+    found: list[str] = []
+    for key in sorted({*known, *current}):
+        there, now = known.get(key), current.get(key)
+        if isinstance(there, dict) and isinstance(now, dict):
+            found += _differences(there, now, f"{key} ")
+        elif there != now:
+            found.append(f"{prefix}{key}: {there} there, {now} now")
+    return found
 
 
 def record(folder: str | Path, current: dict[str, Any]) -> None:

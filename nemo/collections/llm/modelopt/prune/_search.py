@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed import all_reduce
 
 from ..errors import ModelOptConfigError
-from . import _checks, _groups, _norms, _scores
+from . import _checks, _groups, _norms, _scores, _snapshot, _weights
 
 # A layer that changes nothing has a score of zero, which modelopt takes for "not measured".
 _LOWEST_SCORE = 1e-30
@@ -59,8 +59,17 @@ def check_positions(core: Any) -> None:
         )
 
 
-def check(core: nn.Module, targets: Mapping[str, Any], data_module: Any, trainer: Any) -> dict[str, int]:
+def check(
+    core: nn.Module, targets: Mapping[str, Any], data_module: Any, trainer: Any, may_be_empty: bool = False
+) -> dict[str, int]:
     """Check a request by importance against the model, and return its targets as whole numbers.
+
+    Args:
+        core: the Megatron-Core model.
+        targets: hparam -> size or ratio.
+        data_module: the data.
+        trainer: runs the forward passes.
+        may_be_empty: whether other sizes will be chosen for it.
 
     Raises:
         ModelOptConfigError: for a layout, size, norm or amount of data that cannot work.
@@ -68,7 +77,8 @@ def check(core: nn.Module, targets: Mapping[str, Any], data_module: Any, trainer
     model: Any = core
     _checks.check_layout(model.config, by_importance=True)
     check_positions(model)
-    resolved = _checks.resolve_targets(targets, _checks.model_sizes(core))
+    resolved = _checks.resolve_targets(targets, _checks.model_sizes(core), may_be_empty)
+    _checks.check_experts(resolved, model.config)
     _checks.check_batches(data_module, trainer)
     _norms.register_torch_norms()
     _norms.check_norms(core)
@@ -76,41 +86,51 @@ def check(core: nn.Module, targets: Mapping[str, Any], data_module: Any, trainer
 
 
 def prune_by_importance(
-    core: nn.Module, targets: Mapping[str, int], minitron: Callable, measure: Callable, scores_path: str | None
-) -> None:
+    core: nn.Module,
+    targets: Mapping[str, int],
+    minitron: Callable,
+    measure: Callable,
+    scores_path: str | None = None,
+    data: Mapping[str, Any] | None = None,
+    known: Mapping[str, Any] | None = None,
+) -> Mapping[str, Any]:
     """Run modelopt's search on a Megatron model; query groups are pruned here.
 
     Args:
         core: the model without wrappers, pruned in place.
-        targets: what `check` returned.
+        targets: what `check` returned; none to measure only.
         minitron: runs the search: ``minitron(model, mode, export_config, forward_loop, scores_path)``.
         measure: runs the forward passes.
         scores_path: folder of the scores, None to keep none.
+        data: `_scores.describe_data` of what ``measure`` reads.
+        known: what an earlier call on this very model returned; then nothing is measured.
+
+    Returns:
+        What modelopt measured: ``activations_per_rank`` and ``layer_scores``.
 
     Raises:
         ModelOptConfigError: where nothing was measured, or the scores belong to another model; the model is as before.
         RuntimeError: where cutting failed half-way.
     """
     config: Any = core.config
-    sizes = _checks.model_sizes(core)
-    ours = set() if prunes_query_groups() else {"num_query_groups"}
-    shrink = targets.get("num_query_groups", sizes["num_query_groups"]) != sizes["num_query_groups"]
-    if shrink:
-        # Also where modelopt would: 0.37 ranks the groups with the axes of groups and heads exchanged.
-        ours = {"num_query_groups", "num_attention_heads"}
-    # A search for query groups alone has nothing else to cut: it is asked for the depth that is there.
-    export_config = {name: size for name, size in targets.items() if name not in ours}
-    export_config = export_config or {"num_layers": sizes["num_layers"]}
+    ours, export_config = _shared_work(core, targets)
     attentions = {name: part for name, part in core.named_modules() if hasattr(part, "linear_qkv")}
-    identity = _scores.fingerprint(core) if scores_path is not None else {}
+    identity = _scores.fingerprint(core, dict(data or {})) if scores_path is not None else {}
     scores_file = _scores.prepare(scores_path, identity) if scores_path is not None else None
     hooks, measured = forward_hooks(core), scores_path is not None and _scores.complete(scores_path)
 
     def forward_loop(converted: nn.Module) -> None:
         nonlocal measured
-        with counted_forwards(core) as count:
-            measure(converted)
-        finish_scores(core, count[0])
+        if known is not None:
+            _give_scores(core, known)
+        else:
+            microbatch = _weights.Microbatch()
+            handles = _weights.weigh(core, hooks, microbatch)
+            with counted_forwards(core) as count, _weights.shown_batches(config, microbatch.see):
+                measure(converted)
+            for handle in handles:
+                handle.remove()
+            finish_scores(core, count[0])
         measured = True
 
     try:
@@ -124,9 +144,50 @@ def prune_by_importance(
     forget_conversion(core)
     if scores_path is not None:
         _scores.record(scores_path, identity)
-    if shrink:
+    if ours:
         squares = result[1]["activations_per_rank"][parallel_state.get_pipeline_model_parallel_rank()]
         _groups.prune_groups(attentions, squares, targets["num_attention_heads"], targets["num_query_groups"], config)
+    correct_copies(core)
+    return result[1]
+
+
+def _shared_work(core: nn.Module, targets: Mapping[str, int]) -> tuple[bool, dict[str, int]]:
+    """Return whether heads and query groups are cut by us, and what modelopt is asked for."""
+    sizes = _checks.model_sizes(core)
+    ours = set() if prunes_query_groups() else {"num_query_groups"}
+    shrink = targets.get("num_query_groups", sizes["num_query_groups"]) != sizes["num_query_groups"]
+    if shrink:
+        # Also where modelopt would: 0.37 ranks the groups with the axes of groups and heads exchanged.
+        ours = {"num_query_groups", "num_attention_heads"}
+    # A search for query groups alone has nothing else to cut: it is asked for the depth that is there.
+    export_config = {name: size for name, size in targets.items() if name not in ours}
+    return shrink, export_config or {"num_layers": sizes["num_layers"]}
+
+
+def correct_copies(core: nn.Module) -> None:
+    """Write the new sizes into the copies of the configuration that experts of an MoE model keep."""
+    config: Any = core.config
+    for module in core.modules():
+        copy: Any = _snapshot.module_config(module)
+        if copy is None or copy is config or not hasattr(copy, "hidden_size"):
+            continue
+        for name in (*_checks.model_sizes(core), "kv_channels"):
+            setattr(copy, name, getattr(config, name))
+        holder: Any = module
+        first = next(iter(getattr(holder, "local_experts", [])), holder)
+        if hasattr(first, "linear_fc2"):
+            copy.ffn_hidden_size = first.linear_fc2.weight.shape[1]
+
+
+def _give_scores(core: nn.Module, known: Mapping[str, Any]) -> None:
+    """Hand a converted model the importance that was measured on it before."""
+    model: Any = core
+    activations = known["activations_per_rank"][parallel_state.get_pipeline_model_parallel_rank()]
+    for name, module in core.named_modules():
+        if hasattr(module, "_activations"):
+            module._activations = activations[name]
+    for layer in model.decoder.layers:
+        layer._scores = known["layer_scores"][layer.layer_number]
 
 
 @contextlib.contextmanager
@@ -162,6 +223,11 @@ def finish_scores(core: nn.Module, forwards: int) -> None:
             "No batch reached the model, so there is no importance to prune by: the training loader holds less than "
             "one global batch. Give more samples or a smaller global batch size. The model is as it was."
         )
+    for module in core.modules():
+        for expert in getattr(module, "local_experts", ()):
+            if hasattr(expert, "_activations") and expert._activations is None:  # no token came to it
+                width = expert.linear_fc2.weight.shape[1]
+                expert._activations = torch.zeros(width, device=expert.linear_fc2.weight.device)
     for module in core.modules():
         measured = getattr(module, "_activations", None)
         if isinstance(measured, dict):

@@ -183,6 +183,8 @@ def write_sizes(saved: Any, live: Any, names: Iterable[str]) -> None:
         setattr(saved, name, getattr(live, name))
     if isinstance(pattern := getattr(live, "hybrid_override_pattern", None), str):
         saved.hybrid_override_pattern = pattern
+    if isinstance(frequency := getattr(live, "moe_layer_freq", None), list):
+        saved.moe_layer_freq = frequency
     if layers_before != live.num_layers:
         # Splits over pipeline stages that were chosen for the old number of layers.
         for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):

@@ -22,7 +22,7 @@ from nemo.collections import llm
 from nemo_modelopt_dropin import progress
 
 from ..errors import ModelOptConfigError
-from . import _checks, _report, _search, _state
+from . import _budget, _checks, _cost, _report, _scores, _search, _state
 
 SUPPORTED_PRUNING_HPARAMS = {
     # width
@@ -32,6 +32,9 @@ SUPPORTED_PRUNING_HPARAMS = {
     "num_query_groups",
     "mamba_num_heads",
     "mamba_head_dim",
+    "num_moe_experts",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
     # depth
     "num_layers",
 }
@@ -54,6 +57,15 @@ class PruningConfig:
         drop_layers: 1-indexed layers to remove without measuring anything; excludes all targets.
         scores_path: folder that keeps the measured importance. Where it holds scores of this very model they are used
             and no forward pass is run. They are unpickled: use only folders that you trust.
+        target_num_moe_experts: number of experts of an MoE model, at least as many as a token is sent to.
+        target_moe_ffn_hidden_size: size of an expert's inner layer.
+        target_moe_shared_expert_intermediate_size: size of the shared expert's inner layer.
+        target_params: number of parameters to stay at or below: a share of the original's ("70%", 0.7) or a number
+            (5.6e9, "5.6B"). Sizes are chosen among candidates by held-out loss; targets given too are kept fixed.
+        target_active_params: the same for the parameters that one token of an MoE model uses.
+        max_candidates: how many combinations of sizes to try for ``target_params``.
+        heldout_batches: how many batches of the data module's validation loader to try them on.
+        report_path: folder for ``report.json`` and ``report.html`` about what was pruned and by which scores.
 
     Raises:
         ModelOptConfigError: for settings that no model can satisfy.
@@ -68,15 +80,35 @@ class PruningConfig:
     target_num_layers: int | None = None
     drop_layers: list[int] | None = None
     scores_path: str | None = None
+    target_num_moe_experts: int | None = None
+    target_moe_ffn_hidden_size: int | None = None
+    target_moe_shared_expert_intermediate_size: int | None = None
+    target_params: str | float | None = None
+    target_active_params: str | float | None = None
+    max_candidates: int = 16
+    heldout_batches: int = 16
+    report_path: str | None = None
 
     def __post_init__(self):
-        targets = _requested(self)
-        if self.drop_layers and targets:
+        targets, budget = _requested(self), _budget_of(self)
+        if self.drop_layers and (targets or budget):
+            names = [f"target_{name}" for name in targets] + ["target_params"] * (budget is not None)
             raise ModelOptConfigError(
                 f"drop_layers={self.drop_layers} cannot be used with other pruning parameters "
-                f"({', '.join(f'target_{name}' for name in targets)}); prune twice to do both."
+                f"({', '.join(names)}); prune twice to do both."
             )
         _checks.check_targets(targets)
+        if (
+            isinstance(self.heldout_batches, bool)
+            or not isinstance(self.heldout_batches, int)
+            or self.heldout_batches < 1
+        ):
+            raise ModelOptConfigError(f"heldout_batches={self.heldout_batches!r}; give a whole number of at least 1.")
+
+
+def _budget_of(config: PruningConfig) -> _budget.Budget | None:
+    """Return the limits of the numbers of parameters, None where there are none."""
+    return _budget.checked_budget(config.target_params, config.target_active_params, config.max_candidates)
 
 
 def _requested(config: PruningConfig) -> dict[str, Any]:
@@ -111,26 +143,66 @@ def prune_language_model(
         ModelOptConfigError: for a request that this model, data or layout cannot satisfy, before any forward pass.
     """
     drop_layers, targets = pruning_config.drop_layers, _requested(pruning_config)
+    budget = _budget_of(pruning_config)
     if not drop_layers:
-        _require(targets, data_module, trainer)
+        _require({**targets, **({"params": budget} if budget else {})}, data_module, trainer)
     # A stand-in (a mock) has neither sizes to check nor modules to look into.
     core: Any = _state.find_core(model) if issubclass(type(model), torch.nn.Module) else None
     if core is not None and drop_layers:
         _checks.check_layout(core.config, by_importance=False)
         _checks.check_drop_layers(drop_layers, core.config.num_layers)
     elif core is not None:
-        targets = _search.check(core, targets, data_module, trainer)
-    with contextlib.nullcontext() if core is None else _reported(model, core, trainer):
+        targets = _search.check(core, targets, data_module, trainer, may_be_empty=budget is not None)
+    recording: contextlib.AbstractContextManager[dict[str, Any]] = contextlib.nullcontext({})
+    with recording if core is None else _reported(model, core, trainer) as report:
         if drop_layers:
             mtp.plugins.drop_mcore_language_model_layers(model, layers_to_drop=list(drop_layers))
-            return model
-        measure = partial(_validate_on_training_data, model, data_module, trainer)
-        with _training_data_for_validation(data_module):
-            if core is None:
-                _minitron(model, "mcore_minitron", targets, measure)
-            else:
-                _search.prune_by_importance(core, targets, _minitron, measure, pruning_config.scores_path)
+        elif core is None:
+            measure = partial(_validate_on_training_data, model, data_module, trainer)
+            _minitron(model, "mcore_minitron", targets, measure)
+        else:
+            _prune_by_importance(model, core, pruning_config, targets, data_module, trainer, report)
+    if core is not None and pruning_config.report_path is not None and is_global_rank_zero():
+        from nemo_modelopt_dropin import prune_report
+
+        page = prune_report.write(describe_pruning(model), Path(pruning_config.report_path))
+        logging.info(f"The report of the pruning is {page}")
     return model
+
+
+def _prune_by_importance(
+    model: Any,
+    core: Any,
+    config: PruningConfig,
+    targets: dict[str, int],
+    data_module: Any,
+    trainer: Any,
+    report: dict[str, Any],
+) -> None:
+    """Prune to sizes or to a budget, and add what was measured to the report."""
+    measure = partial(_validate_on_training_data, model, data_module, trainer)
+    data = _scores.describe_data(data_module, trainer)
+    budget = _budget_of(config)
+    terms = {} if budget is None else _budget.check(core, budget)
+    numbers, channels = [number for number, _ in _report.numbered_layers(core)], core.config.kv_channels
+    batches = []
+    if config.report_path is not None:
+        batches = _cost.one_batch(core, partial(_validate_on_heldout_data, model, data_module, trainer, 1))
+    if batches:
+        report["forward_seconds"] = {"before": _cost.forward_seconds(core, batches)}
+    if budget is None:
+        known = _search.prune_by_importance(core, targets, _minitron, measure, config.scores_path, data)
+    else:
+        heldout = partial(_validate_on_heldout_data, model, data_module, trainer, config.heldout_batches)
+        steps = _budget.Steps(_minitron, measure, heldout)
+        candidates, known, loss = _budget.prune_to_budget(core, budget, targets, terms, steps, config.scores_path, data)
+        report |= {"candidates": [candidate.as_dict() for candidate in candidates], "original_heldout_loss": loss}
+        logging.info(f"Candidates:\n{_budget.table(candidates, loss)}")
+    if batches:
+        report["forward_seconds"]["after"] = _cost.forward_seconds(core, batches)
+    if config.report_path is not None:
+        report["hparam_scores"] = _cost.all_curves(known, numbers, channels)
+    report["layer_scores"] = {number: float(score) for number, score in sorted(known["layer_scores"].items())}
 
 
 def describe_pruning(model: llm.GPTModel) -> dict[str, Any]:
@@ -140,8 +212,10 @@ def describe_pruning(model: llm.GPTModel) -> dict[str, Any]:
         model: what `prune_language_model` returned.
 
     Returns:
-        ``before`` and ``after``: number of parameters over all ranks and the prunable sizes; ``kept_layers``: the
-        1-indexed original numbers of the layers that are left.
+        ``before`` and ``after``: number of parameters over all ranks and the prunable sizes; ``cost``: bytes of the
+        weights, FLOPs of a token's forward pass and bytes of its KV cache, before and after; ``kept_layers``: the
+        1-indexed original numbers of the layers that are left; by importance also ``layer_scores``, and with
+        ``target_params`` the ``candidates`` and the original model's held-out loss.
 
     Raises:
         ModelOptConfigError: where the model was not pruned in this process.
@@ -155,7 +229,7 @@ def describe_pruning(model: llm.GPTModel) -> dict[str, Any]:
 def _require(targets: dict[str, Any], data_module: Any, trainer: Any) -> None:
     """Refuse a request by importance that has nothing to prune, or nothing to measure it with."""
     if not targets:
-        names = sorted(f"target_{name}" for name in SUPPORTED_PRUNING_HPARAMS)
+        names = sorted(f"target_{name}" for name in {*SUPPORTED_PRUNING_HPARAMS, "params", "active_params"})
         raise ModelOptConfigError(f"The pruning configuration is empty; set drop_layers or at least one of {names}.")
     if data_module is None:
         raise ModelOptConfigError("data_module is required to prune the model.")
@@ -178,16 +252,37 @@ def _validate_on_training_data(model: Any, data_module: Any, trainer: Any, conve
     logging.info("Measuring the importance of the model's parts...")
     # modelopt calls this without gradients, but setting a trainer up may build Megatron's DDP, which needs them;
     # the validation loop switches them off again by itself.
-    with torch.enable_grad(), progress.validation_shown(trainer, "importance"):
+    shown = progress.validation_shown(trainer, "importance")
+    with torch.enable_grad(), _training_data_for_validation(data_module), shown:
         llm.validate(model, data=data_module, trainer=trainer, tokenizer="model")
 
 
+def _validate_on_heldout_data(model: Any, data_module: Any, trainer: Any, batches: int) -> None:
+    """Run the first held-out batches."""
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+    limit = trainer.limit_val_batches
+    wanted = batches * get_num_microbatches()  # NeMo counts microbatches here
+    trainer.limit_val_batches = min(limit, wanted) if type(limit) is int else wanted
+    try:
+        with torch.enable_grad(), _own_data(data_module):
+            llm.validate(model, data=data_module, trainer=trainer, tokenizer="model")
+    finally:
+        trainer.limit_val_batches = limit
+
+
+def _training_data_for_validation(data_module: Any) -> contextlib.AbstractContextManager[None]:
+    """Let validation read the training loader."""
+    return _own_data(data_module, val_dataloader=data_module.train_dataloader)
+
+
 @contextlib.contextmanager
-def _training_data_for_validation(data_module: Any) -> Iterator[None]:
-    """Let validation read the training loader, and put the module's own loader and tokenizer back."""
+def _own_data(data_module: Any, **replaced: Any) -> Iterator[None]:
+    """Set attributes of a data module, and put its own loader and tokenizer back on leaving."""
     own = {name: getattr(data_module, name) for name in ("val_dataloader", "tokenizer") if hasattr(data_module, name)}
     inherited = [name for name in own if name not in vars(data_module) and hasattr(type(data_module), name)]
-    data_module.val_dataloader = data_module.train_dataloader
+    for name, value in replaced.items():
+        setattr(data_module, name, value)
     try:
         yield
     finally:
@@ -199,16 +294,22 @@ def _training_data_for_validation(data_module: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _reported(model: Any, core: Any, trainer: Any) -> Iterator[None]:
-    """Put back what pruning must not change, and record what it did change in ``model.pruning_report``."""
+def _reported(model: Any, core: Any, trainer: Any) -> Iterator[dict[str, Any]]:
+    """Put back what pruning must not change, and record what it did change in ``model.pruning_report``.
+
+    Yields a dictionary for what else belongs there.
+    """
     before, layers = _report.measure(core), _report.numbered_layers(core)
+    cost = {"before": _cost.describe(core, before["parameters"])}
+    more: dict[str, Any] = {}
     with _state.kept(model, core, trainer):
-        yield
+        yield more
     _state.unwrap_data_parallel(model)
     kept = _report.kept_layers(layers, core)
-    _report.keep_hybrid_pattern(core, kept)
+    _report.keep_layer_patterns(core, kept, before["num_layers"])
     after = _report.measure(core)
-    model.pruning_report = {"before": before, "after": after, "kept_layers": kept}
+    cost["after"] = _cost.describe(core, after["parameters"])
+    model.pruning_report = {"before": before, "after": after, "cost": cost, "kept_layers": kept, **more}
     logging.info(f"Pruned the model; layers kept: {kept}\n{_report.table(before, after)}")
 
 

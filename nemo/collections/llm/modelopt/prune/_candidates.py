@@ -1,0 +1,249 @@
+"""Combinations of sizes under a budget of parameters: enumeration and choice, as pure functions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from ..errors import ModelOptConfigError
+from ._checks import size_step
+
+# One of these is chosen as large as the budget allows, once the others are fixed.
+_FITTED = ("moe_ffn_hidden_size", "ffn_hidden_size", "hidden_size", "num_layers")
+_CHOICES = 8
+# Candidates further than this below the budget are only tried where there are none nearer.
+_TOLERANCE = 0.05
+_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+
+
+@dataclass
+class Candidate:
+    """One combination of sizes.
+
+    Attributes:
+        sizes: hparam -> size, all that the model has.
+        parameters: of the whole model.
+        active_parameters: those that one token uses.
+        loss: held-out loss in nats a token, None until measured.
+        kl: held-out KL(original || candidate) in nats a token, None until measured.
+        chosen: whether it was kept.
+    """
+
+    sizes: dict[str, int]
+    parameters: int
+    active_parameters: int
+    loss: float | None = None
+    kl: float | None = None
+    chosen: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the candidate as a report has it."""
+        return asdict(self)
+
+
+def parse_budget(name: str, value: Any) -> float:
+    """Return a budget as a ratio (below 1) or a number of parameters (1 and above).
+
+    Args:
+        name: the field.
+        value: such as ``"70%"``, ``0.7``, ``5.6e9`` or ``"5.6B"``.
+
+    Raises:
+        ModelOptConfigError: where it is none of these.
+    """
+    number = value
+    if isinstance(value, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*(%|[kmbt]?)\s*", value.lower())
+        number = None if found is None else float(found[1]) * (0.01 if found[2] == "%" else _UNITS[found[2]])
+        if found is not None and found[2] == "%" and not 0 < float(found[1]) < 100:
+            number = None
+    legal = isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < math.inf and number != 1
+    if not legal:
+        raise ModelOptConfigError(
+            f"{name}={value!r} is no number of parameters; give a share of the original model ('70%' or 0.7) or a "
+            "number (5.6e9 or '5.6B')."
+        )
+    return float(number)
+
+
+def resolve_budget(name: str, value: Any, total: int) -> int:
+    """Return a budget as a number of parameters.
+
+    Args:
+        name: the field.
+        value: what `parse_budget` takes.
+        total: number of parameters of the original model.
+
+    Raises:
+        ModelOptConfigError: where nothing would have to be pruned.
+    """
+    number = parse_budget(name, value)
+    budget = int(number * total) if number < 1 else int(number)
+    if budget >= total:
+        raise ModelOptConfigError(
+            f"{name}={value!r} is {budget:,} parameters, not fewer than the model's {total:,}; give fewer."
+        )
+    return budget
+
+
+def size_choices(name: str, sizes: Mapping[str, int], floor: float, least: int = 1) -> list[int]:
+    """Return legal sizes from a share of the original one up to it, `_CHOICES` at most and evenly spaced.
+
+    Args:
+        name: the hparam.
+        sizes: the original sizes.
+        floor: the smallest share.
+        least: the smallest size.
+    """
+    size = sizes[name]
+    step = sizes["num_query_groups"] if name == "num_attention_heads" else size_step(name, size)
+    lowest = max(step, least, math.ceil(floor * size / step) * step)
+    legal = sorted({size, *range(lowest, size + 1, step)})
+    count = min(_CHOICES, len(legal))
+    return sorted({legal[round(i * (len(legal) - 1) / max(1, count - 1))] for i in range(count)})
+
+
+def enumerate_sizes(
+    sizes: Mapping[str, int],
+    fixed: Mapping[str, int],
+    budgets: Sequence[tuple[Callable[[Mapping[str, int]], int], int]],
+    floor: float,
+    least_experts: int = 1,
+) -> list[dict[str, int]]:
+    """Return all combinations of sizes that keep every budget, each as large as it allows.
+
+    Args:
+        sizes: the original sizes.
+        fixed: sizes that are given.
+        budgets: pairs of a count of parameters as a function of the sizes, and its limit.
+        floor: the smallest share of a size to go down to.
+        least_experts: experts that a token is sent to.
+    """
+    # Without query groups every head is a group: both go together.
+    joint = sizes.get("num_query_groups") == sizes.get("num_attention_heads")
+    free = [name for name in sizes if name not in fixed and name != "num_query_groups"]
+    if "num_query_groups" in fixed and "num_attention_heads" in free:
+        free.remove("num_attention_heads")
+    fitted = next((name for name in _FITTED if name in free), None)
+    if fitted is None:
+        raise ModelOptConfigError(
+            f"target_params has nothing left to choose: {', '.join(f'target_{name}' for name in fixed)} are given; "
+            f"leave at least one of {', '.join(f'target_{name}' for name in _FITTED if name in sizes)} out."
+        )
+
+    step = size_step(fitted, sizes[fitted])
+
+    def fits(combination: Mapping[str, int], steps: int) -> bool:
+        return all(counted({**combination, fitted: steps * step}) <= limit for counted, limit in budgets)
+
+    grid, found = [], []
+    for name in free:
+        choices = size_choices(name, sizes, floor, least_experts if name == "num_moe_experts" else 1)
+        if name == "num_attention_heads" and joint:
+            choices = size_choices("num_layers", {"num_layers": sizes[name]}, floor)  # any number of heads
+        if name != fitted:
+            grid.append([(name, size) for size in choices])
+    steps = range(max(1, math.ceil(floor * sizes[fitted] / step)), sizes[fitted] // step + 1)
+    for pairs in itertools.product(*grid):
+        combination = {**sizes, **dict(pairs), **fixed}
+        if joint and "num_query_groups" not in fixed:
+            combination["num_query_groups"] = combination["num_attention_heads"]
+        best = _largest(steps, partial(fits, combination))
+        if best is not None:
+            found.append({**combination, fitted: best * step})
+    return found
+
+
+def _largest(steps: range, fits: Callable[[int], bool]) -> int | None:
+    """Return the largest number that fits, by bisection, None where the smallest does not."""
+    if not steps or not fits(steps[0]):
+        return None
+    low, high = 0, len(steps) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(steps[middle]) else (low, middle - 1)
+    return steps[low]
+
+
+def spread(combinations: Sequence[Mapping[str, int]], sizes: Mapping[str, int], count: int) -> list[int]:
+    """Return the positions of combinations that are far from each other and take from all dimensions alike.
+
+    Of the half that is most even (by the variance of the logarithms of the shares that are kept) the most even one is
+    first; each further one is the one farthest from all before.
+
+    Args:
+        combinations: all sizes of each combination.
+        sizes: the original sizes.
+        count: how many to choose at most.
+    """
+    names = [name for name in sizes if len({combination[name] for combination in combinations}) > 1]
+    points = [[math.log(combination[name] / sizes[name]) for name in names] for combination in combinations]
+
+    def unevenness(position: int) -> float:
+        point = points[position]
+        mean = sum(point) / max(1, len(point))
+        return sum((value - mean) ** 2 for value in point)
+
+    order = sorted(range(len(points)), key=unevenness)
+    order = order[: max(count, len(order) // 2)]
+    chosen: list[int] = []
+    distance = dict.fromkeys(order, math.inf)
+    while distance and len(chosen) < count:
+        # The first of equals: the most even.
+        farthest = max(distance, key=lambda position: distance[position])
+        chosen.append(farthest)
+        del distance[farthest]
+        for position in distance:
+            distance[position] = min(distance[position], math.dist(points[position], points[farthest]))
+    return chosen
+
+
+def choose(
+    sizes: Mapping[str, int],
+    fixed: Mapping[str, int],
+    counted: Callable[[Mapping[str, int]], int],
+    counted_active: Callable[[Mapping[str, int]], int],
+    budgets: tuple[int | None, int | None],
+    count: int,
+    least_experts: int = 1,
+) -> list[Candidate]:
+    """Return the candidates to try, the most even combination first.
+
+    Args:
+        sizes: the original sizes.
+        fixed: sizes that are given.
+        counted: sizes -> number of parameters.
+        counted_active: sizes -> number of parameters that one token uses.
+        budgets: limits of the two numbers, None for no limit.
+        count: how many candidates at most.
+        least_experts: experts that a token is sent to.
+
+    Raises:
+        ModelOptConfigError: where no combination keeps the budget; the message says how small the model gets.
+    """
+    limits = [
+        (function, limit)
+        for function, limit in zip((counted, counted_active), budgets, strict=True)
+        if limit is not None
+    ]
+    share = min(limit / function(sizes) for function, limit in limits)
+    # A dimension gives up somewhat more than its part; where that does not reach the budget, whatever it has.
+    for floor in (0.6 * share, 0.0):
+        combinations = enumerate_sizes(sizes, fixed, limits, floor, least_experts)
+        near = [c for c in combinations if any(f(c) >= (1 - _TOLERANCE) * limit for f, limit in limits)]
+        if near or combinations:
+            break
+    else:
+        smallest = {**dict.fromkeys(sizes, 1), "num_moe_experts": least_experts, **fixed}
+        raise ModelOptConfigError(
+            f"target_params: no combination of sizes has at most {', '.join(f'{limit:,}' for _, limit in limits)} "
+            f"parameters; the smallest has {counted(smallest):,} (embedding and output layer keep the whole "
+            "vocabulary). Give a larger budget" + (", or fix fewer target_* sizes." if fixed else ".")
+        )
+    kept = near or sorted(combinations, key=counted, reverse=True)[: 4 * count]
+    return [Candidate(dict(kept[i]), counted(kept[i]), counted_active(kept[i])) for i in spread(kept, sizes, count)]

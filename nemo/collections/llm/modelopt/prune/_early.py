@@ -1,0 +1,44 @@
+"""Checks of a request against a checkpoint's configuration, before its weights are loaded."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from ..errors import ModelOptConfigError
+from . import _checks
+
+
+def check_checkpoint(pruning_config: Any, checkpoint: str, tp_size: int = 1) -> None:
+    """Refuse a request that a checkpoint's model cannot be pruned to; only its configuration is read.
+
+    ``llm.prune`` meets the same errors once the model is loaded.
+
+    Args:
+        pruning_config: the `PruningConfig`.
+        checkpoint: NeMo checkpoint.
+        tp_size: tensor-parallel size of the run.
+
+    Raises:
+        ModelOptConfigError: for sizes, layers or a layout that the model cannot have.
+    """
+    from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
+
+    from nemo import lightning as nl
+
+    from . import pruner
+
+    config = nl.io.load_context(ckpt_to_context_subdir(checkpoint), subpath="model.config")
+    if pruning_config.drop_layers:
+        _checks.check_drop_layers(pruning_config.drop_layers, config.num_layers)
+        return
+    if tp_size > 1:
+        raise ModelOptConfigError(
+            f"tp_size={tp_size}: importance is measured on whole layers, so tensor parallelism must be 1; use "
+            "pp_size (a checkpoint loads at any layout), or drop_layers."
+        )
+    # Sizes of a Mamba mixer are known from its modules only.
+    sizes = _checks.model_sizes(SimpleNamespace(config=config, decoder=SimpleNamespace(layers=[])))
+    targets = {name: size for name, size in pruner._requested(pruning_config).items() if "mamba" not in name}
+    resolved = _checks.resolve_targets(targets, sizes, may_be_empty=True)
+    _checks.check_experts(resolved, config)

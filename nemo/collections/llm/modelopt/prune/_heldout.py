@@ -1,0 +1,200 @@
+"""Held-out loss of a candidate, and its KL divergence to the original model, over the same batches.
+
+Of the original model the final hidden states `[s, b, h]` are kept and not the logits `[s, b, v]`, which take v / h
+times the memory. Importance pruning has TP=1, so that logits are whole on the last pipeline stage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..errors import ModelOptConfigError
+from . import _weights
+
+# Rows of logits at a time: two matrices of so many rows and the vocabulary.
+_ROWS = 1024
+
+
+@dataclass
+class Reference:
+    """The original model on held-out data.
+
+    Attributes:
+        batches: this rank's microbatches as the data module gives them.
+        hidden: `[s, b, h]` of each microbatch, on the last pipeline stage.
+        output: weight `[v, h]` and bias of the output layer there.
+        loss: held-out loss in nats a token.
+    """
+
+    batches: list[Mapping[str, Any]] = field(default_factory=list)
+    hidden: list[Tensor] = field(default_factory=list)
+    output: tuple[Tensor, Tensor | None] | None = None
+    loss: float = float("nan")
+
+
+@contextlib.contextmanager
+def output_layer_inputs(core: nn.Module, see: Callable[[Tensor, Tensor, Tensor | None], None]) -> Iterator[None]:
+    """Show the final hidden states, and weight and bias that follow, of each forward pass on the last stage."""
+    layer = getattr(core, "output_layer", None)
+    if layer is None:
+        yield
+        return
+
+    def hook(module: Any, args: tuple, kwargs: dict) -> None:
+        weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
+        see(args[0].detach(), (module.weight if weight is None else weight).detach(), getattr(module, "bias", None))
+
+    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def observe(core: nn.Module, validate: Callable[[], None]) -> Reference:
+    """Return the original model's held-out batches, hidden states and loss.
+
+    Args:
+        core: the Megatron-Core model.
+        validate: runs the held-out batches through it with NeMo.
+
+    Raises:
+        ModelOptConfigError: where there was no held-out batch.
+    """
+    found = Reference()
+
+    def keep(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        found.hidden.append(hidden.cpu())
+        found.output = (weight, bias)
+
+    config: Any = core.config
+    with _weights.shown_batches(config, found.batches.append), output_layer_inputs(core, keep):
+        validate()
+    if not found.batches:
+        raise ModelOptConfigError(
+            "target_params: the data module's val_dataloader gave no held-out batch to compare candidates on; give it "
+            "validation data (at least one global batch)."
+        )
+    sums = torch.zeros(3, dtype=torch.float64)
+    for batch, hidden in zip(found.batches, found.hidden, strict=False):
+        assert found.output is not None
+        sums += token_sums(batch, hidden.to(found.output[0].device), found.output).cpu()
+    found.loss, _ = _means(core, sums)
+    return found
+
+
+def evaluate(core: nn.Module, reference: Reference) -> tuple[float, float]:
+    """Return a pruned model's held-out loss and KL(original || model), in nats a token, the same on every rank.
+
+    Args:
+        core: the pruned Megatron-Core model.
+        reference: what `observe` returned for the original.
+    """
+    sums, position = torch.zeros(3, dtype=torch.float64), 0
+
+    def add(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        nonlocal position
+        original = reference.hidden[position].to(hidden.device)
+        pair = (original, reference.output)
+        sums.add_(token_sums(reference.batches[position], hidden, (weight, bias), pair).cpu())
+        position += 1
+
+    modes = [(module, module.training) for module in core.modules()]
+    core.eval()
+    with output_layer_inputs(core, add), torch.no_grad():
+        run_batches(core, reference.batches)
+    for module, training in modes:
+        module.training = training
+    return _means(core, sums)
+
+
+def run_batches(core: nn.Module, batches: list[Mapping[str, Any]]) -> None:
+    """Send microbatches through all pipeline stages with the model's own data and forward steps, without gradients."""
+    from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+    for shape, run in itertools.groupby(batches, key=lambda batch: tuple(batch["tokens"].shape)):
+        same = list(run)
+        get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=iter(same),
+            model=core,
+            num_microbatches=len(same),
+            seq_length=shape[1],
+            micro_batch_size=shape[0],
+            forward_only=True,
+        )
+
+
+def _forward_step(batches: Iterator, core: Any) -> tuple[Tensor, Callable]:
+    batch = core.config.data_step_fn(batches)
+    return core.config.forward_step_fn(core, batch), _no_loss
+
+
+def _no_loss(output: Tensor) -> tuple[Tensor, dict]:
+    """Return a loss for Megatron's schedule, which wants one; ours comes from the hook."""
+    return output.new_zeros(()), {}
+
+
+def token_sums(
+    batch: Mapping[str, Any],
+    hidden: Tensor,
+    output: tuple[Tensor, Tensor | None],
+    reference: tuple[Tensor, Any] | None = None,
+) -> Tensor:
+    """Return sums over a microbatch's tokens, weighted by the loss mask: `[3]` cross entropy, KL and weights.
+
+    Args:
+        batch: ``labels`` `[b, s]` and ``loss_mask`` `[b, s]` (all ones where there is none).
+        hidden: final hidden states `[s, b, h]`.
+        output: weight `[v, h]` and bias `[v]` of the output layer.
+        reference: the original's hidden states and output layer.
+    """
+    labels = batch["labels"].to(hidden.device).T.flatten()
+    mask = batch.get("loss_mask")
+    weights = torch.ones(len(labels)) if mask is None else mask.T.flatten()
+    weights = weights.to(hidden.device, torch.float64)
+    sums = torch.zeros(3, dtype=torch.float64, device=hidden.device)
+    logs = partial(_log_probabilities, output=output)
+    for rows in torch.arange(len(labels), device=hidden.device).split(_ROWS):
+        found = logs(hidden.flatten(0, 1)[rows])
+        loss = -found.gather(1, labels[rows, None].clamp(min=0))[:, 0]
+        kl = torch.zeros_like(loss)
+        if reference is not None:
+            expected = _log_probabilities(reference[0].flatten(0, 1)[rows], reference[1])
+            kl = (expected.exp() * (expected - found)).sum(-1)
+        weight = weights[rows]
+        # Padding may have labels that are no tokens, and losses that are no numbers.
+        counted = weight > 0
+        sums += torch.stack(
+            [
+                (loss.double() * weight)[counted].sum(),
+                (kl.double() * weight)[counted].sum(),
+                weight.sum(),
+            ]
+        )
+    return sums
+
+
+def _log_probabilities(hidden: Tensor, output: tuple[Tensor, Tensor | None]) -> Tensor:
+    """Return fp32 log-probabilities `[n, v]` of hidden states `[n, h]`."""
+    weight, bias = output
+    return functional.log_softmax(functional.linear(hidden.to(weight.dtype), weight, bias).float(), dim=-1)
+
+
+def _means(core: nn.Module, sums: Tensor) -> tuple[float, float]:
+    """Return loss and KL a token over all ranks."""
+    total = sums.to(next(core.parameters()).device)
+    torch.distributed.all_reduce(total)
+    loss, kl, weight = total.tolist()
+    if weight <= 0:
+        raise ModelOptConfigError("target_params: the loss mask of the held-out data leaves no token to measure on.")
+    return loss / weight, kl / weight

@@ -1,0 +1,156 @@
+"""Importance weighted by the loss mask: what padding activates does not count.
+
+modelopt's hooks take the mean over all positions of a sample. Here every hook sees activations `[s, b, x]` scaled by
+each token's share in its sample, ``w * s / sum(w)``, so that the mean becomes the weighted one. Experts of an MoE layer
+get tokens without a batch axis; theirs are chosen (weight above zero), not scaled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Microbatch:
+    """The microbatch that passes this pipeline stage, as far as importance needs it.
+
+    Attributes:
+        share: `[s, b]`, each token's weight over the mean weight of its sample; None where all tokens count alike.
+        chosen: module of an MoE expert -> `[n]`, whether each of its tokens has weight; filled by the routers.
+    """
+
+    def __init__(self) -> None:
+        self.share: Tensor | None = None
+        self.chosen: dict[nn.Module, Tensor] = {}
+
+    def see(self, batch: Mapping[str, Any]) -> None:
+        """Take the loss mask `[b, s]` of a batch."""
+        self.share, mask = None, batch.get("loss_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            weights = mask.detach().to(torch.float32).T
+            if bool((weights != weights[0, 0]).any()) or not bool(weights[0, 0] > 0):
+                self.share = weights * len(weights) / weights.sum(0).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+class _Shown:
+    """An iterator over batches that shows each one before it is used."""
+
+    def __init__(self, batches: Iterator, see: Callable[[Mapping[str, Any]], None]):
+        self.batches, self.see = batches, see
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        found = next(self.batches)
+        # NeMo's loaders give (batch, number, loader).
+        batch = found[0] if isinstance(found, tuple) and len(found) == 3 else found
+        if isinstance(batch, Mapping):
+            self.see(batch)
+        return found
+
+
+def _show_and_step(step: Callable, see: Callable, batches: Iterator) -> Any:
+    return step(_Shown(batches, see))
+
+
+@contextlib.contextmanager
+def shown_batches(config: Any, see: Callable[[Mapping[str, Any]], None]) -> Iterator[None]:
+    """Show every microbatch that a NeMo model reads, whole: its data step leaves out what a stage does not need.
+
+    Args:
+        config: the NeMo configuration of the model, which holds ``data_step_fn``.
+        see: called with the batch right before the stage's forward pass.
+    """
+    step = getattr(config, "data_step_fn", None)
+    if step is None:
+        yield
+        return
+    config.data_step_fn = partial(_show_and_step, step, see)
+    try:
+        yield
+    finally:
+        config.data_step_fn = step
+
+
+def weigh(core: nn.Module, before: Mapping[nn.Module, Any], microbatch: Microbatch) -> list[Any]:
+    """Let the hooks that modelopt put on a model see weighted activations; return handles of hooks to remove.
+
+    Args:
+        core: the converted model.
+        before: modules -> their hooks before the conversion, as `_search.forward_hooks` returns them.
+        microbatch: shows the weights of each microbatch.
+    """
+    model: Any = core
+    layers = set(model.decoder.layers)
+    handles = []
+    for module in core.modules():
+        known = before[module][0] if module in before else {}
+        for key, hook in list(module._forward_hooks.items()):
+            if key in known:
+                continue
+            if module in layers:
+                module._forward_hooks[key] = partial(_layer_change, microbatch)
+            else:
+                module._forward_hooks[key] = partial(_weighted, hook, microbatch)
+        if hasattr(module, "router") and hasattr(getattr(module, "experts", None), "local_experts"):
+            handles.append(module.router.register_forward_hook(partial(_routed, microbatch, module.experts)))
+    return handles
+
+
+def _weighted(hook: Callable, microbatch: Microbatch, module: nn.Module, args: tuple, output: Any) -> None:
+    """Call modelopt's hook with the tokens that have weight."""
+    if hasattr(module, "local_experts"):
+        args, output = _of_experts(microbatch, module, args, output)
+    elif module in microbatch.chosen:
+        # An expert without tokens would give a mean over nothing, which is not a number.
+        tokens = args[0][microbatch.chosen[module]]
+        if len(tokens) == 0:
+            return
+        args = (tokens, *args[1:])
+    elif microbatch.share is not None:
+        args, output = _scaled(args, microbatch.share), _scaled(output, microbatch.share)
+    hook(module, args, output)
+
+
+def _scaled(value: Any, share: Tensor) -> Any:
+    """Return activations `[s, b, x]` scaled by the tokens' shares; of a tuple the first element is."""
+    if isinstance(value, tuple):
+        return (_scaled(value[0], share), *value[1:]) if value else value
+    if isinstance(value, Tensor) and value.shape[:2] == share.shape:
+        return value.detach().to(torch.float32) * share.to(value.device)[..., None]
+    return value
+
+
+def _layer_change(microbatch: Microbatch, layer: Any, args: tuple, kwargs: dict, output: Any) -> None:
+    """Add a layer's block influence (arXiv 2403.03853), the mean over tokens of one minus the cosine."""
+    before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    after = output[0] if isinstance(output, tuple) else output
+    change = 1 - functional.cosine_similarity(before.to(torch.float32), after.to(torch.float32), dim=2)  # [s, b]
+    if microbatch.share is not None:
+        change = change * microbatch.share.to(change.device)
+    layer._scores += change.mean().item()
+
+
+def _routed(microbatch: Microbatch, experts: Any, router: nn.Module, args: tuple, output: Any) -> None:
+    """Note which of each expert's tokens have weight; experts get their tokens in order of position."""
+    routing = output[1].bool()  # [s * b, experts]
+    if microbatch.share is None:
+        weight = torch.ones(len(routing), dtype=torch.bool, device=routing.device)
+    else:
+        weight = (microbatch.share > 0).flatten().to(routing.device)
+    for number, expert in enumerate(experts.local_experts):
+        microbatch.chosen[expert.linear_fc2] = weight[routing[:, number]]
+
+
+def _of_experts(microbatch: Microbatch, experts: Any, args: tuple, output: Any) -> tuple[tuple, tuple]:
+    """Return input and output of all experts of a layer with only the tokens that have weight."""
+    chosen = [microbatch.chosen[expert.linear_fc2] for expert in experts.local_experts]
+    counts = torch.stack([mask.sum() for mask in chosen]).to(args[1].device)
+    return (args[0], counts, *args[2:]), (output[0][torch.cat(chosen)], *output[1:])
