@@ -193,6 +193,14 @@ def test_the_data_can_be_read_twice_and_is_tokenized_once(quantization):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize(("shard", "rows"), [(True, [2, 2, 1]), (False, [5])], ids=["maxima", "searches"])
+def test_long_sequences_run_a_few_at_a_time_on_the_cpu(quantization, shard, rows):
+    # What a search such as AWQ's measures is a mean over microbatches: those stay as they were asked for.
+    texts = ["a" * 1024] * 5
+    batches = list(quantization.create_data_iterator_getter(model(), texts, 1024, 5, 5, packed=False, shard=shard)())
+    assert [tuple(batch.shape) for batch in batches] == [(count, 1024) for count in rows]
+
+
 # --- forward ----------------------------------------------------------------------------------------------------------
 
 
