@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
 from nemo.lightning.io.pl import TrainerContext, ckpt_to_weights_subdir
 from nemo.utils import logging
@@ -258,17 +258,23 @@ def _validate_on_training_data(model: Any, data_module: Any, trainer: Any, conve
 
 
 def _validate_on_heldout_data(model: Any, data_module: Any, trainer: Any, batches: int) -> None:
-    """Run the first held-out batches."""
-    from megatron.core.num_microbatches_calculator import get_num_microbatches
-
+    """Run the first global batches of held-out data."""
     limit = trainer.limit_val_batches
-    wanted = batches * get_num_microbatches()  # NeMo counts microbatches here
+    wanted = batches * _microbatches(data_module)  # NeMo counts microbatches here
     trainer.limit_val_batches = min(limit, wanted) if type(limit) is int else wanted
     try:
         with torch.enable_grad(), _own_data(data_module):
             llm.validate(model, data=data_module, trainer=trainer, tokenizer="model")
     finally:
         trainer.limit_val_batches = limit
+
+
+def _microbatches(data_module: Any) -> int:
+    """Return in how many microbatches a data-parallel rank sees its part of a global batch."""
+    whole, part = (getattr(data_module, name, None) for name in ("global_batch_size", "micro_batch_size"))
+    if not isinstance(whole, int) or not isinstance(part, int):
+        return 1
+    return max(1, whole // (part * parallel_state.get_data_parallel_world_size()))
 
 
 def _training_data_for_validation(data_module: Any) -> contextlib.AbstractContextManager[None]:
