@@ -74,7 +74,7 @@ class Projection(pl.Callback):
 
 def checkpoints(teacher_path, settings, folder):
     """Distil with a projection, save, resume; return what the checkpoints and the training held."""
-    from nemo.collections.llm.modelopt.distill import _teacher
+    from nemo.collections.llm.modelopt import _saved_keys
 
     folder, student = Path(folder), {"hidden_size": 32}
     first = Projection(folder)
@@ -91,7 +91,7 @@ def checkpoints(teacher_path, settings, folder):
         kind: sum(f.stat().st_size for f in (folder / kind / "weights").rglob("*.distcp"))
         for kind in ("full", "weights only")
     }
-    keys = {kind: _teacher.saved_keys(folder / kind) for kind in ("full", "weights only")}
+    keys = {kind: _saved_keys.saved_keys(folder / kind) for kind in ("full", "weights only")}
     ranks.reset()
 
     again = Projection()
@@ -111,13 +111,13 @@ def checkpoints(teacher_path, settings, folder):
 
 def early_projection(teacher_path, settings, path):
     """Distil at PP=2 with other hidden sizes, save, and return (keys, how far projections moved, metrics)."""
-    from nemo.collections.llm.modelopt.distill import _teacher
+    from nemo.collections.llm.modelopt import _saved_keys
 
     recorder, projection = jobs_distill.Metrics(), Projection()
     model = jobs_distill.distillation_model(teacher_path, settings, {"hidden_size": 32, "num_layers": 2})
     tiny.fit(model, max_steps=2, save_to=path, callbacks=[recorder, projection], pp=2)
     moved = [(a - b).abs().max() for a, b in zip(projection.weights, projection.weights_at_end, strict=True)]
-    return _teacher.saved_keys(path), float(min(moved)), recorder.steps
+    return _saved_keys.saved_keys(path), float(min(moved)), recorder.steps
 
 
 def curves(teacher_path, settings, steps):

@@ -163,7 +163,8 @@ def pruned(path: str, request: dict, **sizes):
     with first(1) as member:
         if not member:
             return None
-        model, data, run = jobs_prune.build(**sizes)
+        # Stock counts tokens that the loss mask leaves out; ours does not.
+        model, data, run = jobs_prune.build(data={"masked": False}, **sizes)
         config = PruningConfig(**request)
         who = "stock" if "site-packages" in pruner.__file__ else "ours"
         if who == "stock" and not config.drop_layers:
