@@ -196,6 +196,9 @@ def make_trainer(given: argparse.Namespace):
         log_every_n_steps=given.log_interval,
         val_check_interval=min(given.val_check_interval, given.max_steps),
         limit_val_batches=given.limit_val_batches,
+        # With NeMo's own display on rank zero, several CPU ranks hang when the first checkpoint is due.
+        enable_progress_bar=not given.cpu,
+        enable_model_summary=not given.cpu,
         # With --verbose NeMo's own lines of progress are on the screen.
         callbacks=None if given.verbose else [progress.TrainingBar("distill" if given.teacher_path else "train")],
         **options,
