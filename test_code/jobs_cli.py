@@ -68,7 +68,7 @@ def _done(out) -> None:
     _as_from(ours, logging.INFO, "our result", "report")
     _as_from(theirs, logging.WARNING, "noise of a library")
     _as_from(theirs, logging.ERROR, "theirs matters")
-    logging.getLogger("some.library").warning("noise of a library with another logger")
+    logging.getLogger("another.package").warning("noise of a library with another logger")
     _as_from("/x/nemo/utils/nemo_logging.py", logging.WARNING, "/x/modelopt/q.py:3: UserWarning: python's matters")
     _import_noise()
     os.write(2, b"noise on a descriptor\n")
