@@ -33,14 +33,8 @@ def write(content: Mapping[str, Any], folder: Path) -> Path:
         **json.loads(json.dumps(content)),
     }
     figures = charts(content)
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
-    report.replace_file(folder / "report.json", json.dumps(content, indent=1).encode())
-    for name, chart in figures.items():
-        report.replace_file(folder / "figures" / f"{name}.png", report_charts.png(chart["spec"]))
-    page = folder / "report.html"
     values = {"title": content["title"], "report": content, "rows": rows(content)}
-    report.replace_file(page, report.render_template(_TEMPLATE, figures, content, **values).encode())
-    return page
+    return report.write_files(folder, content, figures, report.render_template(_TEMPLATE, figures, content, **values))
 
 
 def rows(content: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -64,8 +58,7 @@ def rows(content: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def charts(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return name -> title, caption and specification of every figure that the report has data for."""
-    found = {}
-    makers: dict[str, tuple[str, str, alt.TopLevelMixin | None]] = {
+    made: dict[str, tuple[str, str, alt.TopLevelMixin | None]] = {
         "candidates": (
             "Candidates",
             "Held-out loss in nats a token against parameters; colour: KL(original || candidate).",
@@ -78,16 +71,13 @@ def charts(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         ),
     }
     for hparam, layers in content.get("hparam_scores", {}).items():
-        makers[f"scores_{hparam}"] = (
+        made[f"scores_{hparam}"] = (
             f"Importance: {hparam}",
             "Units of each layer from the most to the least important, relative to the layer's best"
             + (" (0: the whole model)." if "0" in layers else "."),
             _units(layers),
         )
-    for name, (title, caption, chart) in makers.items():
-        if chart is not None:
-            found[name] = {"title": title, "caption": caption, "spec": report_charts.specification(chart)}
-    return found
+    return report_charts.figures(made)
 
 
 def _candidates(candidates: list[dict[str, Any]]) -> alt.Chart | None:

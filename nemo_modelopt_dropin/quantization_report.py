@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import time
 from collections.abc import Mapping
@@ -37,18 +36,10 @@ def write(content: Mapping[str, Any], folder: Path) -> Path:
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in _PACKAGES}},
         **content,
     }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    report.replace_file(folder / "report.json", json.dumps(found, indent=1).encode())
-    target = folder / "report.html"
-    report.replace_file(target, render(found).encode())
-    return target
-
-
-def render(content: Mapping[str, Any]) -> str:
-    """Return the page."""
-    values = {"title": content["title"], "report": content, "facts": facts(content)}
-    return report.render_template(_TEMPLATE, charts(content), content, **values)
+    figures = charts(found)
+    values = {"title": found["title"], "report": found, "facts": facts(found)}
+    page = report.render_template(_TEMPLATE, figures, found, **values)
+    return report.write_files(Path(folder), found, figures, page)
 
 
 def facts(content: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -76,29 +67,27 @@ def facts(content: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def charts(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return name -> title, caption and specification of every figure that the report has data for."""
-    makers = {
-        "sqnr": (
-            "Error of each layer",
-            "Signal-to-quantization-noise ratio in dB, worst layer first: 6 dB more are a bit more.",
-            _errors,
-        ),
-        "sensitivity": (
-            "Sensitivity",
-            "KL to the original model, in nats a token, when only this group of layers is quantized.",
-            _sensitivity,
-        ),
-    }
-    found = {}
-    for name, (title, caption, maker) in makers.items():
-        made = maker(content)
-        if made is not None:
-            chart, rows = made
-            spec = report_charts.specification(chart, height=max(80, _ROW_HEIGHT * rows))
-            found[name] = {"title": title, "caption": caption, "spec": spec}
-    return found
+    return report_charts.figures(
+        {
+            "sqnr": (
+                "Error of each layer",
+                "Signal-to-quantization-noise ratio in dB, worst layer first: 6 dB more are a bit more.",
+                _errors(content),
+            ),
+            "sensitivity": (
+                "Sensitivity",
+                "KL to the original model, in nats a token, when only this group of layers is quantized.",
+                _sensitivity(content),
+            ),
+        }
+    )
 
 
-def _errors(content: Mapping[str, Any]) -> tuple[alt.Chart, int] | None:
+def _height(rows: int) -> int:
+    return max(80, _ROW_HEIGHT * rows)
+
+
+def _errors(content: Mapping[str, Any]) -> alt.Chart | None:
     import altair as alt
 
     layers = content.get("layers", [])[:_DRAWN]
@@ -111,7 +100,7 @@ def _errors(content: Mapping[str, Any]) -> tuple[alt.Chart, int] | None:
     if not values:
         return None
     scale = alt.Scale(domain=list(_COLOURS), range=list(_COLOURS.values()))
-    chart = (
+    return (
         alt.Chart(report_charts.inline(values))
         .mark_point(filled=True, size=70, opacity=1)
         .encode(
@@ -121,18 +110,18 @@ def _errors(content: Mapping[str, Any]) -> tuple[alt.Chart, int] | None:
             shape=alt.Shape("of:N", legend=None),
             tooltip=["layer:N", "of:N", alt.Tooltip("dB:Q", format=".1f")],
         )
+        .properties(height=_height(len(layers)))
     )
-    return chart, len(layers)
 
 
-def _sensitivity(content: Mapping[str, Any]) -> tuple[alt.Chart, int] | None:
+def _sensitivity(content: Mapping[str, Any]) -> alt.Chart | None:
     import altair as alt
 
     rows = content.get("sensitivity", [])[:_DRAWN]
     if not rows:
         return None
     values = [{"group": row["group"], "kl": row["kl_to_original"]} for row in rows]
-    chart = (
+    return (
         alt.Chart(report_charts.inline(values))
         .mark_bar(color="#8e6bbf")
         .encode(
@@ -140,5 +129,5 @@ def _sensitivity(content: Mapping[str, Any]) -> tuple[alt.Chart, int] | None:
             y=alt.Y("group:N", sort=[row["group"] for row in rows], title=None, axis=alt.Axis(labelLimit=320)),
             tooltip=["group:N", alt.Tooltip("kl:Q", format=".2e")],
         )
+        .properties(height=_height(len(rows)))
     )
-    return chart, len(rows)

@@ -23,14 +23,25 @@ _TEMPLATE = "report_template.html.j2"
 def write(content: Mapping[str, Any], folder: Path) -> Path:
     """Write all files of the report into ``folder`` and return the page's path."""
     charts = report_charts.charts(content)
+    return write_files(folder, content, charts, render(content, charts))
+
+
+def write_files(folder: Path, content: Any, charts: Mapping[str, Mapping[str, Any]], page: str) -> Path:
+    """Write ``report.json``, the figures as PNG and ``report.html``; return the latter's path.
+
+    Args:
+        folder: made where it is missing; files of the same name are replaced.
+        content: the numbers.
+        charts: name -> specification and more.
+        page: the text of the page.
+    """
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
     replace_file(folder / "report.json", json.dumps(content, indent=1).encode())
-    figures = folder / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
     for name, chart in charts.items():
-        replace_file(figures / f"{name}.png", report_charts.png(chart["spec"]))
-    page = folder / "report.html"
-    replace_file(page, render(content, charts).encode())
-    return page
+        replace_file(folder / "figures" / f"{name}.png", report_charts.png(chart["spec"]))
+    target = folder / "report.html"
+    replace_file(target, page.encode())
+    return target
 
 
 def render(content: Mapping[str, Any], charts: Mapping[str, Mapping[str, Any]] | None = None) -> str:

@@ -57,18 +57,13 @@ def charts(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         "sizes": ("Parameters", "Body: everything but embedding and output layer.", _sizes),
         "times": ("Time by stage", "Wall-clock seconds of the attempt that finished.", _times),
     }
-    found = {}
-    for name, (title, caption, maker) in makers.items():
-        chart = maker(content)
-        if chart is not None:
-            found[name] = {"title": title, "caption": caption, "spec": specification(chart)}
-    return found
+    return figures({name: (title, caption, maker(content)) for name, (title, caption, maker) in makers.items()})
 
 
 def comparison(names: tuple[str, str], contents: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return the figures of two runs side by side, as `charts` does for one."""
     runs = list(zip(names, contents, strict=True))
-    makers = {
+    made = {
         "losses": ("Held-out loss", "Nats per token of each run's models.", report_figures.losses_of_runs(runs)),
         "tradeoff": (
             "Size and loss",
@@ -81,15 +76,27 @@ def comparison(names: tuple[str, str], contents: list[dict[str, Any]]) -> dict[s
             report_figures.curves_of_runs(runs),
         ),
     }
+    return figures(made)
+
+
+def figures(made: Mapping[str, tuple[str, str, alt.TopLevelMixin | None]]) -> dict[str, dict[str, Any]]:
+    """Return name -> title, caption and specification of the charts that there are.
+
+    Args:
+        made: name -> title, caption and chart, None where there is no data for it.
+    """
     return {
         name: {"title": title, "caption": caption, "spec": specification(chart)}
-        for name, (title, caption, chart) in makers.items()
+        for name, (title, caption, chart) in made.items()
         if chart is not None
     }
 
 
-def specification(chart: alt.TopLevelMixin, height: int = _HEIGHT) -> dict[str, Any]:
+def specification(chart: alt.TopLevelMixin) -> dict[str, Any]:
     """Return the chart with data inside, as wide as its place on the page, in the page's text colour."""
+    import altair as alt
+
+    height = _HEIGHT if chart.height is alt.Undefined else chart.height
     text = {"labelColor": "currentColor", "titleColor": "currentColor"}
     styled = chart.properties(width="container", height=height, background="transparent").configure(
         axis={**text, "gridColor": "#8884", "domainColor": "#8888", "tickColor": "#8888"},

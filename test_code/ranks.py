@@ -29,6 +29,7 @@ from pathlib import Path
 _START_TIMEOUT = 240.0
 _GRACE = 5.0
 _taken: set[int] = set()
+_PORTS, _PROCESSES = 1000, 2
 
 
 class RankError(RuntimeError):
@@ -156,16 +157,17 @@ def _kill(process) -> None:
 
 
 def _first_port() -> int:
-    """Return where a pool's ports begin: below the ephemeral range, 200 a pool, one a job, none in use now.
+    """Return where a pool's ports begin: below those of `launch.free_port`, 1000 a pool, one a reset, none in use now.
 
-    Test processes that run side by side (pytest-xdist) draw from ranges of their own.
+    A pool that ran into another's ports would meet the other's store there and wait for ranks that are long gone. Test
+    processes that run side by side (pytest-xdist) draw from ranges of their own.
     """
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 4
-    while True:
-        port = random.SystemRandom().randrange(10_000 + 200 * worker, 32_000, 800)
-        if port not in _taken and _is_free(port):
-            _taken.add(port)
-            return port
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _PROCESSES
+    ports = range(2_000 + _PORTS * worker, 20_000, _PORTS * _PROCESSES)
+    unused = [port for port in ports if port not in _taken and _is_free(port)]
+    port = random.SystemRandom().choice(unused or list(ports))
+    _taken.add(port)
+    return port
 
 
 def _is_free(port: int) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,12 @@ from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
 from nemo.utils.model_utils import unwrap_model
 
 from nemo import lightning as nl
+from nemo.collections.llm.modelopt.quantization import layer_errors
 from nemo_modelopt_dropin.compress import training
 from nemo_modelopt_dropin.compress.settings import Layout
 from nemo_modelopt_dropin.compress.tokens import Windows
+
+_LAYER = re.compile(r"layers\.(\d+)\.(?:.*\.)?(\w+)$")
 
 
 def load(checkpoint: str | Path, layout: Layout) -> torch.nn.Module:
@@ -129,32 +133,13 @@ def weight_errors(core: torch.nn.Module) -> list[dict[str, Any]]:
     Args:
         core: this rank's part of a Megatron-Core GPT; all ranks must call it. Without quantizers the list is empty.
     """
-    sums: dict[tuple[int, str], list[float]] = {}
-    if (
-        parallel_state.get_data_parallel_rank() == 0
-    ):  # tensor-parallel ranks hold parts of a matrix, stages other layers
-        for layer in core.decoder.layers:
-            for name, module in layer.named_modules():
-                quantizer = getattr(module, "weight_quantizer", None)
-                if quantizer is not None and getattr(quantizer, "is_enabled", False):
-                    weight = module.weight.detach()
-                    with torch.no_grad():
-                        parts = [
-                            (quantizer(weight).float() - weight.float()).square().sum(),
-                            weight.float().square().sum(),
-                        ]
-                    sums[layer.layer_number, name.rpartition(".")[2]] = [float(part) for part in parts]
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, sums)
-    total: dict[tuple[int, str], list[float]] = {}
-    for part in gathered:
-        for key, (error, norm) in part.items():
-            before = total.get(key, [0.0, 0.0])
-            total[key] = [before[0] + error, before[1] + norm]
-    return [
-        {"layer": layer, "matrix": matrix, "error": (error / norm) ** 0.5 if norm else 0.0}
-        for (layer, matrix), (error, norm) in sorted(total.items())
-    ]
+    found = []
+    for row in layer_errors.table(core, {}):
+        match = _LAYER.search(row["layer"])
+        if match and "weight_sqnr_db" in row:
+            error = 10 ** (-row["weight_sqnr_db"] / 20)
+            found.append({"layer": int(match[1]) + 1, "matrix": match[2], "error": error})
+    return sorted(found, key=lambda row: (row["layer"], row["matrix"]))
 
 
 def folder_bytes(path: str | Path) -> int:

@@ -1,63 +1,45 @@
-"""What pruning by importance measured, as numbers for the report: a score a layer, a profile of each layer's units.
-
-The scores are those that modelopt's Minitron search keeps: block influence of layers (arXiv 2403.03853) and norms of
-activations of units (arXiv 2407.14679).
-"""
+"""What pruning by importance measured, from the pruner's own report: scores of layers, profiles of their units."""
 
 from __future__ import annotations
 
-import re
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_BINS = 32
-_MODULE = re.compile(r"decoder\.layers\.(\d+)\.(self_attention|mlp)$")
-_KINDS = {"mlp": "ffn", "self_attention": "attention"}
+_KINDS = {"ffn_hidden_size": "ffn", "num_attention_heads": "attention"}
 
 
-def read(folder: Path, kept: int) -> dict[str, list[dict[str, Any]]]:
+def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Return ``layers`` (score and fate) and ``units`` (shares of the layer's best); empty where nothing was measured.
 
     Args:
-        folder: where pruning kept its scores, written by this job.
-        kept: layers that are left.
+        folder: where pruning wrote its report.
     """
-    files = sorted(folder.glob("scores*.pth"))
-    if not files:
+    file = folder / "report.json"
+    if not file.is_file():
         return {}
-    import torch
-
-    scores = torch.load(files[0], map_location="cpu", weights_only=False)
+    report = json.loads(file.read_text(encoding="utf-8"))
+    if "layer_scores" not in report:
+        return {}
     return {
-        "layers": layers(scores.get("layer_scores") or {}, kept),
-        "units": units(scores.get("activations_per_rank") or []),
+        "layers": layers(report["layer_scores"], report["kept_layers"]),
+        "units": units(report.get("hparam_scores", {})),
     }
 
 
-def layers(scores: dict[int, Any], kept: int) -> list[dict[str, Any]]:
-    """Return number, score and fate of each layer: pruning keeps those with the highest scores."""
-    best = sorted(scores, key=lambda layer: float(scores[layer]), reverse=True)[:kept]
+def layers(scores: Mapping[str, float], kept: list[int]) -> list[dict[str, Any]]:
+    """Return number, score and fate of each layer."""
     return [
-        {"layer": layer, "score": float(score), "fate": "kept" if layer in best else "dropped"}
-        for layer, score in sorted(scores.items())
+        {"layer": int(layer), "score": score, "fate": "kept" if int(layer) in kept else "dropped"}
+        for layer, score in scores.items()
     ]
 
 
-def units(per_rank: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return for each kind of units and layer how important they are, from most to least, as shares of the best.
-
-    Args:
-        per_rank: of each pipeline stage, module name -> scores `[units]`; layers are numbered within the stage.
-    """
-    found, before = [], 0
-    for stage in per_rank:
-        known = [(match, scores) for name, scores in stage.items() if (match := _MODULE.search(str(name)))]
-        for match, scores in known:
-            ordered = sorted(scores.flatten().tolist(), reverse=True)
-            count = min(_BINS, len(ordered))
-            places = [i * (len(ordered) - 1) // max(1, count - 1) for i in range(count)]
-            shares = [ordered[place] / max(ordered[0], 1e-12) for place in places]
-            layer = before + int(match[1]) + 1
-            found.append({"kind": _KINDS[match[2]], "layer": layer, "shares": [round(share, 4) for share in shares]})
-        before += len({match[1] for match, _ in known})
-    return sorted(found, key=lambda one: (one["kind"], one["layer"]))
+def units(curves: Mapping[str, Mapping[str, list[float]]]) -> list[dict[str, Any]]:
+    """Return for each kind of units and layer how important they are, from most to least, as shares of the best."""
+    return [
+        {"kind": kind, "layer": int(layer), "shares": [round(value / max(curve[0], 1e-12), 4) for value in curve]}
+        for hparam, kind in sorted(_KINDS.items(), key=lambda pair: pair[1])
+        for layer, curve in curves.get(hparam, {}).items()
+    ]

@@ -20,7 +20,7 @@ from nemo_modelopt_dropin.compress import exported, heldout, importance, tokens,
 from nemo_modelopt_dropin.compress.settings import TARGETS, Job, Layout, Training
 
 _CHECKPOINT = "checkpoint"
-_SCORES = "scores"
+_SCORES, _REPORT = "scores", "report"
 
 
 def measure(checkpoint: Path, token_folder: Path, job: Job) -> dict[str, Any]:
@@ -63,6 +63,7 @@ def prune(folder: Path, job: Job, token_folder: Path) -> dict[str, Any]:
         **{name: getattr(settings, name) for name in TARGETS},
         drop_layers=list(settings.drop_layers) if settings.drop_layers else None,
         scores_path=None if settings.drop_layers else str(folder / _SCORES),
+        report_path=str(folder / _REPORT),
     )
     batch, samples = settings.micro_batch_size, settings.num_samples
     data = None
@@ -82,8 +83,7 @@ def prune(folder: Path, job: Job, token_folder: Path) -> dict[str, Any]:
             num_train_samples=samples,
             data=data,
         )
-    found = measure(folder / _CHECKPOINT, token_folder, job)
-    return found | {"importance": importance.read(folder / _SCORES, found["shape"]["num_layers"])}
+    return measure(folder / _CHECKPOINT, token_folder, job) | {"importance": importance.read(folder / _REPORT)}
 
 
 @contextlib.contextmanager

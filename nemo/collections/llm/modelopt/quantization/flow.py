@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import pprint
 import sys
 from types import ModuleType
@@ -28,18 +29,19 @@ def tools() -> ModuleType:
     return sys.modules["nemo.collections.llm.modelopt.quantization.quantizer"]
 
 
-class CalibrationFlow:
+class CalibrationFlow(abc.ABC):
     """How a ``Quantizer`` calibrates."""
 
     quantization_config: Any
     report: dict[str, Any]
 
+    @abc.abstractmethod
     def _get_quant_cfg(self, model) -> dict[str, Any]:
-        raise NotImplementedError
+        """Return the quant_cfg for this model."""
 
+    @abc.abstractmethod
     def create_megatron_forward_loop(self, get_dataloader, num_batches):
         """See ``Quantizer.create_megatron_forward_loop``."""
-        raise NotImplementedError
 
     def _get_forward_loop(self, model, rows: list | None = None):
         """Return the loop that feeds this rank's share of the calibration data.

@@ -7,6 +7,7 @@ them), the report, and a fingerprint of all that the result depends on.
 
 from __future__ import annotations
 
+import abc
 import copy
 import shutil
 import weakref
@@ -28,7 +29,7 @@ from nemo.collections.llm.modelopt.quantization import export, fingerprint, flow
 _SHOWN = 3
 
 
-class StateKeeper:
+class StateKeeper(abc.ABC):
     """What a ``Quantizer`` can do with its calibrated state."""
 
     quantization_config: Any
@@ -87,9 +88,9 @@ class StateKeeper:
         self._pending = Path(path)
         return None if model is None else self.quantize(model)
 
+    @abc.abstractmethod
     def quantize(self, model, forward_loop=None):
         """See ``Quantizer.quantize``."""
-        raise NotImplementedError
 
     def _begin(self, core: torch.nn.Module, settings: dict[str, Any]) -> bool:
         """Take a state that was asked for, before anything is calibrated; return whether there was one.
