@@ -38,7 +38,9 @@ def prepare(folder: str) -> None:
         builder.finalize(str(here / "corpus.idx"))
         jobs_quant.corpus(here / "texts.jsonl", rows=40)
     sizes = {"hidden_size": 128, "ffn_hidden_size": 256, "num_attention_heads": 8, "num_query_groups": 8}
-    jobs_quant.make_checkpoint(here / "teacher", llama=True, vocab_size=tiny.VOCABULARY, **sizes)
+    for name, more in (("teacher", {}), ("student", {"ffn_hidden_size": 128})):
+        jobs_quant.make_checkpoint(here / name, llama=True, vocab_size=tiny.VOCABULARY, **{**sizes, **more})
+        jobs_checkpoints.ranks.reset()
 
 
 def run_script(name: str, layout: str, *arguments: str) -> int:

@@ -99,7 +99,8 @@ def test_files_and_sizes(ranks, work):
     out, folder = work / "out", work / "out.report"
     settings = {"sensitivity_scan": True, "algorithm": "int8"}
     report = ranks(1).run(jobs.exported_report, *paths(work), str(out), str(folder), **settings)[0]
-    assert {p.name for p in folder.iterdir()} == {"report.json", "report.html"}
+    assert {p.name for p in folder.iterdir()} == {"report.json", "report.html", "figures"}
+    assert {p.name for p in (folder / "figures").iterdir()} == {"sqnr.png", "sensitivity.png"}
     assert {p.name for p in out.iterdir()} == {"weights", "context"}
     found = json.loads((folder / "report.json").read_text())
     assert {name: found[name] for name in report} == report and found["settings"]["algorithm"] == "int8"

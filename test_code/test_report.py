@@ -229,23 +229,27 @@ def test_the_tradeoff_shows_every_model_and_the_file_that_was_read_back(content)
     assert found[-1]["bytes"] == 7
 
 
-def test_importance_of_layers_and_units():
-    import torch
-
-    assert [(one["layer"], one["fate"]) for one in importance.layers({1: 3.0, 2: 0.5, 3: 1.0}, 2)] == [
-        (1, "kept"),
-        (2, "dropped"),
-        (3, "kept"),
-    ]
-    stage = {"": {3: torch.ones(4)}, "decoder.layers.0.mlp": torch.tensor([1.0, 4.0, 2.0])}
-    found = importance.units([stage, {**stage, "decoder.layers.0.self_attention": torch.arange(100.0)}])
-    assert [(one["kind"], one["layer"], len(one["shares"])) for one in found] == [
+def test_importance_of_layers_and_units(tmp_path):
+    heads = [99.0 - 99.0 * place / 31 for place in range(32)]
+    pruned = {
+        "layer_scores": {"1": 3.0, "2": 0.5, "3": 1.0},
+        "kept_layers": [1, 3],
+        "hparam_scores": {
+            "hidden_size": {"0": [4.0, 1.0]},
+            "ffn_hidden_size": {"1": [4.0, 2.0, 1.0], "2": [4.0, 2.0, 1.0]},
+            "num_attention_heads": {"2": heads},
+        },
+    }
+    (tmp_path / "report.json").write_text(json.dumps(pruned))
+    found = importance.read(tmp_path)
+    assert [(one["layer"], one["fate"]) for one in found["layers"]] == [(1, "kept"), (2, "dropped"), (3, "kept")]
+    assert [(one["kind"], one["layer"], len(one["shares"])) for one in found["units"]] == [
         ("attention", 2, 32),
         ("ffn", 1, 3),
         ("ffn", 2, 3),
     ]
-    assert found[1]["shares"] == [1.0, 0.5, 0.25]
-    assert importance.read(Path("nowhere"), 1) == {}
+    assert found["units"][1]["shares"] == [1.0, 0.5, 0.25]
+    assert importance.read(Path("nowhere")) == {}
 
 
 def test_what_was_done_is_said_in_words():
