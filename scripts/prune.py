@@ -33,6 +33,7 @@ PATHS = (
     "heldout_text",
     "index_mapping_dir",
     "scores_path",
+    "report_path",
 )
 
 TARGETS = {
@@ -97,9 +98,8 @@ def parser() -> Parser:
     targets.add_argument(
         "--drop_layers", type=int, nargs="*", help="layers to drop, counted from 1; excludes the targets"
     )
-    found.add_argument(
-        "--report_path", help="folder of report.json and report.html (default: SAVE_PATH.report; none: write none)"
-    )
+    found.add_argument("--report_path", help="folder of report.html and .json (default: save_path + .report)")
+    found.add_argument("--no_report", action="store_true", help="write neither")
     return found
 
 
@@ -111,6 +111,8 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
         arguments.num_nodes = default_nodes(1)
     if arguments.devices is None:
         arguments.devices = default_devices(arguments.num_nodes, arguments.tp_size, arguments.pp_size)
+    if arguments.report_path is None:
+        arguments.report_path = f"{arguments.save_path.rstrip('/')}.report"
     given = [name for name in (*TARGETS, *BUDGETS) if getattr(arguments, name) is not None]
     problems = missing_paths({"--restore_path": arguments.restore_path})
     problems += missing_paths({"--text": arguments.text, "--heldout_text": arguments.heldout_text}, folder=False)
@@ -198,14 +200,13 @@ def work(arguments: argparse.Namespace) -> None:
         "save_path",
         "legacy_ckpt",
     )
-    report = arguments.report_path or f"{arguments.save_path.rstrip('/')}.report"
     config = PruningConfig(
         **{name: getattr(arguments, name) for name in (*TARGETS, *BUDGETS)},
         drop_layers=arguments.drop_layers,
         scores_path=arguments.scores_path,
         max_candidates=arguments.max_candidates,
         heldout_batches=arguments.heldout_batches,
-        report_path=None if report == "none" else report,
+        report_path=None if arguments.no_report else arguments.report_path,
     )
     check_checkpoint(config, arguments.restore_path, arguments.tp_size)
     llm.prune(

@@ -337,7 +337,9 @@ def test_layers_are_renamed_by_position(name, offset, renamed):
 def test_a_layer_of_an_earlier_stage_cannot_be_renamed():
     with (
         mock.patch.object(utils.TransformerLayer, "_get_layer_offset", return_value=6),
-        pytest.raises(ModelOptConfigError, match="decoder.layers.5.mlp does not fall on this PP rank"),
+        pytest.raises(
+            ModelOptConfigError, match="decoder.layers.5.mlp does not fall on final PP rank, nor on this one"
+        ),
     ):
         utils._adjust_layer_index_for_pp("decoder.layers.5.mlp", None)
 

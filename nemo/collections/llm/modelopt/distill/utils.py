@@ -142,8 +142,8 @@ def _adjust_layer_index_for_pp(submodule_name, model_cfg):
     index = int(match.group()) - first
     if index < 0:
         raise ModelOptConfigError(
-            f"Layer {submodule_name} does not fall on this PP rank, which begins at layer {first}; choose a layer of "
-            "the stage."
+            f"Layer {submodule_name} does not fall on final PP rank, nor on this one, which begins at layer {first}; "
+            "choose a layer of the stage."
         )
     return f"{submodule_name[: match.start()]}{index}{submodule_name[match.end() :]}"
 
