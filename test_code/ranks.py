@@ -273,6 +273,7 @@ def reset() -> None:
     """
     import torch.distributed as dist
     from megatron.core import num_microbatches_calculator, parallel_state, tensor_parallel
+    from nemo.constants import NEMO_ENV_VARNAME_VERSION
     from nemo.utils import AppState
     from nemo.utils.metaclasses import Singleton
 
@@ -281,6 +282,8 @@ def reset() -> None:
     tensor_parallel.get_cuda_rng_tracker().reset()
     # NeMo keeps the parallel layout of a process in a singleton for good.
     Singleton._Singleton__instances.pop(AppState, None)
+    # So does its logger with the folder of a run, which ranks would name by their own clocks.
+    os.environ.pop(NEMO_ENV_VARNAME_VERSION, None)
     gc.collect()
     if dist.is_initialized():
         dist.barrier()
