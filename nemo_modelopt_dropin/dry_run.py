@@ -123,16 +123,25 @@ def distillation(given: argparse.Namespace) -> Rows:
     """Return the plan of distill.py."""
     rows, student = model("model", given.model_path)
     teacher = None
-    if given.teacher_path:
+    if given.teacher_path and not given.teacher_topk:
         more, teacher = model("teacher", given.teacher_path)
         rows += more
+    if given.teacher_topk:
+        rows.append(("teacher", f"recorded in {given.teacher_topk}; none is loaded"))
     source = given.text or " ".join(given.data_paths or []) or "random tokens"
     sizes = {"tp": given.tp_size, "pp": given.pp_size, "cp": given.cp_size, "ep": given.ep_size}
     dp = max(1, given.devices * given.num_nodes // (sizes["tp"] * sizes["pp"] * sizes["cp"]))
     width = 4 if given.precision.startswith("32") else 2
     tokens = given.max_steps * given.gbs * given.seq_length
     estimate = None
-    if student is not None and (teacher is not None or not given.teacher_path):
+    if given.dump_teacher_topk:
+        return rows + [
+            ("record", f"the teacher on {given.max_steps} steps of {given.gbs} x {given.seq_length} tokens"),
+            ("data", source),
+            layout(given.devices, given.num_nodes, given.cpu, **sizes),
+            ("writes", f"{given.dump_teacher_topk}: about {4 + width} bytes for each recorded entry of a token"),
+        ]
+    if student is not None and (teacher is not None or not given.teacher_path or given.teacher_topk):
         tp, pp, seq = sizes["tp"], sizes["pp"], given.seq_length // sizes["cp"]
         estimate = model_sizes.training_memory(student, teacher, given.mbs, seq, tp, pp, dp, width)
     return rows + [

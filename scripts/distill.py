@@ -34,6 +34,8 @@ PATHS = (
     "heldout_text",
     "chat_template_path",
     "index_mapping_dir",
+    "dump_teacher_topk",
+    "teacher_topk",
 )
 
 
@@ -44,7 +46,21 @@ def parser() -> Parser:
     model.add_argument("--name", required=True, help="name of the experiment, a folder below --log_dir")
     model.add_argument("--log_dir", required=True, help="folder of logs and checkpoints")
     model.add_argument("--model_path", required=True, help="checkpoint to train")
-    model.add_argument("--teacher_path", help="checkpoint to distill from; without it the model is simply trained")
+    model.add_argument(
+        "--teacher_path",
+        help="checkpoint to distill from, or what --dump-teacher-topk wrote; without it the model is simply trained",
+    )
+    model.add_argument(
+        "--dump-teacher-topk",
+        metavar="FOLDER",
+        help="do not train: run the teacher over the data of this training and write its likeliest tokens",
+    )
+    model.add_argument(
+        "--teacher-topk",
+        metavar="FOLDER",
+        help="what --dump-teacher-topk wrote: distill without a teacher in memory. --teacher_path, if given, must be "
+        "the checkpoint that was recorded",
+    )
     model.add_argument("--distillation_config", help="YAML of the distillation losses")
     model.add_argument("--tokenizer", help="tokenizer to use in place of the checkpoint's")
     model.add_argument("--legacy_ckpt", action="store_true", help="checkpoint of Transformer Engine before 1.14")
@@ -90,7 +106,8 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     if given.devices is None:
         given.devices = default_devices(given.num_nodes, given.tp_size, given.cp_size, given.pp_size, given.ep_size)
     given.precision = given.precision or ("32" if given.cpu else "bf16-mixed")
-    problems = missing_paths({"--model_path": given.model_path, "--teacher_path": given.teacher_path})
+    models = {name: getattr(given, name) for name in ("model_path", "teacher_path", "teacher_topk")}
+    problems = missing_paths({f"--{name}": path for name, path in models.items()})
     files = ("distillation_config", "text", "heldout_text", "chat_template_path")
     problems += missing_paths({f"--{name}": getattr(given, name) for name in files}, folder=False)
     problems += layout_problems(
@@ -98,6 +115,10 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     )
     if sum(map(bool, (given.data_paths, given.text, given.use_mock_data))) != 1:
         problems.append("give exactly one of --data_paths, --text and --use_mock_data")
+    if given.dump_teacher_topk and (given.teacher_topk or not given.teacher_path):
+        problems.append("--dump-teacher-topk needs --teacher_path, the checkpoint to record, and no --teacher-topk")
+    if given.dump_teacher_topk and Path(given.dump_teacher_topk).exists():
+        problems.append(f"--dump-teacher-topk: {given.dump_teacher_topk} exists; give a new folder")
     if given.use_chat_data and (len(given.data_paths or []) != 1 or not given.tokenizer):
         problems.append("--use-chat-data needs one path in --data_paths, and --tokenizer")
     problems += not_positive(given, ("max_steps", "gbs", "mbs", "seq_length", "val_check_interval", "log_interval"))
@@ -200,7 +221,9 @@ def make_trainer(given: argparse.Namespace):
         enable_progress_bar=not given.cpu,
         enable_model_summary=not given.cpu,
         # With --verbose NeMo's own lines of progress are on the screen.
-        callbacks=None if given.verbose else [progress.TrainingBar("distill" if given.teacher_path else "train")],
+        callbacks=None
+        if given.verbose
+        else [progress.TrainingBar("distill" if given.teacher_path or given.teacher_topk else "train")],
         **options,
     )
 
@@ -248,10 +271,13 @@ def work(given: argparse.Namespace) -> None:
             restore_config=nl.RestoreConfig(path=given.model_path),
         ),
     }
-    if given.teacher_path:
+    teacher = given.teacher_topk or given.teacher_path
+    if given.teacher_topk:
+        check_recorded_teacher(given)
+    if teacher:
         llm.distill(
             student_model_path=given.model_path,
-            teacher_model_path=given.teacher_path,
+            teacher_model_path=teacher,
             distillation_config_path=given.distillation_config,
             tokenizer=make_tokenizer(given),
             **common,
@@ -260,8 +286,34 @@ def work(given: argparse.Namespace) -> None:
         llm.train(model=given.model_path, tokenizer="data", **common)
 
 
+def check_recorded_teacher(given: argparse.Namespace) -> None:
+    """Refuse a recording that cannot be read, or is of another teacher."""
+    from nemo.collections.llm.modelopt.distill._recorded_teacher import check_teacher
+    from nemo.collections.llm.modelopt.distill._recording import read_manifest
+
+    read_manifest(given.teacher_topk)
+    if given.teacher_path:
+        check_teacher(given.teacher_topk, given.teacher_path)
+
+
+def record(given: argparse.Namespace) -> None:
+    """Write what the teacher thinks of the data of the training."""
+    from nemo.collections.llm.modelopt.distill import dump_teacher_topk
+
+    dump_teacher_topk(
+        given.teacher_path,
+        given.dump_teacher_topk,
+        make_data(given),
+        make_trainer(given),
+        given.max_steps,
+        given.distillation_config,
+        make_tokenizer(given),
+        given.text or " ".join(given.data_paths or []) or "random tokens",
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Train or distill, or print the plan; return the exit code."""
+    """Train or distill, record the teacher, or print the plan; return the exit code."""
     given = resolve(argv)
     if given.dry_run:
         from nemo_modelopt_dropin import dry_run
@@ -269,6 +321,8 @@ def main(argv: list[str] | None = None) -> int:
         return dry_run.show(dry_run.distillation(given))
     from nemo_modelopt_dropin.script_run import Script, execute
 
+    if given.dump_teacher_topk:
+        return execute(Script("distill", Path(given.dump_teacher_topk), PATHS), given, record)
     output = Path(given.log_dir) / given.name
     return execute(Script("distill", output, PATHS, keeps_progress=True), given, work)
 

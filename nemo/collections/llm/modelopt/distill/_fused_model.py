@@ -141,6 +141,8 @@ def why_not_fused(student: Any, teacher: Any, criterion: Any, settings: Any) -> 
     """
     from .loss import LogitsKLLoss
 
+    if not hasattr(teacher, "decoder"):
+        return "the teacher is a recording"
     if settings.logit_layers != _OUTPUT_LAYERS:
         return f"logit_layers={settings.logit_layers} are not the output layers"
     if type(criterion) is not LogitsKLLoss:

@@ -25,6 +25,7 @@ from modelopt.torch.distill import DistillationLossBalancer
 
 from ..errors import ModelOptConfigError, one_of
 from ._fused_model import DeferredLogits, PairedLogits, SummedLoss
+from ._recorded_topk import RecordedLogits, recorded_divergence
 from ._vocab_parallel import DIRECTIONS, FORWARD, REVERSE, kl_divergence
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ class LogitsKLLoss(BaseLoss):
 
         Args:
             predictions: student logits [s, b, v].
-            targets: teacher logits [s, b, v].
+            targets: teacher logits [s, b, v], or what was recorded of them.
 
         Returns:
             ([b, s] loss, tp_reduce, is_sequence_parallel); a `SummedLoss` in its place of deferred logits.
@@ -181,6 +182,8 @@ class LogitsKLLoss(BaseLoss):
         first = [x[0] if isinstance(x, tuple) else x for x in (predictions, targets)]
         if isinstance(first[0], DeferredLogits):
             return SummedLoss(self.pair(*first), "divergence"), False, False
+        if isinstance(first[1], RecordedLogits):
+            return self._from_recorded(*first)
         student, teacher = self.pre_forward(predictions, targets)
         _same_shape(student, teacher, "vocabulary sizes", type(self).__name__)
         split = self._config.tensor_model_parallel_size > 1
@@ -196,6 +199,12 @@ class LogitsKLLoss(BaseLoss):
             topk=self._topk,
             in_place=self._in_place,
         )
+        return self.post_forward(loss if self._factor == 1.0 else loss * self._factor)
+
+    def _from_recorded(self, student: Tensor, teacher: RecordedLogits):
+        split = self._config.tensor_model_parallel_size > 1
+        group = parallel_state.get_tensor_model_parallel_group() if split else None
+        loss = recorded_divergence(student, teacher, self._direction, group, self._topk, self._in_place)
         return self.post_forward(loss if self._factor == 1.0 else loss * self._factor)
 
     def pair(self, student: DeferredLogits, teacher: DeferredLogits) -> PairedLogits:

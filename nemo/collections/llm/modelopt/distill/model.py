@@ -20,11 +20,14 @@ import modelopt.torch.distill as mtd
 from nemo.collections import llm
 
 from .. import _moved
+from .._batches import Shown
 from .._saved_keys import strip_module_prefix
 from ..errors import ModelOptConfigError
 from ._config import check_models, read_distillation_config
 from ._fused_model import SummedLoss, has_deferring_output
-from ._teacher import align_vocabularies, derive_teacher_config, may_leave_weights_unset
+from ._recorded_teacher import RecordedTeacher, check_recording, recorded_teacher
+from ._recording import is_recording
+from ._teacher import align_vocabularies, derive_teacher_config, may_leave_weights_unset, padded_vocab_size
 from .loss import sum_value_over
 from .utils import adjust_distillation_model_for_mcore, load_distillation_config, teacher_provider
 
@@ -184,7 +187,7 @@ class DistillationGPTModel(llm.GPTModel):
         Args:
             config: configuration of the student.
             teacher_config: configuration of the teacher.
-            teacher_ckpt_path: NeMo checkpoint of the teacher.
+            teacher_ckpt_path: NeMo checkpoint of the teacher, or what `dump_teacher_topk` has recorded of it.
             distillation_config_path: YAML file with a ``DistillationConfig``; the logits alone by default.
             optim: optimizer.
             tokenizer: tokenizer.
@@ -218,8 +221,14 @@ class DistillationGPTModel(llm.GPTModel):
         settings = read_distillation_config(self._distillation_config_path)
         strategy = self.trainer.strategy
         _refuse_virtual_pipeline(self.config, strategy)
-        teacher_config = derive_teacher_config(self.config, self._teacher_config)
-        entries = align_vocabularies(self.config, teacher_config, self.tokenizer)
+        recorded = is_recording(self._teacher_ckpt_path)
+        teacher_config, entries = self._teacher_config, None
+        if recorded:
+            vocab_size = padded_vocab_size(self.config, self.tokenizer)
+            check_recording(self._teacher_ckpt_path, settings, self.config, vocab_size, self.tokenizer)
+        else:
+            teacher_config = derive_teacher_config(self.config, self._teacher_config)
+            entries = align_vocabularies(self.config, teacher_config, self.tokenizer)
         check_models(settings, self.config, teacher_config)
         if not may_leave_weights_unset(getattr(strategy, "ckpt_load_strictness", None)):
             # Every weight is about to be read: drawing random ones would take as long as reading them.
@@ -233,7 +242,9 @@ class DistillationGPTModel(llm.GPTModel):
         if entries is not None and logits_loss is not None:
             logits_loss.entries = entries
         kd_config = {
-            "teacher_model": (
+            "teacher_model": (recorded_teacher, [teacher_config, self._teacher_ckpt_path], {})
+            if recorded
+            else (
                 teacher_provider,
                 [teacher_config, self._teacher_ckpt_path],
                 {"tokenizer": self.tokenizer, "trainer": self.trainer},
@@ -244,6 +255,13 @@ class DistillationGPTModel(llm.GPTModel):
         distillation_model = mtd.convert(student, mode=[("kd_loss", kd_config)])
         adjust_distillation_model_for_mcore(distillation_model, distill_cfg=settings)
         self.module = distillation_model
+
+    def data_step(self, dataloader_iter) -> dict[str, Any]:
+        """Return the next micro-batch, as a ``GPTModel`` does; a recorded teacher is told which one it is."""
+        teacher = getattr(self.core_module, "_teacher_model", None)
+        if self.training and isinstance(teacher, RecordedTeacher):
+            dataloader_iter = Shown(dataloader_iter, teacher.see)
+        return super().data_step(dataloader_iter)
 
     def get_inference_wrapper(self, *args, **kwargs) -> Tensor:
         """Refuse: a model in distillation does not generate.

@@ -29,6 +29,7 @@ from nemo.collections import llm
 from .._saved_keys import saved_keys, saved_prefix, strip_module_prefix
 from ..errors import ModelOptConfigError
 from ..model_utils import restore_modelopt_state
+from ._captured import copy_captured, forget_captured_outputs
 from ._carried import message, teacher_part
 from ._config import (
     INTERMEDIATE_LOSSES,
@@ -40,6 +41,7 @@ from ._config import (
     stage_of_layer,
 )
 from ._fused_model import DeferredLogits, compute_kd_loss, fuse_output_layers, set_deferring
+from ._recorded_teacher import is_recorded
 from ._teacher import (
     drop_missing_extra_state,
     has_modelopt_state,
@@ -222,7 +224,7 @@ def _student_lm_loss(self, labels: Tensor, logits: Tensor, *, distill_cfg: Disti
         return _no_lm_loss(self, labels, logits)
     if logits.dtype == torch.float32:
         # Megatron's cross entropy works in place on fp32 logits, and the distillation loss still needs them.
-        _copy_captured(self, logits)
+        copy_captured(self, logits)
     return type(self).compute_language_model_loss(self, labels, logits)
 
 
@@ -254,7 +256,8 @@ def _set_input_tensor(self, input_tensors: list[Tensor]) -> None:
         student.append(tensor[..., :split])
         teacher.append(teacher_part(tensor, split, pairs))
         self._carried = tensor[..., tensor.shape[-1] - pairs :] if pairs else None
-    type(self).set_input_tensor(self.teacher_model, teacher)
+    if not is_recorded(self):
+        type(self).set_input_tensor(self.teacher_model, teacher)
     type(self).set_input_tensor(self, student)
 
 
@@ -267,7 +270,7 @@ def _forward_student_and_teacher(self, *args, distill_cfg: DistillationConfig, *
     if not self.training:
         with self.only_student_forward():
             output = type(self).forward(self, *args, **kwargs)
-        _forget_captured_outputs(self)
+        forget_captured_outputs(self)
         return output
 
     models = (self, self._teacher_model)
@@ -288,35 +291,9 @@ def _forward_student_and_teacher(self, *args, distill_cfg: DistillationConfig, *
     finally:
         for model in models:
             set_deferring(model, False)
-    if parallel_state.is_pipeline_last_stage():
+    if parallel_state.is_pipeline_last_stage() or is_recorded(self):
         return student_output
     return message(self, student_output, teacher_output)
-
-
-def _captured_layers(self) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
-    """Return the (student layer, teacher layer) pairs whose outputs modelopt's hooks keep."""
-    layers_to_loss = getattr(self, "_layers_to_loss", None)
-    return list(layers_to_loss) if isinstance(layers_to_loss, dict) else []
-
-
-def _forget_captured_outputs(self) -> None:
-    """Drop what was captured in an evaluation, where no distillation loss takes it.
-
-    Otherwise the next training step would find it, warn, and hold it in memory until then.
-    """
-    for pair in _captured_layers(self):
-        for layer in pair:
-            layer._intermediate_output = None
-
-
-def _copy_captured(self, tensor: Tensor) -> None:
-    """Put a copy in the place of every captured student output that shares memory with ``tensor``."""
-    for layer, _ in _captured_layers(self):
-        output = layer._intermediate_output
-        first = output[0] if isinstance(output, tuple) else output
-        if isinstance(first, Tensor) and first.data_ptr() == tensor.data_ptr():
-            copied = first.clone()
-            layer._intermediate_output = (copied, *output[1:]) if isinstance(output, tuple) else copied
 
 
 def adjust_distillation_model_for_mcore(model: DistillationModel, distill_cfg: DistillationConfig):
@@ -383,7 +360,7 @@ def get_tensor_shapes_adjust_fn_for_distillation(
     Returns:
         Function of the shapes to receive and to send, [(s, b, h), ...] each, that adds the teacher's h to them and
         returns both; None where messages stay as they are: no pipeline, an interleaved one, a forward pass only, or
-        a model without a teacher.
+        a model without a teacher, or with a recorded one.
     """
     if forward_only or parallel_state.get_pipeline_model_parallel_world_size() == 1:
         return None
@@ -392,7 +369,7 @@ def get_tensor_shapes_adjust_fn_for_distillation(
     unwrapped: Any = model[0] if isinstance(model, list) else model
     while hasattr(unwrapped, "module"):
         unwrapped = unwrapped.module
-    if not isinstance(unwrapped, DistillationModel):
+    if not isinstance(unwrapped, DistillationModel) or is_recorded(unwrapped):
         return None
 
     def widen(shapes: list[tuple[int, ...]]) -> None:

@@ -10,8 +10,9 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from .. import _batches
 from ..errors import ModelOptConfigError
-from . import _checks, _count, _heldout, _weights
+from . import _checks, _count, _heldout
 
 _REPEATS = 3
 # Points of a layer's curve of importance: enough for a figure, whatever the size.
@@ -47,7 +48,7 @@ def one_batch(core: nn.Module, validate: Callable[[], None]) -> list[Mapping[str
         validate: runs that batch through it with NeMo.
     """
     batches: list[Mapping[str, Any]] = []
-    with _weights.shown_batches(core.config, batches.append):
+    with _batches.shown_batches(core.config, batches.append):
         validate()
     return batches
 

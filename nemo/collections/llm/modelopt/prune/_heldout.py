@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .. import _batches
 from ..errors import ModelOptConfigError
-from . import _weights
 
 # Rows of logits at a time: two matrices of so many rows and the vocabulary.
 _ROWS = 1024
@@ -77,7 +77,7 @@ def observe(core: nn.Module, validate: Callable[[], None]) -> Reference:
         found.output = (weight, bias)
 
     config: Any = core.config
-    with _weights.shown_batches(config, found.batches.append), output_layer_inputs(core, keep):
+    with _batches.shown_batches(config, found.batches.append), output_layer_inputs(core, keep):
         validate()
     if not found.batches:
         raise ModelOptConfigError(

@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from torch import nn
 from torch.distributed import all_reduce
 
+from .. import _batches
 from ..errors import ModelOptConfigError
 from . import _checks, _groups, _norms, _scores, _snapshot, _weights
 
@@ -126,7 +127,7 @@ def prune_by_importance(
         else:
             microbatch = _weights.Microbatch()
             handles = _weights.weigh(core, hooks, microbatch)
-            with counted_forwards(core) as count, _weights.shown_batches(config, microbatch.see):
+            with counted_forwards(core) as count, _batches.shown_batches(config, microbatch.see):
                 measure(converted)
             for handle in handles:
                 handle.remove()

@@ -7,8 +7,7 @@ get tokens without a batch axis; theirs are chosen (weight above zero), not scal
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -36,47 +35,6 @@ class Microbatch:
             weights = mask.detach().to(torch.float32).T
             if bool((weights != weights[0, 0]).any()) or not bool(weights[0, 0] > 0):
                 self.share = weights * len(weights) / weights.sum(0).clamp(min=torch.finfo(torch.float32).tiny)
-
-
-class _Shown:
-    """An iterator over batches that shows each one before it is used."""
-
-    def __init__(self, batches: Iterator, see: Callable[[Mapping[str, Any]], None]):
-        self.batches, self.see = batches, see
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        found = next(self.batches)
-        # NeMo's loaders give (batch, number, loader).
-        batch = found[0] if isinstance(found, tuple) and len(found) == 3 else found
-        if isinstance(batch, Mapping):
-            self.see(batch)
-        return found
-
-
-def _show_and_step(step: Callable, see: Callable, batches: Iterator) -> Any:
-    return step(_Shown(batches, see))
-
-
-@contextlib.contextmanager
-def shown_batches(config: Any, see: Callable[[Mapping[str, Any]], None]) -> Iterator[None]:
-    """Show every microbatch that a NeMo model reads, whole: its data step leaves out what a stage does not need.
-
-    Args:
-        config: the NeMo configuration of the model, which holds ``data_step_fn``.
-        see: called with the batch right before the stage's forward pass.
-    """
-    step = getattr(config, "data_step_fn", None)
-    if step is None:
-        yield
-        return
-    config.data_step_fn = partial(_show_and_step, step, see)
-    try:
-        yield
-    finally:
-        config.data_step_fn = step
 
 
 def weigh(core: nn.Module, before: Mapping[nn.Module, Any], microbatch: Microbatch) -> list[Any]:

@@ -21,6 +21,7 @@ from nemo import lightning as nl
 from nemo.collections import llm
 from nemo_modelopt_dropin import progress
 
+from .. import _batches
 from ..errors import ModelOptConfigError
 from . import _budget, _checks, _cost, _report, _scores, _search, _state
 
@@ -263,7 +264,7 @@ def _validate_on_heldout_data(model: Any, data_module: Any, trainer: Any, batche
     wanted = batches * _microbatches(data_module)  # NeMo counts microbatches here
     trainer.limit_val_batches = min(limit, wanted) if type(limit) is int else wanted
     try:
-        with torch.enable_grad(), _own_data(data_module):
+        with torch.enable_grad(), _batches.own_data(data_module):
             llm.validate(model, data=data_module, trainer=trainer, tokenizer="model")
     finally:
         trainer.limit_val_batches = limit
@@ -279,24 +280,7 @@ def _microbatches(data_module: Any) -> int:
 
 def _training_data_for_validation(data_module: Any) -> contextlib.AbstractContextManager[None]:
     """Let validation read the training loader."""
-    return _own_data(data_module, val_dataloader=data_module.train_dataloader)
-
-
-@contextlib.contextmanager
-def _own_data(data_module: Any, **replaced: Any) -> Iterator[None]:
-    """Set attributes of a data module, and put its own loader and tokenizer back on leaving."""
-    own = {name: getattr(data_module, name) for name in ("val_dataloader", "tokenizer") if hasattr(data_module, name)}
-    inherited = [name for name in own if name not in vars(data_module) and hasattr(type(data_module), name)]
-    for name, value in replaced.items():
-        setattr(data_module, name, value)
-    try:
-        yield
-    finally:
-        for name, value in own.items():
-            if name not in inherited:
-                setattr(data_module, name, value)
-            elif name in vars(data_module):
-                delattr(data_module, name)
+    return _batches.own_data(data_module, val_dataloader=data_module.train_dataloader)
 
 
 @contextlib.contextmanager
