@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -134,3 +135,36 @@ def curves(teacher_path, settings, steps):
             found[layout] = tiny.fit(model, data, restore=teacher_path + "-student", max_steps=steps, **arguments)
         ranks.reset()
     return found
+
+
+def watched(teacher_path, settings):
+    """Return, by layout, what is logged of each step, and the teacher's own language-model loss on the first batch."""
+    layouts = {"1 rank": {}, "TP=2": {"tp": 2}, "PP=2": {"pp": 2}, "DP=2": {}}
+    results = {}
+    for name, layout in layouts.items():
+        with jobs_distill.alone() if name == "1 rank" else contextlib.nullcontext():
+            # At PP=2 a pair lies on either stage.
+            _, steps, _ = jobs_distill.distill(teacher_path, settings, metrics=True, steps=4, **layout)
+        ranks.reset()
+        with jobs_distill.alone() if name == "1 rank" else contextlib.nullcontext():
+            own = tiny.fit(tiny.model(), restore=teacher_path, max_steps=1, **layout)[0]
+        ranks.reset()
+        results[name] = steps, own
+    return results
+
+
+def observed_of_shards(entries):
+    """Return what is observed over a vocabulary split over two ranks beside the same of one process in fp64."""
+    from nemo.collections.llm.modelopt.distill._observed import observed
+
+    tiny.init_parallel(tp=2)
+    rank, v = torch.distributed.get_rank(), 12
+    generator = torch.Generator().manual_seed(3)
+    student, teacher = (3 * torch.randn(7, 2, 2 * v, generator=generator) for _ in range(2))
+    teacher[::2] = student[::2] + 0.1 * teacher[::2]  # some agree
+    labels = torch.randint(min(2 * v, entries or 2 * v), (2, 7), generator=generator)
+    shards = [x[..., rank * v :][..., :v] for x in (student, teacher)]
+    found = observed(*shards, labels, entries)
+    z, y = (x[..., :entries].double().transpose(0, 1) for x in (student, teacher))
+    loss = torch.nn.functional.cross_entropy(y.flatten(0, 1), labels.flatten(), reduction="none").view(2, 7)
+    return found, {"teacher_lm_loss": loss, "top1_agreement": (z.argmax(-1) == y.argmax(-1)).double()}

@@ -35,7 +35,7 @@ def test_vocabularies_padded_differently_align(ranks, folder):
     losses, steps, widened = run(jobs_distill_state.teacher_rows, str(folder / "teacher"), 264, 256)[0]
     for weight, wide in zip(same, widened, strict=True):
         assert torch.equal(wide[:256], weight) and (wide[256:] == 0).all() and len(wide) == 264
-    assert losses[0] > 0 and "kd_top1_agreement" not in steps[0]
+    assert losses[0] > 0 and 0.0 <= steps[0]["kd_top1_agreement"] <= 1.0
     losses, _, cut = run(jobs_distill_state.teacher_rows, str(folder / "padded"), 256, 264)[0]
     assert losses[0] > 0 and [len(weight) for weight in cut] == [256, 256]
     assert all(weight.isfinite().all() and (weight != 0).any(-1).all() for weight in cut)
@@ -96,3 +96,43 @@ def test_twenty_steps_give_the_same_curve_in_every_layout(curves, layout):
     for rank in range(2):
         # fp32 sums in another order, twenty optimizer steps on.
         assert curves[rank][layout] == pytest.approx(alone, rel=1e-3)
+
+
+@pytest.mark.parametrize("entries", [None, 17, 12, 9])
+def test_what_is_observed_of_a_split_vocabulary(ranks, entries):
+    for found, expected in ranks(2).run(jobs_distill_state.observed_of_shards, entries):
+        assert 0.2 < expected["top1_agreement"].mean() < 0.9
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name].double(), value, rtol=1e-5, atol=1e-6)
+
+
+WATCHED = """
+skip_lm_loss: false
+intermediate_layer_pairs:
+  - [decoder.layers.0, decoder.layers.1, mse]
+  - [decoder.layers.3, decoder.layers.3]
+"""
+
+
+def test_what_is_logged(ranks, folder, tmp_path):
+    (tmp_path / "watched.yaml").write_text(WATCHED)
+    first = None
+    for layout, (steps, teacher_loss) in (
+        ranks(2).run(jobs_distill_state.watched, str(folder / "teacher"), str(tmp_path / "watched.yaml"))[0].items()
+    ):
+        pairs = [
+            "kd_intermediate_loss/decoder.layers.0-decoder.layers.1",
+            "kd_intermediate_loss/decoder.layers.3-decoder.layers.3",
+        ]
+        for step in steps:
+            assert step["tokens_per_second"] > 0
+            # fp32 means of the same numbers in another order.
+            mean = (step[pairs[0]] + step[pairs[1]]) / 2
+            assert step["kd_intermediate_loss"] == pytest.approx(mean, rel=1e-5), layout
+            assert step[pairs[1]] > 2 * step[pairs[0]] > 0, layout
+        # A plain training of the teacher begins with this loss on the same batch.
+        assert steps[0]["teacher_lm_loss"] == pytest.approx(teacher_loss, rel=1e-5), layout
+        if layout in ("1 rank", "DP=2"):  # with a split model the student begins with other weights
+            first = first or steps[0]
+            for name in ("kd_top1_agreement", *pairs):
+                assert steps[0][name] == pytest.approx(first[name], rel=1e-4, abs=1e-6), (layout, name)

@@ -22,7 +22,6 @@ from nemo.utils import logging
 from torch import Tensor
 
 from ..errors import ModelOptConfigError
-from ._carried import losses_of_stages
 from ._fused_linear import FusedLosses, Objective, fused_linear_losses
 
 OFF, ON, AUTO = "off", "on", "auto"
@@ -80,8 +79,8 @@ class PairedLogits:
         self._objective = Objective(
             **objective,
             group=group if group is not None and torch.distributed.get_world_size(group) > 1 else None,
-            student_cap=_softcap(student.layer),
-            teacher_cap=_softcap(teacher.layer),
+            student_cap=softcap(student.layer),
+            teacher_cap=softcap(teacher.layer),
             main_grad=bool(student.layer.gradient_accumulation_fusion),
         )
         self._losses: FusedLosses | None = None
@@ -276,41 +275,6 @@ def _forward_of_output_layer(self, input_: Tensor, weight: Tensor | None = None,
     return DeferredLogits(input_, self.weight if weight is None else weight, self), None
 
 
-def compute_kd_loss(self, student_loss: Tensor | None = None, loss_reduction_fn=None, **kwargs):
-    """Return modelopt's total of the losses, with those of earlier pipeline stages.
-
-    The language-model loss is the fused pass's where that computes it.
-
-    Returns:
-        What the loss balancer returns; with fused logits its dictionary also holds ``top1_agreement`` and ``lm_loss``.
-    """
-    student, teacher = _captured_deferred(self), _captured_deferred(self.teacher_model)
-    pair = None
-    if student is not None and teacher is not None:
-        criterion = next(loss for (layer, _), loss in self._layers_to_loss.items() if layer is self.output_layer)
-        pair = criterion.pair(student, teacher)
-        if student.labels is not None:
-            student_loss = loss_reduction_fn(SummedLoss(pair, "lm"))
-    of_stages = losses_of_stages(self, loss_reduction_fn)
-    if of_stages:
-        losses = type(self).compute_kd_loss(self, student_loss, loss_reduction_fn, skip_balancer=True, **kwargs)
-        losses = self.loss_balancer({**losses, **of_stages})
-    else:
-        losses = type(self).compute_kd_loss(self, student_loss, loss_reduction_fn, **kwargs)
-    if pair is not None and isinstance(losses, dict):
-        losses["top1_agreement"] = loss_reduction_fn(SummedLoss(pair, "agreement"))
-        if student_loss is not None:
-            losses["lm_loss"] = student_loss.detach()
-    return losses
-
-
-def _captured_deferred(model: Any) -> DeferredLogits | None:
-    """Return what modelopt's hook captured of a model's output layer, where that is deferred logits."""
-    output = getattr(getattr(model, "output_layer", None), "_intermediate_output", None)
-    first = output[0] if isinstance(output, tuple) else output
-    return first if isinstance(first, DeferredLogits) else None
-
-
-def _softcap(layer: Any) -> float | None:
+def softcap(layer: Any) -> float | None:
     """Return at which value the logits of Gemma 2 and 3 are capped."""
-    return getattr(layer.config, "final_logit_softcapping", None) if type(layer) is not ColumnParallelLinear else None
+    return getattr(layer.config, "final_logitsoftcapping", None) if type(layer) is not ColumnParallelLinear else None

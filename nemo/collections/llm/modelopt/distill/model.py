@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,12 @@ from nemo.collections import llm
 from .. import _moved
 from .._batches import Shown
 from .._saved_keys import strip_module_prefix
-from ..errors import ModelOptConfigError
 from ._config import check_models, read_distillation_config
 from ._fused_model import SummedLoss, has_deferring_output
-from ._recorded_teacher import RecordedTeacher, check_recording, recorded_teacher
+from ._kd_loss import PAIR
+from ._recorded_teacher import RecordedTeacher, check_recording, is_recorded, recorded_teacher
 from ._recording import is_recording
+from ._stages import check_student_layers, of_all_stages, refuse_virtual_pipeline
 from ._teacher import align_vocabularies, derive_teacher_config, may_leave_weights_unset, padded_vocab_size
 from .loss import sum_value_over
 from .utils import adjust_distillation_model_for_mcore, load_distillation_config, teacher_provider
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 average_losses_across_data_parallel_group = _moved.find("average_losses_across_data_parallel_group")
 
 # Names of the balancer's results, in the order of the tensor that is reduced; what is logged is named below.
-_PARTS = ("kd_loss", "logits_loss", "intermediate_loss", "lm_loss", "top1_agreement")
-METRICS = ("kd_loss", "kd_logits_loss", "kd_intermediate_loss", "lm_loss", "kd_top1_agreement")
+_PARTS = ("kd_loss", "logits_loss", "intermediate_loss", "lm_loss", "top1_agreement", "teacher_lm_loss")
+METRICS = ("kd_loss", "kd_logits_loss", "kd_intermediate_loss", "lm_loss", "kd_top1_agreement", "teacher_lm_loss")
 # Arguments of the constructor that a plain model has, too.
 _OF_STUDENT = ("config", "optim", "tokenizer", "model_transform")
 
@@ -54,18 +55,20 @@ class _DistillationLossReduction(MaskedTokenLossReduction):
     it is set, the mean of the micro-batches' means otherwise.
     """
 
-    def __init__(self, distillation_loss_fn, *args, per_token_loss: bool = False, **kwargs):
+    def __init__(self, distillation_loss_fn, *args, per_token_loss: bool = False, pairs: int = 0, **kwargs):
         """Remember how losses are made.
 
         Args:
             distillation_loss_fn: ``DistillationModel.compute_kd_loss``.
             *args: for NeMo's reduction.
             per_token_loss: Megatron's ``calculate_per_token_loss``.
+            pairs: number of intermediate layer pairs.
             **kwargs: for NeMo's reduction.
         """
         super().__init__(*args, **kwargs)
         self._distillation_loss_fn = distillation_loss_fn
         self._per_token_loss = per_token_loss
+        self._parts = (*_PARTS, *(PAIR.format(place) for place in range(pairs)))
         self._cp_size = parallel_state.get_context_parallel_world_size()
         self._tp_size = parallel_state.get_tensor_model_parallel_world_size()
         self._metrics: Tensor | None = None
@@ -93,10 +96,10 @@ class _DistillationLossReduction(MaskedTokenLossReduction):
 
         tokens = mask.sum().float()
         parts = {"lm_loss": lm_loss, **losses}
-        means = torch.stack([parts[name].detach().float() if name in parts else tokens * 0 for name in _PARTS])
+        means = torch.stack([parts[name].detach().float() if name in parts else tokens * 0 for name in self._parts])
         report = {
             "loss_sum_and_ub_size": torch.stack([total.detach().float() * tokens, tokens]),
-            "kd_sums": means * tokens,
+            "kd_sums": torch.cat([means * tokens, tokens.new_full((1,), mask.numel())]),
         }
         if not self._per_token_loss:
             return total, report
@@ -112,11 +115,14 @@ class _DistillationLossReduction(MaskedTokenLossReduction):
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         torch.distributed.all_reduce(sums, group=group)
         tokens = sums[1].clamp(min=1.0)
-        self._metrics = sums[2:] / tokens
+        self._metrics = torch.cat([sums[2:-1] / tokens, sums[-1:]])
         return sums[0] / tokens
 
     def take_metrics(self) -> Tensor | None:
-        """Return the last global batch's `METRICS` once, [5]; None on ranks that compute no loss."""
+        """Return the last global batch's `METRICS`, losses of pairs and number of tokens, once.
+
+        None on ranks that compute no loss.
+        """
         metrics, self._metrics = self._metrics, None
         return metrics
 
@@ -203,12 +209,14 @@ class DistillationGPTModel(llm.GPTModel):
         self._distillation_config_path = distillation_config_path
         self._skip_lm_loss = True
         self._fused_logits: bool | None = None
+        self._pairs: list[tuple[str, str]] = []
+        self._started = 0.0
         if not all(isinstance(c, llm.GPTConfig) for c in (config, teacher_config)):
             logging.warning(
                 "DistillationGPTModel is made for llm.GPTConfig and its subclasses; got "
                 f"{type(config).__name__} (student) and {type(teacher_config).__name__} (teacher)."
             )
-        _refuse_virtual_pipeline(config)
+        refuse_virtual_pipeline(config)
 
     def configure_model(self):
         """Build the student, load the teacher and make one model of them, once.
@@ -220,7 +228,7 @@ class DistillationGPTModel(llm.GPTModel):
             return
         settings = read_distillation_config(self._distillation_config_path)
         strategy = self.trainer.strategy
-        _refuse_virtual_pipeline(self.config, strategy)
+        refuse_virtual_pipeline(self.config, strategy)
         recorded = is_recording(self._teacher_ckpt_path)
         teacher_config, entries = self._teacher_config, None
         if recorded:
@@ -234,10 +242,11 @@ class DistillationGPTModel(llm.GPTModel):
             # Every weight is about to be read: drawing random ones would take as long as reading them.
             teacher_config.perform_initialization = False
         self._teacher_config, self._skip_lm_loss = teacher_config, settings.skip_lm_loss
+        self._pairs = [(pair[0], pair[1]) for pair in settings.intermediate_layer_pairs]
 
         student = self.config.configure_model(self.tokenizer)
         settings = load_distillation_config(self._distillation_config_path, self.config, teacher_config)
-        _check_student_layers(student, settings.criterion or {})
+        check_student_layers(student, settings.criterion or {})
         logits_loss: Any = (settings.criterion or {}).get(settings.logit_layers)
         if entries is not None and logits_loss is not None:
             logits_loss.entries = entries
@@ -280,6 +289,7 @@ class DistillationGPTModel(llm.GPTModel):
             self._training_loss_reduction = _DistillationLossReduction(
                 distillation_loss_fn=self.core_module.compute_kd_loss,
                 per_token_loss=bool(getattr(self.config, "calculate_per_token_loss", False)),
+                pairs=len(self._pairs),
             )
         return self._training_loss_reduction
 
@@ -320,23 +330,35 @@ class DistillationGPTModel(llm.GPTModel):
         with self.core_module.hide_loss_modules():
             checkpoint["sharded_state_dict"] = self.trainer.strategy.megatron_parallel.sharded_state_dict()
 
+    def on_train_batch_start(self, batch, batch_idx) -> None:
+        """Have what costs something observed in the steps that the trainer logs."""
+        every = getattr(self.trainer, "log_every_n_steps", 1) or 1
+        self.core_module._watching = (self.trainer.global_step + 1) % every == 0
+        self._started = time.perf_counter()
+
     def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
-        """Log the parts of the loss of this global batch, on every rank the same."""
-        left_out = {"lm_loss"} if self._skip_lm_loss else set()
+        """Log the parts of the loss of this global batch, on every rank the same, and the speed."""
+        core = self.core_module
         if self._fused_logits is None:
             # The last stage has decided, all stages log.
-            self._fused_logits = any(_of_all_stages(has_deferring_output(self.core_module)))
-        if not self._fused_logits:
+            self._fused_logits = any(of_all_stages(has_deferring_output(core)))
+        left_out = {"lm_loss"} if self._skip_lm_loss else set()
+        if not core._watching and not self._fused_logits:
             left_out.add("kd_top1_agreement")
-        for name, value in zip(METRICS, self._metrics_of_last_stage(), strict=True):
+        if not core._watching or is_recorded(core):
+            left_out.add("teacher_lm_loss")
+        pairs = [f"kd_intermediate_loss/{'-'.join(pair)}" for pair in self._pairs]
+        *values, tokens = self._metrics_of_last_stage(len(pairs))
+        for name, value in zip((*METRICS, *pairs), values, strict=True):
             if name not in left_out:
                 self.log(name, value, batch_size=1)
+        self.log("tokens_per_second", tokens / (time.perf_counter() - self._started), batch_size=1)
 
-    def _metrics_of_last_stage(self) -> Tensor:
+    def _metrics_of_last_stage(self, pairs: int) -> Tensor:
         reduction = self._training_loss_reduction
         metrics = reduction.take_metrics() if reduction else None
         if metrics is None:
-            metrics = torch.zeros(len(METRICS), device=torch.cuda.current_device())
+            metrics = torch.zeros(len(METRICS) + pairs + 1, device=torch.cuda.current_device())
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             torch.distributed.broadcast(
                 metrics,
@@ -344,48 +366,3 @@ class DistillationGPTModel(llm.GPTModel):
                 group=parallel_state.get_pipeline_model_parallel_group(),
             )
         return metrics
-
-
-def _refuse_virtual_pipeline(config: Any, strategy: Any = None) -> None:
-    """Raise where an interleaved pipeline schedule is set, on the model or on the strategy.
-
-    Megatron sends fixed shapes between virtual stages, which cannot be widened for the teacher.
-
-    Raises:
-        ModelOptConfigError: naming where it is set.
-    """
-    for where, holder in (("model config", config), ("strategy", strategy)):
-        size = getattr(holder, "virtual_pipeline_model_parallel_size", None)
-        if size is not None:
-            raise ModelOptConfigError(
-                f"virtual_pipeline_model_parallel_size={size} on the {where}: distillation is incompatible with the "
-                "interleaved pipeline schedule. Set it to None."
-            )
-
-
-def _check_student_layers(student: nn.Module, criterion: Mapping[tuple[str, str], Any]) -> None:
-    """Raise on every pipeline stage where a layer to capture is not in the student, before the teacher is loaded.
-
-    Raises:
-        ModelOptConfigError: naming the layer and similar ones.
-    """
-    names = [name for name, _ in student.named_modules()]
-    problems: list[str | None] = [
-        f"The student has no layer {layer!r} on this stage. Similar names: "
-        f"{difflib.get_close_matches(layer, names, n=3)}."
-        for layer, _ in criterion
-        if layer not in names
-    ]
-    # Only the last stage knows; the others would wait for it in the teacher's checkpoint.
-    for problem in _of_all_stages((problems or [None])[0]):
-        if problem:
-            raise ModelOptConfigError(problem)
-
-
-def _of_all_stages(value: Any) -> list[Any]:
-    """Return what every pipeline stage gives, in order."""
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    values = [value] * stages
-    if stages > 1:
-        torch.distributed.all_gather_object(values, value, group=parallel_state.get_pipeline_model_parallel_group())
-    return values

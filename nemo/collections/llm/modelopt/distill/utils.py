@@ -40,7 +40,8 @@ from ._config import (
     read_distillation_config,
     stage_of_layer,
 )
-from ._fused_model import DeferredLogits, compute_kd_loss, fuse_output_layers, set_deferring
+from ._fused_model import DeferredLogits, fuse_output_layers, set_deferring
+from ._kd_loss import compute_kd_loss
 from ._recorded_teacher import is_recorded
 from ._teacher import (
     drop_missing_extra_state,
@@ -216,6 +217,7 @@ def _student_lm_loss(self, labels: Tensor, logits: Tensor, *, distill_cfg: Disti
     """Return the language-model loss [b, s]; zeros in training where the settings skip it."""
     if not self.training:
         return type(self).compute_language_model_loss(self, labels, logits)
+    self._labels = labels
     if distill_cfg.skip_lm_loss:
         return _no_lm_loss(self, labels, logits)
     if isinstance(logits, DeferredLogits):
@@ -320,10 +322,15 @@ def adjust_distillation_model_for_mcore(model: DistillationModel, distill_cfg: D
 
     model._tensor_split_idx = None
     model._chose_fusing = False
+    # Whether the next steps are to be observed, and the last micro-batch's labels [b, s] for it.
+    model._watching, model._labels = False, None
     model._pairs_of_stages, model._carried, model._stage = [], None, None
-    if distill_cfg.intermediate_layer_pairs and getattr(model.config, "pipeline_model_parallel_size", 1) > 1:
+    pairs = distill_cfg.intermediate_layer_pairs
+    model._pair_stages = [0] * (len(pairs) if isinstance(pairs, list) else 0)
+    if pairs and getattr(model.config, "pipeline_model_parallel_size", 1) > 1:
         model._stage = parallel_state.get_pipeline_model_parallel_rank()
         model._pairs_of_stages = pairs_of_stages(distill_cfg, model.config)
+        model._pair_stages = [stage_of_layer(pair[0], model.config) for pair in pairs]
     methods: dict[str, Callable[..., Any]] = {
         "sharded_state_dict": _sharded_state_dict_of_student,
         "compute_language_model_loss": partial(_student_lm_loss, distill_cfg=distill_cfg),

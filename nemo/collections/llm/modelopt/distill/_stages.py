@@ -1,0 +1,58 @@
+"""What concerns all pipeline stages before a distillation begins."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import nn
+
+from ..errors import ModelOptConfigError
+
+
+def refuse_virtual_pipeline(config: Any, strategy: Any = None) -> None:
+    """Raise where an interleaved pipeline schedule is set, on the model or on the strategy.
+
+    Megatron sends fixed shapes between virtual stages, which cannot be widened for the teacher.
+
+    Raises:
+        ModelOptConfigError: naming where it is set.
+    """
+    for where, holder in (("model config", config), ("strategy", strategy)):
+        size = getattr(holder, "virtual_pipeline_model_parallel_size", None)
+        if size is not None:
+            raise ModelOptConfigError(
+                f"virtual_pipeline_model_parallel_size={size} on the {where}: distillation is incompatible with the "
+                "interleaved pipeline schedule. Set it to None."
+            )
+
+
+def check_student_layers(student: nn.Module, criterion: Mapping[tuple[str, str], Any]) -> None:
+    """Raise on every pipeline stage where a layer to capture is not in the student, before the teacher is loaded.
+
+    Raises:
+        ModelOptConfigError: naming the layer and similar ones.
+    """
+    names = [name for name, _ in student.named_modules()]
+    problems: list[str | None] = [
+        f"The student has no layer {layer!r} on this stage. Similar names: "
+        f"{difflib.get_close_matches(layer, names, n=3)}."
+        for layer, _ in criterion
+        if layer not in names
+    ]
+    # Only the last stage knows; the others would wait for it in the teacher's checkpoint.
+    for problem in of_all_stages((problems or [None])[0]):
+        if problem:
+            raise ModelOptConfigError(problem)
+
+
+def of_all_stages(value: Any) -> list[Any]:
+    """Return what every pipeline stage gives, in order."""
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    values = [value] * stages
+    if stages > 1:
+        torch.distributed.all_gather_object(values, value, group=parallel_state.get_pipeline_model_parallel_group())
+    return values
