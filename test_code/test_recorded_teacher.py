@@ -149,7 +149,7 @@ class TestRefused:
         [
             ({"tokenizer": {"vocab_size": 999}}, r"its tokenizer was \{'vocab_size': 999\}, the student's is"),
             ({"largest_entry": 5000}, "entry 5000 was recorded, the student's vocabulary has 256"),
-            ({"seq_length": 99}, "its samples have 99 tokens, seq_length=32 of the student"),
+            ({"seq_length": 99}, "is damaged"),
             ({"format": 2}, "has format 2; this version reads 1"),
             ({"unknown": 1}, "is no manifest of a recorded teacher"),
         ],
