@@ -168,3 +168,20 @@ def observed_of_shards(entries):
     z, y = (x[..., :entries].double().transpose(0, 1) for x in (student, teacher))
     loss = torch.nn.functional.cross_entropy(y.flatten(0, 1), labels.flatten(), reduction="none").view(2, 7)
     return found, {"teacher_lm_loss": loss, "top1_agreement": (z.argmax(-1) == y.argmax(-1)).double()}
+
+
+def loading_peak(path):
+    """Save a teacher of 8 MB, load it, and return (bytes of its weights, most bytes allocated at one time)."""
+    from nemo.collections.llm.modelopt.distill.utils import teacher_provider
+
+    settings = {"num_layers": 12, "hidden_size": 128, "ffn_hidden_size": 384}
+    tiny.fit(tiny.model(**settings), save_to=path, max_steps=1)
+    ranks.reset()
+    trainer = tiny.trainer()
+    model = tiny.model(**settings)
+    trainer.strategy.connect(model)
+    trainer.strategy._lightning_module = model
+    trainer.strategy.setup_environment()
+    found: list = []
+    peak = tiny.peak_bytes(lambda: found.append(teacher_provider(model.config, path, model.tokenizer, trainer)))
+    return sum(p.numel() * p.element_size() for p in found[0].parameters()), peak

@@ -136,3 +136,10 @@ def test_what_is_logged(ranks, folder, tmp_path):
             first = first or steps[0]
             for name in ("kd_top1_agreement", *pairs):
                 assert steps[0][name] == pytest.approx(first[name], rel=1e-4, abs=1e-6), (layout, name)
+
+
+def test_loading_a_teacher_takes_little_more_than_its_weights(ranks, tmp_path):
+    weights, peak = ranks(1).run(jobs_distill_state.loading_peak, str(tmp_path / "teacher"))[0]
+    assert weights > 8_000_000
+    # One tensor at a time is read beside the model.
+    assert weights < peak < 1.1 * weights

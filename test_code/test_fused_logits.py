@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo.collections.llm.modelopt.distill._fused_linear import Objective, fused_linear_losses
-from test_code import jobs_distill, jobs_fused
+from test_code import jobs_distill, jobs_fused, tiny
 
 # fp32 sums of some hundred products of unit size.
 FP32 = {"rtol": 2e-5, "atol": 2e-5}
@@ -104,18 +104,6 @@ def test_a_second_backward_pass_is_refused():
         losses.divergence.backward()
 
 
-def peak_bytes(function) -> int:
-    """Return the most bytes a function has allocated at one time, counted by the allocator."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
 @pytest.mark.parametrize("with_lm", [False, True])
 def test_memory_does_not_grow_with_the_logits(with_lm):
     v, h, rows = 2000, 16, 8
@@ -129,7 +117,7 @@ def test_memory_does_not_grow_with_the_logits(with_lm):
             losses = fused_linear_losses(*tensors, Objective(chunk_rows=rows), labels if with_lm else None)
             (losses.divergence + losses.lm).backward()
 
-        return peak_bytes(step)
+        return tiny.peak_bytes(step)
 
     small, large = extra(64), extra(512)
     # What grows is d_hidden and a few numbers a token: 448 tokens' logits would take 3.6 MB.

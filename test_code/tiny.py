@@ -294,3 +294,15 @@ def fit(llm_model, data_module=None, save_to=None, restore=None, callbacks=(), *
     torch.manual_seed(1234)
     run.fit(llm_model, data_module or data())
     return recorder.losses
+
+
+def peak_bytes(function) -> int:
+    """Return the most bytes a function has allocated at one time, counted by the allocator."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak

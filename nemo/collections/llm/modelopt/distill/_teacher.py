@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.validation import StrictHandling, parse_strict_flag
 from nemo.lightning import get_vocab_size
 from nemo.lightning.io.pl import ckpt_to_weights_subdir
@@ -174,6 +177,29 @@ def drop_missing_extra_state(sharded: Any, keys: list[str]) -> None:
         stored = getattr(sharded[name], "unique_key", getattr(sharded[name], "key", name))
         if stored not in saved and getattr(sharded[name], "key", name) not in saved:
             del sharded[name]
+
+
+def merge_in_place(sharded: Any) -> None:
+    """Let weights that are stored in parts (gated MLPs) be read into the model itself, in place.
+
+    Megatron's own merge makes a new tensor of the parts of each such weight, half of a Llama, while the model holds
+    the same numbers already: it gave views of its weights to be read into.
+    """
+    if not isinstance(sharded, dict):
+        return
+    for value in sharded.values():
+        if isinstance(value, ShardedTensorFactory):
+            value.merge_fn = partial(_whole, value.data, value.merge_fn)
+
+
+@torch.no_grad()
+def _whole(weight: torch.Tensor, merge: Callable[[Any], Any], parts: Any) -> Any:
+    """Return the weight that its parts were read into, or a merge of parts that were read elsewhere."""
+    storage = weight.untyped_storage().data_ptr()
+    views = isinstance(parts, (list, tuple)) and all(
+        isinstance(part, torch.Tensor) and part.untyped_storage().data_ptr() == storage for part in parts
+    )
+    return weight if views and sum(part.numel() for part in parts) == weight.numel() else merge(parts)
 
 
 def load_weights(model: Any, state_dict: dict[str, Any], strict: bool | None) -> None:

@@ -48,6 +48,7 @@ from ._teacher import (
     has_modelopt_state,
     is_strict,
     load_weights,
+    merge_in_place,
 )
 from .loss import (
     HiddenStateCosineLoss,  # noqa: F401
@@ -185,6 +186,7 @@ def teacher_provider(
     metadata = strategy.unwrapped_checkpoint_io.load_content_metadata(ckpt_path)
     sharded = model.sharded_state_dict(prefix=saved_prefix(keys), metadata=metadata)
     drop_missing_extra_state(sharded, keys)
+    merge_in_place(sharded)
     checkpoint = strategy.checkpoint_io.load_checkpoint(ckpt_path, {"state_dict": sharded}, strict=strict)
     weights = {strip_module_prefix(key): value for key, value in checkpoint["state_dict"].items()}
     load_weights(model, weights, strict_flag)
