@@ -185,3 +185,25 @@ def loading_peak(path):
     found: list = []
     peak = tiny.peak_bytes(lambda: found.append(teacher_provider(model.config, path, model.tokenizer, trainer)))
     return sum(p.numel() * p.element_size() for p in found[0].parameters()), peak
+
+
+def validated(teacher_path, settings, tp, same):
+    """Return what validation logs of a student (the teacher, or another), and of the teacher as a plain model."""
+    every = {"max_steps": 1, "tp": tp, "limit_val_batches": 2, "val_check_interval": 1}
+    recorder, plain = Validation(), Validation()
+    model = jobs_distill.distillation_model(teacher_path, settings, {"ffn_hidden_size": 128})
+    model.optim.config.lr = 1e-12
+    arguments = {"restore": teacher_path} if same else {}
+    # With masks: one micro-batch has more tokens that count than another.
+    tiny.fit(model, tiny.data(masked=True), callbacks=[recorder], **every, **arguments)
+    ranks.reset()
+    own = tiny.model(optimizer=tiny.optim(lr=1e-12))
+    tiny.fit(own, tiny.data(masked=True), callbacks=[plain], restore=teacher_path, **every)
+    return recorder.logged, plain.logged
+
+
+class Validation(pl.Callback):
+    """Keep what is logged at the end of a validation."""
+
+    def on_validation_end(self, trainer, pl_module):
+        self.logged = {name: float(value) for name, value in trainer.callback_metrics.items() if "val_" in name}

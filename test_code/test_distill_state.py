@@ -143,3 +143,21 @@ def test_loading_a_teacher_takes_little_more_than_its_weights(ranks, tmp_path):
     assert weights > 8_000_000
     # One tensor at a time is read beside the model.
     assert weights < peak < 1.1 * weights
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_validation_logs_what_training_logs(ranks, folder, tmp_path, tp):
+    (tmp_path / "watched.yaml").write_text(WATCHED + "validation_metrics: true\n")
+    paths = str(folder / "teacher"), str(tmp_path / "watched.yaml")
+    found, plain = ranks(2).run(jobs_distill_state.validated, *paths, tp, True)[0]
+    pairs = [name for name in found if name.startswith("val_kd_intermediate_loss/")]
+    assert len(pairs) == 2
+    # The student is the teacher: fp32 rounding is left.
+    assert found["val_kd_top1_agreement"] == 1 and abs(found["val_kd_logits_loss"]) < 1e-6
+    assert found["val_lm_loss"] == pytest.approx(found["val_teacher_lm_loss"], rel=1e-6)
+    assert found["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-6)
+    assert found["val_teacher_lm_loss"] == pytest.approx(plain["val_loss"], rel=0.02)  # NeMo's is the mean of means
+    other, _ = ranks(2).run(jobs_distill_state.validated, *paths, tp, False)[0]
+    assert other["val_kd_logits_loss"] > 1e-3 and other["val_kd_top1_agreement"] < 1
+    assert other["val_teacher_lm_loss"] == pytest.approx(found["val_teacher_lm_loss"], rel=1e-6)
+    assert other["val_lm_loss"] != pytest.approx(found["val_lm_loss"], rel=1e-4)

@@ -50,6 +50,7 @@ class DistillationConfig:
             of the dynamic balance; None for the balance.
         fused_logits: make logits and logits loss in one, chunk by chunk, without holding the logits of a micro-batch.
             ``auto``: where that is exact for the model; ``on``: refuse where it is not; ``off``.
+        validation_metrics: run the teacher in validation, too, and log what training logs, as ``val_...``.
 
     Raises:
         ModelOptConfigError: where a setting cannot be used.
@@ -68,6 +69,7 @@ class DistillationConfig:
     logit_kl_in_place: bool = False
     loss_weights: dict[str, float] | None = None
     fused_logits: str = "auto"
+    validation_metrics: bool = False
 
     def __post_init__(self):
         student, teacher = _names("logit_layers", self.logit_layers, (2,))
@@ -89,7 +91,7 @@ class DistillationConfig:
             raise ModelOptConfigError(f"The layer pairs {repeated} are given more than once; give each pair once.")
         for name in ("kd_loss_scale", "logit_kl_temperature"):
             setattr(self, name, _positive(name, getattr(self, name)))
-        for name in ("skip_lm_loss", "logit_kl_temperature_squared", "logit_kl_in_place"):
+        for name in ("skip_lm_loss", "logit_kl_temperature_squared", "logit_kl_in_place", "validation_metrics"):
             if not isinstance(getattr(self, name), bool):
                 raise ModelOptConfigError(f"{name}={getattr(self, name)!r} must be true or false.")
         one_of("logit_kl_direction", self.logit_kl_direction, DIRECTIONS)
@@ -166,6 +168,12 @@ def check_models(config: DistillationConfig, student: Any, teacher: Any) -> None
         raise ModelOptConfigError(
             "parallel_output=False gathers the logits, but the distillation loss works on tensor-parallel shards. "
             "Leave it True."
+        )
+    stages = student.pipeline_model_parallel_size
+    if config.validation_metrics and stages > 1:
+        raise ModelOptConfigError(
+            f"validation_metrics=True needs pipeline_model_parallel_size=1, not {stages}: in validation the stages "
+            "exchange the student alone. Leave it out."
         )
     for pair in config.intermediate_layer_pairs:
         for name, model, whose in ((pair[0], student, "student"), (pair[1], teacher, "teacher")):

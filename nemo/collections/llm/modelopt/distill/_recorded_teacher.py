@@ -107,6 +107,8 @@ def check_recording(path: str, settings: DistillationConfig, student: Any, vocab
         problems.append(f"{found.topk} entries were recorded, logit_kl_topk={settings.logit_kl_topk} asks for more")
     if settings.fused_logits == "on":
         problems.append("fused_logits='on' needs the teacher's output layer; take 'auto'")
+    if settings.validation_metrics:
+        problems.append("validation_metrics needs the teacher in validation; leave it out")
     if getattr(student, "context_parallel_size", 1) > 1:
         problems.append(f"context_parallel_size={student.context_parallel_size} is not supported; use 1")
     own = tokenizer_digest(tokenizer)

@@ -29,6 +29,7 @@ from ._recorded_teacher import RecordedTeacher, check_recording, is_recorded, re
 from ._recording import is_recording
 from ._stages import check_student_layers, of_all_stages, refuse_virtual_pipeline
 from ._teacher import align_vocabularies, derive_teacher_config, may_leave_weights_unset, padded_vocab_size
+from ._validation import DistillationValidation
 from .loss import sum_value_over
 from .utils import adjust_distillation_model_for_mcore, load_distillation_config, teacher_provider
 
@@ -211,6 +212,8 @@ class DistillationGPTModel(llm.GPTModel):
         self._fused_logits: bool | None = None
         self._pairs: list[tuple[str, str]] = []
         self._started = 0.0
+        self._validation_metrics = False
+        self._validation: DistillationValidation | None = None
         if not all(isinstance(c, llm.GPTConfig) for c in (config, teacher_config)):
             logging.warning(
                 "DistillationGPTModel is made for llm.GPTConfig and its subclasses; got "
@@ -242,6 +245,7 @@ class DistillationGPTModel(llm.GPTModel):
             # Every weight is about to be read: drawing random ones would take as long as reading them.
             teacher_config.perform_initialization = False
         self._teacher_config, self._skip_lm_loss = teacher_config, settings.skip_lm_loss
+        self._validation_metrics = settings.validation_metrics
         self._pairs = [(pair[0], pair[1]) for pair in settings.intermediate_layer_pairs]
 
         student = self.config.configure_model(self.tokenizer)
@@ -292,6 +296,37 @@ class DistillationGPTModel(llm.GPTModel):
                 pairs=len(self._pairs),
             )
         return self._training_loss_reduction
+
+    @property
+    def validation_loss_reduction(self):
+        """The reduction of validation losses: NeMo's, which also takes the parts of the loss where they are wanted."""
+        if not self._validation_metrics:
+            return super().validation_loss_reduction
+        if self._validation is None:
+            self._validation = DistillationValidation(self._parts_of_validation)
+        return self._validation
+
+    def _parts_of_validation(self, batch: dict[str, Tensor], forward_out: Tensor) -> dict[str, Any]:
+        return self.training_loss_reduction.forward(batch, forward_out)[-1]
+
+    def on_validation_start(self) -> None:
+        """Have everything observed."""
+        super().on_validation_start()
+        self.core_module._watching = True
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what training logs."""
+        super().on_validation_epoch_end()
+        means = self._validation.take_means() if self._validation is not None else None
+        if means is None:
+            return
+        left_out = {"lm_loss"} if self._skip_lm_loss else set()
+        for name, value in zip((*METRICS, *self._pair_names()), means, strict=True):
+            if name not in left_out:
+                self.log(f"val_{name}", value, batch_size=1)
+
+    def _pair_names(self) -> list[str]:
+        return [f"kd_intermediate_loss/{'-'.join(pair)}" for pair in self._pairs]
 
     @property
     def core_module(self):
@@ -347,7 +382,7 @@ class DistillationGPTModel(llm.GPTModel):
             left_out.add("kd_top1_agreement")
         if not core._watching or is_recorded(core):
             left_out.add("teacher_lm_loss")
-        pairs = [f"kd_intermediate_loss/{'-'.join(pair)}" for pair in self._pairs]
+        pairs = self._pair_names()
         *values, tokens = self._metrics_of_last_stage(len(pairs))
         for name, value in zip((*METRICS, *pairs), values, strict=True):
             if name not in left_out:

@@ -217,9 +217,11 @@ def _sharded_state_dict_of_student(self, *args, **kwargs) -> ShardedStateDict:
 
 def _student_lm_loss(self, labels: Tensor, logits: Tensor, *, distill_cfg: DistillationConfig) -> Tensor:
     """Return the language-model loss [b, s]; zeros in training where the settings skip it."""
-    if not self.training:
-        return type(self).compute_language_model_loss(self, labels, logits)
     self._labels = labels
+    if not self.training:
+        if distill_cfg.validation_metrics is True and logits.dtype == torch.float32:
+            copy_captured(self, logits)
+        return type(self).compute_language_model_loss(self, labels, logits)
     if distill_cfg.skip_lm_loss:
         return _no_lm_loss(self, labels, logits)
     if isinstance(logits, DeferredLogits):
@@ -266,15 +268,20 @@ def _set_input_tensor(self, input_tensors: list[Tensor]) -> None:
 
 
 def _forward_student_and_teacher(self, *args, distill_cfg: DistillationConfig, **kwargs) -> Tensor:
-    """Run both models in training and the student alone otherwise.
+    """Run both models in training, and where validation compares them; the student alone otherwise.
 
     Returns:
         The student's output; on a pipeline stage that is not the last, the outputs of both joined along the last axis.
     """
     if not self.training:
+        compared = distill_cfg.validation_metrics is True and kwargs.get("labels") is not None
+        if compared:
+            with torch.no_grad():
+                self._teacher_model(*args, **kwargs)
         with self.only_student_forward():
             output = type(self).forward(self, *args, **kwargs)
-        forget_captured_outputs(self)
+        if not compared:
+            forget_captured_outputs(self)
         return output
 
     models = (self, self._teacher_model)
