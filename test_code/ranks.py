@@ -28,8 +28,7 @@ from pathlib import Path
 
 _START_TIMEOUT = 240.0
 _GRACE = 5.0
-_taken: set[int] = set()
-_PORTS, _PROCESSES = 1000, 2
+_PORTS = 1000
 
 
 class RankError(RuntimeError):
@@ -52,6 +51,7 @@ class RankPool:
         self.env = dict(env or {})
         self._processes: list = []
         self._pipes: list = []
+        self._reserved: socket.socket | None = None
 
     def run(self, function, *args, timeout: float = 180.0, **kwargs) -> list:
         """Execute a module-level function on every rank and return its values in order of rank.
@@ -83,12 +83,20 @@ class RankPool:
             if process.is_alive():
                 _kill(process)
         self._processes, self._pipes = [], []
+        self._free_ports()
+
+    def _free_ports(self) -> None:
+        if self._reserved is not None:
+            self._reserved.close()
+            self._reserved = None
 
     def _start(self) -> None:
         self.log_dir.mkdir(parents=True, exist_ok=True)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["test_code.preload"])
-        port = _first_port()
+        self._free_ports()
+        self._reserved = _reserve_ports()
+        port = self._reserved.getsockname()[1] + 1
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
@@ -156,27 +164,22 @@ def _kill(process) -> None:
     process.join()
 
 
-def _first_port() -> int:
-    """Return where a pool's ports begin: below those of `launch.free_port`, 1000 a pool, one a reset, none in use now.
+def _reserve_ports() -> socket.socket:
+    """Return a socket bound to the first of a thousand ports, below those of `launch.free_port`, one a reset.
 
-    A pool that ran into another's ports would meet the other's store there and wait for ranks that are long gone. Test
-    processes that run side by side (pytest-xdist) draw from ranges of their own.
+    As long as it is open no other pool takes them, of this test process or of another: a pool that ran into another's
+    ports would meet the other's store there and wait for ranks that are long gone.
     """
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _PROCESSES
-    ports = range(2_000 + _PORTS * worker, 20_000, _PORTS * _PROCESSES)
-    unused = [port for port in ports if port not in _taken and _is_free(port)]
-    port = random.SystemRandom().choice(unused or list(ports))
-    _taken.add(port)
-    return port
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
+    blocks = list(range(2_000, 20_000, _PORTS))
+    random.SystemRandom().shuffle(blocks)
+    for port in blocks:
+        probe = socket.socket()
         try:
             probe.bind(("127.0.0.1", port))
+            return probe
         except OSError:
-            return False
-    return True
+            probe.close()
+    raise RankError(f"no free block of {_PORTS} ports below 20000")
 
 
 def _serve(rank: int, world_size: int, port: int, pipe, log: str, env: dict[str, str]) -> None:

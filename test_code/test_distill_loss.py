@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemo.collections.llm.modelopt.distill import _topk
 from nemo.collections.llm.modelopt.distill import loss as losses
 from nemo.collections.llm.modelopt.distill._vocab_parallel import DIRECTIONS, kl_divergence
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
@@ -124,6 +125,28 @@ def test_bf16_logits_are_accumulated_in_fp32(direction, temperature, topk):
     student = logits(6, 2, 200).bfloat16()
     teacher = jobs.distinct(6, 2, 200, generator=torch.Generator().manual_seed(1)).bfloat16()
     check(student, teacher, temperature, direction, BF16_GRADIENT, topk)
+
+
+@pytest.mark.parametrize("v", [16 * 20, 16 * 20 + 7, 5000, 16 * 20 - 1])
+@pytest.mark.parametrize("values", ["distinct", "few", "masked", "all in one block"])
+def test_the_likeliest_entries_are_found_by_blocks(v, values):
+    source = logits(5, v)
+    if values == "few":  # ties at the edge
+        source = source.round()
+    elif values == "masked":
+        source[:, 3:] = -torch.inf
+    elif values == "all in one block":  # entries i, i + blocks, ..
+        source[:, 2 :: v // _topk._BLOCK] += 100.0
+    found = _topk.likeliest(source, 10)
+    assert found.sort(-1).values.diff(dim=-1).gt(0).all(), "an entry was taken twice"
+    torch.testing.assert_close(source.gather(-1, found).sort(-1, descending=True).values, source.topk(10).values)
+
+
+def test_topk_of_a_large_vocabulary():
+    """So large that blocks are sorted out first, with entries left over; chunks of several sizes."""
+    teacher = jobs.distinct(7, 3, 3011, generator=torch.Generator().manual_seed(1))
+    for direction in DIRECTIONS:
+        check(logits(7, 3, 3011), teacher, 1.5, direction, topk=50, chunk_rows=3)
 
 
 def test_equal_models_have_no_divergence_and_no_gradient():
