@@ -29,7 +29,7 @@ SMALL = {"student": _model(2, 32, 4), "teacher": _model(2, 64, 4)}
 SIZES: dict[str, dict[str, Any]] = {
     "full": {**MODELS, "sequences": 2, "length": 512, "vocabulary": 32000},
     "default": {**MODELS, "sequences": 2, "length": 256, "vocabulary": 32000},
-    "quick": {**SMALL, "sequences": 2, "length": 32, "vocabulary": 4000},
+    "quick": {**SMALL, "sequences": 2, "length": 64, "vocabulary": 4000},
 }
 STOCK, ALONE = "stock", "models without a loss"
 # Of the DistillationConfig.

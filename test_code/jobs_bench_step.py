@@ -43,6 +43,11 @@ def build(student: dict[str, int], teacher: dict[str, int], settings: dict[str, 
     return ddp, reduction_module._DistillationLossReduction(model.compute_kd_loss)
 
 
+def _sizes(case: dict[str, Any]) -> list[dict[str, int]]:
+    shared = {"seq_length": case["length"], "vocab_size": case["vocabulary"]}
+    return [{**case[who], **shared} for who in ("student", "teacher")]
+
+
 def batch(sequences: int, length: int, vocabulary: int) -> dict[str, torch.Tensor]:
     """Return random tokens; the loss mask leaves out every fifth."""
     generator = torch.Generator().manual_seed(5)
@@ -62,13 +67,12 @@ def distillation_step(ddp: Any, reduction: Any, data: dict[str, torch.Tensor]) -
 
 
 def models_alone(ddp: Any, gradient: torch.Tensor, data: dict[str, torch.Tensor]) -> float:
-    """Do the step without any loss: a gradient of the logits is given."""
-    arguments = data["tokens"], data["position_ids"], None
-    with torch.no_grad():
-        ddp.module.teacher_model(*arguments)
-    ddp.module.eval()  # the student alone, without a loss
-    ddp(*arguments).backward(gradient)
-    ddp.module.train()
+    """Do the step without any loss: a gradient of the logits [s, b, v] is given."""
+    ddp(data["tokens"], data["position_ids"], None, labels=data["labels"])
+    student, teacher = ddp.module.output_layer, ddp.module.teacher_model.output_layer
+    (logits, _), student._intermediate_output = student._intermediate_output, None
+    teacher._intermediate_output = None
+    logits.backward(gradient)
     return 0.0
 
 
@@ -88,12 +92,11 @@ def steps(case: dict[str, Any], settings: dict[str, Any], repeats: int, alone: b
     from test_code.jobs_distill import which_subpackage
 
     tiny.init_parallel()
-    sizes = [{**case[who], "seq_length": case["length"], "vocab_size": case["vocabulary"]} for who in ("student", "teacher")]
-    ddp, reduction = build(*sizes, settings)
+    ddp, reduction = build(*_sizes(case), settings)
     data = batch(case["sequences"], case["length"], case["vocabulary"])
     step = partial(distillation_step, ddp, reduction, data)
     if alone:
-        gradient = torch.full((case["sequences"], case["length"], case["vocabulary"]), 1e-6)
+        gradient = torch.full((case["length"], case["sequences"], case["vocabulary"]), 1e-6)
         step = partial(models_alone, ddp, gradient, data)
     ddp.zero_grad_buffer()
     loss = step()
@@ -108,4 +111,24 @@ def steps(case: dict[str, Any], settings: dict[str, Any], repeats: int, alone: b
         step()
         found["seconds"].append(time.process_time() - start)
     found["package"] = "stock" if "site-packages" in which_subpackage() else "ours"
+    return found
+
+
+def reuses_teacher_logits(case: dict[str, Any], changes: dict[str, dict[str, Any]]) -> dict[str, bool]:
+    """Return, for settings of the DistillationConfig, whether the loss takes the memory of the teacher's logits.
+
+    Args:
+        case: As for `steps`.
+        changes: Settings by label; under "seen" somebody else looks at the teacher's logits, too.
+    """
+    tiny.init_parallel()
+    found = {}
+    for label, settings in changes.items():
+        ddp, reduction = build(*_sizes(case), settings)
+        teacher, logits = ddp.module.teacher_model, []
+        if label == "seen":
+            teacher.output_layer.register_forward_hook(lambda _, inputs, output, kept=logits: kept.append(output[0]))
+        distillation_step(ddp, reduction, batch(case["sequences"], case["length"], case["vocabulary"]))
+        criterion = next(iter(ddp.module._layers_to_loss.values()))
+        found[label] = criterion.reuse_teacher
     return found

@@ -46,7 +46,8 @@ def check(student, teacher, temperature=1.0, direction="forward", gradient=None,
     mine = student.clone().requires_grad_()
     # In place, a copy is overwritten: a leaf that needs its gradient may not be.
     given_logits = mine.clone() if kwargs.get("in_place") else mine
-    value = kl_divergence(given_logits, teacher, temperature, direction, topk=topk, **kwargs)
+    given_teacher = teacher.clone() if kwargs.get("reuse_teacher") else teacher
+    value = kl_divergence(given_logits, given_teacher, temperature, direction, topk=topk, **kwargs)
     (value * weights).sum().backward()
     expected, expected_gradient = jobs.reference_kl(student, teacher, temperature, direction, weights, topk)
     torch.testing.assert_close(value.double(), expected, **FP32)
@@ -64,16 +65,14 @@ def check(student, teacher, temperature=1.0, direction="forward", gradient=None,
     rows=st.integers(1, 9),
     seed=st.integers(0, 99),
     topk=st.none() | st.integers(1, 140),
-    in_place=st.booleans(),
+    memory=st.sampled_from([{}, {"in_place": True}, {"reuse_teacher": True}]),
 )
-def test_kl_equals_fp64_for_any_shape_temperature_and_chunk(
-    s, b, v, temperature, direction, rows, seed, topk, in_place
-):
+def test_kl_equals_fp64_for_any_shape_temperature_and_chunk(s, b, v, temperature, direction, rows, seed, topk, memory):
     student, teacher = logits(s, b, v, seed=seed), logits(s, b, v, seed=seed + 100)
     # Cold temperatures blow logits, and with them fp32 rounding, up by their inverse.
     slack = max(1.0, 1 / temperature) ** 2
     tolerances = {"rtol": 1e-5, "atol": 2e-6 * slack}
-    check(student, teacher, temperature, direction, tolerances, topk, chunk_rows=rows, in_place=in_place)
+    check(student, teacher, temperature, direction, tolerances, topk, chunk_rows=rows, **memory)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -182,6 +181,14 @@ def test_in_place_the_gradient_takes_the_memory_of_the_logits(direction, topk):
     overwritten.register_hook(gradients.append)
     kl_divergence(overwritten, teacher, direction=direction, topk=topk, in_place=True).sum().backward()
     assert gradients[0].data_ptr() == overwritten.data_ptr()
+    gradients.clear()
+    overwritten = student * 1.0
+    overwritten.register_hook(gradients.append)
+    kl_divergence(overwritten, teacher, direction=direction, topk=topk, reuse_teacher=True).sum().backward()
+    assert gradients[0].data_ptr() == teacher.data_ptr()
+    # Another type cannot hold it.
+    kl_divergence(student, teacher.bfloat16(), direction=direction, topk=topk, reuse_teacher=True).sum().backward()
+    assert student.grad.dtype == torch.float32
 
 
 # Even shards, uneven ones, and shards with fewer entries than are compared.
