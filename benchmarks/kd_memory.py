@@ -107,9 +107,9 @@ def logits_and_loss(case: dict[str, Any], form: str, device: str = "cuda") -> in
     """Return what both models' logits and the loss take at their peak.
 
     Stock: the logits of both, and 7 (TP=1) or 8 fp32 tensors of their size. Chunked: the logits, one of which takes the
-    gradient, and three fp32 chunks; or in the backward pass this gradient and the output weight's. Fused: a chunk of each model's logits, fp32 gradient of the output weight, gradient
-    of the hidden states, hidden states of both models over the whole sequence, three fp32 chunks or a part of the
-    weight's gradient in its own type.
+    gradient, and three fp32 chunks; or, in the backward pass, this gradient and that of the output weight. Fused: a
+    chunk of each model's logits, fp32 gradient of the output weight, gradient of the hidden states, hidden states of
+    both models over the whole sequence, three fp32 chunks or a part of the weight's gradient in its own type.
 
     Args:
         case: what is distilled.
@@ -224,11 +224,9 @@ def text(table: list[dict[str, Any]], checks: list[dict[str, Any]]) -> str:
         "|---" * 7 + "|",
     ]
     for row in checks:
-        real = f"{row['allocator'] / 2**20:.1f}" if "allocator" in row else ""
-        lines.append(
-            f"| {row['case']} | {row['form']} | {row['formula'] / 2**20:.1f} | {row['simulation'] / 2**20:.1f} | {real} "
-            f"| {row['deviation']:+.1%} | {row['weights, formula / simulation']:.4f} |"
-        )
+        sizes = [f"{row[key] / 2**20:.1f}" if key in row else "" for key in ("formula", "simulation", "allocator")]
+        ratios = [f"{row['deviation']:+.1%}", f"{row['weights, formula / simulation']:.4f}"]
+        lines.append("| " + " | ".join([row["case"], row["form"], *sizes, *ratios]) + " |")
     return "\n".join(lines) + "\n"
 
 
