@@ -9,12 +9,9 @@ Writes a JSON file, a table and a plot to ``benchmarks/results``.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
-import json
 import multiprocessing
 import os
-import platform
 import socket
 import sys
 import sysconfig
@@ -23,6 +20,9 @@ import types
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.measure import peak_bytes, row, write
 
 STOCK = Path(sysconfig.get_paths()["purelib"]) / "nemo/collections/llm/modelopt/distill/loss.py"
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -72,18 +72,6 @@ class _Logits(torch.autograd.Function):
         if ctx.gradients[ctx.name] is None:
             ctx.gradients[ctx.name] = gradient.to(torch.float32, copy=True)
         return torch.zeros(1), None, None, None
-
-
-def peak_bytes(function) -> int:
-    """Return the most bytes a function has allocated at one time, by the allocator's own events."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    now = peak = 0
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
 
 
 def prepare(step):
@@ -152,15 +140,6 @@ def compare_logits(shape, dtype, config, repeats):
             scale = gradients[other].abs().max()
             rows[name]["gradient difference"] = float((gradients[other] - gradients[name]).abs().max() / scale)
     return rows
-
-
-def row(ours, other, unit):
-    found = {"ours": ours, "other": other, "peak in L": {"ours": ours["peak bytes"] / unit}}
-    if other:
-        found["peak in L"]["other"] = other["peak bytes"] / unit
-        found["time other / ours"] = other["seconds"] / ours["seconds"]
-        found["peak other / ours"] = other["peak bytes"] / max(1, ours["peak bytes"])
-    return found
 
 
 def compare_linear(shape, dtype, config, repeats):
@@ -258,42 +237,6 @@ def run_ranks(tp, size, repeats):
     return rows
 
 
-def table(rows) -> str:
-    lines = [
-        "| | CPU s, ours (worst) | stock or naive | ratio | peak / L, ours | stock or naive | ratio | gradients |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, found in rows.items():
-        ours, other, peak = found["ours"], found["other"], found["peak in L"]
-        cells = [f"{ours['seconds']:.3f} ({ours['worst']:.3f})"]
-        cells += [f"{other['seconds']:.3f}", f"{found['time other / ours']:.1f}x"] if other else ["", ""]
-        cells += [f"{peak['ours']:.2f}"]
-        cells += [f"{peak['other']:.2f}", f"{found['peak other / ours']:.1f}x"] if other else ["", ""]
-        cells += [f"{found['gradient difference']:.0e}" if "gradient difference" in found else ""]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        if "time fused / matrix products alone" in found:
-            lines.append(f"| fused / the matrix products alone | {found['time fused / matrix products alone']:.2f} |")
-    return "\n".join(lines) + "\n"
-
-
-def plot(rows) -> str:
-    """Return an SVG with two bars a row: how many times less time and memory ours takes."""
-    found = [(name, r["time other / ours"], r["peak other / ours"]) for name, r in rows.items() if r["other"]]
-    widest = max(max(a, min(b, 30.0)) for _, a, b in found)
-    parts, height = [], 44 + 26 * len(found)
-    for i, (name, faster, leaner) in enumerate(found):
-        y = 34 + 26 * i
-        parts.append(f'<text x="330" y="{y + 13}" text-anchor="end">{name}</text>')
-        for offset, value, colour in ((0, faster, "#4477aa"), (10, leaner, "#ccbb44")):
-            width = 330 * min(value, 30.0) / widest
-            parts.append(f'<rect x="338" y="{y + offset}" width="{width:.1f}" height="9" fill="{colour}"/>')
-            parts.append(f'<text x="{342 + width:.1f}" y="{y + offset + 8}">{value:.1f}x</text>')
-    title = '<text x="8" y="18">times less: CPU time (blue), peak extra memory (yellow); stock or naive / ours</text>'
-    style = '<style>text{font:10px sans-serif}</style><rect width="100%" height="100%" fill="white"/>'
-    body = style + title + "".join(parts)
-    return f'<svg xmlns="http://www.w3.org/2000/svg" width="740" height="{height}">{body}</svg>\n'
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=sorted(SIZES), default="default", help="full needs 8 GB a rank")
@@ -304,18 +247,7 @@ def main():
     rows = {}
     for tp in args.tp:
         rows |= run_ranks(tp, args.size, args.repeats)
-    packages = ("torch", "nemo-toolkit", "megatron-core", "nvidia-modelopt")
-    result = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, one thread a rank",
-        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
-        "rows": rows,
-    }
-    args.output.mkdir(parents=True, exist_ok=True)
-    text = table(rows)
-    (args.output / "kd_loss.json").write_text(json.dumps(result, indent=2) + "\n")
-    (args.output / "kd_loss.md").write_text(f"{result['machine']}; {result['versions']}\n\n{text}")
-    (args.output / "kd_loss.svg").write_text(plot(rows))
-    print(text)
+    print(write("kd_loss", rows, args.output))
 
 
 if __name__ == "__main__":

@@ -189,6 +189,12 @@ def sharded_kl(all_sizes, tp):
                     mine[mine < -1e29] = shard[shard < -1e29] = -torch.inf
             value = kl_divergence(mine, shard, temperature, direction, group, chunk_rows=3, topk=topk)
             (value * weights).sum().backward()
+            again, spent = mine.detach().clone().requires_grad_(), shard.clone()
+            value_again = kl_divergence(
+                again, spent, temperature, direction, group, chunk_rows=3, topk=topk, reuse_teacher=True
+            )
+            (value_again * weights).sum().backward()
+            assert torch.equal(again.grad, mine.grad) and torch.equal(spent, again.grad)
             expected, gradient = reference_kl(s, t, temperature, direction, weights, topk)
             key = f"{sizes} {label} {direction} topk={topk}"
             results[key] = (value.detach().double(), expected, mine.grad.double(), gradient[..., part], tolerance)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemo.collections.llm.modelopt.distill import _topk
 from nemo.collections.llm.modelopt.distill import loss as losses
 from nemo.collections.llm.modelopt.distill._vocab_parallel import DIRECTIONS, kl_divergence
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
@@ -45,7 +46,8 @@ def check(student, teacher, temperature=1.0, direction="forward", gradient=None,
     mine = student.clone().requires_grad_()
     # In place, a copy is overwritten: a leaf that needs its gradient may not be.
     given_logits = mine.clone() if kwargs.get("in_place") else mine
-    value = kl_divergence(given_logits, teacher, temperature, direction, topk=topk, **kwargs)
+    given_teacher = teacher.clone() if kwargs.get("reuse_teacher") else teacher
+    value = kl_divergence(given_logits, given_teacher, temperature, direction, topk=topk, **kwargs)
     (value * weights).sum().backward()
     expected, expected_gradient = jobs.reference_kl(student, teacher, temperature, direction, weights, topk)
     torch.testing.assert_close(value.double(), expected, **FP32)
@@ -63,16 +65,14 @@ def check(student, teacher, temperature=1.0, direction="forward", gradient=None,
     rows=st.integers(1, 9),
     seed=st.integers(0, 99),
     topk=st.none() | st.integers(1, 140),
-    in_place=st.booleans(),
+    memory=st.sampled_from([{}, {"in_place": True}, {"reuse_teacher": True}]),
 )
-def test_kl_equals_fp64_for_any_shape_temperature_and_chunk(
-    s, b, v, temperature, direction, rows, seed, topk, in_place
-):
+def test_kl_equals_fp64_for_any_shape_temperature_and_chunk(s, b, v, temperature, direction, rows, seed, topk, memory):
     student, teacher = logits(s, b, v, seed=seed), logits(s, b, v, seed=seed + 100)
     # Cold temperatures blow logits, and with them fp32 rounding, up by their inverse.
     slack = max(1.0, 1 / temperature) ** 2
     tolerances = {"rtol": 1e-5, "atol": 2e-6 * slack}
-    check(student, teacher, temperature, direction, tolerances, topk, chunk_rows=rows, in_place=in_place)
+    check(student, teacher, temperature, direction, tolerances, topk, chunk_rows=rows, **memory)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -126,6 +126,28 @@ def test_bf16_logits_are_accumulated_in_fp32(direction, temperature, topk):
     check(student, teacher, temperature, direction, BF16_GRADIENT, topk)
 
 
+@pytest.mark.parametrize("v", [16 * 20, 16 * 20 + 7, 5000, 16 * 20 - 1])
+@pytest.mark.parametrize("values", ["distinct", "few", "masked", "all in one block"])
+def test_the_likeliest_entries_are_found_by_blocks(v, values):
+    source = logits(5, v)
+    if values == "few":  # ties at the edge
+        source = source.round()
+    elif values == "masked":
+        source[:, 3:] = -torch.inf
+    elif values == "all in one block":  # entries i, i + blocks, ..
+        source[:, 2 :: v // _topk._BLOCK] += 100.0
+    found = _topk.likeliest(source, 10)
+    assert found.sort(-1).values.diff(dim=-1).gt(0).all(), "an entry was taken twice"
+    torch.testing.assert_close(source.gather(-1, found).sort(-1, descending=True).values, source.topk(10).values)
+
+
+def test_topk_of_a_large_vocabulary():
+    """So large that blocks are sorted out first, with entries left over; chunks of several sizes."""
+    teacher = jobs.distinct(7, 3, 3011, generator=torch.Generator().manual_seed(1))
+    for direction in DIRECTIONS:
+        check(logits(7, 3, 3011), teacher, 1.5, direction, topk=50, chunk_rows=3)
+
+
 def test_equal_models_have_no_divergence_and_no_gradient():
     student = logits(4, 2, 40).requires_grad_()
     value = kl_divergence(student, student.detach().clone())
@@ -159,6 +181,14 @@ def test_in_place_the_gradient_takes_the_memory_of_the_logits(direction, topk):
     overwritten.register_hook(gradients.append)
     kl_divergence(overwritten, teacher, direction=direction, topk=topk, in_place=True).sum().backward()
     assert gradients[0].data_ptr() == overwritten.data_ptr()
+    gradients.clear()
+    overwritten = student * 1.0
+    overwritten.register_hook(gradients.append)
+    kl_divergence(overwritten, teacher, direction=direction, topk=topk, reuse_teacher=True).sum().backward()
+    assert gradients[0].data_ptr() == teacher.data_ptr()
+    # Another type cannot hold it.
+    kl_divergence(student, teacher.bfloat16(), direction=direction, topk=topk, reuse_teacher=True).sum().backward()
+    assert student.grad.dtype == torch.float32
 
 
 # Even shards, uneven ones, and shards with fewer entries than are compared.

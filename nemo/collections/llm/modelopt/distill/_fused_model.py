@@ -241,6 +241,8 @@ def _logits_bytes(model) -> int:
 def fuse_output_layers(student: Any, teacher: Any, settings: Any) -> None:
     """Let both output layers give `DeferredLogits` in training, where that is exact and wanted.
 
+    Where it is not, the memory of the teacher's logits is used again.
+
     Args:
         student: model; nothing happens before the last pipeline stage.
         teacher: model.
@@ -252,10 +254,23 @@ def fuse_output_layers(student: Any, teacher: Any, settings: Any) -> None:
     if not settings.criterion or not getattr(student, "post_process", False):
         return
     if not choose_fused(student, teacher, settings):
+        _reuse_teacher_logits(student, teacher, settings)
         return
     for layer in (student.output_layer, teacher.output_layer):
         layer._defers = False
         layer.forward = MethodType(_forward_of_output_layer, layer)
+
+
+def _reuse_teacher_logits(student: Any, teacher: Any, settings: Any) -> None:
+    """Let the logits loss write its gradient over the teacher's logits, where nothing but modelopt's hook sees them."""
+    from .loss import LogitsKLLoss
+
+    criterion = settings.criterion.get(settings.logit_layers)
+    layer = getattr(teacher, "output_layer", None)
+    if settings.logit_layers != _OUTPUT_LAYERS or layer is None or type(criterion) is not LogitsKLLoss:
+        return
+    pairs = [pair for pair in getattr(student, "_layers_to_loss", {}) if pair[1] is layer]
+    criterion.reuse_teacher = len(pairs) == 1 and len(layer._forward_hooks) == 1
 
 
 def has_deferring_output(model: Any) -> bool:

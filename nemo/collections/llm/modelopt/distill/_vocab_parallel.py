@@ -11,7 +11,8 @@ communication. What crosses ranks is combined in fp64.
 
 Memory: tokens are taken in chunks that fit the cache. The gradient is formed during the forward pass in one buffer of
 the student logits' dtype (chunks are accumulated in fp32), and scaled in place by the incoming gradient; neither
-logits nor probabilities are saved. ``in_place`` takes the student's logits for that buffer.
+logits nor probabilities are saved. ``in_place`` takes the student's logits for that buffer, ``reuse_teacher`` the
+teacher's.
 
 Sources: the vocab-parallel cross entropy of Megatron-LM (arXiv 1909.08053) for the reduction over shards; the gradient
 in the forward pass follows Liger-Kernel (arXiv 2410.10989).
@@ -43,6 +44,7 @@ def kl_divergence(
     *,
     topk: int | None = None,
     in_place: bool = False,
+    reuse_teacher: bool = False,
 ) -> Tensor:
     """Return the divergence of every token, equal on all ranks of ``group``.
 
@@ -56,6 +58,8 @@ def kl_divergence(
         chunk_rows: tokens worked on at a time; chosen from the size of the cache by default.
         topk: compare the teacher's so many likeliest entries, and all others as one.
         in_place: overwrite the student's logits with their gradient. Nothing else may need them.
+        reuse_teacher: overwrite the teacher's logits with the gradient, where their type is the student's. Nothing else
+            may need them.
 
     Returns:
         Tensor of shape [...], fp32.
@@ -63,9 +67,13 @@ def kl_divergence(
     tokens = student.shape[:-1]
     flat = student.reshape(-1, student.shape[-1])
     rows = chunk_rows or default_chunk_rows(flat)
-    loss = _KLDivergence.apply(
-        flat, teacher.reshape(-1, teacher.shape[-1]), temperature, direction, group, rows, topk, in_place
-    )
+    flat_teacher = teacher.reshape(-1, teacher.shape[-1])
+    spare = None
+    if in_place:
+        spare = flat
+    elif reuse_teacher and flat_teacher.dtype == flat.dtype:
+        spare = flat_teacher
+    loss = _KLDivergence.apply(flat, flat_teacher, temperature, direction, group, rows, topk, spare)
     return loss.view(tokens)
 
 
@@ -73,10 +81,10 @@ class _KLDivergence(torch.autograd.Function):
     """The divergence of [n, v] logits with its gradient formed on the way (see the module's docstring)."""
 
     @staticmethod
-    def forward(ctx, student, teacher, temperature, direction, group, rows, topk, in_place):
+    def forward(ctx, student, teacher, temperature, direction, group, rows, topk, spare):
         gradient = None
         if ctx.needs_input_grad[0]:
-            gradient = student.detach() if in_place else torch.empty_like(student)
+            gradient = torch.empty_like(student) if spare is None else spare.detach()
         ctx.gradient = gradient
         return divergence_with_gradient(student, teacher, temperature, direction, group, rows, topk, gradient)
 
@@ -95,7 +103,7 @@ class _KLDivergence(torch.autograd.Function):
 def divergence_with_gradient(student, teacher, temperature, direction, group, rows, topk, gradient) -> Tensor:
     """Return the divergence of each token [n] and write d/d(student) to ``gradient`` [n, v] unless it is None.
 
-    ``gradient`` may share the student's memory: a chunk is read before it is written.
+    ``gradient`` may share the memory of either model's logits: a chunk is read before it is written.
     """
     if group is not None and torch.distributed.get_world_size(group) == 1:
         group = None

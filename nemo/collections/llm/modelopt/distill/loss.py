@@ -162,6 +162,8 @@ class LogitsKLLoss(BaseLoss):
         self._direction = direction
         self._topk = topk
         self._in_place = in_place
+        # Whether the teacher's logits are nobody else's: their memory then takes the gradient.
+        self.reuse_teacher = False
         # How many entries of the vocabulary both models have, where their padding differs.
         self.entries: int | None = None
         self._factor = temperature**2 if temperature_squared else 1.0
@@ -198,6 +200,7 @@ class LogitsKLLoss(BaseLoss):
             parallel_state.get_tensor_model_parallel_group() if split else None,
             topk=self._topk,
             in_place=self._in_place,
+            reuse_teacher=self.reuse_teacher,
         )
         return self.post_forward(loss if self._factor == 1.0 else loss * self._factor)
 

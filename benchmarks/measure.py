@@ -1,0 +1,107 @@
+"""What the benchmarks of the distillation share: peak memory, and how figures are compared, written and drawn."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "nemo-toolkit", "megatron-core", "nvidia-modelopt")
+_LONGEST_BAR = 30.0
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """Return the most bytes a function has allocated at one time, by the allocator's own events."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    now = peak = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def about() -> dict[str, Any]:
+    """Return the machine and the versions that figures belong to."""
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, one thread a rank",
+        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
+    }
+
+
+def row(ours: dict[str, Any], other: dict[str, Any] | None, unit: int) -> dict[str, Any]:
+    """Return two contestants side by side.
+
+    Args:
+        ours: ``seconds``, ``worst``, ``peak bytes``.
+        other: the same of stock or the naive form, where there is one.
+        unit: bytes of one logits tensor.
+    """
+    found = {"ours": ours, "other": other, "peak in L": {"ours": ours["peak bytes"] / unit}}
+    if other:
+        found["peak in L"]["other"] = other["peak bytes"] / unit
+        found["time other / ours"] = other["seconds"] / ours["seconds"]
+        found["peak other / ours"] = other["peak bytes"] / max(1, ours["peak bytes"])
+    return found
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    lines = [
+        "| | CPU s, ours (worst) | stock or naive | ratio | peak / L, ours | stock or naive | ratio | gradients |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, found in rows.items():
+        ours, other, peak = found["ours"], found["other"], found["peak in L"]
+        cells = [f"{ours['seconds']:.3f} ({ours['worst']:.3f})"]
+        cells += [f"{other['seconds']:.3f}", f"{found['time other / ours']:.2f}x"] if other else ["", ""]
+        cells += [f"{peak['ours']:.2f}"]
+        cells += [f"{peak['other']:.2f}", f"{found['peak other / ours']:.1f}x"] if other else ["", ""]
+        cells += [f"{found['gradient difference']:.0e}" if "gradient difference" in found else ""]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        if "time fused / matrix products alone" in found:
+            lines.append(f"| fused / the matrix products alone | {found['time fused / matrix products alone']:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: dict[str, dict[str, Any]]) -> str:
+    """Return an SVG with two bars a row: how many times less time and memory ours takes."""
+    found = [(name, r["time other / ours"], r["peak other / ours"]) for name, r in rows.items() if r["other"]]
+    widest = max(max(a, min(b, _LONGEST_BAR)) for _, a, b in found)
+    parts, height = [], 44 + 26 * len(found)
+    for i, (name, faster, leaner) in enumerate(found):
+        y = 34 + 26 * i
+        parts.append(f'<text x="330" y="{y + 13}" text-anchor="end">{name}</text>')
+        for offset, value, colour in ((0, faster, "#4477aa"), (10, leaner, "#ccbb44")):
+            width = 330 * min(value, _LONGEST_BAR) / widest
+            parts.append(f'<rect x="338" y="{y + offset}" width="{width:.1f}" height="9" fill="{colour}"/>')
+            parts.append(f'<text x="{342 + width:.1f}" y="{y + offset + 8}">{value:.1f}x</text>')
+    title = '<text x="8" y="18">times less: CPU time (blue), peak extra memory (yellow); stock or naive / ours</text>'
+    style = '<style>text{font:10px sans-serif}</style><rect width="100%" height="100%" fill="white"/>'
+    body = style + title + "".join(parts)
+    return f'<svg xmlns="http://www.w3.org/2000/svg" width="740" height="{height}">{body}</svg>\n'
+
+
+def write(name: str, rows: dict[str, dict[str, Any]], folder: Path, notes: str = "", more: dict | None = None) -> str:
+    """Write ``name`` as JSON, table and plot; return the table.
+
+    Args:
+        name: of the files.
+        rows: by label, as `row` returns them.
+        folder: made where it is missing.
+        notes: text below the table.
+        more: further entries of the JSON file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    result = {**about(), **(more or {}), "rows": rows}
+    text = table(rows) + (f"\n{notes}\n" if notes else "")
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / f"{name}.md").write_text(f"{result['machine']}; {result['versions']}\n\n{text}")
+    (folder / f"{name}.svg").write_text(plot(rows))
+    return text
