@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from nemo_modelopt_dropin import model_sizes, run_file
+from nemo_modelopt_dropin import model_sizes, prune_layout, run_file
 from nemo_modelopt_dropin.compress.settings import TARGETS, Job
 from nemo_modelopt_dropin.model_sizes import Memory, Shape, UnknownModel
 from nemo_modelopt_dropin.report import megabytes, millions
@@ -111,9 +111,12 @@ def pruning(given: argparse.Namespace, targets: Iterable[str]) -> Rows:
         source = given.text or " ".join(given.data_paths or []) or "random tokens"
         rows.append(("data", f"{given.num_train_samples} samples of {given.seq_length} tokens of {source}"))
     tokens = given.seq_length or 1
-    tp, pp = given.tp_size, given.pp_size
+    shared = prune_layout.of(given)
+    tp, pp = shared["tp_size"], shared["pp_size"]
+    rows.append(layout(given.devices, given.num_nodes, given.cpu, tp=tp, pp=pp))
+    if tp != given.tp_size:
+        rows.append(("", prune_layout.note(given.tp_size, shared)))
     return rows + [
-        layout(given.devices, given.num_nodes, given.cpu, tp=tp, pp=pp),
         memory(model_sizes.forward_memory(shape, given.mbs, tokens, tp, pp, width) if shape else None),
         ("writes", f"{given.save_path}: {_NEMO}, {run_file.NAME}{written}"),
     ]

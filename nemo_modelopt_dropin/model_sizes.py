@@ -118,15 +118,44 @@ def read(checkpoint: str | Path) -> Shape:
         UnknownModel: where the folder has no configuration, or one of a model that the formulas do not cover.
     """
     folder = Path(checkpoint)
-    context = folder / "context" / "model.yaml"
-    if context.is_file():
-        import yaml
-
-        content = yaml.load(context.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    content = _context(folder)
+    if content is not None:
         return _from_nemo(str(content.get("_target_", "")).rpartition(".")[2], content.get("config") or {}, folder)
     if (folder / "config.json").is_file():
         return _from_hugging_face(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     raise UnknownModel(f"{checkpoint} holds neither context/model.yaml nor config.json")
+
+
+def _context(folder: Path) -> Any:
+    """Return what a NeMo 2 checkpoint says of its model, None where the folder is no such checkpoint."""
+    file = folder / "context" / "model.yaml"
+    if not file.is_file():
+        return None
+    import yaml
+
+    return yaml.load(file.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def layers(checkpoint: str | Path) -> int | None:
+    """Return the number of layers of a NeMo 2 checkpoint of any kind, None where its configuration has none."""
+    content = _context(Path(checkpoint)) or {}
+    return (content.get("config") or {}).get("num_layers")
+
+
+def stage_layers(layers: int, stages: int) -> tuple[int, int] | tuple[None, None]:
+    """Return how many layers the first and the last pipeline stage hold, None for both where all hold as many.
+
+    What does not divide goes to the outer stages: Megatron lets only those differ.
+
+    Raises:
+        ValueError: for more stages than layers.
+    """
+    if layers < stages:
+        raise ValueError(f"{layers} layers cannot be split over {stages} pipeline stages")
+    if layers % stages == 0:
+        return None, None
+    outer = layers - (layers // stages) * (stages - 2)
+    return outer // 2, outer - outer // 2
 
 
 def _from_nemo(name: str, config: Mapping[str, Any], folder: Path) -> Shape:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from nemo_modelopt_dropin import prune_layout
+
 ALGORITHMS = ("fp8", "int8", "int8_sq", "int4", "int4_awq", "w4a8_awq", "nvfp4")
 EXPORT_FORMATS = ("nemo", "hf")
 HF_ALGORITHMS = ("fp8", "nvfp4")  # modelopt's Hugging Face writer stores the others wrongly or not at all
@@ -165,8 +167,8 @@ class Job:
             found.append(f"teacher checkpoint {self.teacher} is not a folder")
         if self.seq_length < 2:
             found.append(f"seq_length must be at least 2, got {self.seq_length}")
-        if self.layout.tp > 1 and not self.pruning.drop_layers:
-            found.append("pruning by importance needs tp=1; split over the pipeline (pp) or give drop_layers")
+        if not found and teacher_exists and self.teacher and not self.pruning.drop_layers:
+            found += prune_layout.problems(self.teacher, self.layout.devices * self.layout.num_nodes)
         return found
 
     def as_dict(self) -> dict[str, Any]:
