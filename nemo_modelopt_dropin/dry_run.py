@@ -160,7 +160,12 @@ def compression(job: Job, output: Path, stages: Iterable[str], waiting: Iterable
     files = ["report.html, report.json, figures/", "a checkpoint below each stage's folder", run_file.NAME]
     if shape is not None:
         small = shape.pruned(targets, job.pruning.drop_layers)
-        rows += [("pruned", size(small)), ("", f"{small.parameters / shape.parameters:.0%} of the parameters")]
+        limit = job.pruning.target_params
+        if limit is None:
+            rows += [("pruned", size(small)), ("", f"{small.parameters / shape.parameters:.0%} of the parameters")]
+        else:  # sizes are known only once candidates are measured: what follows is at most
+            tried = f"the best of up to {job.pruning.max_candidates} candidates by held-out loss"
+            rows.append(("pruned", f"params at most {limit}, {tried}"))
         if "hf" in job.quantization.formats:
             amount = model_sizes.quantized_bytes(small, job.quantization.algorithm)
             files.append(f"export/hf, about {megabytes(amount)}")

@@ -432,6 +432,20 @@ def test_more_ranks_than_layers_cannot_measure_importance(tmp_path, monkeypatch,
     assert [problem for problem in job.problems() if reason in problem]
 
 
+def test_a_dry_run_of_a_search_says_what_is_tried(tmp_path, monkeypatch, capsys):
+    _inputs(tmp_path)
+    for folder in ("model", "teacher"):
+        (tmp_path / folder).rmdir()
+        _checkpoint(tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    command = [*COMPRESS.split(), "--output", "out", "--dry-run", "--max-candidates", "5"]
+    assert _script("compress").main([*command, "--target-params", "70%"]) == 0
+    assert "params at most 70%, the best of up to 5 candidates by held-out loss" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        _script("compress").main([*command, "--target-params", "most"])
+    assert "target_params 'most'; give a share (70%, 0.7) or a number (5.6e9, 5.6B)" in capsys.readouterr().err
+
+
 # --- two runs -------------------------------------------------------------------------------------------------------
 
 

@@ -66,6 +66,7 @@ def prune(folder: Path, job: Job, token_folder: Path) -> dict[str, Any]:
     config = PruningConfig(
         **{name: getattr(settings, name) for name in TARGETS},
         drop_layers=list(settings.drop_layers) if settings.drop_layers else None,
+        **{name: getattr(settings, name) for name in ("target_params", "max_candidates", "heldout_batches")},
         scores_path=None if settings.drop_layers else str(folder / _SCORES),
         report_path=str(folder / _REPORT),
     )
