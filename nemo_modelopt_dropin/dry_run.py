@@ -78,7 +78,9 @@ def quantization(given: argparse.Namespace) -> Rows:
         ("quantize", f"{given.algorithm}; matrices in {_bits(given)} bits, {given.export_format} format{written}"),
         ("data", f"{given.calibration_dataset_size} rows of {given.calibration_dataset}, {given.seq_len} tokens each"),
         layout(given.devices, given.num_nodes, given.cpu, tp=tp, pp=pp),
-        memory(model_sizes.forward_memory(shape, given.batch_size, given.seq_len, tp, pp, width) if shape else None),
+        memory(
+            model_sizes.forward_memory(shape, given.batch_size, given.seq_len, tp, pp, width, True) if shape else None
+        ),
         ("writes", f"{given.export_path}: {files}, {run_file.NAME}"),
     ]
 

@@ -249,7 +249,7 @@ class Memory:
         return sum(self.parts.values())
 
 
-def forward_memory(shape: Shape, batch: int, seq: int, tp: int, pp: int, width: int) -> Memory:
+def forward_memory(shape: Shape, batch: int, seq: int, tp: int, pp: int, width: int, compared: bool = False) -> Memory:
     """Estimate what forward passes without gradients need on one rank.
 
     Args:
@@ -259,6 +259,7 @@ def forward_memory(shape: Shape, batch: int, seq: int, tp: int, pp: int, width: 
         tp: tensor-parallel ranks.
         pp: pipeline stages.
         width: bytes of a weight or activation.
+        compared: whether the original model's logits are there too, as where quantization is judged.
     """
     attention = shape.num_attention_heads * shape.kv_channels + 2 * shape.num_query_groups * shape.kv_channels
     units = 4 * shape.hidden_size + (attention + 3 * shape.ffn_hidden_size) / tp
@@ -266,7 +267,7 @@ def forward_memory(shape: Shape, batch: int, seq: int, tp: int, pp: int, width: 
         {
             "weights": width * shape.parameters / (tp * pp),
             "activations": batch * seq * units * width,
-            "logits": 4.0 * batch * seq * shape.vocab_size / tp,
+            "logits": 4.0 * batch * seq * shape.vocab_size / tp * (2 if compared else 1),
         }
     )
 
