@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from nemo_modelopt_dropin import model_sizes, run_file
+from nemo_modelopt_dropin import model_sizes, prune_layout, run_file
 from nemo_modelopt_dropin.compress.settings import TARGETS, Job
 from nemo_modelopt_dropin.model_sizes import Memory, Shape, UnknownModel
 from nemo_modelopt_dropin.report import megabytes, millions
@@ -78,7 +78,9 @@ def quantization(given: argparse.Namespace) -> Rows:
         ("quantize", f"{given.algorithm}; matrices in {_bits(given)} bits, {given.export_format} format{written}"),
         ("data", f"{given.calibration_dataset_size} rows of {given.calibration_dataset}, {given.seq_len} tokens each"),
         layout(given.devices, given.num_nodes, given.cpu, tp=tp, pp=pp),
-        memory(model_sizes.forward_memory(shape, given.batch_size, given.seq_len, tp, pp, width) if shape else None),
+        memory(
+            model_sizes.forward_memory(shape, given.batch_size, given.seq_len, tp, pp, width, True) if shape else None
+        ),
         ("writes", f"{given.export_path}: {files}, {run_file.NAME}"),
     ]
 
@@ -111,9 +113,12 @@ def pruning(given: argparse.Namespace, targets: Iterable[str]) -> Rows:
         source = given.text or " ".join(given.data_paths or []) or "random tokens"
         rows.append(("data", f"{given.num_train_samples} samples of {given.seq_length} tokens of {source}"))
     tokens = given.seq_length or 1
-    tp, pp = given.tp_size, given.pp_size
+    shared = prune_layout.of(given)
+    tp, pp = shared["tp_size"], shared["pp_size"]
+    rows.append(layout(given.devices, given.num_nodes, given.cpu, tp=tp, pp=pp))
+    if tp != given.tp_size:
+        rows.append(("", prune_layout.note(given.tp_size, shared)))
     return rows + [
-        layout(given.devices, given.num_nodes, given.cpu, tp=tp, pp=pp),
         memory(model_sizes.forward_memory(shape, given.mbs, tokens, tp, pp, width) if shape else None),
         ("writes", f"{given.save_path}: {_NEMO}, {run_file.NAME}{written}"),
     ]
@@ -166,7 +171,12 @@ def compression(job: Job, output: Path, stages: Iterable[str], waiting: Iterable
     files = ["report.html, report.json, figures/", "a checkpoint below each stage's folder", run_file.NAME]
     if shape is not None:
         small = shape.pruned(targets, job.pruning.drop_layers)
-        rows += [("pruned", size(small)), ("", f"{small.parameters / shape.parameters:.0%} of the parameters")]
+        limit = job.pruning.target_params
+        if limit is None:
+            rows += [("pruned", size(small)), ("", f"{small.parameters / shape.parameters:.0%} of the parameters")]
+        else:  # sizes are known only once candidates are measured: what follows is at most
+            tried = f"the best of up to {job.pruning.max_candidates} candidates by held-out loss"
+            rows.append(("pruned", f"params at most {limit}, {tried}"))
         if "hf" in job.quantization.formats:
             amount = model_sizes.quantized_bytes(small, job.quantization.algorithm)
             files.append(f"export/hf, about {megabytes(amount)}")

@@ -118,15 +118,44 @@ def read(checkpoint: str | Path) -> Shape:
         UnknownModel: where the folder has no configuration, or one of a model that the formulas do not cover.
     """
     folder = Path(checkpoint)
-    context = folder / "context" / "model.yaml"
-    if context.is_file():
-        import yaml
-
-        content = yaml.load(context.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    content = _context(folder)
+    if content is not None:
         return _from_nemo(str(content.get("_target_", "")).rpartition(".")[2], content.get("config") or {}, folder)
     if (folder / "config.json").is_file():
         return _from_hugging_face(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     raise UnknownModel(f"{checkpoint} holds neither context/model.yaml nor config.json")
+
+
+def _context(folder: Path) -> Any:
+    """Return what a NeMo 2 checkpoint says of its model, None where the folder is no such checkpoint."""
+    file = folder / "context" / "model.yaml"
+    if not file.is_file():
+        return None
+    import yaml
+
+    return yaml.load(file.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def layers(checkpoint: str | Path) -> int | None:
+    """Return the number of layers of a NeMo 2 checkpoint of any kind, None where its configuration has none."""
+    content = _context(Path(checkpoint)) or {}
+    return (content.get("config") or {}).get("num_layers")
+
+
+def stage_layers(layers: int, stages: int) -> tuple[int, int] | tuple[None, None]:
+    """Return how many layers the first and the last pipeline stage hold, None for both where all hold as many.
+
+    What does not divide goes to the outer stages: Megatron lets only those differ.
+
+    Raises:
+        ValueError: for more stages than layers.
+    """
+    if layers < stages:
+        raise ValueError(f"{layers} layers cannot be split over {stages} pipeline stages")
+    if layers % stages == 0:
+        return None, None
+    outer = layers - (layers // stages) * (stages - 2)
+    return outer // 2, outer - outer // 2
 
 
 def _from_nemo(name: str, config: Mapping[str, Any], folder: Path) -> Shape:
@@ -220,7 +249,7 @@ class Memory:
         return sum(self.parts.values())
 
 
-def forward_memory(shape: Shape, batch: int, seq: int, tp: int, pp: int, width: int) -> Memory:
+def forward_memory(shape: Shape, batch: int, seq: int, tp: int, pp: int, width: int, compared: bool = False) -> Memory:
     """Estimate what forward passes without gradients need on one rank.
 
     Args:
@@ -230,6 +259,7 @@ def forward_memory(shape: Shape, batch: int, seq: int, tp: int, pp: int, width: 
         tp: tensor-parallel ranks.
         pp: pipeline stages.
         width: bytes of a weight or activation.
+        compared: whether the original model's logits are there too, as where quantization is judged.
     """
     attention = shape.num_attention_heads * shape.kv_channels + 2 * shape.num_query_groups * shape.kv_channels
     units = 4 * shape.hidden_size + (attention + 3 * shape.ffn_hidden_size) / tp
@@ -237,7 +267,7 @@ def forward_memory(shape: Shape, batch: int, seq: int, tp: int, pp: int, width: 
         {
             "weights": width * shape.parameters / (tp * pp),
             "activations": batch * seq * units * width,
-            "logits": 4.0 * batch * seq * shape.vocab_size / tp,
+            "logits": 4.0 * batch * seq * shape.vocab_size / tp * (2 if compared else 1),
         }
     )
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_modelopt_dropin import report, report_charts
+from nemo_modelopt_dropin import report, report_charts, report_figures
 
 if TYPE_CHECKING:
     import altair as alt
@@ -61,8 +61,8 @@ def charts(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     made: dict[str, tuple[str, str, alt.TopLevelMixin | None]] = {
         "candidates": (
             "Candidates",
-            "Held-out loss in nats a token against parameters; colour: KL(original || candidate).",
-            _candidates(content.get("candidates", [])),
+            report_figures.CANDIDATES,
+            report_figures.candidates(content.get("candidates", [])),
         ),
         "layer_scores": (
             "Importance of the layers",
@@ -78,29 +78,6 @@ def charts(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             _units(layers),
         )
     return report_charts.figures(made)
-
-
-def _candidates(candidates: list[dict[str, Any]]) -> alt.Chart | None:
-    import altair as alt
-
-    if not candidates:
-        return None
-    values = [
-        {"kept": "kept" if found["chosen"] else "tried", **found["sizes"], **found, "sizes": None}
-        for found in candidates
-    ]
-    sizes = list(candidates[0]["sizes"])
-    return (
-        alt.Chart(alt.Data(values=values))
-        .mark_point(filled=True, size=110, opacity=1)
-        .encode(
-            x=alt.X("parameters:Q", scale=alt.Scale(zero=False), axis=alt.Axis(format="~s", tickCount=6)),
-            y=alt.Y("loss:Q", title="nats per token", scale=alt.Scale(zero=False)),
-            color=alt.Color("kl:Q", title="KL", scale=alt.Scale(scheme="viridis")),
-            shape=alt.Shape("kept:N", scale=alt.Scale(domain=["kept", "tried"], range=["diamond", "circle"])),
-            tooltip=[*(f"{name}:Q" for name in sizes), alt.Tooltip("loss:Q", format=".4f")],
-        )
-    )
 
 
 def _layers(scores: Mapping[str, float], kept: set[int]) -> alt.Chart | None:

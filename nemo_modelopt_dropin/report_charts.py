@@ -39,6 +39,16 @@ def charts(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             "Each model's size on disk against its held-out loss; the line joins those that no other beats in both.",
             lambda report: report_figures.tradeoff([("", report)]),
         ),
+        "recovery": (
+            "Loss recovered by distillation",
+            "Held-out loss after no, some and full distillation; dashed: the teacher's.",
+            report_figures.recovery,
+        ),
+        "candidates": (
+            "Candidates of the pruning",
+            report_figures.CANDIDATES,
+            lambda report: report_figures.candidates((report.get("importance") or {}).get("candidates") or []),
+        ),
         "layer_importance": (
             "Importance of layers",
             "How much each layer changes what passes through it (block influence); the least important go first.",

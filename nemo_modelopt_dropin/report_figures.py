@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,17 @@ COLOURS = {
     "quantized": "#8e6bbf",
     "exported": "#5b6675",
 }
+CANDIDATES = (
+    "Held-out loss in nats a token against parameters; colour: KL(original || candidate). The line joins those that no "
+    "other beats in both; the diamond was kept."
+)
 RUN_COLOURS = ["#3b82c4", "#d1495b"]
 
 
-def front(points: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the points that no other beats in both ``bytes`` and ``loss``, by size."""
+def front(points: Iterable[Mapping[str, Any]], size: str = "bytes") -> list[Mapping[str, Any]]:
+    """Return the points that no other beats in both ``size`` and ``loss``, by size."""
     found: list[Mapping[str, Any]] = []
-    for point in sorted(points, key=lambda point: (point["bytes"], point["loss"])):
+    for point in sorted(points, key=lambda point: (point[size], point["loss"])):
         if not found or point["loss"] < found[-1]["loss"]:
             found.append(point)
     return found
@@ -61,6 +66,61 @@ def tradeoff(runs: Runs) -> alt.LayerChart | None:
     if len(runs) > 1:
         dots = dots.encode(shape=alt.Shape("run:N", scale=alt.Scale(domain=[run for run, _ in runs])))
     return line + dots
+
+
+def candidates(tried: Sequence[Mapping[str, Any]]) -> alt.LayerChart | None:
+    """Return the candidates of a pruning to a number of parameters: size against held-out loss, with their front.
+
+    Args:
+        tried: what `describe_pruning` has as candidates.
+    """
+    import altair as alt
+
+    if not tried:
+        return None
+    values = [
+        {"kept": "kept" if found["chosen"] else "tried", **found["sizes"], **found, "sizes": None} for found in tried
+    ]
+    # A loss that is not a number is null in JSON: such a candidate is in the table only.
+    measured = [value for value in values if value["loss"] is not None and math.isfinite(value["loss"])]
+    x = alt.X("parameters:Q", scale=alt.Scale(zero=False, padding=18), axis=alt.Axis(format="~s", tickCount=6))
+    y = alt.Y("loss:Q", title="nats per token", scale=alt.Scale(zero=False, padding=18))
+    line = alt.Chart(alt.Data(values=front(measured, "parameters")))
+    dots = alt.Chart(alt.Data(values=measured)).mark_point(filled=True, size=110, opacity=1)
+    return line.mark_line(strokeDash=[4, 3], color="#8b95a3").encode(x=x, y=y) + dots.encode(
+        x=x,
+        y=y,
+        color=alt.Color("kl:Q", title="KL", scale=alt.Scale(scheme="viridis")),
+        shape=alt.Shape("kept:N", scale=alt.Scale(domain=["kept", "tried"], range=["diamond", "circle"])),
+        tooltip=[*(f"{name}:Q" for name in tried[0]["sizes"]), alt.Tooltip("loss:Q", format=".4f")],
+    )
+
+
+def recovery(content: Mapping[str, Any]) -> alt.LayerChart | None:
+    """Return the held-out loss after no, some and full distillation, with the teacher's as a line."""
+    import altair as alt
+
+    points = content.get("recovery")
+    if not points:
+        return None
+    y = alt.Y("loss:Q", title="nats per token", scale=alt.Scale(zero=False, padding=18))
+    line = (
+        alt.Chart(alt.Data(values=points))
+        .mark_line(point=True, color=COLOURS["distilled"])
+        .encode(
+            x=alt.X("tokens:Q", title="tokens of distillation", axis=alt.Axis(format="~s", tickCount=5)),
+            y=y,
+            tooltip=[
+                "steps:Q",
+                "tokens:Q",
+                alt.Tooltip("loss:Q", format=".4f"),
+                alt.Tooltip("regained:Q", format=".0%"),
+            ],
+        )
+    )
+    teacher = [{"loss": model["heldout_loss"]} for model in content["models"] if model["name"] == "teacher"]
+    rule = alt.Chart(alt.Data(values=teacher)).mark_rule(strokeDash=[4, 3], color=COLOURS["teacher"]).encode(y=y)
+    return rule + line
 
 
 def layer_importance(content: Mapping[str, Any]) -> alt.Chart | None:

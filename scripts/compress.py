@@ -36,6 +36,14 @@ _PRUNING: _Flags = {
     "target-num-attention-heads": int,
     "target-num-query-groups": int,
     "target-num-layers": int,
+    "target-params": str,
+    "max-candidates": int,
+    "heldout-batches": int,
+}
+_HELP = {
+    "target-params": "parameters to keep at most: 70%%, 5.6e9 or 5.6B; sizes are chosen by held-out loss",
+    "max-candidates": "combinations of sizes to try for it (default: 16)",
+    "heldout-batches": "held-out batches to compare them on (default: 16)",
 }
 _DISTILLATION: _Flags = {
     "steps": int,
@@ -78,7 +86,7 @@ def parser() -> Parser:
     layout.add_argument("--cpu", action="store_true", default=None, help="run on CPU ranks over gloo")
     pruning = found.add_argument_group("prune")
     for name, kind in _PRUNING.items():
-        pruning.add_argument(f"--{name}", type=kind)
+        pruning.add_argument(f"--{name}", type=kind, help=_HELP.get(name))
     pruning.add_argument("--drop-layers", type=int, nargs="+", help="layers to drop, counted from 1")
     pruning.add_argument("--prune-samples", type=int, help="sequences to measure importance on (default: 256)")
     pruning.add_argument("--prune-batch-size", type=int, help="sequences a pass (default: 4)")

@@ -2,8 +2,9 @@
 
 Width and depth go by importance, which is measured on data (--data_paths: Megatron's tokenized files; --text: JSON
 lines with a column text); --drop_layers needs none. A target is a size or a share of the original's (0.5); with
---target_params sizes are chosen among candidates by held-out loss. By importance tp_size must be 1. Start it with
-torchrun for more than one GPU; with --cpu it starts its ranks itself. The settings are saved as run.yaml with the
+--target_params sizes are chosen among candidates by held-out loss. Importance is measured on whole layers, so
+ranks of --tp then work as pipeline stages; the result loads at any layout. Start it with torchrun for more than one
+GPU; with --cpu it starts its ranks itself. The settings are saved as run.yaml with the
 output; --config takes such a file, flags win over it. Exit codes: 0 done, 1 failed, 2 wrong arguments or settings,
 130 interrupted.
 """
@@ -14,6 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from nemo_modelopt_dropin import prune_layout
 from nemo_modelopt_dropin.command_line import (
     Parser,
     default_devices,
@@ -70,7 +72,7 @@ def parser() -> Parser:
     layout = found.add_argument_group("layout")
     layout.add_argument("--devices", type=int, help="ranks of each node (default: torchrun's, or what the model needs)")
     layout.add_argument("--num_nodes", type=int, help="nodes (default: torchrun's, or 1)")
-    layout.add_argument("--tp_size", "--tp", type=int, default=1, help="only 1 unless layers are dropped")
+    layout.add_argument("--tp_size", "--tp", type=int, default=1, help="by importance: pipeline stages")
     layout.add_argument("--pp_size", "--pp", type=int, default=1)
     layout.add_argument("--num_layers_in_first_pipeline_stage", type=int, help="where stages are unequal")
     layout.add_argument("--num_layers_in_last_pipeline_stage", type=int, help="where stages are unequal")
@@ -118,6 +120,8 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     problems += missing_paths({"--text": arguments.text, "--heldout_text": arguments.heldout_text}, folder=False)
     problems += layout_problems(arguments.devices, arguments.num_nodes, arguments.tp_size, arguments.pp_size)
     problems += not_positive(arguments, ("max_candidates", "heldout_batches"))
+    if not problems and arguments.tp_size > 1 and not arguments.drop_layers:
+        problems += prune_layout.problems(arguments.restore_path, arguments.devices * arguments.num_nodes)
     sizes = {name: getattr(arguments, name) for name in given if name in TARGETS}
     problems += [
         f"--{name} must be a size of at least 1, or a share between 0 and 1, got {size}"
@@ -138,8 +142,6 @@ def _importance_problems(arguments: argparse.Namespace, given: list[str]) -> lis
         found.append("nothing to prune: give --drop_layers, --target_params or at least one other --target_...")
     if "target_num_query_groups" in given and "target_num_attention_heads" not in given:
         found.append("--target_num_query_groups needs --target_num_attention_heads")
-    if arguments.tp_size != 1:
-        found.append("--tp_size must be 1 when pruning by importance; use --pp_size")
     if not arguments.seq_length:
         found.append("--seq_length is required when pruning by importance")
     if arguments.mbs < 1 or arguments.num_train_samples % max(1, arguments.mbs):
@@ -189,17 +191,9 @@ def work(arguments: argparse.Namespace) -> None:
     from nemo.collections.llm.modelopt import PruningConfig
     from nemo.collections.llm.modelopt.prune import check_checkpoint
 
-    same_name = (
-        "devices",
-        "num_nodes",
-        "tp_size",
-        "pp_size",
-        "num_layers_in_first_pipeline_stage",
-        "num_layers_in_last_pipeline_stage",
-        "num_train_samples",
-        "save_path",
-        "legacy_ckpt",
-    )
+    same_name = ("devices", "num_nodes", "num_train_samples", "save_path", "legacy_ckpt")
+    layout = prune_layout.of(arguments)
+    prune_layout.announce(arguments.tp_size, layout)
     config = PruningConfig(
         **{name: getattr(arguments, name) for name in (*TARGETS, *BUDGETS)},
         drop_layers=arguments.drop_layers,
@@ -208,12 +202,13 @@ def work(arguments: argparse.Namespace) -> None:
         heldout_batches=arguments.heldout_batches,
         report_path=None if arguments.no_report else arguments.report_path,
     )
-    check_checkpoint(config, arguments.restore_path, arguments.tp_size)
+    check_checkpoint(config, arguments.restore_path, layout["tp_size"])
     llm.prune(
         nemo_checkpoint=arguments.restore_path,
         pruning_config=config,
         data=None if arguments.drop_layers else make_data(arguments),
         tokenizer_path=arguments.tokenizer,
+        **layout,
         **{name: getattr(arguments, name) for name in same_name},
     )
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nemo_modelopt_dropin.compress import heldout, tokens, training
-from nemo_modelopt_dropin.compress.settings import Layout
+from nemo_modelopt_dropin.compress import heldout, jobs, tokens, training
+from nemo_modelopt_dropin.compress.settings import Job, Layout, Pruning
 from test_code import tiny
 
 
@@ -21,6 +21,25 @@ def make_teacher(folder: str) -> None:
     np.save(here / "heldout.npy", tokens.encode(here / "heldout.jsonl", tiny.tokenizer()))
     tiny.fit(tiny.model(vocab_size=tiny.VOCABULARY), max_steps=4, save_to=here / "checkpoint")
     training.release()
+
+
+def _pruning(here: Path, layout: dict, pruning: dict) -> Job:
+    texts = {f"{name}_text": str(here / f"{name}.jsonl") for name in ("train", "heldout")}
+    settings = Pruning(num_samples=8, **pruning)
+    return Job(str(here / "checkpoint"), **texts, seq_length=32, layout=Layout(cpu=True, **layout), pruning=settings)
+
+
+def tokenize(folder: str) -> None:
+    """Write the tokens that `prune` reads below ``folder``/pruned."""
+    here = Path(folder)
+    (here / "pruned").mkdir(exist_ok=True)
+    jobs.tokenize(here / "pruned", _pruning(here, {}, {}))
+
+
+def prune(folder: str, layout: dict, pruning: dict) -> dict:
+    """Return what the stage that prunes reports of the tiny teacher, pruned below ``folder``/pruned."""
+    here = Path(folder)
+    return jobs.prune(here / "pruned", _pruning(here, layout, pruning), here / "pruned")
 
 
 def measure(folder: str, layout: dict) -> dict:

@@ -12,8 +12,16 @@ import numpy as np
 import torch
 
 
-def build(tp: int = 1, pp: int = 1, data=None, batches: int = 4, **overrides):
+def build(tp: int = 1, pp: int = 1, data=None, batches: int = 4, stages=None, **overrides):
     """Train a tiny model for one step and give it weights that depend on their names only, not on the layout.
+
+    Args:
+        tp: tensor-parallel size.
+        pp: pipeline-parallel size.
+        data: settings of `tiny.data`.
+        batches: how many batches importance is measured on.
+        stages: arguments of the strategy that say how many layers the first and the last stage hold.
+        **overrides: settings of the model.
 
     Returns:
         NeMo's model, its data module and the trainer that holds the model.
@@ -22,7 +30,7 @@ def build(tp: int = 1, pp: int = 1, data=None, batches: int = 4, **overrides):
 
     model = tiny.model(**overrides)
     module = tiny.data(**(data or {}))
-    run = tiny.trainer(tp=tp, pp=pp, max_steps=1, limit_val_batches=batches)
+    run = tiny.trainer(tp=tp, pp=pp, max_steps=1, limit_val_batches=batches, strategy_kwargs=stages)
     run.fit(model, module)
     fill(model)
     return model, module, run
@@ -474,12 +482,12 @@ class FillAtEnd(pl.Callback):
         fill(pl_module)
 
 
-def save_checkpoint(path: str, **overrides):
+def save_checkpoint(path: str, tp: int = 1, sp: bool = False, **overrides):
     """Write a NeMo checkpoint of a model whose weights depend on their names only."""
     from test_code import tiny
 
     model = tiny.model(**overrides)
-    run = tiny.trainer(max_steps=1, callbacks=[FillAtEnd(), tiny.SaveAtEnd(path)])
+    run = tiny.trainer(tp=tp, sp=sp, max_steps=1, callbacks=[FillAtEnd(), tiny.SaveAtEnd(path)])
     run.fit(model, tiny.data())
     return weights(model)
 
@@ -499,6 +507,38 @@ def prune_checkpoint(source: str, target: str, request: dict, data: bool = True,
         data=tiny.data(global_batch_size=2, micro_batch_size=2) if data else None,
         **layout,
     )
+
+
+def layers_held(path: str, **layout) -> int:
+    """Restore a checkpoint as ptq and pruning do, and return how many layers this rank's stage holds."""
+    from nemo.collections.llm.modelopt import setup_trainer_and_restore_model_with_modelopt_spec
+    from test_code import tiny
+
+    model, _ = setup_trainer_and_restore_model_with_modelopt_spec(
+        path, devices=int(os.environ["WORLD_SIZE"]), pipeline_model_parallel_size=2, **layout
+    )
+    return len(tiny.core(model).decoder.layers)
+
+
+def prune_by_script(arguments: list[str]) -> list[str]:
+    """Do what scripts/prune.py does on a rank, and return the warnings that it logs."""
+    import importlib
+    import logging
+    import sys
+
+    folder = str(Path(__file__).resolve().parent.parent / "scripts")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    script = importlib.import_module("prune")
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("nemo_logger").addHandler(handler)
+    try:
+        script.work(script.resolve(arguments))
+    finally:
+        logging.getLogger("nemo_logger").removeHandler(handler)
+    return said
 
 
 def checkpoint_config(path: str) -> dict:

@@ -388,6 +388,64 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(name, tmp_path, monkeypatc
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(("layers", "stages"), [(4, 2), (3, 2), (5, 3), (7, 4), (32, 5), (3, 3), (9, 1)])
+def test_layers_that_do_not_divide_go_to_the_outer_stages(layers, stages):
+    first, last = model_sizes.stage_layers(layers, stages)
+    if layers % stages == 0:
+        assert (first, last) == (None, None)
+        return
+    between = layers - first - last
+    assert min(first, last) >= layers // stages and abs(first - last) <= 1
+    assert between == (stages - 2) * (layers // stages)
+
+
+IMPORTANCE = "--restore_path model --save_path out --text text.jsonl --seq_length 8 --target_ffn_hidden_size 16 --cpu"
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages"), [(2, "2 pipeline stages."), (3, "2 pipeline stages (1 layers in the first, 2 in the last).")]
+)
+def test_tensor_parallel_ranks_measure_importance_as_pipeline_stages(layers, stages, tmp_path, monkeypatch, capsys):
+    _inputs(tmp_path)
+    (tmp_path / "model").rmdir()
+    _checkpoint(tmp_path / "model", num_layers=layers)
+    monkeypatch.chdir(tmp_path)
+    assert _script("prune").main([*IMPORTANCE.split(), "--tp", "2", "--dry-run"]) == 0
+    found = capsys.readouterr().out
+    assert "ranks   2 x 1 nodes (CPU over gloo): tp 1 x pp 2 x dp 1" in found
+    assert f"instead of TP=2 the checkpoint is restored at TP=1 with {stages}" in found
+
+
+def test_more_ranks_than_layers_cannot_measure_importance(tmp_path, monkeypatch, capsys):
+    _inputs(tmp_path)
+    (tmp_path / "model").rmdir()
+    _checkpoint(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    reason = "2 layers cannot be split over 4 pipeline stages; importance is measured on whole layers"
+    with pytest.raises(SystemExit) as stopped:
+        _script("prune").main([*IMPORTANCE.split(), "--tp", "2", "--devices", "4", "--dry-run"])
+    assert stopped.value.code == 2 and reason in capsys.readouterr().err
+    settings = {"teacher": "model", "train_text": "text.jsonl", "heldout_text": "text.jsonl"}
+    layout = job_settings.Layout(devices=4, tp=4, cpu=True)
+    pruning = job_settings.Pruning(target_ffn_hidden_size=16)
+    job = job_settings.Job(**settings, pruning=pruning, layout=layout)
+    assert [problem for problem in job.problems() if reason in problem]
+
+
+def test_a_dry_run_of_a_search_says_what_is_tried(tmp_path, monkeypatch, capsys):
+    _inputs(tmp_path)
+    for folder in ("model", "teacher"):
+        (tmp_path / folder).rmdir()
+        _checkpoint(tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    command = [*COMPRESS.split(), "--output", "out", "--dry-run", "--max-candidates", "5"]
+    assert _script("compress").main([*command, "--target-params", "70%"]) == 0
+    assert "params at most 70%, the best of up to 5 candidates by held-out loss" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        _script("compress").main([*command, "--target-params", "most"])
+    assert "target_params 'most'; give a share (70%, 0.7) or a number (5.6e9, 5.6B)" in capsys.readouterr().err
+
+
 # --- two runs -------------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemo_modelopt_dropin import report_charts
 from nemo_modelopt_dropin.compress import corpus, plan, stages
 from nemo_modelopt_dropin.compress import settings as job_settings
 from test_code import jobs_compress
@@ -36,7 +37,7 @@ def test_every_problem_is_reported_at_once(tmp_path):
     with pytest.raises(job_settings.SettingsError) as caught:
         job.check()
     lines = str(caught.value).splitlines()
-    assert len(lines) == 8
+    assert len(lines) == 7
     for part in ("3 ranks cannot", "go together", "did you mean fp8?", "did you mean hf?", "none is not a folder"):
         assert any(part in line for line in lines), part
 
@@ -47,6 +48,9 @@ def test_every_problem_is_reported_at_once(tmp_path):
         ({}, "nothing to prune"),
         ({"target_num_layers": 0}, "target_num_layers must be positive"),
         ({"target_num_layers": 2, "drop_layers": (1,)}, "cannot be combined"),
+        ({"target_params": "70%", "drop_layers": (1,)}, "cannot be combined with target_params"),
+        ({"target_params": "much"}, "give a share (70%, 0.7) or a number"),
+        ({"target_params": "70%", "max_candidates": 0}, "max_candidates must be positive"),
         ({"target_num_layers": 2, "num_samples": 2, "micro_batch_size": 4}, "less than one batch"),
     ],
 )
@@ -125,6 +129,29 @@ def test_every_layout_measures_the_same(ranks, teacher, layout):
         assert found["heldout_loss"] == pytest.approx(alone["heldout_loss"], abs=1e-5)
         for name in ("heldout_tokens", "parameters", "body_parameters"):
             assert found[name] == alone[name]
+
+
+EMPTY = {"models": [], "curves": [], "stages": [], "exports": {}}
+
+
+def test_a_teacher_at_tensor_parallelism_is_pruned_to_a_number_of_parameters(ranks, teacher):
+    pruning = {"target_params": "70%", "max_candidates": 3, "heldout_batches": 1}
+    job = job_settings.Job("t", "a", "b", pruning=job_settings.Pruning(**pruning))
+    assert not [problem for problem in job.pruning.problems() if "pruning" in problem]
+    ranks(1).run(jobs_compress.tokenize, str(teacher))
+    one, two = ranks(2).run(jobs_compress.prune, str(teacher), {"devices": 2, "tp": 2}, pruning, timeout=240)
+    assert one["importance"] == two["importance"]
+    tried = one["importance"]["candidates"]
+    whole = json.loads((teacher / "pruned" / "report" / "report.json").read_text())
+    assert tried == whole["candidates"] and len(tried) == 3
+    chosen = [found for found in tried if found["chosen"]]
+    assert chosen == [min(tried, key=lambda found: found["loss"])]
+    assert one["parameters"] == chosen[0]["parameters"] <= 0.7 * whole["before"]["parameters"]
+    # The page of the whole run shows these very numbers.
+    figure = report_charts.charts({**EMPTY, "importance": one["importance"]})["candidates"]
+    drawn = figure["spec"]["layer"][1]["data"]["values"]
+    for found in tried:
+        assert [row for row in drawn if (row["parameters"], row["loss"]) == (found["parameters"], found["loss"])]
 
 
 # --- the whole job ----------------------------------------------------------------------------------------------------

@@ -145,6 +145,7 @@ def test_settings_of_strategy_and_trainer(model_utils, inference_only):
         )
     strategy = nl.MegatronStrategy.call_args.kwargs
     assert strategy["tensor_model_parallel_size"] == 2 and strategy["sequence_parallel"] is True
+    assert strategy["num_layers_in_last_pipeline_stage"] == 3 and "num_layers_in_first_pipeline_stage" not in strategy
     assert strategy["pipeline_dtype"] == torch.bfloat16
     assert (strategy.get("ddp") == "pytorch") is inference_only
     assert (strategy.get("setup_optimizers") is False) is inference_only

@@ -244,21 +244,6 @@ class TestPureFunctions:
 
         assert keep_moe_pattern(frequency, layers, kept) == expected
 
-    @settings(deadline=None)
-    @given(kept=st.sets(st.integers(1, 8), min_size=1))
-    def test_pattern_keeps_the_letters_of_the_layers(self, cpu_backend, kept):
-        from nemo.collections.llm.modelopt.prune._report import keep_pattern
-
-        pattern = "M*M-M*ME"
-        assert keep_pattern(pattern, kept) == "".join(c for i, c in enumerate(pattern, 1) if i in kept)
-
-    def test_hybrid_pattern_in_model_and_configuration(self, cpu_backend):
-        from nemo.collections.llm.modelopt.prune._report import keep_layer_patterns
-
-        core = SimpleNamespace(hybrid_override_pattern="M*M-", config=SimpleNamespace(hybrid_override_pattern="M*M-"))
-        keep_layer_patterns(core, [1, 2, 4], 4)
-        assert core.hybrid_override_pattern == core.config.hybrid_override_pattern == "M*-"
-
     def test_saved_configuration_gets_pattern_and_forgets_stage_splits(self, cpu_backend):
         from nemo.collections.llm.modelopt.prune._state import write_sizes
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
 
-from test_code import installed
+from test_code import installed, tiny
 from test_code import jobs_prune as jobs
 
 PRUNER = "nemo.collections.llm.modelopt.prune.pruner"
@@ -210,6 +211,12 @@ class TestOracle:
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def _losses(report: dict) -> list[float]:
+    """Take what was measured on floats out of a report and return it."""
+    found = [report.pop("original_heldout_loss", 0.0), *report.pop("layer_scores", {}).values()]
+    return found + [candidate.pop(name) for candidate in report.get("candidates", []) for name in ("loss", "kl")]
+
+
 class TestLayouts:
     @pytest.mark.parametrize(
         "request_",
@@ -225,6 +232,29 @@ class TestLayouts:
         joined = {**two[0]["after"], **two[1]["after"]}
         assert joined.keys() == one["after"].keys()
         assert all(torch.equal(joined[name], one["after"][name]) for name in joined)
+        assert two[0]["report"] == two[1]["report"] == one["report"]
+
+    @pytest.mark.parametrize(
+        ("request_", "first", "last"),
+        [
+            ({"target_num_layers": 3, "target_ffn_hidden_size": 64, "target_hidden_size": 40}, 3, None),
+            ({"target_num_attention_heads": 2, "target_num_query_groups": 1}, None, 3),
+            ({"target_params": "70%", "max_candidates": 2, "heldout_batches": 1}, 1, 3),
+            ({"drop_layers": [1, 4]}, 3, None),
+        ],
+    )
+    def test_unequal_pipeline_stages_prune_as_one_rank(self, ranks, request_, first, last):
+        stages = {"num_layers_in_first_pipeline_stage": first, "num_layers_in_last_pipeline_stage": last}
+        one = ranks(1).run(jobs.prune, request_)[0]
+        two = ranks(2).run(jobs.prune, request_, pp=2, stages=stages)
+        held = [{name.split("layers.")[1][0] for name in rank["before"] if "layers." in name} for rank in two]
+        assert held == ([{"0", "1", "2"}, {"3"}] if first == 3 else [{"0"}, {"1", "2", "3"}])
+        joined = {**two[0]["after"], **two[1]["after"]}
+        assert joined.keys() == one["after"].keys()
+        assert all(torch.equal(joined[name], one["after"][name]) for name in joined)
+        # fp32 losses of the same numbers: the stages sum them up in another order.
+        losses = [_losses(rank["report"]) for rank in (*two, one)]
+        assert losses[0] == losses[1] == pytest.approx(losses[2], rel=1e-5)
         assert two[0]["report"] == two[1]["report"] == one["report"]
 
     def test_two_data_parallel_ranks_prune_as_one(self, ranks):
@@ -362,6 +392,35 @@ class TestCheckpoints:
         assert torch.equal(
             found["decoder.layers.2.mlp.linear_fc1.weight"], original["decoder.layers.3.mlp.linear_fc1.weight"]
         )
+
+    def test_importance_of_a_tensor_parallel_checkpoint(self, ranks, tmp_path):
+        """prune.py --tp 2 restores it as two pipeline stages, of 1 + 2 layers, and the result loads at TP=2 again."""
+        text = tmp_path / "text.jsonl"
+        text.write_text("".join(json.dumps({"text": row}) + "\n" for row in tiny.texts(60)))
+        source, there, alone = (str(tmp_path / name) for name in ("source", "there", "alone"))
+        # The embedding is padded to a multiple of 96 x TP: 384 rows in the checkpoint, 288 where it is pruned.
+        ranks(2).run(jobs.save_checkpoint, source, tp=2, sp=True, num_layers=3, make_vocab_size_divisible_by=96)
+        command = ["--restore_path", source, "--cpu", "--text", str(text), "--seq_length", "32", "--mbs", "2"]
+        command += ["--num_train_samples", "8", "--target_ffn_hidden_size", "64", "--target_num_layers", "2"]
+        said = ranks(2).run(jobs.prune_by_script, [*command, "--no_report", "--save_path", there, "--tp", "2"])[0]
+        assert [text for text in said if "restored at TP=1 with 2 pipeline stages (1 layers in the first, 2" in text]
+        ranks(1).run(jobs.prune_by_script, [*command, "--no_report", "--save_path", alone])
+        (found, losses), (expected, _) = (ranks(1).run(jobs.loaded_weights, path)[0] for path in (there, alone))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert found["embedding.word_embeddings.weight"].shape == (288, 64)
+        _, split = ranks(2).run(jobs.loaded_weights, there, tp=2)[0]
+        # 96 more empty rows take part in the softmax.
+        assert split == pytest.approx(losses, abs=0.5)
+
+    def test_stages_of_a_checkpoint_are_as_asked_for(self, ranks, checkpoints):
+        source, target = str(checkpoints / "original"), str(checkpoints / "unequal")
+        stages = {"num_layers_in_first_pipeline_stage": 3, "num_layers_in_last_pipeline_stage": 1}
+        assert ranks(2).run(jobs.layers_held, source, **stages) == [3, 1]
+        ranks(2).run(jobs.prune_checkpoint, source, target, CHECKPOINT_REQUEST, pp_size=2, **stages)
+        one, _ = ranks(1).run(jobs.loaded_weights, str(checkpoints / "pruned"))[0]
+        two, _ = ranks(1).run(jobs.loaded_weights, target)[0]
+        assert all(torch.equal(one[name], two[name]) for name in one)
 
     def test_it_generates(self, ranks, checkpoints):
         (text,) = ranks(1).run(jobs.generate, str(checkpoints / "pruned"))[0]

@@ -127,7 +127,7 @@ def test_the_page_fits_phones_paper_and_dark_rooms(folder):
 
 def test_every_figure_has_its_place_and_its_png(folder, page, content):
     charts = report_charts.charts(content)
-    assert len(charts) == 7
+    assert len(charts) == 8
     for name, chart in charts.items():
         assert name in page.ids
         assert (folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -234,6 +234,7 @@ def test_importance_of_layers_and_units(tmp_path):
     pruned = {
         "layer_scores": {"1": 3.0, "2": 0.5, "3": 1.0},
         "kept_layers": [1, 3],
+        "candidates": [{"parameters": 3, "loss": 2.0}],
         "hparam_scores": {
             "hidden_size": {"0": [4.0, 1.0]},
             "ffn_hidden_size": {"1": [4.0, 2.0, 1.0], "2": [4.0, 2.0, 1.0]},
@@ -249,7 +250,42 @@ def test_importance_of_layers_and_units(tmp_path):
         ("ffn", 2, 3),
     ]
     assert found["units"][1]["shares"] == [1.0, 0.5, 0.25]
+    assert found["candidates"] == pruned["candidates"]
     assert importance.read(Path("nowhere")) == {}
+
+
+def _candidate(parameters: int, loss: float, chosen: bool = False) -> dict:
+    sizes = {"ffn_hidden_size": parameters, "num_layers": 2}
+    return {"parameters": parameters, "loss": loss, "kl": loss / 10, "sizes": sizes, "chosen": chosen}
+
+
+def test_candidates_are_drawn_with_those_that_nothing_beats(content, tmp_path):
+    tried = [_candidate(70, 2.0, True), _candidate(60, 2.5), _candidate(65, 2.7), _candidate(50, math.nan)]
+    with_them = json.loads(json.dumps({**content, "importance": {"candidates": tried}}))
+    found = report_charts.charts(with_them)["candidates"]["spec"]
+    datasets = [layer["data"]["values"] for layer in found["layer"]]
+    line = [(row["parameters"], row["loss"]) for row in datasets[0]]
+    dots = {(row["parameters"], row["loss"], row["kept"]) for row in datasets[1]}
+    assert line == [(60, 2.5), (70, 2.0)]
+    assert dots == {(70, 2.0, "kept"), (60, 2.5, "tried"), (65, 2.7, "tried")}, "a loss that is no number has no place"
+    page = report.write(with_them, tmp_path)
+    assert (tmp_path / "figures" / "candidates.png").read_bytes().startswith(b"\x89PNG")
+    assert '"candidates"' in _Page(page.read_text(encoding="utf-8")).scripts["specifications"]
+
+
+def test_recovery_goes_from_no_to_full_distillation():
+    found = summary.build(_records(), "t", Job("t", "a", "b"))["recovery"]
+    tokens = 16 * 128  # of a step of the default job
+    assert [(point["steps"], point["tokens"], point["loss"]) for point in found] == [
+        (0, 0, LOSSES["prune"]),
+        (20, 20 * tokens, 3.5),
+        (1000, 1000 * tokens, LOSSES["distill"]),
+    ]
+    lost = LOSSES["prune"] - LOSSES["teacher"]
+    assert [point["regained"] for point in found] == [
+        pytest.approx(share) for share in (0, (3.83 - 3.5) / lost, (3.83 - 3.52) / lost)
+    ]
+    assert summary.build({"teacher": _records()["teacher"]}, "t", Job("t", "a", "b"))["recovery"] == []
 
 
 def test_what_was_done_is_said_in_words():

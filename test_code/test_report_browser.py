@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from nemo_modelopt_dropin import report, report_charts, report_compare
-from test_code.test_report import content  # noqa: F401  the fixture
+from test_code.test_report import (
+    _candidate,
+    content,  # noqa: F401  the fixture
+)
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the path")]
@@ -75,6 +78,7 @@ def whole(content):  # noqa: F811
         **content,
         "importance": {
             "layers": [{"layer": i, "score": 1 / i, "fate": "dropped" if i == 4 else "kept"} for i in range(1, 5)],
+            "candidates": [_candidate(70 - i, 2.0 + i / 10, not i) for i in range(4)],
             "units": [{"kind": kind, "layer": 1, "shares": shares} for kind in ("ffn", "attention")],
         },
         "sensitivity": [{"layer": i, "matrix": "linear_fc1", "error": 0.02 + i / 100} for i in range(1, 5)],

@@ -11,7 +11,9 @@ _KINDS = {"ffn_hidden_size": "ffn", "num_attention_heads": "attention"}
 
 
 def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return ``layers`` (score and fate) and ``units`` (shares of the layer's best); empty where nothing was measured.
+    """Return ``layers`` (score and fate), ``units`` (shares of the layer's best) and ``candidates`` that were tried.
+
+    It is empty where nothing was measured.
 
     Args:
         folder: where pruning wrote its report.
@@ -25,6 +27,7 @@ def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return {
         "layers": layers(report["layer_scores"], report["kept_layers"]),
         "units": units(report.get("hparam_scores", {})),
+        "candidates": report.get("candidates", []),
     }
 
 

@@ -16,6 +16,7 @@ from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
 from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.collections.llm.modelopt import ExportConfig, PruningConfig, QuantizationConfig
+from nemo_modelopt_dropin import prune_layout
 from nemo_modelopt_dropin.compress import exported, heldout, importance, tokens, training
 from nemo_modelopt_dropin.compress.settings import TARGETS, Job, Layout, Training
 
@@ -53,15 +54,19 @@ def load_tokenizer(checkpoint: str | Path):
 def prune(folder: Path, job: Job, token_folder: Path) -> dict[str, Any]:
     """Prune the teacher with llm.prune; ranks that would be data parallel become pipeline stages.
 
-    Importance is measured per rank and compared across the pipeline only: data-parallel ranks would each prune for
-    their own share of the data.
+    Importance is measured on whole layers and llm.prune takes one microbatch at a time, so neither tensor- nor
+    data-parallel ranks have a share in it.
     """
     settings, layout = job.pruning, job.layout
     world = layout.devices * layout.num_nodes
-    pp = world // layout.tp
+    shared: dict[str, Any] = {"tp_size": layout.tp, "pp_size": world // layout.tp}
+    if not settings.drop_layers:
+        shared = prune_layout.for_importance(job.teacher, world)
+    prune_layout.announce(layout.tp, shared)
     config = PruningConfig(
         **{name: getattr(settings, name) for name in TARGETS},
         drop_layers=list(settings.drop_layers) if settings.drop_layers else None,
+        **{name: getattr(settings, name) for name in ("target_params", "max_candidates", "heldout_batches")},
         scores_path=None if settings.drop_layers else str(folder / _SCORES),
         report_path=str(folder / _REPORT),
     )
@@ -78,8 +83,7 @@ def prune(folder: Path, job: Job, token_folder: Path) -> dict[str, Any]:
             pruning_config=config,
             devices=layout.devices,
             num_nodes=layout.num_nodes,
-            tp_size=layout.tp,
-            pp_size=pp,
+            **shared,
             num_train_samples=samples,
             data=data,
         )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from nemo_modelopt_dropin import prune_layout
 
 ALGORITHMS = ("fp8", "int8", "int8_sq", "int4", "int4_awq", "w4a8_awq", "nvfp4")
 EXPORT_FORMATS = ("nemo", "hf")
@@ -18,6 +21,8 @@ TARGETS = (
     "target_num_query_groups",
     "target_num_layers",
 )
+
+_BUDGET = re.compile(r"\d+(\.\d*)?(e\d+)?\s*[%kmbt]?", re.IGNORECASE)
 
 
 class SettingsError(ValueError):
@@ -89,15 +94,25 @@ class Pruning:
     drop_layers: tuple[int, ...] | None = None
     num_samples: int = 256
     micro_batch_size: int = 4
+    target_params: str | None = None
+    max_candidates: int = 16
+    heldout_batches: int = 16
 
     def problems(self) -> list[str]:
         """Return what is wrong with the pruning targets."""
         given = [name for name in TARGETS if getattr(self, name) is not None]
-        found = _positive(self, (*given, "num_samples", "micro_batch_size"), "pruning")
+        numbers = ("num_samples", "micro_batch_size", "max_candidates", "heldout_batches")
+        found = _positive(self, (*given, *numbers), "pruning")
+        given += ["target_params"] if self.target_params is not None else []
+        if self.target_params is not None and not _BUDGET.fullmatch(self.target_params.strip()):
+            found.append(
+                f"pruning: target_params {self.target_params!r}; give a share (70%, 0.7) or a number (5.6e9, 5.6B)"
+            )
         if given and self.drop_layers:
             found.append(f"pruning: drop_layers cannot be combined with {', '.join(given)}")
         if not given and not self.drop_layers:
-            found.append("pruning: nothing to prune; give at least one of " + ", ".join(TARGETS) + " or drop_layers")
+            names = ", ".join((*TARGETS, "target_params"))
+            found.append(f"pruning: nothing to prune; give at least one of {names} or drop_layers")
         if (self.target_num_attention_heads is None) != (self.target_num_query_groups is None):
             found.append("pruning: target_num_attention_heads and target_num_query_groups go together")
         if self.num_samples < self.micro_batch_size:
@@ -165,8 +180,8 @@ class Job:
             found.append(f"teacher checkpoint {self.teacher} is not a folder")
         if self.seq_length < 2:
             found.append(f"seq_length must be at least 2, got {self.seq_length}")
-        if self.layout.tp > 1 and not self.pruning.drop_layers:
-            found.append("pruning by importance needs tp=1; split over the pipeline (pp) or give drop_layers")
+        if not found and teacher_exists and self.teacher and not self.pruning.drop_layers:
+            found += prune_layout.problems(self.teacher, self.layout.devices * self.layout.num_nodes)
         return found
 
     def as_dict(self) -> dict[str, Any]:

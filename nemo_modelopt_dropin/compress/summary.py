@@ -54,6 +54,7 @@ def build(records: Mapping[str, Record], title: str, job: Job) -> dict[str, Any]
             if name in records
         ],
         "importance": records["prune"].result.get("importance", {}) if "prune" in records else {},
+        "recovery": recovery(records, job),
         "sensitivity": records["quantize"].result.get("weight_errors", []) if "quantize" in records else [],
         "exports": exports,
         "checks": checks(losses),
@@ -61,6 +62,29 @@ def build(records: Mapping[str, Record], title: str, job: Job) -> dict[str, Any]
         "versions": _versions(),
         "machine": _machine(records),
     }
+
+
+def recovery(records: Mapping[str, Record], job: Job) -> list[dict[str, Any]]:
+    """Return the held-out loss after no, some and full distillation: steps, tokens, loss, share of the lost regained.
+
+    Losses on the way are there where ``evaluate_every`` asked for them; first and last are those of the models.
+    """
+    if not {"teacher", "prune", "distill"} <= records.keys():
+        return []
+    teacher, pruned, distilled = (records[name].result["heldout_loss"] for name in ("teacher", "prune", "distill"))
+    training, lost = job.distillation, pruned - teacher
+    points = {0: pruned}
+    points |= {point["step"]: point["heldout"] for point in records["distill"].result["curve"] if "heldout" in point}
+    points[training.steps] = distilled
+    return [
+        {
+            "steps": step,
+            "tokens": step * training.global_batch_size * job.seq_length,
+            "loss": loss,
+            "regained": (pruned - loss) / lost if lost > 0 else None,
+        }
+        for step, loss in sorted(points.items())
+    ]
 
 
 def done(records: Mapping[str, Record], job: Job) -> list[str]:

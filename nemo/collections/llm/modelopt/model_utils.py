@@ -245,6 +245,10 @@ def setup_trainer_and_restore_model_with_modelopt_spec(
         "pipeline_model_parallel_size": pipeline_model_parallel_size,
         "expert_model_parallel_size": expert_model_parallel_size,
     }
+    ends = {"first": num_layers_in_first_pipeline_stage, "last": num_layers_in_last_pipeline_stage}
+    stages = {f"num_layers_in_{end}_pipeline_stage": layers for end, layers in ends.items() if layers}
+    # The strategy needs them too: it writes its own layout, and None for what it was not told, over the model's.
+    layout |= stages
     strategy = nl.MegatronStrategy(
         **{**_strategy_settings(layout, dtype, inference_only, legacy_ckpt), **(strategy_kwargs or {})}
     )
@@ -261,11 +265,7 @@ def setup_trainer_and_restore_model_with_modelopt_spec(
 
     model = nl.io.load_context(path=ckpt_to_context_subdir(model_path), subpath="model")
     _set_gpt_mamba_modelopt_spec(model.config)
-    stages = {
-        "num_layers_in_first_pipeline_stage": num_layers_in_first_pipeline_stage,
-        "num_layers_in_last_pipeline_stage": num_layers_in_last_pipeline_stage,
-    }
-    _override_config(model.config, {**(model_config_overrides or {}), **{k: v for k, v in stages.items() if v}})
+    _override_config(model.config, {**(model_config_overrides or {}), **stages})
     if inference_only:
         del model.optim
 

@@ -15,6 +15,8 @@ from nemo.lightning import get_vocab_size
 from nemo.lightning.io.pl import ckpt_to_weights_subdir
 from nemo.utils import logging
 
+from nemo_modelopt_dropin.model_sizes import stage_layers
+
 from ..errors import ModelOptConfigError
 
 # The ranks and the schedule are shared, so these follow the student. Pipeline splits are derived below.
@@ -90,11 +92,8 @@ def _pipeline_split(student: Any, teacher: Any) -> dict[str, Any]:
             f"The teacher's {layers} layers cannot be split over pipeline_model_parallel_size={stages} stages; use at "
             f"most {layers}."
         )
-    # What does not divide goes to the outer stages: Megatron lets only those differ.
-    outer = layers - (layers // stages) * (stages - 2)
-    even["num_layers_in_first_pipeline_stage"] = outer // 2
-    even["num_layers_in_last_pipeline_stage"] = outer - outer // 2
-    return even
+    first, last = stage_layers(layers, stages)
+    return even | {"num_layers_in_first_pipeline_stage": first, "num_layers_in_last_pipeline_stage": last}
 
 
 def padded_vocab_size(config: Any, tokenizer: Any) -> int:

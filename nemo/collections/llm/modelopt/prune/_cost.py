@@ -36,7 +36,8 @@ def describe(core: nn.Module, parameters: int) -> dict[str, Any]:
     sizes, length = _checks.model_sizes(core), getattr(config, "seq_length", None) or 0
     layers = [part for part in terms if part > 0]
     found["flops_per_token"] = _count.flops_per_token(terms, sizes, layers, config, length)
-    found["kv_cache_bytes_per_token"] = 2 * len(layers) * sizes["num_query_groups"] * config.kv_channels * size
+    groups = len(_count.attending(terms, layers)) * sizes["num_query_groups"]
+    found["kv_cache_bytes_per_token"] = 2 * groups * config.kv_channels * size
     return found
 
 

@@ -116,6 +116,11 @@ def count(terms: Mapping[int, Terms], sizes: Mapping[str, int], layers: Iterable
     return sum(times * math.prod(sizes[name] for name in product) for product, times in parts.items())
 
 
+def attending(terms: Mapping[int, Terms], layers: Iterable[int]) -> list[int]:
+    """Return the layers that have attention: of a hybrid model, not all."""
+    return [part for part in layers if any("num_query_groups" in product for product in terms[part])]
+
+
 def active(sizes: Mapping[str, int], topk: int) -> dict[str, int]:
     """Return sizes at which `count` gives the parameters that one token uses: ``topk`` experts, the whole router."""
     if not sizes.get("num_moe_experts"):
@@ -144,5 +149,5 @@ def flops_per_token(
     if HEAD not in terms or not any("hidden_size" in product and times > 1 for product, times in terms[HEAD].items()):
         # Tied: the output layer multiplies by the embedding.
         used += count({EMBEDDING: terms.get(EMBEDDING, Counter())}, sizes, ())
-    attention = 4 * seq_length * sizes["num_attention_heads"] * config.kv_channels * len(layers)
-    return 2 * used + attention
+    heads = len(attending(terms, layers)) * sizes["num_attention_heads"]
+    return 2 * used + 4 * seq_length * heads * config.kv_channels

@@ -9,6 +9,7 @@ import torch
 from megatron.core import parallel_state
 from torch import nn
 
+from . import _hybrid
 from ._checks import model_sizes
 
 
@@ -63,16 +64,6 @@ def kept_layers(before: Sequence[tuple[int, nn.Module]], core: nn.Module) -> lis
     return sorted(number for part in gathered for number in part)
 
 
-def keep_pattern(pattern: str, kept: Sequence[int]) -> str:
-    """Return a hybrid model's layer pattern with only the kept layers' letters.
-
-    Args:
-        pattern: one letter a layer, such as ``"M*M-"``.
-        kept: 1-indexed numbers of the layers that are left.
-    """
-    return "".join(pattern[number - 1] for number in sorted(kept))
-
-
 def keep_moe_pattern(frequency: int | Sequence[int], num_layers: int, kept: Sequence[int]) -> int | list[int]:
     """Return Megatron's ``moe_layer_freq`` for the layers that are left.
 
@@ -91,8 +82,6 @@ def keep_moe_pattern(frequency: int | Sequence[int], num_layers: int, kept: Sequ
 def keep_layer_patterns(core: nn.Module, kept: Sequence[int], num_layers: int) -> None:
     """Cut the pattern of a hybrid or MoE model, in model and configuration, to the layers that are left.
 
-    modelopt cuts the hybrid model's own only, and not when layers are dropped by number; the configuration is saved.
-
     Args:
         core: the pruned model.
         kept: 1-indexed original numbers of the layers that are left.
@@ -102,12 +91,7 @@ def keep_layer_patterns(core: nn.Module, kept: Sequence[int], num_layers: int) -
     frequency = getattr(model.config, "moe_layer_freq", 1)
     if getattr(model.config, "num_moe_experts", None) and frequency != 1 and len(kept) != num_layers:
         model.config.moe_layer_freq = keep_moe_pattern(frequency, num_layers, kept)
-    pattern = getattr(model.config, "hybrid_override_pattern", None)
-    if not isinstance(pattern, str) or len(pattern) == len(kept):
-        return
-    model.config.hybrid_override_pattern = keep_pattern(pattern, kept)
-    if isinstance(getattr(model, "hybrid_override_pattern", None), str):
-        model.hybrid_override_pattern = model.config.hybrid_override_pattern
+    _hybrid.cut_pattern(core, kept)
 
 
 def table(before: dict[str, int], after: dict[str, int]) -> str:

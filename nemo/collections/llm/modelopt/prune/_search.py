@@ -140,7 +140,12 @@ def prune_by_importance(
     except BaseException as error:
         if measured:
             raise RuntimeError("Pruning failed half-way: the model is no longer usable, restore it anew.") from error
-        undo(core, hooks)
+        try:
+            undo(core, hooks)
+        except Exception:
+            raise RuntimeError(
+                "modelopt failed while it converted the model, which is no longer usable: restore it anew."
+            ) from error
         raise
     forget_conversion(core)
     if scores_path is not None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelOptConfigError
+from . import _hybrid
 
 _TRAINER_LIMITS = (
     "limit_train_batches",
@@ -181,8 +182,9 @@ def write_sizes(saved: Any, live: Any, names: Iterable[str]) -> None:
     layers_before = getattr(saved, "num_layers", None)
     for name in (*names, "kv_channels"):
         setattr(saved, name, getattr(live, name))
-    if isinstance(pattern := getattr(live, "hybrid_override_pattern", None), str):
-        saved.hybrid_override_pattern = pattern
+    if isinstance(getattr(live, _hybrid.PATTERN, None), str):
+        for name in (_hybrid.PATTERN, *(name for name in _hybrid.RATIOS if hasattr(live, name))):
+            setattr(saved, name, getattr(live, name))
     if isinstance(frequency := getattr(live, "moe_layer_freq", None), list):
         saved.moe_layer_freq = frequency
     if layers_before != live.num_layers:

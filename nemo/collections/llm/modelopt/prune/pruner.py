@@ -23,7 +23,7 @@ from nemo_modelopt_dropin import progress
 
 from .. import _batches
 from ..errors import ModelOptConfigError
-from . import _budget, _checks, _cost, _report, _scores, _search, _state
+from . import _budget, _checks, _cost, _hybrid, _report, _scores, _search, _state
 
 SUPPORTED_PRUNING_HPARAMS = {
     # width
@@ -149,6 +149,8 @@ def prune_language_model(
         _require({**targets, **({"params": budget} if budget else {})}, data_module, trainer)
     # A stand-in (a mock) has neither sizes to check nor modules to look into.
     core: Any = _state.find_core(model) if issubclass(type(model), torch.nn.Module) else None
+    if core is not None:
+        _hybrid.check_packages(core)
     if core is not None and drop_layers:
         _checks.check_layout(core.config, by_importance=False)
         _checks.check_drop_layers(drop_layers, core.config.num_layers)
@@ -292,10 +294,15 @@ def _reported(model: Any, core: Any, trainer: Any) -> Iterator[dict[str, Any]]:
     before, layers = _report.measure(core), _report.numbered_layers(core)
     cost = {"before": _cost.describe(core, before["parameters"])}
     more: dict[str, Any] = {}
-    with _state.kept(model, core, trainer):
+    with _state.kept(model, core, trainer), _hybrid.spelled_out(core):
         yield more
     _state.unwrap_data_parallel(model)
     kept = _report.kept_layers(layers, core)
+    if len(kept) != core.config.num_layers:
+        raise RuntimeError(
+            f"modelopt left {len(kept)} layers where {core.config.num_layers} were asked for: the model is no longer "
+            "usable, restore it anew."
+        )
     _report.keep_layer_patterns(core, kept, before["num_layers"])
     after = _report.measure(core)
     cost["after"] = _cost.describe(core, after["parameters"])
