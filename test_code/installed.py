@@ -17,6 +17,8 @@ LEARNED_POSITIONS_PRUNE = KV_CACHE
 EXPERTS_PRUNE = KV_CACHE
 # Its search for mixed precision knows no parallel ranks: algorithm="auto" is refused.
 AUTO = KV_CACHE
+# It takes a model in NeMo's wrapper, which later ones refuse.
+WRAPPED_PRUNE = not KV_CACHE
 KV_CACHE_REFUSAL = r"enable_kv_cache=True: modelopt 0\.\d+\.\d+ cannot keep KV-cache quantizers .*modelopt 0\.43"
 
 
