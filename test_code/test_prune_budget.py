@@ -301,7 +301,7 @@ class TestExperts:
         assert all(candidate["active_parameters"] <= 0.75 * used for candidate in report["candidates"])
 
     @pytest.mark.skipif(installed.EXPERTS_PRUNE, reason="this modelopt prunes them: the other tests of this class")
-    def test_experts_are_refused_where_modelopt_prunes_none(self, ranks):
+    def test_experts_are_refused_where_modelopt_prunes_none(self, ranks, tmp_path):
         requests = [
             ({"target_num_moe_experts": 3}, "target_num_moe_experts"),
             ({"target_moe_ffn_hidden_size": 24, "target_num_layers": 2}, "target_moe_ffn_hidden_size"),
@@ -312,6 +312,9 @@ class TestExperts:
             ({"target_active_params": "75%"}, "target_active_params"),
         ]
         said = ranks(1).run(base.refused_all, [request for request, _ in requests], **jobs.MOE)[0]
+        unloaded = [(request, 1) for request, _ in requests]
+        early = ranks(1).run(base.refused_by_checkpoint, str(tmp_path / "moe"), unloaded, **jobs.MOE)[0]
+        assert early == said
         for (_, name), message in zip(requests, said, strict=True):
             assert "This modelopt prunes no experts" in message and "install modelopt 0.43" in message
             assert name in message
