@@ -13,8 +13,12 @@ NEMO = Path(str(metadata.distribution("nemo-toolkit").locate_file("")))
 KV_CACHE = Version(metadata.version("nvidia-modelopt")) >= Version("0.43")
 # It also prunes no model with learned positions.
 LEARNED_POSITIONS_PRUNE = KV_CACHE
+# Nor experts, and no hidden size of a model with experts.
+EXPERTS_PRUNE = KV_CACHE
 # Its search for mixed precision knows no parallel ranks: algorithm="auto" is refused.
 AUTO = KV_CACHE
+# It takes a model in NeMo's wrapper, which later ones refuse.
+WRAPPED_PRUNE = not KV_CACHE
 KV_CACHE_REFUSAL = r"enable_kv_cache=True: modelopt 0\.\d+\.\d+ cannot keep KV-cache quantizers .*modelopt 0\.43"
 
 

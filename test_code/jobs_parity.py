@@ -118,9 +118,12 @@ def known_norms():
     """
     from modelopt.torch.nas.modules import _DynamicLayerNorm
     from modelopt.torch.nas.registry import DMRegistry
+    from modelopt.torch.nas.traced_hp import TracedHp
 
     class Norm(_DynamicLayerNorm):
-        def _setup(self, *, num_features):
+        def _setup(self, *, num_features=None):
+            if num_features is None:  # modelopt 0.37 wants each norm to make its own, and joins them later
+                num_features = TracedHp(list(range(1, self.normalized_shape[-1] + 1)))
             self._register_hparam("num_features", num_features)
             self._register_dynamic_attribute("weight", self._cut_to_active_features)
             self._register_dynamic_attribute("normalized_shape", self._get_normalized_shape)

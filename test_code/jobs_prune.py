@@ -379,12 +379,12 @@ def reuse_scores(folder: str, requests: list[dict], **settings):
     return out
 
 
-def refused_by_checkpoint(path: str, requests: list[tuple[dict, int]]) -> list[str]:
+def refused_by_checkpoint(path: str, requests: list[tuple[dict, int]], **settings) -> list[str]:
     """Return what a checkpoint's requests and tensor-parallel sizes are refused with, or "accepted"."""
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
     from nemo.collections.llm.modelopt.prune import PruningConfig, check_checkpoint
 
-    save_checkpoint(path)
+    save_checkpoint(path, **settings)
     said = []
     for request, tp in requests:
         try:

@@ -281,6 +281,7 @@ def reset() -> None:
     """
     import torch.distributed as dist
     from megatron.core import num_microbatches_calculator, parallel_state, tensor_parallel
+    from megatron.core.dist_checkpointing.strategies import async_utils, base
     from nemo.constants import NEMO_ENV_VARNAME_VERSION
     from nemo.utils import AppState
     from nemo.utils.metaclasses import Singleton
@@ -292,6 +293,8 @@ def reset() -> None:
     Singleton._Singleton__instances.pop(AppState, None)
     # So does its logger with the folder of a run, which ranks would name by their own clocks.
     os.environ.pop(NEMO_ENV_VARNAME_VERSION, None)
+    # Megatron 0.14 numbers the saves of a process, and its ranks must agree: a job may have saved on some of them only.
+    base.async_calls = async_utils.AsyncCallsQueue()
     gc.collect()
     if dist.is_initialized():
         dist.barrier()

@@ -9,9 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from test_code import installed
 from test_code import jobs_prune as base
 from test_code import jobs_prune_budget as jobs
 
+needs_experts = pytest.mark.skipif(
+    not installed.EXPERTS_PRUNE,
+    reason="refused on this modelopt: see test_experts_are_refused_where_modelopt_prunes_none",
+)
 SIZES = {
     "num_layers": 12,
     "hidden_size": 1024,
@@ -182,8 +187,9 @@ class TestSearch:
         for (request, expected), message in zip(cases, messages, strict=True):
             assert expected in message, request
 
-    def test_parameters_are_counted_as_they_are(self, ranks):
-        models = [
+    @pytest.mark.parametrize(
+        ("model", "request_"),
+        [
             ({}, {"target_hidden_size": 48, "target_ffn_hidden_size": 64, "target_num_layers": 2}),
             (
                 {"share_embeddings_and_output_weights": True, "qk_layernorm": True},
@@ -195,17 +201,24 @@ class TestSearch:
                     "gated_linear_unit": False,
                     "add_bias_linear": True,
                     "add_qkv_bias": True,
-                    "position_embedding_type": "learned_absolute",
+                    "position_embedding_type": "learned_absolute" if installed.LEARNED_POSITIONS_PRUNE else "none",
                 },
                 {"target_ffn_hidden_size": 72, "target_hidden_size": 32},
             ),
-            (jobs.MOE, {"target_num_moe_experts": 3, "target_moe_ffn_hidden_size": 24, "target_hidden_size": 48}),
-        ]
-        for found in ranks(1).run(jobs.counts, models)[0]:
-            for when in ("before", "after"):
-                number, measured = found[when]
-                assert number == measured["parameters"]
-            assert found["real"] == found["after"][0]
+            pytest.param(
+                jobs.MOE,
+                {"target_num_moe_experts": 3, "target_moe_ffn_hidden_size": 24, "target_hidden_size": 48},
+                marks=needs_experts,
+            ),
+        ],
+        ids=["plain", "tied embeddings", "biases and positions", "experts"],
+    )
+    def test_parameters_are_counted_as_they_are(self, ranks, model, request_):
+        (found,) = ranks(1).run(jobs.counts, [(model, request_)])[0]
+        for when in ("before", "after"):
+            number, measured = found[when]
+            assert number == measured["parameters"]
+        assert found["real"] == found["after"][0]
 
 
 class TestLossMask:
@@ -219,7 +232,11 @@ class TestLossMask:
                 {"num_layers": 4},
             ),
             ({"target_num_attention_heads": 2, "target_num_query_groups": 1}, {}),
-            ({"target_num_moe_experts": 3, "target_moe_ffn_hidden_size": 24, "target_num_layers": 2}, jobs.MOE),
+            pytest.param(
+                {"target_num_moe_experts": 3, "target_moe_ffn_hidden_size": 24, "target_num_layers": 2},
+                jobs.MOE,
+                marks=needs_experts,
+            ),
         ],
         ids=["width and depth", "query groups", "experts"],
     )
@@ -247,6 +264,7 @@ class TestExperts:
         "target_num_layers": 2,
     }
 
+    @needs_experts
     def test_experts_and_their_layers_shrink(self, ranks):
         out = ranks(1).run(jobs.moe, self.REQUEST)[0]
         for name, size in self.REQUEST.items():
@@ -258,6 +276,7 @@ class TestExperts:
         assert out["after"]["decoder.layers.1.mlp.experts.local_experts.2.linear_fc1.weight"].shape == (48, 48)
         assert out["after"]["decoder.layers.1.mlp.shared_experts.linear_fc2.weight"].shape == (48, 16)
 
+    @needs_experts
     def test_an_expert_that_gets_no_token_goes_and_the_router_loses_its_row(self, ranks):
         one = {"moe_router_topk": 1, "moe_router_pre_softmax": True}
         out = ranks(1).run(jobs.moe, {"target_num_moe_experts": 3}, silent_expert=1, **one)[0]
@@ -273,6 +292,7 @@ class TestExperts:
                         out["after"][prefix + str(new) + linear], out["before"][prefix + str(old) + linear]
                     )
 
+    @needs_experts
     def test_a_budget_of_active_parameters(self, ranks):
         request = {"target_active_params": "75%", "max_candidates": 3, "heldout_batches": 1}
         report = ranks(1).run(jobs.moe, request)[0]["report"]
@@ -280,6 +300,37 @@ class TestExperts:
         assert used < report["before"]["parameters"]
         assert all(candidate["active_parameters"] <= 0.75 * used for candidate in report["candidates"])
 
+    @pytest.mark.skipif(installed.EXPERTS_PRUNE, reason="this modelopt prunes them: the other tests of this class")
+    def test_experts_are_refused_where_modelopt_prunes_none(self, ranks, tmp_path):
+        requests = [
+            ({"target_num_moe_experts": 3}, "target_num_moe_experts"),
+            ({"target_moe_ffn_hidden_size": 24, "target_num_layers": 2}, "target_moe_ffn_hidden_size"),
+            ({"target_moe_shared_expert_intermediate_size": 16}, "target_moe_shared_expert_intermediate_size"),
+            # Their inputs would stay as wide as they were.
+            ({"target_hidden_size": 48}, "target_hidden_size"),
+            ({"target_params": "75%"}, "target_params"),
+            ({"target_active_params": "75%"}, "target_active_params"),
+        ]
+        said = ranks(1).run(base.refused_all, [request for request, _ in requests], **jobs.MOE)[0]
+        unloaded = [(request, 1) for request, _ in requests]
+        early = ranks(1).run(base.refused_by_checkpoint, str(tmp_path / "moe"), unloaded, **jobs.MOE)[0]
+        assert early == said
+        for (_, name), message in zip(requests, said, strict=True):
+            assert "This modelopt prunes no experts" in message and "install modelopt 0.43" in message
+            assert name in message
+
+    def test_heads_and_layers_go_from_around_experts(self, ranks):
+        request = {"target_num_attention_heads": 2, "target_num_query_groups": 1, "target_num_layers": 2}
+        out = ranks(1).run(jobs.moe, request)[0]
+        assert {f"target_{name}": size for name, size in out["sizes"].items() if f"target_{name}" in request} == request
+        assert torch.isfinite(out["logits"]).all()
+        kept = out["report"]["kept_layers"]
+        for name, value in out["after"].items():
+            if ".mlp." in name:
+                number = int(name.split("layers.")[1].split(".")[0])
+                assert torch.equal(value, out["before"][name.replace(f".{number}.", f".{kept[number] - 1}.", 1)]), name
+
+    @needs_experts
     def test_too_few_experts_are_refused(self, ranks):
         (message,) = ranks(1).run(base.refused_all, [{"target_num_moe_experts": 1}], **jobs.MOE)[0]
         assert "a token is sent to 2 experts" in message

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 
-from test_code import jobs_quant, jobs_state
+from test_code import installed, jobs_quant, jobs_state
 from test_code.ranks import RankError, RankPool
+
+needs_search = pytest.mark.skipif(not installed.AUTO, reason="refused on this modelopt: see test_old_modelopt")
 
 AWQ = {"algorithm": "int4_awq", "awq_block_size": 16}
 AUTO = {"algorithm": "auto", "awq_block_size": 16, "auto_quantize_bits": 9.0}
@@ -34,17 +37,18 @@ def files_of(folder) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("tp", "pp", "runs"),
+    ("size", "tp", "pp", "runs"),
     [
-        (1, 1, [{**AWQ, "hf": True}, {"algorithm": "int8_sq", "hf": True}, {"algorithm": "fp8"}, AUTO_W4A8]),
-        (2, 1, [{**AWQ, "hf": True}, AUTO]),
-        (1, 2, [{"algorithm": "w4a8_awq", "awq_block_size": 16}]),
-        (1, 1, [{"algorithm": "fp8"}]),
+        (1, 1, 1, [{**AWQ, "hf": True}, {"algorithm": "int8_sq", "hf": True}, {"algorithm": "fp8"}]),
+        pytest.param(1, 1, 1, [AUTO_W4A8], marks=needs_search),
+        (2, 2, 1, [{**AWQ, "hf": True}]),
+        pytest.param(2, 2, 1, [AUTO], marks=needs_search),
+        (2, 1, 2, [{"algorithm": "w4a8_awq", "awq_block_size": 16}]),
+        (2, 1, 1, [{"algorithm": "fp8"}]),
     ],
-    ids=["one", "tp2", "pp2", "dp2"],
+    ids=["one", "one auto", "tp2", "tp2 auto", "pp2", "dp2"],
 )
-def test_a_loaded_state_is_the_calibrated_model(ranks, work, tp, pp, runs, request):
-    size = 1 if request.node.callspec.id == "one" else 2
+def test_a_loaded_state_is_the_calibrated_model(ranks, work, size, tp, pp, runs):
     results = ranks(size).run(jobs_state.save_and_load, *paths(work), tp, pp, runs, timeout=300)
     for result in results:
         for run, outcome in zip(runs, result, strict=True):
@@ -58,21 +62,34 @@ def test_a_loaded_state_is_the_calibrated_model(ranks, work, tp, pp, runs, reque
                 assert len(calibrated) > 5 and calibrated == loaded
 
 
-def test_a_state_is_refused_where_it_does_not_belong(ranks, work):
-    errors = ranks(1).run(jobs_state.load_errors, *paths(work))[0]
-    for label, words in {
-        "nothing calibrated": ["call quantize(model) first"],
-        "algorithm": ["algorithm was 'fp8', now 'int8'", "Delete it to calibrate anew"],
-        "option": ["bmm_quantizer", "now 'absent'"],
-        "sequence": ["calibration_seq_len was 32, now 16"],
-        "data": ["calibration_dataset was", "other.jsonl"],
-        "weights": ["model.decoder.final_layernorm.weight was '[64] float32 checksum", "now '[64] float32 checksum"],
-        "broken": ["tp0_pp0_ep0.pt cannot be read"],
-        "empty": ["it has no tp0_pp0_ep0.pt but []"],
-        "missing": ["there is no folder", "save_state writes one"],
-    }.items():
-        for word in words:
-            assert word in errors[label], (label, errors[label])
+REFUSED = {
+    "nothing calibrated": ["call quantize(model) first"],
+    "algorithm": ["algorithm was 'fp8', now 'int8'", "Delete it to calibrate anew"],
+    "option": ["bmm_quantizer", "now 'absent'"],
+    "sequence": ["calibration_seq_len was 32, now 16"],
+    "data": ["calibration_dataset was", "other.jsonl"],
+    "weights": ["model.decoder.final_layernorm.weight was '[64] float32 checksum", "now '[64] float32 checksum"],
+    "broken": ["tp0_pp0_ep0.pt cannot be read"],
+    "empty": ["it has no tp0_pp0_ep0.pt but []"],
+    "missing": ["there is no folder", "save_state writes one"],
+}
+
+
+@pytest.fixture(scope="module")
+def refusals(ranks_factory, work):
+    """Return the error of each attempt to use a state where it does not belong."""
+    return ranks_factory(1).run(jobs_state.load_errors, *paths(work), installed.KV_CACHE)[0]
+
+
+@pytest.mark.parametrize("label", REFUSED)
+def test_a_state_is_refused_where_it_does_not_belong(refusals, label):
+    if label == "option" and not installed.KV_CACHE:
+        pytest.skip("KV-cache quantizers are refused on this modelopt: see test_model_utils")
+    for word in REFUSED[label]:
+        assert word in refusals[label]
+
+
+def test_a_state_is_refused_at_another_layout(ranks, work, refusals):
     for error in ranks(2).run(jobs_state.wrong_layout, *paths(work)[:2], str(work / "one-state")):
         assert "it has no tp1_pp0_ep0.pt" in error or "tensor parallel size was 1, now 2" in error
 
@@ -110,7 +127,8 @@ def test_a_full_disk_leaves_the_state_and_nothing_else(ranks, work, fmt):
     out = work / f"full-{fmt}"
     checkpoint, data, _ = paths(work)
     failed = ranks(1).run(jobs_state.ptq_that_fails, checkpoint, data, str(out), fmt, "full")[0]
-    assert "File too large" in failed["error"], failed["error"]
+    # Megatron's writer fails in the middle of a tensor, or at the end of the archive that lacks what was not written.
+    assert re.search("File too large|unexpected pos", failed["error"]), failed["error"]
     assert failed["left"] == [f"{out.name}.calibration-state"] and failed["forward"] > 0
     again = ranks(1).run(jobs_state.ptq_that_fails, checkpoint, data, str(out), fmt, "")[0]
     assert again["error"] == "" and again["left"] == [out.name]
@@ -140,7 +158,9 @@ def test_a_kept_state_of_another_run_is_not_used(ranks, work):
     failed = ranks(1).run(*run, "full")[0]
     again = ranks(1).run(*run, "", "int8")[0]
     assert failed["error"] and again["error"] == "" and again["forward"] > 0
-    assert set(again["amax"]) < set(failed["amax"]), "int8 leaves the KV cache alone"
+    # int8 leaves the KV cache alone.
+    fewer = {name for name in failed["amax"] if "bmm_quantizer" in name}
+    assert set(again["amax"]) == {*failed["amax"]} - fewer and bool(fewer) is installed.KV_CACHE
     assert again["left"] == ["changed"]
 
 

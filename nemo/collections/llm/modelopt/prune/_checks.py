@@ -183,6 +183,30 @@ def _resolve_heads(resolved: dict[str, int], targets: Mapping[str, Any], sizes: 
     return {**resolved, "num_attention_heads": heads, "num_query_groups": groups}
 
 
+def check_prunes_experts(resolved: Mapping[str, int], config: Any, by_budget: bool, supported: bool) -> None:
+    """Refuse what would have to cut experts on a modelopt that cannot: it would leave them at their old sizes.
+
+    Args:
+        resolved: hparam -> requested size.
+        config: the model's ``TransformerConfig``.
+        by_budget: whether further sizes will be chosen to keep a number of parameters.
+        supported: whether the installed modelopt prunes experts.
+
+    Raises:
+        ModelOptConfigError: naming the targets and the modelopt that prunes them.
+    """
+    if supported or not getattr(config, "num_moe_experts", None):
+        return
+    wrong = [f"target_{name}" for name in ("hidden_size", *MOE_SIZES) if name in resolved]
+    wrong += ["target_params, target_active_params"] if by_budget else []
+    if wrong:
+        raise ModelOptConfigError(
+            f"This modelopt prunes no experts, so a mixture of {config.num_moe_experts} experts cannot be pruned by "
+            f"{', '.join(wrong)}; install modelopt 0.43, or give target_num_layers, target_num_attention_heads or "
+            "drop_layers."
+        )
+
+
 def check_experts(resolved: Mapping[str, int], config: Any) -> None:
     """Refuse a number of experts that a token cannot be sent to.
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..errors import ModelOptConfigError
-from . import _checks
+from . import _checks, _search
 
 
 def check_checkpoint(pruning_config: Any, checkpoint: str, tp_size: int = 1) -> None:
@@ -41,4 +41,6 @@ def check_checkpoint(pruning_config: Any, checkpoint: str, tp_size: int = 1) -> 
     sizes = _checks.model_sizes(SimpleNamespace(config=config, decoder=SimpleNamespace(layers=[])))
     targets = {name: size for name, size in pruner._requested(pruning_config).items() if "mamba" not in name}
     resolved = _checks.resolve_targets(targets, sizes, may_be_empty=True)
+    by_budget = pruner._budget_of(pruning_config) is not None
+    _checks.check_prunes_experts(resolved, config, by_budget, _search.prunes_experts())
     _checks.check_experts(resolved, config)

@@ -46,6 +46,13 @@ def prunes_query_groups() -> bool:
     return "num_query_groups" in mcore_minitron.SUPPORTED_HPARAMS
 
 
+def prunes_experts() -> bool:
+    """Return whether this modelopt prunes experts, and the hidden size of a model that has them (0.37 does not)."""
+    from modelopt.torch.prune.plugins import mcore_minitron
+
+    return "num_moe_experts" in mcore_minitron.SUPPORTED_HPARAMS
+
+
 def check_positions(core: Any) -> None:
     """Refuse a model whose positions this modelopt does not prune.
 
@@ -79,6 +86,7 @@ def check(
     _checks.check_layout(model.config, by_importance=True)
     check_positions(model)
     resolved = _checks.resolve_targets(targets, _checks.model_sizes(core), may_be_empty)
+    _checks.check_prunes_experts(resolved, model.config, may_be_empty, prunes_experts())
     _checks.check_experts(resolved, model.config)
     _checks.check_batches(data_module, trainer)
     _norms.register_torch_norms()
