@@ -626,3 +626,20 @@ def eagle_without_transformer_engine() -> str:
     except ValueError as error:
         return str(error)
     return "converted"
+
+
+def callbacks_that_validation_adds():
+    """Prune while each validation adds a callback, as NeMo's telemetry does; return those before and afterwards."""
+    import lightning.pytorch as pl
+
+    model, module, run = build()
+    loader = module.train_dataloader
+
+    def adding():
+        run.callbacks.append(pl.Callback())
+        return loader()
+
+    module.train_dataloader = adding
+    before = list(run.callbacks)
+    run_prune(model, {"target_ffn_hidden_size": 64}, module, run)
+    return before == run.callbacks

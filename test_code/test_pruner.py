@@ -280,6 +280,9 @@ class TestLayouts:
 
 
 class TestNothingElseChanges:
+    def test_callbacks_that_a_validation_adds_go_again(self, ranks):
+        assert ranks(1).run(jobs.callbacks_that_validation_adds) == [True]
+
     @pytest.mark.parametrize(
         "request_", [{"target_ffn_hidden_size": 64}, {"target_num_layers": 2}, {"drop_layers": [1]}]
     )

@@ -256,7 +256,7 @@ def _validate_on_training_data(model: Any, data_module: Any, trainer: Any, conve
     # modelopt calls this without gradients, but setting a trainer up may build Megatron's DDP, which needs them;
     # the validation loop switches them off again by itself.
     shown = progress.validation_shown(trainer, "importance")
-    with torch.enable_grad(), _training_data_for_validation(data_module), shown:
+    with torch.enable_grad(), _training_data_for_validation(data_module), shown, _own_callbacks(trainer):
         llm.validate(model, data=data_module, trainer=trainer, tokenizer="model")
 
 
@@ -266,10 +266,24 @@ def _validate_on_heldout_data(model: Any, data_module: Any, trainer: Any, batche
     wanted = batches * _microbatches(data_module)  # NeMo counts microbatches here
     trainer.limit_val_batches = min(limit, wanted) if type(limit) is int else wanted
     try:
-        with torch.enable_grad(), _batches.own_data(data_module):
+        with torch.enable_grad(), _batches.own_data(data_module), _own_callbacks(trainer):
             llm.validate(model, data=data_module, trainer=trainer, tokenizer="model")
     finally:
         trainer.limit_val_batches = limit
+
+
+@contextlib.contextmanager
+def _own_callbacks(trainer: Any) -> Iterator[None]:
+    """Take callbacks off again that were added inside: ``llm.validate`` adds NeMo's telemetry, each time once more.
+
+    With two of them the telemetry meets itself and fails.
+    """
+    own = list(trainer.callbacks) if isinstance(getattr(trainer, "callbacks", None), list) else None
+    try:
+        yield
+    finally:
+        if own is not None:
+            trainer.callbacks[:] = own
 
 
 def _microbatches(data_module: Any) -> int:
