@@ -432,3 +432,21 @@ def test_trainer_is_needed_for_nemo():
         quantizer = q.Quantizer(q.QuantizationConfig(), q.ExportConfig(path="out", export_format="nemo"))
     with pytest.raises(AssertionError, match="Trainer required for NeMo export"):
         quantizer.export(MagicMock(), "model")
+
+
+def test_what_is_not_quantized_is_compared_as_it_is_written(cpu_backend):
+    import types
+
+    from nemo.collections.llm.modelopt.quantization import hf_check
+
+    torch.manual_seed(0)
+    plain, quantized = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+    quantized.weight_quantizer = types.SimpleNamespace(is_enabled=True)
+    model = torch.nn.Sequential(plain, quantized)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    with hf_check.rounded(model, torch.bfloat16):
+        for name, value in model.named_parameters():
+            expected = before[name] if name == "1.weight" else before[name].bfloat16().float()
+            assert torch.equal(value, expected), name
+        assert not torch.equal(plain.weight, before["0.weight"])
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())

@@ -125,12 +125,18 @@ def checks(losses: Mapping[str, float]) -> list[dict[str, Any]]:
 
     if {"teacher", "pruned"} <= losses.keys():
         teacher, pruned = losses["teacher"], losses["pruned"]
+        costs = pruned > teacher
         check(
-            "pruning costs", pruned > teacher, f"Pruning raised the held-out loss from {teacher:.4f} to {pruned:.4f}."
+            "pruning costs",
+            costs,
+            f"Pruning raised the held-out loss from {teacher:.4f} to {pruned:.4f}."
+            if costs
+            else f"Pruning did not raise the held-out loss ({teacher:.4f} before, {pruned:.4f} after): the teacher is "
+            "hardly trained, or there is too little held-out text to judge by.",
         )
-        if "distilled" in losses:
+        if costs and "distilled" in losses:
             lost, regained = pruned - teacher, pruned - losses["distilled"]
-            share = regained / lost if lost > 0 else math.nan
+            share = regained / lost
             check(
                 "distillation recovers",
                 share >= RECOVERED_AT_LEAST,
