@@ -119,6 +119,11 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
         problems.append("--dump-teacher-topk needs --teacher_path, the checkpoint to record, and no --teacher-topk")
     if given.dump_teacher_topk and Path(given.dump_teacher_topk).exists():
         problems.append(f"--dump-teacher-topk: {given.dump_teacher_topk} exists; give a new folder")
+    if (given.dump_teacher_topk or given.teacher_topk) and has_layer_pairs(given.distillation_config):
+        problems.append(
+            "--distillation_config: intermediate_layer_pairs need the teacher itself, and a recording holds logits "
+            "alone; take them out of the file"
+        )
     if given.use_chat_data and (len(given.data_paths or []) != 1 or not given.tokenizer):
         problems.append("--use-chat-data needs one path in --data_paths, and --tokenizer")
     problems += not_positive(given, ("max_steps", "gbs", "mbs", "seq_length", "val_check_interval", "log_interval"))
@@ -129,6 +134,17 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
         )
     line.refuse(problems)
     return given
+
+
+def has_layer_pairs(path: str | None) -> bool:
+    """Return whether a file of distillation settings asks for pairs of layers; what cannot be read is told later."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(settings, dict) and bool(settings.get("intermediate_layer_pairs"))
 
 
 def make_data(given: argparse.Namespace):

@@ -466,3 +466,21 @@ def test_comparing_two_runs(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         compress.main(["--compare", str(tmp_path / "one"), str(tmp_path)])
     assert "no report.json there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dump-teacher-topk", "topk", "--distillation_config", "pairs.yaml"], "recording holds logits alone"),
+        (["--dump-teacher-topk", "model"], "model exists; give a new folder"),
+        (["--dump-teacher-topk", "topk", "--teacher-topk", "teacher"], "and no --teacher-topk"),
+        (["--teacher-topk", "nowhere"], "--teacher_topk"),
+    ],
+)
+def test_what_a_recorded_teacher_cannot_be(tmp_path, monkeypatch, capsys, flags, message):
+    _inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.yaml").write_text("intermediate_layer_pairs: [[decoder.layers.0, decoder.layers.0]]")
+    with pytest.raises(SystemExit, match="2"):
+        _script("distill").resolve([*RUNS["distill"].split(), *flags])
+    assert message in capsys.readouterr().err
