@@ -195,3 +195,15 @@ def test_trainings_are_the_same_with_and_without(trainings, layout, case):
             # fp32 sums in another order. Adam carries the rounding of the smallest gradients on at full size.
             common = {name: value for name, value in theirs.items() if "loss" in name}
             assert {name: mine[name] for name in common} == pytest.approx(common, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(("cap", "expected"), [(30.0, 30.0), (None, None)])
+def test_the_cap_of_gemma_is_found(cpu_backend, cap, expected):
+    from nemo.collections.llm.gpt.model import gemma2
+
+    from nemo.collections.llm.modelopt.distill._fused_model import softcap
+
+    layer = gemma2.Gemma2OutputLayer.__new__(gemma2.Gemma2OutputLayer)
+    torch.nn.Module.__init__(layer)
+    layer.config = gemma2.Gemma2Config2B(final_logit_softcapping=cap)
+    assert softcap(layer) == expected

@@ -292,4 +292,4 @@ def _forward_of_output_layer(self, input_: Tensor, weight: Tensor | None = None,
 
 def softcap(layer: Any) -> float | None:
     """Return at which value the logits of Gemma 2 and 3 are capped."""
-    return getattr(layer.config, "final_logitsoftcapping", None) if type(layer) is not ColumnParallelLinear else None
+    return getattr(layer.config, "final_logit_softcapping", None) if type(layer) is not ColumnParallelLinear else None
