@@ -20,13 +20,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.measure import about
+from nemo_modelopt_dropin.loss_memory import Sizes
 
 GIB = 2**30
 STOCK, CHUNKED, FUSED = "stock", "chunked", "fused"
 SETTINGS: dict[str, dict[str, Any]] = {STOCK: {}, CHUNKED: {"fused_logits": "off"}, FUSED: {"fused_logits": "on"}}
-# Bytes of a chunk: fp32 of the divergence, logits of the fused form (see _vocab_parallel and _fused_linear).
-CHUNKS = {"cpu": (1 << 21, 32 << 20), "cuda": (64 << 20, 256 << 20)}
-WEIGHT_ROWS = 8192
 DATA_PARALLEL = 8
 
 
@@ -104,37 +102,16 @@ def activations(case: dict[str, Any]) -> int:
 
 
 def logits_and_loss(case: dict[str, Any], form: str, device: str = "cuda") -> int:
-    """Return what both models' logits and the loss take at their peak.
-
-    Stock: the logits of both, and 7 (TP=1) or 8 fp32 tensors of their size. Chunked: the logits, one of which takes the
-    gradient, and three fp32 chunks; or, in the backward pass, this gradient and that of the output weight. Fused: a
-    chunk of each model's logits, fp32 gradient of the output weight, gradient of the hidden states, hidden states of
-    both models over the whole sequence, three fp32 chunks or a part of the weight's gradient in its own type.
+    """Return what both models' logits and the loss take at their peak, by the formulas that ``fused_logits: auto`` uses.
 
     Args:
         case: what is distilled.
         form: `STOCK`, `CHUNKED` or `FUSED`.
         device: decides the size of chunks.
     """
-    n, v, width = _tokens(case), case["vocabulary"] // case["tp"], _width(case)
-    both = 2 * n * v * width
-    if form == STOCK:
-        return both + (7 if case["tp"] == 1 else 8) * 4 * n * v
-    chunk, logits_chunk = CHUNKS[device]
-    if form == CHUNKED:
-        in_backward = (n + case["student"]["hidden_size"]) * v * width
-        return max(both + 12 * v * _rows(n, v, width, chunk), in_backward)
-    rows = min(n, max(16, logits_chunk // (width * v)))
-    h, h_teacher = (case[who]["hidden_size"] for who in ("student", "teacher"))
-    converted = min(WEIGHT_ROWS, v) * h * width if width < 4 else 0
-    hidden = n * h_teacher + (n * h if case["tp"] > 1 else 0)
-    transient = max(12 * v * _rows(rows, v, width, chunk), converted)
-    return 2 * rows * v * width + 4 * v * h + (n * h + hidden) * width + transient
-
-
-def _rows(n: int, v: int, width: int, chunk: int) -> int:
-    largest = chunk // (4 * v)
-    return max(1, min(n, largest, max(largest // 4, n * width // 96)))
+    student, teacher = (case[who]["hidden_size"] for who in ("student", "teacher"))
+    sizes = Sizes(_tokens(case), case["vocabulary"] // case["tp"], student, teacher, _width(case), case["tp"], device)
+    return {STOCK: sizes.stock, CHUNKED: sizes.chunked, FUSED: sizes.fused}[form]()
 
 
 def _widths(model: dict[str, int]) -> tuple[int, int, int]:

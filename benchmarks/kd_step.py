@@ -37,7 +37,7 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     STOCK: {},
     "chunked": {"fused_logits": "off"},
     "chunked in place": {"fused_logits": "off", "logit_kl_in_place": True},
-    "fused (auto)": {"fused_logits": "auto"},
+    "fused": {"fused_logits": "on"},
     ALONE: {"fused_logits": "off"},
 }
 # At least these.

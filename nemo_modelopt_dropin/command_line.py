@@ -19,8 +19,9 @@ from nemo_modelopt_dropin import run_file
 USAGE = 2
 EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 wrong arguments or settings, 130 interrupted."
 _SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-# Flags that say how to run this command, not what the run is.
-_NOT_SAVED = ("config", "dry_run", "verbose", "help")
+# Flags that say how to run this command, not what the run is; and our own mark.
+_DERIVED = "derived"
+_NOT_SAVED = ("config", "dry_run", "verbose", "help", _DERIVED)
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,6 +34,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, **options})
         self.problems: list[str] = []
         self._reads_run_file = False
+        # Settings of which a problem is noted already, by name: that they are missing is no news.
+        self.told: set[str] = set()
 
     def add_run_options(self) -> None:
         """Add the flags that every script has; ``--config`` is then read as flags are."""
@@ -56,7 +59,8 @@ class Parser(argparse.ArgumentParser):
             found, unknown = self._parse(words, self._from_file(words))
         vars(found).update(undone)
         self.problems += self._complaints(unknown)
-        missing = [max(a.option_strings, key=len) for a in required if getattr(found, a.dest) in (None, a.default)]
+        unset = [a for a in required if a.dest not in self.told and getattr(found, a.dest) in (None, a.default)]
+        missing = [max(action.option_strings, key=len) for action in unset]
         if missing:
             self.problems.append(f"missing: {', '.join(missing)}")
         return found
@@ -113,6 +117,7 @@ class Parser(argparse.ArgumentParser):
                 return self.parse_known_args(words, namespace)
             except argparse.ArgumentError as error:
                 flags = (error.argument_name or "").split("/")
+                self.told |= {self._option_string_actions[flag].dest for flag in flags if flag}
                 place = next((i for i, word in enumerate(words) if word in flags and _lacks_value(words, i)), None)
                 before.append(str(error).removeprefix("argument "))
                 self.problems = list(before)
@@ -139,8 +144,10 @@ class Parser(argparse.ArgumentParser):
         for word in unknown:
             flag = word.startswith("-")
             if flag or not after_flag:
-                known = (name for action in self._actions for name in action.option_strings)
-                found.append(f"unknown argument {word}{nearest(word.partition('=')[0], known)}")
+                known = [name for action in self._actions for name in action.option_strings]
+                name = word.partition("=")[0]
+                found.append(f"unknown argument {word}{nearest(name, known)}")
+                self.told |= {self._option_string_actions[meant].dest for meant in near(name, known)}
             after_flag = after_flag or flag
         return found
 
@@ -151,6 +158,7 @@ class Parser(argparse.ArgumentParser):
             return super()._get_value(action, arg_string)
         except argparse.ArgumentError as error:
             self.problems.append(str(error).removeprefix("argument "))
+            self.told.add(action.dest)
             return action.default
 
     def _check_value(self, action, value):
@@ -158,6 +166,7 @@ class Parser(argparse.ArgumentParser):
             return
         name = "/".join(action.option_strings)
         allowed = ", ".join(map(str, action.choices))
+        self.told.add(action.dest)
         self.problems.append(f"{name}: {value!r} is none of {allowed}{nearest(str(value), action.choices)}")
 
     # --- the run file -------------------------------------------------------------------------------------------------
@@ -216,18 +225,30 @@ def _lacks_value(words: Sequence[str], place: int) -> bool:
 
 def nearest(name: str, known: Iterable[Any]) -> str:
     """Return ``; did you mean ...?`` with the nearest known name, or nothing where none is near."""
-    near = difflib.get_close_matches(name, list(map(str, known)), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    return "".join(f"; did you mean {one}?" for one in near(name, known))
+
+
+def near(name: str, known: Iterable[Any]) -> list[str]:
+    """Return the nearest known name in a list, an empty one where none is near."""
+    return difflib.get_close_matches(name, list(map(str, known)), n=1)
+
+
+def derive(given: argparse.Namespace, name: str, value: Any) -> None:
+    """Set an argument that was not given and follows from others; run files leave it out, so that it follows again."""
+    if getattr(given, name) is None:
+        setattr(given, name, value)
+        setattr(given, _DERIVED, [*getattr(given, _DERIVED, []), name])
 
 
 def saved_settings(given: argparse.Namespace, paths: Iterable[str] = ()) -> dict[str, Any]:
-    """Return what a run file of these arguments holds: every setting by name, paths without a working directory.
+    """Return what a run file of these arguments holds: settings by name, paths without a working directory.
 
     Args:
         given: resolved arguments.
         paths: settings that are paths, or may be.
     """
-    found = {name: value for name, value in sorted(vars(given).items()) if name not in _NOT_SAVED}
+    omitted = (*_NOT_SAVED, *getattr(given, _DERIVED, []))
+    found = {name: value for name, value in sorted(vars(given).items()) if name not in omitted}
     for name in paths:
         value = found.get(name)
         if isinstance(value, list):

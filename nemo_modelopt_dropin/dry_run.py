@@ -11,21 +11,14 @@ from nemo_modelopt_dropin import model_sizes, prune_layout, run_file
 from nemo_modelopt_dropin.compress.settings import TARGETS, Job
 from nemo_modelopt_dropin.model_sizes import Memory, Shape, UnknownModel
 from nemo_modelopt_dropin.report import megabytes, millions
+from nemo_modelopt_dropin.script_run import Rows, aligned
 
-Rows = list[tuple[str, str]]
 _NEMO = "context/, weights/"
-
-
-def lines(rows: Rows) -> Iterable[str]:
-    """Yield the rows as aligned text; a row without a label goes on with the one before."""
-    width = max(len(label) for label, _ in rows)
-    for label, text in rows:
-        yield f"{label:<{width}}  {text}"
 
 
 def show(rows: Rows) -> int:
     """Print the plan and return the exit code."""
-    sys.stdout.writelines(f"{line}\n" for line in lines(rows))
+    sys.stdout.writelines(f"{line}\n" for line in aligned(rows))
     return 0
 
 
@@ -61,6 +54,32 @@ def memory(found: Memory | None) -> tuple[str, str]:
     return "memory", f"about {megabytes(found.total)} a rank, libraries not counted: {parts}"
 
 
+_DIVERGENCES = {"forward": "KL(teacher || student)", "reverse": "KL(student || teacher)", "jsd": "Jensen-Shannon"}
+_REPORT = "report.html, report.json, figures/"
+
+
+def losses(path: str | None) -> tuple[str, str]:
+    """Return the row of what is minimised; a file that cannot be read is refused by the run itself."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        return "losses", f"unknown, {path} cannot be read: {' '.join(str(error).split())}"
+    if not isinstance(settings or {}, dict):
+        return "losses", f"unknown, {path} holds no settings by name"
+    asked = {"logit_kl_direction": "forward", "logit_kl_temperature": 1.0, "skip_lm_loss": True, **(settings or {})}
+    kind = _DIVERGENCES.get(asked["logit_kl_direction"], asked["logit_kl_direction"])
+    parts = [f"{kind} of the logits at temperature {asked['logit_kl_temperature']}"]
+    if asked.get("logit_kl_topk"):
+        parts[0] += f", the teacher's top {asked['logit_kl_topk']}"
+    for pair in asked.get("intermediate_layer_pairs") or []:
+        if isinstance(pair, list) and len(pair) in (2, 3):
+            parts.append(f"{(*pair, 'cosine')[2]} of {pair[0]} to {pair[1]}")
+    parts.append("no LM loss" if asked["skip_lm_loss"] else "LM loss")
+    return "losses", "; ".join(parts)
+
+
 def quantization(given: argparse.Namespace) -> Rows:
     """Return the plan of ptq.py."""
     rows, shape = model("model", given.nemo_checkpoint)
@@ -74,14 +93,21 @@ def quantization(given: argparse.Namespace) -> Rows:
     files = {"nemo": _NEMO, "hf": "config.json, *.safetensors, tokenizer"}.get(
         given.export_format, "config, *.safetensors"
     )
+    beside: Rows = [] if given.no_report else [("", f"{given.report_path}: {_REPORT}")]
+    if not given.no_calibration_state:
+        beside.append(("", f"{given.calibration_state}: the calibrated state, until the export has succeeded"))
     return rows + [
         ("quantize", f"{given.algorithm}; matrices in {_bits(given)} bits, {given.export_format} format{written}"),
-        ("data", f"{given.calibration_dataset_size} rows of {given.calibration_dataset}, {given.seq_len} tokens each"),
+        (
+            "data",
+            f"at most {given.calibration_dataset_size} rows of {given.calibration_dataset}, {given.seq_len} tokens each",
+        ),
         layout(given.devices, given.num_nodes, given.cpu, tp=tp, pp=pp),
         memory(
             model_sizes.forward_memory(shape, given.batch_size, given.seq_len, tp, pp, width, True) if shape else None
         ),
         ("writes", f"{given.export_path}: {files}, {run_file.NAME}"),
+        *beside,
     ]
 
 
@@ -118,10 +144,13 @@ def pruning(given: argparse.Namespace, targets: Iterable[str]) -> Rows:
     rows.append(layout(given.devices, given.num_nodes, given.cpu, tp=tp, pp=pp))
     if tp != given.tp_size:
         rows.append(("", prune_layout.note(given.tp_size, shared)))
-    return rows + [
+    rows += [
         memory(model_sizes.forward_memory(shape, given.mbs, tokens, tp, pp, width) if shape else None),
         ("writes", f"{given.save_path}: {_NEMO}, {run_file.NAME}{written}"),
     ]
+    if given.scores_path and not given.drop_layers:
+        rows.append(("", f"{given.scores_path}: the measured importance"))
+    return rows if given.no_report else [*rows, ("", f"{given.report_path}: {_REPORT}")]
 
 
 def distillation(given: argparse.Namespace) -> Rows:
@@ -149,8 +178,10 @@ def distillation(given: argparse.Namespace) -> Rows:
     if student is not None and (teacher is not None or not given.teacher_path or given.teacher_topk):
         tp, pp, seq = sizes["tp"], sizes["pp"], given.seq_length // sizes["cp"]
         estimate = model_sizes.training_memory(student, teacher, given.mbs, seq, tp, pp, dp, width)
+    minimised = [losses(given.distillation_config)] if given.teacher_path or given.teacher_topk else []
     return rows + [
         ("train", f"{given.max_steps} steps of {given.gbs} x {given.seq_length} tokens, {millions(tokens)} in all"),
+        *minimised,
         ("data", source),
         layout(given.devices, given.num_nodes, given.cpu, **sizes),
         memory(estimate),
@@ -168,7 +199,7 @@ def compression(job: Job, output: Path, stages: Iterable[str], waiting: Iterable
     own, width = job.layout, 4 if job.layout.cpu else 2
     dp = own.devices * own.num_nodes // (own.tp * own.pp)
     estimate = None
-    files = ["report.html, report.json, figures/", "a checkpoint below each stage's folder", run_file.NAME]
+    files = [_REPORT, "a checkpoint below each stage's folder", run_file.NAME]
     if shape is not None:
         small = shape.pruned(targets, job.pruning.drop_layers)
         limit = job.pruning.target_params
@@ -188,6 +219,7 @@ def compression(job: Job, output: Path, stages: Iterable[str], waiting: Iterable
             "distill",
             f"{job.distillation.steps} steps of {job.distillation.global_batch_size} x {job.seq_length} tokens",
         ),
+        losses(job.distill_config),
         ("quantize", f"{job.quantization.algorithm}, as {' and '.join(job.quantization.formats)}"),
         layout(own.devices, own.num_nodes, own.cpu, tp=own.tp, pp=own.pp),
         memory(estimate),

@@ -59,7 +59,15 @@ class _ValidationBar(pl.Callback):
 
 
 def _total(batches: list[int | float]) -> int | None:
-    return int(batches[0]) if batches and batches[0] != float("inf") else None
+    """Return the steps of a validation: Lightning counts micro-batches, and NeMo takes a global batch of them a step."""
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+    if not batches or batches[0] == float("inf"):
+        return None
+    try:
+        return -(-int(batches[0]) // max(1, get_num_microbatches()))
+    except AttributeError:  # the calculator of this process was never set up
+        return int(batches[0])
 
 
 @contextlib.contextmanager

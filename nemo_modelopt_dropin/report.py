@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,13 @@ def write_files(folder: Path, content: Any, charts: Mapping[str, Mapping[str, An
     target = folder / "report.html"
     replace_file(target, page.encode())
     return target
+
+
+def withdraw(folder: Path) -> None:
+    """Remove a report whose run goes on: what it says is no longer so."""
+    shutil.rmtree(folder / "figures", ignore_errors=True)
+    for name in ("report.json", "report.html"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def render(content: Mapping[str, Any], charts: Mapping[str, Mapping[str, Any]] | None = None) -> str:

@@ -6,7 +6,7 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -32,8 +32,13 @@ class Script:
     keeps_progress: bool = False
 
 
-def execute(script: Script, given: argparse.Namespace, work: Callable[[argparse.Namespace], None]) -> int:
+Rows = list[tuple[str, str]]
+
+
+def execute(script: Script, given: argparse.Namespace, work: Callable[[argparse.Namespace], Rows | None]) -> int:
     """Do the work on every rank and return the exit code.
+
+    What ``work`` returns, rows of a label and a text, is shown at the end.
 
     With ``given.cpu`` this starts ``given.devices`` ranks itself unless it is one of them; on GPUs torchrun (or
     Lightning itself) does, as for NeMo's own scripts. Rank zero writes the run file once the work is done.
@@ -54,9 +59,10 @@ def execute(script: Script, given: argparse.Namespace, work: Callable[[argparse.
             save(script, settings)
         if given.cpu:
             start_on_cpu()
-        work(given)
+        found = work(given)
         if rank == 0:
             save(script, settings)
+            out.writelines(f"{line}\n" for line in aligned(found or []))
             out.write(f"{script.name}: wrote {script.output} in {time.perf_counter() - started:.0f} s\n")
 
     log = None if given.verbose else _log_file(script.name, rank)
@@ -65,6 +71,13 @@ def execute(script: Script, given: argparse.Namespace, work: Callable[[argparse.
     if log is not None and code in (runner.OK, runner.USAGE, runner.INTERRUPTED):
         log.unlink(missing_ok=True)
     return code
+
+
+def aligned(rows: Rows) -> Iterable[str]:
+    """Yield the rows as aligned text; a row without a label goes on with the one before."""
+    width = max((len(label) for label, _ in rows), default=0)
+    for label, text in rows:
+        yield f"{label:<{width}}  {text}"
 
 
 def save(script: Script, settings: dict) -> Path:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from nemo_modelopt_dropin.command_line import Parser
 from nemo_modelopt_dropin.compress.settings import (
     ALGORITHMS,
     EXPORT_FORMATS,
+    VERIFY,
     Job,
     SettingsError,
+    follows_from_targets,
     from_dict,
     raise_all,
 )
@@ -57,6 +60,7 @@ _DISTILLATION: _Flags = {
     "evaluate-every": int,
     "save-every": int,
 }
+TARGET_FLAGS = [name.replace("-", "_") for name in (*_PRUNING, "drop-layers")]
 _CALIBRATION: _Flags = {"size": int, "batch-size": int, "seq-len": int}
 
 
@@ -97,6 +101,9 @@ def parser() -> Parser:
     quantization = found.add_argument_group("quantize and export")
     quantization.add_argument("--algorithm", help=f"one of {', '.join(ALGORITHMS)} (default: fp8)")
     quantization.add_argument("--formats", nargs="+", help=f"of {', '.join(EXPORT_FORMATS)} (default: nemo)")
+    quantization.add_argument(
+        "--verify", metavar="HOW", help=f"check of hf files, one of {', '.join(VERIFY)} (default: full, with logits)"
+    )
     for name, kind in _CALIBRATION.items():
         quantization.add_argument(f"--calibration-{name}", type=kind)
     return found
@@ -134,7 +141,7 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     for name in _DISTILLATION:
         key = name.replace("-", "_")
         put("distillation", key, given[f"distill_{key}"])
-    for key in ("algorithm", "formats"):
+    for key in ("algorithm", "formats", "verify"):
         put("quantization", key, given[key])
     for name in _CALIBRATION:
         key = "calibration_" + name.replace("-", "_")
@@ -150,14 +157,18 @@ def resolve(argv: list[str] | None = None) -> tuple[Job | None, Path, argparse.N
     line = parser()
     arguments = line.read(argv)
     if arguments.compare:
-        problems = [f"--compare {one}: no report.json there" for one in arguments.compare if not has_report(one)]
+        problems = [
+            f"--compare {one}: no report.json there, so no run that finished"
+            for one in arguments.compare
+            if not has_report(one)
+        ]
         line.refuse(problems)
         return None, (arguments.output or arguments.compare[1]).resolve(), arguments
     output, job = Path("runs/compress"), None
     try:
         found = settings(arguments)
         output = Path(found.pop("output", None) or output).resolve()
-        job = make_job(found)
+        job = make_job(found, line.told)
     except SettingsError as error:
         line.refuse(str(error).splitlines())
     line.refuse([])
@@ -169,8 +180,12 @@ def has_report(folder: Path) -> bool:
     return (folder / "report.json").is_file()
 
 
-def make_job(found: dict[str, Any]) -> Job:
+def make_job(found: dict[str, Any], told: Collection[str] = ()) -> Job:
     """Return the job of nested settings.
+
+    Args:
+        found: the settings.
+        told: flags of which a problem is known already, by name: what follows from that is not told.
 
     Raises:
         SettingsError: listing every setting that is unknown, missing, of another type or cannot work.
@@ -178,7 +193,7 @@ def make_job(found: dict[str, Any]) -> Job:
     required = ("teacher", "train_text", "heldout_text")
     problems: list[str] = []
     job = None
-    missing = [f"--{name.replace('_', '-')}" for name in required if not found.get(name)]
+    missing = [f"--{name.replace('_', '-')}" for name in required if not found.get(name) and name not in told]
     if missing:
         problems.append(f"missing: {', '.join(missing)} (as flags or in --config)")
     for name in (*required, "distill_config"):
@@ -186,7 +201,7 @@ def make_job(found: dict[str, Any]) -> Job:
             found[name] = str(Path(found[name]).resolve())
     try:
         job = from_dict(Job, {**dict.fromkeys(required, ""), **found})
-        problems += job.problems()
+        problems += [one for one in job.problems() if not (follows_from_targets(one) and {*TARGET_FLAGS} & {*told})]
     except SettingsError as error:
         problems += str(error).splitlines()
     raise_all(problems)

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from nemo_modelopt_dropin.command_line import Parser
 from nemo_modelopt_dropin.compress.settings import (
-    HF_ALGORITHMS,
     Job,
     Layout,
     Pruning,
@@ -101,7 +100,6 @@ def scaled(training: Training, factor: float) -> Training:
 def make_job(arguments: argparse.Namespace) -> Job:
     """Return the compression job over the files that the demo's own stages write."""
     root = arguments.output
-    formats = ("nemo", "hf") if arguments.algorithm in HF_ALGORITHMS else ("nemo",)
     return Job(
         teacher=str(root / "pretrain" / "checkpoint"),
         train_text=str(root / "corpus" / "train.jsonl"),
@@ -111,7 +109,7 @@ def make_job(arguments: argparse.Namespace) -> Job:
         pruning=PRUNING,
         distillation=scaled(DISTILLATION, arguments.steps_scale),
         quantization=Quantization(
-            algorithm=arguments.algorithm, calibration_size=64, calibration_batch_size=8, formats=formats
+            algorithm=arguments.algorithm, calibration_size=64, calibration_batch_size=8, formats=("nemo", "hf")
         ),
         scratch=True,
     )

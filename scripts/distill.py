@@ -263,8 +263,8 @@ def make_optimizer(given: argparse.Namespace):
     return nl.MegatronOptimizerModule(config, schedule)
 
 
-def work(given: argparse.Namespace) -> None:
-    """Train or distill."""
+def work(given: argparse.Namespace) -> list[tuple[str, str]]:
+    """Train or distill; return what came of it."""
     from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 
     from nemo import lightning as nl
@@ -274,7 +274,8 @@ def work(given: argparse.Namespace) -> None:
         monitor="val_loss",
         save_top_k=1,
         save_last=True,
-        every_n_train_steps=min(given.val_check_interval, given.max_steps),
+        # None: after each validation, so that names and choice go by the loss of the weights that are saved.
+        every_n_train_steps=None if given.limit_val_batches else min(given.val_check_interval, given.max_steps),
     )
     common: dict[str, Any] = {
         "data": make_data(given),
@@ -300,6 +301,22 @@ def work(given: argparse.Namespace) -> None:
         )
     else:
         llm.train(model=given.model_path, tokenizer="data", **common)
+    return outcome(common["trainer"], checkpoints)
+
+
+def outcome(trainer: Any, checkpoints: Any) -> list[tuple[str, str]]:
+    """Return the last logged losses by what they are, and the checkpoint to go on with."""
+    labels = {
+        "reduced_train_loss": "training loss",
+        "kd_loss": "distillation loss",
+        "teacher_lm_loss": "teacher's LM loss",
+        "kd_top1_agreement": "top-1 agreement",
+        "val_loss": "validation loss",
+    }
+    metrics = trainer.callback_metrics
+    rows = [("steps", str(trainer.global_step))]
+    rows += [(label, f"{float(metrics[name]):.4f}") for name, label in labels.items() if name in metrics]
+    return [*rows, ("checkpoint", checkpoints.last_model_path or "none was written")]
 
 
 def check_recorded_teacher(given: argparse.Namespace) -> None:

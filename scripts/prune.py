@@ -15,11 +15,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from nemo_modelopt_dropin import prune_layout
+from nemo_modelopt_dropin import budget, prune_layout
 from nemo_modelopt_dropin.command_line import (
     Parser,
     default_devices,
     default_nodes,
+    derive,
     layout_problems,
     loading_options,
     missing_paths,
@@ -113,13 +114,14 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
         arguments.num_nodes = default_nodes(1)
     if arguments.devices is None:
         arguments.devices = default_devices(arguments.num_nodes, arguments.tp_size, arguments.pp_size)
-    if arguments.report_path is None:
-        arguments.report_path = f"{arguments.save_path.rstrip('/')}.report"
+    derive(arguments, "report_path", f"{(arguments.save_path or '').rstrip('/')}.report")
     given = [name for name in (*TARGETS, *BUDGETS) if getattr(arguments, name) is not None]
     problems = missing_paths({"--restore_path": arguments.restore_path})
     problems += missing_paths({"--text": arguments.text, "--heldout_text": arguments.heldout_text}, folder=False)
     problems += layout_problems(arguments.devices, arguments.num_nodes, arguments.tp_size, arguments.pp_size)
     problems += not_positive(arguments, ("max_candidates", "heldout_batches"))
+    for name in BUDGETS:
+        problems += budget.problem(f"--{name}", getattr(arguments, name))
     if not problems and arguments.tp_size > 1 and not arguments.drop_layers:
         problems += prune_layout.problems(arguments.restore_path, arguments.devices * arguments.num_nodes)
     sizes = {name: getattr(arguments, name) for name in given if name in TARGETS}

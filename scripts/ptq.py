@@ -9,6 +9,7 @@ beside the output: the same command, run again after a failure, does not calibra
 from __future__ import annotations
 
 import argparse
+import glob
 import os
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from nemo_modelopt_dropin.command_line import (
     Parser,
     default_devices,
     default_nodes,
+    derive,
     layout_problems,
     missing_paths,
     nearest,
@@ -34,6 +36,7 @@ PATHS = (
     "report_path",
     "algorithm",
 )
+HUB = ("cnn_dailymail", "wikitext")
 _FOLDERS = {"trtllm": "./qnemo_{algorithm}_tp{inference_tp}_pp{inference_pp}", "hf": "./hf_{algorithm}"}
 
 
@@ -100,6 +103,12 @@ def parser() -> Parser:
     export.add_argument("--report_path", help="folder of report.html and .json (default: export_path + .report)")
     export.add_argument("--no_report", action="store_true", help="write neither")
     export.add_argument("--generate_sample", action="store_true", help="let the quantized model write a sample")
+    export.add_argument(
+        "--verify",
+        default="full",
+        choices=("full", "files", "none"),
+        help="what is checked of hf files before they appear: their logits too, the files alone, nothing",
+    )
     state = found.add_argument_group("calibrated state")
     state.add_argument("--calibration_state", help="folder to keep it in (default: export_path + .calibration-state)")
     state.add_argument(
@@ -129,9 +138,9 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
         name = _FOLDERS.get(arguments.export_format, "./nemo_{algorithm}")
         arguments.export_path = name.format(**vars(arguments))
     for option, ending in (("calibration_state", "calibration-state"), ("report_path", "report")):
-        if getattr(arguments, option) is None:
-            setattr(arguments, option, f"{arguments.export_path.rstrip('/')}.{ending}")
+        derive(arguments, option, f"{arguments.export_path.rstrip('/')}.{ending}")
     problems = missing_paths({"--nemo_checkpoint": arguments.nemo_checkpoint})
+    problems += data_problems(arguments.calibration_dataset)
     problems += layout_problems(
         arguments.devices, arguments.num_nodes, arguments.calibration_tp, arguments.calibration_pp
     )
@@ -141,6 +150,14 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
         problems.append("--algorithm auto and --auto_quantize_bits go together: give both or neither")
     line.refuse(problems)
     return arguments
+
+
+def data_problems(name: str) -> list[str]:
+    """Return what is wrong with the name of a data set in a list: it is on the hub, or here."""
+    if name in HUB or os.path.exists(name) or glob.glob(name, recursive=True):
+        return []
+    known = f"neither one of {', '.join(HUB)} nor a file, folder or pattern that is there"
+    return [f"--calibration_dataset {name}: {known}{nearest(name, HUB)}"]
 
 
 def work(arguments: argparse.Namespace) -> None:
@@ -173,6 +190,7 @@ def work(arguments: argparse.Namespace) -> None:
         inference_tp=arguments.inference_tp,
         inference_pp=arguments.inference_pp,
         generate_sample=arguments.generate_sample,
+        verify=arguments.verify,
         report_path=None if arguments.no_report else arguments.report_path,
     )
     same_name = ("calibration_tp", "calibration_pp", "devices", "num_nodes", "legacy_ckpt", "trust_remote_code")

@@ -21,6 +21,25 @@ def record(teacher_path, output, settings=None, steps=4, data=None, **layout):
     return "val_dataloader" in vars(module)
 
 
+def bars_of_recording(teacher_path, folder, settings):
+    """Return how far each bar got, and its total, where a step has two micro-batches."""
+    from unittest import mock
+
+    from nemo_modelopt_dropin import screen
+
+    bars, make = [], screen.bar
+
+    def watched(*args, **options):
+        bars.append(make(*args, **options))
+        return bars[-1]
+
+    own = f"{folder}/bars-{os.environ['RANK']}"
+    shown = mock.patch.multiple(screen, is_quiet=lambda: True, bar=watched)
+    with jobs_distill.alone(), shown:
+        record(teacher_path, own, settings, data={"global_batch_size": 4, "micro_batch_size": 2})
+    return [(bar.n, bar.total) for bar in bars]
+
+
 def record_everywhere(teacher_path, folder, settings):
     """Record in every layout of two ranks."""
     layouts = {"tp": {"tp": 2}, "pp": {"pp": 2}, "dp": {}}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -145,6 +147,30 @@ def test_what_is_not_exact_is_not_fused_and_named(ranks):
     for reasons in ranks(2).run(jobs_fused.output_layers, list(expected)):
         for case, text in expected.items():
             assert reasons[case] is None if text is None else text in reasons[case], (case, reasons[case])
+
+
+SLOWER = "made a second time"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "vocabulary", "options", "slower", "reason"),
+    [
+        # The gradient of the output weight in fp32 is more than the logits of few tokens.
+        (4096, 128256 // 8, {"tensor_parallel": 8}, None, r"take about 298 MiB.* would take 566 MiB"),
+        (4096, 128256 // 8, {"tensor_parallel": 8, "trained": False}, None, r"take about 298 MiB"),
+        (32768, 128256, {}, None, None),
+        (8192, 128256, {"trained": False}, None, None),
+        (8192, 128256, {"lm_loss": True}, SLOWER, None),
+        (2048, 32000, {"lm_loss": True}, SLOWER, r"take about 562 MiB.* would take 826 MiB"),
+        (4096, 64000, {"lm_loss": True}, SLOWER, r"made a second time, and only \d+ MiB would be saved"),
+    ],
+)
+def test_auto_goes_by_memory(cpu_backend, tokens, vocabulary, options, slower, reason):
+    from nemo.collections.llm.modelopt.distill._fused_model import _not_worth_it
+    from nemo_modelopt_dropin.loss_memory import Sizes
+
+    found = _not_worth_it(Sizes(tokens, vocabulary, 3072, 4096, 2, **options), slower)
+    assert found is None if reason is None else re.search(reason, found)
 
 
 # --- trainings ---

@@ -55,6 +55,13 @@ class TestBudgets:
         with pytest.raises(ValueError, match=r"target_params=.* is no number of parameters; give a share"):
             PruningConfig(target_params=value)
 
+    @pytest.mark.parametrize("value", [60, "60", 99.5, "100"])
+    def test_per_cent_without_the_sign_are_refused(self, cpu_backend, value):
+        from nemo.collections.llm.modelopt.prune import PruningConfig
+
+        with pytest.raises(ValueError, match=rf"target_params=.* parameters; for a share .* write '{float(value):g}%'"):
+            PruningConfig(target_params=value)
+
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
@@ -180,6 +187,7 @@ class TestSearch:
     def test_refused_before_anything_runs(self, ranks):
         cases = [
             ({"target_params": 10_000_000}, "not fewer than the model's 180,800"),
+            ({"target_params": 5000}, "no combination of sizes has at most 5,000 parameters; the smallest has"),
             ({"target_active_params": "50%"}, "is for mixture-of-experts models"),
             ({"target_params": "50%", "target_hidden_size": 65}, "above the model's 64"),
         ]

@@ -54,6 +54,11 @@ def test_every_layout_records_the_same(folder, layout, cpu_backend):
     assert (records[0].entries == records[1].entries).float().mean() > 0.99
 
 
+def test_the_bar_of_a_recording_counts_steps(ranks, folder):
+    paths = str(folder / "teacher"), str(folder), str(folder / "topk.yaml")
+    assert ranks(2).run(jobs_recorded.bars_of_recording, *paths)[0] == [(4, 4)]
+
+
 @pytest.mark.parametrize("objective", ["topk", "with_lm"])
 def test_losses_are_those_with_the_teacher(ranks, folder, objective):
     paths = str(folder / "teacher"), str(folder), str(folder / f"{objective}.yaml")

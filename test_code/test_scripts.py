@@ -75,8 +75,8 @@ def test_help_takes_no_time(script):
         ("demo", ["--algorithm", "fp88"], ["did you mean fp8?"]),
         (
             "compress",
-            "--teacher t --train-text a --heldout-text b --target-num-layers 2 --algorithm int8 --formats hf".split(),  # noqa: SIM905
-            ["int8 cannot be exported as hf"],
+            "--teacher t --train-text a --heldout-text b --target-num-layers 2 --verify some --target-params 60".split(),  # noqa: SIM905
+            ["unknown verify 'some'; allowed: full, files, none", "60 means 60 parameters; for a share", "write '60%'"],
         ),
         ("demo", ["--devices", "3"], ["not a multiple of micro batch size 8 x 3"]),
         ("demo", ["--steps", "3", "--vorbose"], ["--vorbose; did you mean --verbose?"]),
@@ -196,7 +196,10 @@ def test_exit_codes_and_what_is_seen(ranks, tmp_path):
         "verbose": 0,
     }
     assert found["settings"][1] == ["error: this cannot work"], "no traceback for what a user can put right"
-    assert found["failure"][1] == [f"error on rank 0: KeyError: 'x'; the whole story is in {tmp_path / 'failure'}"]
+    assert found["failure"][1] == [
+        "error on rank 0: KeyError: 'x'",
+        f"the whole story is in {tmp_path / 'failure'}",
+    ]
     assert "Traceback" in (tmp_path / "failure").read_text()
     assert found["interrupt"][1] == ["stopped"]
     shown = "\n".join(found["done"][1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,53 +11,32 @@ from torch.nn.functional import cross_entropy
 from nemo_modelopt_dropin.compress.tokens import Windows
 
 
-def dequantized(folder: Path) -> dict[str, torch.Tensor] | None:
-    """Return the checkpoint's weights in fp32, FP8 ones multiplied by their scales; None for packed formats.
-
-    Activation scales are left out: the weights alone are judged.
-    """
-    from safetensors.torch import load_file
-
-    stored: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        stored |= load_file(path)
-    found = {}
-    for name, value in stored.items():
-        if name.endswith(("_scale", "_scale_2")):
-            continue
-        if not value.is_floating_point():
-            return None
-        value = value.float()
-        if (scale := stored.get(f"{name}_scale")) is not None:
-            value = value * scale.float()
-        found[name] = value
-    return found
-
-
 def heldout_loss(folder: Path, ids: np.ndarray, seq_length: int, batch_size: int) -> float | None:
-    """Return the mean next-token loss over the windows that `heldout.heldout_loss` uses, or None for packed formats.
+    """Return the mean next-token loss over the windows that `heldout.heldout_loss` uses.
+
+    Weights count as the files hold them; inputs of linear layers are scaled and quantized as the files say.
 
     Args:
         folder: a Hugging Face checkpoint.
         ids: token ids `[n]`.
         seq_length: tokens a window.
         batch_size: windows a pass.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    weights = dequantized(folder)
-    if weights is None:
+    Returns:
+        Nats a token; None, with a warning, where the files cannot be computed with here.
+
+    Raises:
+        ExportError: where a tensor is missing, or has another shape than ``config.json`` says.
+    """
+    from nemo.utils import logging
+
+    from nemo.collections.llm.modelopt.quantization import hf_check
+
+    hf_check.verify(folder)
+    if (reason := hf_check.obstacle(folder)) is not None:
+        logging.warning(f"The loss of the exported checkpoint was not measured: {reason}")
         return None
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    content.pop("quantization_config", None)
-    config = AutoConfig.for_model(content.pop("model_type"), **content)
-    model = AutoModelForCausalLM.from_config(config, torch_dtype=torch.float32)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    missing = [name for name in missing if name not in (model._tied_weights_keys or [])]
-    if missing or unexpected:
-        raise ValueError(f"{folder} does not fit its config.json: missing {missing}, unexpected {unexpected}")
-    model.tie_weights()
-    model.eval()
+    model = hf_check.load(folder)
     windows = Windows(ids, seq_length)
     total = tokens = 0.0
     with torch.no_grad():

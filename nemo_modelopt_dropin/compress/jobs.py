@@ -214,7 +214,13 @@ def export(folder: Path, job: Job, quantized: Path, token_folder: Path) -> dict[
             beside = folder / f"{target}.part"
             shutil.rmtree(beside, ignore_errors=True)
             with training.alone():
-                llm.export_ckpt(path=quantized, target=target, output_path=beside, overwrite=True)
+                llm.export_ckpt(
+                    path=quantized,
+                    target=target,
+                    output_path=beside,
+                    overwrite=True,
+                    modelopt_export_kwargs={"verify": job.quantization.verify},
+                )
             beside.rename(path)
         result[target] = {"path": str(path), "bytes": heldout.folder_bytes(path)}
         if target == "hf":

@@ -70,13 +70,13 @@ def compression_stages(job: Job, root: Path, before: str | None = None, out: Tex
         stage(
             "quantize",
             lambda jobs, folder: jobs.quantize(folder, job, distilled, token_folder),
-            {k: v for k, v in asdict(job.quantization).items() if k != "formats"},
+            {k: v for k, v in asdict(job.quantization).items() if k not in ("formats", "verify")},
             ("distill",),
         ),
         stage(
             "export",
             lambda jobs, folder: jobs.export(folder, job, checkpoint("quantize"), token_folder),
-            {"formats": job.quantization.formats},
+            {"formats": job.quantization.formats, "verify": job.quantization.verify},
             ("quantize",),
         ),
     ]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from nemo_modelopt_dropin import run_file, screen
+from nemo_modelopt_dropin import report, run_file, screen
 from nemo_modelopt_dropin.compress import console, launch
 from nemo_modelopt_dropin.compress.settings import Layout
 from nemo_modelopt_dropin.compress.stages import (
@@ -122,7 +122,7 @@ def guarded(work: Callable[[TextIO], None], log: Path | None, on_interrupt: str)
                 out.write(f"error: {error}\n")
                 return USAGE
             traceback.print_exc()
-            where = f"; the whole story is in {log}" if log else ""
+            where = f"\nthe whole story is in {log}" if log else ""
             out.write(f"error on rank {rank}: {type(error).__name__}: {error}{where}\n")
             return FAILED
 
@@ -138,6 +138,7 @@ def _run_all(stages: list[Stage], root: Path, layout: Layout, tell: console.Tell
         run_stages(stages, root, Alone(), tell)  # all finished: needs no NeMo and no other ranks
         return
     if tell.rank == 0:
+        report.withdraw(root)
         tell.out.write("loading NeMo\n")
     if layout.cpu:
         from nemo_modelopt_dropin import cpu_backend

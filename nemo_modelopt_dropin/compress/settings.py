@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from nemo_modelopt_dropin import prune_layout
+from nemo_modelopt_dropin import budget, prune_layout
 
 ALGORITHMS = ("fp8", "int8", "int8_sq", "int4", "int4_awq", "w4a8_awq", "nvfp4")
 EXPORT_FORMATS = ("nemo", "hf")
-HF_ALGORITHMS = ("fp8", "nvfp4")  # modelopt's Hugging Face writer stores the others wrongly or not at all
+VERIFY = ("full", "files", "none")
 TARGETS = (
     "target_ffn_hidden_size",
     "target_hidden_size",
@@ -22,7 +21,8 @@ TARGETS = (
     "target_num_layers",
 )
 
-_BUDGET = re.compile(r"\d+(\.\d*)?(e\d+)?\s*[%kmbt]?", re.IGNORECASE)
+_NOTHING = "pruning: nothing to prune"
+_TOGETHER = "pruning: target_num_attention_heads and target_num_query_groups go together"
 
 
 class SettingsError(ValueError):
@@ -104,20 +104,22 @@ class Pruning:
         numbers = ("num_samples", "micro_batch_size", "max_candidates", "heldout_batches")
         found = _positive(self, (*given, *numbers), "pruning")
         given += ["target_params"] if self.target_params is not None else []
-        if self.target_params is not None and not _BUDGET.fullmatch(self.target_params.strip()):
-            found.append(
-                f"pruning: target_params {self.target_params!r}; give a share (70%, 0.7) or a number (5.6e9, 5.6B)"
-            )
+        found += budget.problem("pruning: target_params", self.target_params)
         if given and self.drop_layers:
             found.append(f"pruning: drop_layers cannot be combined with {', '.join(given)}")
         if not given and not self.drop_layers:
             names = ", ".join((*TARGETS, "target_params"))
-            found.append(f"pruning: nothing to prune; give at least one of {names} or drop_layers")
+            found.append(f"{_NOTHING}; give at least one of {names} or drop_layers")
         if (self.target_num_attention_heads is None) != (self.target_num_query_groups is None):
-            found.append("pruning: target_num_attention_heads and target_num_query_groups go together")
+            found.append(_TOGETHER)
         if self.num_samples < self.micro_batch_size:
             found.append(f"pruning: {self.num_samples} samples are less than one batch of {self.micro_batch_size}")
         return found
+
+
+def follows_from_targets(problem: str) -> bool:
+    """Return whether a problem of `Pruning.problems` may only mean that a target could not be read."""
+    return problem.startswith((_NOTHING, _TOGETHER))
 
 
 @dataclass(frozen=True)
@@ -130,14 +132,13 @@ class Quantization:
     calibration_seq_len: int = 128
     enable_kv_cache: bool | None = False
     formats: tuple[str, ...] = ("nemo",)
+    verify: str = "full"  # what of the hf files is checked: logits too, the files alone, nothing
 
     def problems(self) -> list[str]:
         """Return what is wrong with the quantization settings."""
         found = _positive(self, ("calibration_size", "calibration_batch_size", "calibration_seq_len"), "quantization")
         found += unknown("algorithm", [self.algorithm], ALGORITHMS)
-        found += unknown("export format", self.formats, EXPORT_FORMATS)
-        if not found and "hf" in self.formats and self.algorithm not in HF_ALGORITHMS:
-            found.append(f"{self.algorithm} cannot be exported as hf, only {' and '.join(HF_ALGORITHMS)}; use nemo")
+        found += unknown("export format", self.formats, EXPORT_FORMATS) + unknown("verify", [self.verify], VERIFY)
         if not found and self.calibration_size < self.calibration_batch_size:
             found.append(
                 f"quantization: calibration size {self.calibration_size} is less than one batch of "

@@ -24,13 +24,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._divergence import FORWARD, shifted
-from ._vocab_parallel import all_gather, default_chunk_rows, divergence_with_gradient, scale_rows, token_chunks
+from nemo_modelopt_dropin import loss_memory
 
-# Bytes of one chunk of logits: matrix products are efficient, and it is little beside the models.
-_LOGITS_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
-# Rows of a weight whose gradient is made at a time where it has to be converted.
-_WEIGHT_ROWS = 8192
+from ._divergence import FORWARD, shifted
+from ._shards import all_gather
+from ._vocab_parallel import default_chunk_rows, divergence_with_gradient, scale_rows, token_chunks
 
 
 @dataclass(frozen=True)
@@ -167,9 +165,10 @@ class _Heads:
     def __init__(self, student, student_weight, teacher, teacher_weight, objective: Objective):
         self.inputs = ((student, student_weight), (teacher, teacher_weight))
         self.objective = objective
-        size = _LOGITS_BYTES.get(student.device.type, _LOGITS_BYTES["cuda"])
-        rows = objective.chunk_rows or max(16, size // (student.element_size() * student_weight.shape[0]))
-        self.rows = min(rows, max(1, len(student)))
+        rows = loss_memory.logits_rows(
+            len(student), len(student_weight), student.element_size(), student.device.type
+        )
+        self.rows = min(objective.chunk_rows or rows, max(1, len(student)))
         # Reused: a buffer of this size is expensive to allocate again and again.
         self.buffers = [hidden.new_empty(self.rows, weight.shape[0]) for hidden, weight in self.inputs]
 
@@ -218,7 +217,7 @@ class _Gradients:
         if gradient.dtype == self.weight.dtype:
             self.weight.addmm_(gradient.t(), hidden[part])
             return
-        for rows in token_chunks(weight, _WEIGHT_ROWS):
+        for rows in token_chunks(weight, loss_memory.WEIGHT_ROWS):
             self.weight[rows] += torch.mm(gradient[:, rows].t(), hidden[part])
 
     def hand_out(self, factor: Tensor | None, weight: Tensor, main_grad: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -21,12 +21,14 @@ from megatron.core.tensor_parallel.mappings import (
 from nemo.utils import logging
 from torch import Tensor
 
+from nemo_modelopt_dropin import loss_memory
+
 from ..errors import ModelOptConfigError
 from ._fused_linear import FusedLosses, Objective, fused_linear_losses
 
 OFF, ON, AUTO = "off", "on", "auto"
 FUSED_LOGITS = (AUTO, ON, OFF)
-# Bytes of logits from which memory matters more than the time of two more matrix products.
+# Bytes saved from which memory matters more than the time of two more matrix products.
 _WORTH_IT = 512 << 20
 _OUTPUT_LAYERS = ("output_layer", "output_layer")
 
@@ -214,28 +216,59 @@ def choose_fused(student: Any, teacher: Any, settings: Any) -> bool:
         raise ModelOptConfigError(
             f"fused_logits='on' is not exact for this model: {reason}. Take 'auto', or change the model."
         )
-    size, slower = 0 if reason else _logits_bytes(student), slower_by(settings)
-    if not reason and slower and settings.fused_logits == AUTO and size < _WORTH_IT:
-        reason = f"{slower}, and the logits of a micro-batch take only {size / 2**20:.0f} MiB"
+    slower, sizes = slower_by(settings), None if reason else _sizes(student, teacher, settings)
+    if sizes is not None and settings.fused_logits == AUTO:
+        reason = _not_worth_it(sizes, slower)
     if reason:
         logging.info(f"Distillation: output layers and logits loss are not fused: {reason}.")
         return False
+    size = f" ({_mebibytes(sizes.logits)} for each model)" if sizes is not None else ""
     logging.info(
-        f"Distillation: output layers and logits loss are fused; the logits of a micro-batch ({size / 2**20:.0f} MiB "
-        "for each model) are never held" + (f"; {slower}." if slower else ".")
+        f"Distillation: output layers and logits loss are fused; the logits of a micro-batch{size} are never held"
+        + (f"; {slower}." if slower else ".")
     )
     return True
 
 
-def _logits_bytes(model) -> int:
-    """Return the size of the logits [s, b, v] of one micro-batch on this rank."""
-    config, layer = model.config, model.output_layer
+def _not_worth_it(sizes: loss_memory.Sizes, slower: str | None) -> str | None:
+    """Return why a fused loss would not pay with these sizes, or None where it does."""
+    chunked, fused = sizes.chunked(), sizes.fused()
+    if fused >= chunked:
+        return (
+            f"logits and loss take about {_mebibytes(chunked)} a micro-batch, and would take {_mebibytes(fused)}, "
+            "mostly for the output weight's gradient in fp32"
+        )
+    if slower and chunked - fused < _WORTH_IT:
+        return f"{slower}, and only {_mebibytes(chunked - fused)} would be saved"
+    return None
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB"
+
+
+def _sizes(student: Any, teacher: Any, settings: Any) -> loss_memory.Sizes | None:
+    """Return what decides the memory of logits and loss on this rank; None where the length of samples is unknown."""
+    config, layer = student.config, student.output_layer
     try:
         sequences = get_micro_batch_size()
     except AttributeError:  # nobody has set it up
         sequences = 1
     tokens = getattr(config, "seq_length", 0) * sequences // config.context_parallel_size
-    return tokens * layer.output_size_per_partition * config.params_dtype.itemsize
+    if not tokens:
+        return None
+    weight = layer.weight if layer.weight is not None else student.shared_embedding_or_output_weight()
+    return loss_memory.Sizes(
+        tokens,
+        layer.output_size_per_partition,
+        config.hidden_size,
+        teacher.config.hidden_size,
+        config.params_dtype.itemsize,
+        config.tensor_model_parallel_size,
+        weight.device.type,
+        not settings.skip_lm_loss,
+        weight.requires_grad,
+    )
 
 
 def fuse_output_layers(student: Any, teacher: Any, settings: Any) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ._divergence import LOWEST
 from ._fused_model import DeferredLogits, softcap
 from ._recorded_topk import RecordedLogits
+from ._shards import all_gather
 
 # What is known of a token on one shard: likeliest entry and its logit, log-sum-exp of the logits, logit of the label.
 _VALUE, _PLACE, _LSE, _LABEL = range(4)
@@ -79,12 +80,9 @@ def _logits(hidden: Tensor, deferred: DeferredLogits) -> Tensor:
 def _of_all_shards(local: Tensor) -> Tensor:
     """Return the [4, n] numbers of the whole vocabulary, by one collective."""
     group = parallel_state.get_tensor_model_parallel_group()
-    size = torch.distributed.get_world_size(group)
-    if size == 1:
+    if torch.distributed.get_world_size(group) == 1:
         return local
-    shards = [torch.empty_like(local) for _ in range(size)]
-    torch.distributed.all_gather(shards, local, group=group)
-    every = torch.stack(shards)
+    every = all_gather(local, group)
     # The first of equal maxima, as on one rank.
     best = every[:, _VALUE].argmax(0, keepdim=True)
     value, place = (every[:, i].gather(0, best)[0] for i in (_VALUE, _PLACE))

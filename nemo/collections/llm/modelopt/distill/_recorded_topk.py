@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ._divergence import LOWEST, TINY, divergence_of_buckets, shifted
+from ._shards import all_gather
 from ._vocab_parallel import scale_rows
 
 # Bytes of one fp32 chunk.
@@ -63,7 +64,7 @@ def top_entries(logits: Tensor, k: int, temperature: float, group=None) -> tuple
     values, places, rest = torch.cat(offers), torch.cat(entries), torch.cat(rests)
     if size == 1:
         return places, values, rest.float()
-    values, places, rest = (_gathered(x, group, size) for x in (values, places, rest.unsqueeze(-1)))
+    values, places, rest = (torch.cat([*all_gather(x, group)], -1) for x in (values, places, rest.unsqueeze(-1)))
     # Stable, so that all ranks keep the same of equal logits.
     order = values.argsort(dim=-1, descending=True, stable=True)
     chosen, others = order[:, :k], order[:, k:]
@@ -171,9 +172,9 @@ def _rest(source, places, temperature, buffer) -> tuple[Tensor, Tensor]:
 
 def _of_all_shards(own: Tensor, group) -> Tensor:
     """Return the student's buckets [n, k + 1] over all shards, by one collective."""
-    shards = _gathered(own.unsqueeze(1), group, torch.distributed.get_world_size(group), dim=1)
+    shards = all_gather(own, group)
     # An entry lies on one shard and counts as lowest on the others.
-    return torch.cat([shards[..., :-1].amax(1), shards[..., -1:].logsumexp(1)], dim=-1)
+    return torch.cat([shards[..., :-1].amax(0), shards[..., -1:].logsumexp(0)], dim=-1)
 
 
 def _write_gradient(out, student, places, temperature, buffer, gradients, tail) -> None:
@@ -194,12 +195,6 @@ def _write_gradient(out, student, places, temperature, buffer, gradients, tail) 
     buffer.mul_((gradients[:, -1] * relative / temperature).float().unsqueeze(-1))
     buffer.scatter_(-1, places, (gradients[:, :-1] / temperature).float())
     out.copy_(buffer[:, :-1])
-
-
-def _gathered(local: Tensor, group, size: int, dim: int = -1) -> Tensor:
-    shards = [torch.empty_like(local) for _ in range(size)]
-    torch.distributed.all_gather(shards, local.contiguous(), group=group)
-    return torch.cat(shards, dim=dim)
 
 
 def _rows(width: int) -> int:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ._divergence import LOWEST, TINY, divergence_of_buckets, shifted
+from ._shards import all_gather
 
 # Entries of a block when the likeliest are sorted out, and the fewest blocks for each entry wanted.
 _BLOCK, _BLOCKS_FOR_EACH = 16, 2
@@ -58,7 +59,7 @@ def topk_divergence(student, teacher, temperature, direction, group, rows, topk,
 
 
 def _sharded(student, teacher, temperature, direction, group, rows, topk, gradient, loss, buffer) -> Tensor:
-    size, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+    rank = torch.distributed.get_rank(group)
     n, k = student.shape[0], topk
     kept = min(k, student.shape[1])
     # A shard with fewer than k entries offers all it has.
@@ -70,9 +71,7 @@ def _sharded(student, teacher, temperature, direction, group, rows, topk, gradie
         offer, positions[part], maxima[part] = _offer(student[part], teacher[part], temperature, topk, buffer)
         local[:kept, part], local[k : k + kept, part] = offer[:kept], offer[kept : 2 * kept]
         local[-2:, part] = offer[-2:]
-    gathered = local.new_empty(size * (2 * k + 2), n)
-    torch.distributed.all_gather_into_tensor(gathered, local, group=group)
-    shards = gathered.view(size, 2 * k + 2, n)
+    shards = all_gather(local, group)
     for start in range(0, n, rows):
         part = slice(start, start + rows)
         loss[part], own, tail = _choose(shards[:, :, part], rank, topk, direction)

@@ -25,13 +25,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from nemo_modelopt_dropin import loss_memory
+
 from ._divergence import DIRECTIONS, FORWARD, JSD, REVERSE, Chunk
+from ._shards import all_gather
 from ._topk import topk_divergence
 
 __all__ = ["DIRECTIONS", "FORWARD", "JSD", "REVERSE", "kl_divergence"]
-
-# Bytes of one fp32 chunk: a few of them fit the L3 cache of a CPU; on a GPU large enough to hide the launches.
-_CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 64 << 20}
 
 
 def kl_divergence(
@@ -194,20 +194,6 @@ def token_chunks(tensor: Tensor, rows: int) -> Iterator[slice]:
         yield slice(start, start + rows)
 
 
-def all_gather(local: Tensor, group) -> Tensor:
-    """Return [r, m, n]: the [m, n] numbers of every shard."""
-    size = torch.distributed.get_world_size(group)
-    gathered = local.new_empty(size * local.shape[0], *local.shape[1:])
-    torch.distributed.all_gather_into_tensor(gathered, local.contiguous(), group=group)
-    return gathered.view(size, *local.shape)
-
-
 def default_chunk_rows(flat: Tensor) -> int:
-    """Return how many tokens of [n, v] logits are worked on at a time.
-
-    The three buffers of a chunk take an eighth of the logits at most, unless that would make chunks inefficient.
-    """
-    bytes_of_chunk = _CHUNK_BYTES.get(flat.device.type, _CHUNK_BYTES["cuda"])
-    largest = bytes_of_chunk // (4 * max(1, flat.shape[1]))
-    lean = flat.shape[0] * flat.element_size() // (3 * 4 * 8)
-    return max(1, min(largest, max(largest // 4, lean)))
+    """Return how many tokens of [n, v] logits are worked on at a time."""
+    return loss_memory.chunk_rows(*flat.shape, flat.element_size(), flat.device.type)

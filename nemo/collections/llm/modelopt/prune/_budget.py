@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,13 +46,19 @@ class Steps:
     validate: Callable[[], None]
 
 
-def check(core: nn.Module, budget: Budget) -> dict[int, _count.Terms]:
+def check(core: nn.Module, budget: Budget, fixed: Mapping[str, int]) -> dict[int, _count.Terms]:
     """Refuse a budget that this model cannot be pruned to; return what its parameters are made of.
 
     All ranks must call it.
 
+    Args:
+        core: the Megatron-Core model.
+        budget: the limits.
+        fixed: sizes that every candidate has.
+
     Raises:
-        ModelOptConfigError: for a budget above the model's size, or a model whose parameters cannot be counted.
+        ModelOptConfigError: for a budget above the model's size or below what sizes can reach, or a model whose
+            parameters cannot be counted.
     """
     config: Any = core.config
     if not hasattr(config, "data_step_fn") or not hasattr(config, "forward_step_fn"):
@@ -70,6 +76,8 @@ def check(core: nn.Module, budget: Budget) -> dict[int, _count.Terms]:
             "give target_params."
         )
     _limits(budget, total, used)
+    # Which layers stay is known once they are scored; with the smallest ones anything is reached that ever can be.
+    _plan(core, budget, fixed, terms, sorted(layers, key=lambda number: _count.count(terms, sizes, [number])))
     return terms
 
 
@@ -104,7 +112,9 @@ def prune_to_budget(
     """
     with _snapshot.put_back(core):
         known = _search.prune_by_importance(core, {}, steps.minitron, steps.measure, scores_path, data)
-    found = _plan(core, budget, fixed, terms, known["layer_scores"])
+    scores = known["layer_scores"]
+    order = sorted(scores, key=lambda number: float(scores[number]), reverse=True)
+    found = _plan(core, budget, fixed, terms, order)
     logging.info(f"Trying {len(found)} candidates on held-out data")
     reference = _heldout.observe(core, steps.validate)
     for candidate in screen.bar(found, desc="candidates", unit="model", disable=not is_global_rank_zero()):
@@ -115,6 +125,12 @@ def prune_to_budget(
             candidate.loss, candidate.kl = _heldout.evaluate(core, reference)
     best = min(found, key=lambda candidate: (_number(candidate.loss), _number(candidate.kl)))
     best.chosen = True
+    if _number(best.loss) < reference.loss and is_global_rank_zero():
+        logging.warning(
+            f"The best candidate's held-out loss, {best.loss:.4f}, is below the original model's, {reference.loss:.4f}: "
+            "the held-out data cannot tell the candidates apart. It may be too little, or unlike what the model was "
+            "trained on."
+        )
     _search.prune_by_importance(core, _changed(core, best.sizes), steps.minitron, steps.measure, known=known)
     return found, known, reference.loss
 
@@ -142,11 +158,10 @@ def _plan(
     budget: Budget,
     fixed: Mapping[str, int],
     terms: Mapping[int, _count.Terms],
-    layer_scores: Mapping[int, Any],
+    order: Sequence[int],
 ) -> list[_candidates.Candidate]:
-    """Return the candidates to try. The layers that a depth keeps are known from their scores."""
+    """Return the candidates to try; of the layers in ``order`` a depth keeps the first."""
     sizes, topk = _checks.model_sizes(core), _topk(core.config)
-    order = sorted(layer_scores, key=lambda number: float(layer_scores[number]), reverse=True)
 
     def counted(at: Mapping[str, int]) -> int:
         return _count.count(terms, at, order[: at["num_layers"]])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
+
+from nemo_modelopt_dropin import budget
 
 from ..errors import ModelOptConfigError
 from ._checks import size_step
@@ -18,7 +19,6 @@ _FITTED = ("moe_ffn_hidden_size", "ffn_hidden_size", "hidden_size", "num_layers"
 _CHOICES = 8
 # Candidates further than this below the budget are only tried where there are none nearer.
 _TOLERANCE = 0.05
-_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 
 @dataclass
@@ -56,19 +56,10 @@ def parse_budget(name: str, value: Any) -> float:
     Raises:
         ModelOptConfigError: where it is none of these.
     """
-    number = value
-    if isinstance(value, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*(%|[kmbt]?)\s*", value.lower())
-        number = None if found is None else float(found[1]) * (0.01 if found[2] == "%" else _UNITS[found[2]])
-        if found is not None and found[2] == "%" and not 0 < float(found[1]) < 100:
-            number = None
-    legal = isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < math.inf and number != 1
-    if not legal:
-        raise ModelOptConfigError(
-            f"{name}={value!r} is no number of parameters; give a share of the original model ('70%' or 0.7) or a "
-            "number (5.6e9 or '5.6B')."
-        )
-    return float(number)
+    try:
+        return budget.parse(value)
+    except ValueError as error:
+        raise ModelOptConfigError(f"{name}={value!r} {error}.") from None
 
 
 def resolve_budget(name: str, value: Any, total: int) -> int:
@@ -83,12 +74,12 @@ def resolve_budget(name: str, value: Any, total: int) -> int:
         ModelOptConfigError: where nothing would have to be pruned.
     """
     number = parse_budget(name, value)
-    budget = int(number * total) if number < 1 else int(number)
-    if budget >= total:
+    limit = int(number * total) if number < 1 else int(number)
+    if limit >= total:
         raise ModelOptConfigError(
-            f"{name}={value!r} is {budget:,} parameters, not fewer than the model's {total:,}; give fewer."
+            f"{name}={value!r} is {limit:,} parameters, not fewer than the model's {total:,}; give fewer."
         )
-    return budget
+    return limit
 
 
 def size_choices(name: str, sizes: Mapping[str, int], floor: float, least: int = 1) -> list[int]:

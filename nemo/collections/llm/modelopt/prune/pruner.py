@@ -186,7 +186,7 @@ def _prune_by_importance(
     measure = partial(_validate_on_training_data, model, data_module, trainer)
     data = _scores.describe_data(data_module, trainer)
     budget = _budget_of(config)
-    terms = {} if budget is None else _budget.check(core, budget)
+    terms = {} if budget is None else _budget.check(core, budget, targets)
     numbers, channels = [number for number, _ in _report.numbered_layers(core)], core.config.kv_channels
     batches = []
     if config.report_path is not None:

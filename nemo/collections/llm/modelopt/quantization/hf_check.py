@@ -299,11 +299,11 @@ def compare(folder: Path, expected: torch.Tensor, limit: float) -> float:
     error = float((found - expected).norm() / expected.norm())
     if not error <= limit:
         raise ExportError(
-            f"The checkpoint's logits are not those of the quantized model: relative error {error:.3g}, at most "
+            f"The checkpoint's logits are not those of the model in memory: relative error {error:.3g}, at most "
             f"{limit:g} is rounding. It was not kept; please report it with the model's class and the algorithm. "
             "ExportConfig(verify='files') writes without this comparison."
         )
-    logging.info(f"Logits of the written checkpoint agree with the quantized model: relative error {error:.2g}")
+    logging.info(f"Logits of the written checkpoint agree with the model in memory: relative error {error:.2g}")
     return error
 
 
@@ -336,13 +336,21 @@ def check_logits(core, folder: Path, dtype: torch.dtype) -> None:
 
 
 def write_generation_config(model: Any, folder: Path) -> None:
-    """Write ``generation_config.json``: the one the model was imported with, or what its tokenizer says."""
+    """Write ``generation_config.json``: the one the model was imported with, or what its tokenizer says.
+
+    Where the model was imported with one, ``config.json`` names the same tokens: NeMo's exporters ask the tokenizer.
+    """
     from transformers import GenerationConfig
 
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
     own = getattr(getattr(model, "config", None), "generation_config", None)
-    if not isinstance(own, GenerationConfig):
+    if isinstance(own, GenerationConfig):
+        path = folder / "config.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content |= {name: value for name in names if (value := getattr(own, name, None)) is not None}
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    else:
         tokenizer = getattr(getattr(model, "tokenizer", None), "tokenizer", None)
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
         found = {name: getattr(tokenizer, name, None) for name in names}
         own = GenerationConfig(**{name: value for name, value in found.items() if isinstance(value, int)})
     own.save_pretrained(str(folder))

@@ -119,7 +119,7 @@ class StateKeeper(abc.ABC):
     @staticmethod
     def _unless_automatic(asked: Path | None, error: ModelOptConfigError) -> None:
         if asked is not None:
-            raise error
+            raise ModelOptConfigError(f"{error} Without load_state, quantize calibrates.")
         logging.warning(f"Calibrating anew: {error}")
 
     def _keep(self) -> None:
@@ -241,7 +241,7 @@ def _read_file(file: Path, stamp: dict[str, Any]) -> tuple[dict[str, Any], str |
     if not found:
         return content, None
     more = f" (and {len(found) - _SHOWN} more)" if len(found) > _SHOWN else ""
-    return {}, f"it belongs to another run: {'; '.join(found[:_SHOWN])}{more}. Delete it to calibrate anew."
+    return {}, f"it belongs to another run: {'; '.join(found[:_SHOWN])}{more}."
 
 
 def restore(core: torch.nn.Module, content: dict[str, Any]) -> None:
