@@ -102,7 +102,7 @@ def activations(case: dict[str, Any]) -> int:
 
 
 def logits_and_loss(case: dict[str, Any], form: str, device: str = "cuda") -> int:
-    """Return what both models' logits and the loss take at their peak, by the formulas that ``fused_logits: auto`` uses.
+    """Return what both models' logits and the loss take at their peak, by the formulas of ``fused_logits: auto``.
 
     Args:
         case: what is distilled.

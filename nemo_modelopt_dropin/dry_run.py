@@ -96,12 +96,10 @@ def quantization(given: argparse.Namespace) -> Rows:
     beside: Rows = [] if given.no_report else [("", f"{given.report_path}: {_REPORT}")]
     if not given.no_calibration_state:
         beside.append(("", f"{given.calibration_state}: the calibrated state, until the export has succeeded"))
+    asked = f"at most {given.calibration_dataset_size} rows of {given.calibration_dataset}"
     return rows + [
         ("quantize", f"{given.algorithm}; matrices in {_bits(given)} bits, {given.export_format} format{written}"),
-        (
-            "data",
-            f"at most {given.calibration_dataset_size} rows of {given.calibration_dataset}, {given.seq_len} tokens each",
-        ),
+        ("data", f"{asked}, {given.seq_len} tokens each"),
         layout(given.devices, given.num_nodes, given.cpu, tp=tp, pp=pp),
         memory(
             model_sizes.forward_memory(shape, given.batch_size, given.seq_len, tp, pp, width, True) if shape else None

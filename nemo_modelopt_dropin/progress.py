@@ -59,7 +59,7 @@ class _ValidationBar(pl.Callback):
 
 
 def _total(batches: list[int | float]) -> int | None:
-    """Return the steps of a validation: Lightning counts micro-batches, and NeMo takes a global batch of them a step."""
+    """Return the steps of a validation: Lightning counts micro-batches, NeMo takes a global batch a step."""
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
     if not batches or batches[0] == float("inf"):

@@ -176,10 +176,24 @@ def _reserve_ports() -> socket.socket:
         probe = socket.socket()
         try:
             probe.bind(("127.0.0.1", port))
-            return probe
+            if all(map(_is_free, range(port + 1, port + _PORTS))):
+                return probe
         except OSError:
-            probe.close()
+            pass
+        probe.close()
     raise RankError(f"no free block of {_PORTS} ports below 20000")
+
+
+def _is_free(port: int) -> bool:
+    """Return whether nothing listens on a port, a service of the machine for instance."""
+    with socket.socket() as probe:
+        # What a store of before has left behind does not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 def _serve(rank: int, world_size: int, port: int, pipe, log: str, env: dict[str, str]) -> None:

@@ -75,7 +75,7 @@ def test_help_takes_no_time(script):
         ("demo", ["--algorithm", "fp88"], ["did you mean fp8?"]),
         (
             "compress",
-            "--teacher t --train-text a --heldout-text b --target-num-layers 2 --verify some --target-params 60".split(),  # noqa: SIM905
+            ["--teacher", "t", "--train-text", "a", "--heldout-text", "b", "--verify", "some", "--target-params", "60"],
             ["unknown verify 'some'; allowed: full, files, none", "60 means 60 parameters; for a share", "write '60%'"],
         ),
         ("demo", ["--devices", "3"], ["not a multiple of micro batch size 8 x 3"]),

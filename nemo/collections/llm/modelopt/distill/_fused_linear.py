@@ -165,9 +165,7 @@ class _Heads:
     def __init__(self, student, student_weight, teacher, teacher_weight, objective: Objective):
         self.inputs = ((student, student_weight), (teacher, teacher_weight))
         self.objective = objective
-        rows = loss_memory.logits_rows(
-            len(student), len(student_weight), student.element_size(), student.device.type
-        )
+        rows = loss_memory.logits_rows(len(student), len(student_weight), student.element_size(), student.device.type)
         self.rows = min(objective.chunk_rows or rows, max(1, len(student)))
         # Reused: a buffer of this size is expensive to allocate again and again.
         self.buffers = [hidden.new_empty(self.rows, weight.shape[0]) for hidden, weight in self.inputs]

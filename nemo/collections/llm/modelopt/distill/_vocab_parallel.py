@@ -196,4 +196,4 @@ def token_chunks(tensor: Tensor, rows: int) -> Iterator[slice]:
 
 def default_chunk_rows(flat: Tensor) -> int:
     """Return how many tokens of [n, v] logits are worked on at a time."""
-    return loss_memory.chunk_rows(*flat.shape, flat.element_size(), flat.device.type)
+    return loss_memory.chunk_rows(flat.shape[0], flat.shape[1], flat.element_size(), flat.device.type)

@@ -127,8 +127,8 @@ def prune_to_budget(
     best.chosen = True
     if _number(best.loss) < reference.loss and is_global_rank_zero():
         logging.warning(
-            f"The best candidate's held-out loss, {best.loss:.4f}, is below the original model's, {reference.loss:.4f}: "
-            "the held-out data cannot tell the candidates apart. It may be too little, or unlike what the model was "
+            f"The best candidate's held-out loss, {best.loss:.4f}, is below the original's, {reference.loss:.4f}: the "
+            "held-out data cannot tell the candidates apart. It may be too little, or unlike what the model was "
             "trained on."
         )
     _search.prune_by_importance(core, _changed(core, best.sizes), steps.minitron, steps.measure, known=known)
