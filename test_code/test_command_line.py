@@ -65,6 +65,12 @@ def test_every_wrong_argument_is_reported_at_once(line, capsys):
     ]
 
 
+@pytest.mark.parametrize("argv", [["--needed"], ["-n"], ["--neded", "x"]])
+def test_what_is_wrong_is_not_missing_too(line, capsys, argv):
+    found = _refused(line, argv, capsys)
+    assert len(found) == 2 and "missing" not in found[0] and found[1] == "p: see --help"
+
+
 def test_problems_of_the_caller_come_with_those_of_the_flags(line, capsys):
     line.read(["-n", "x", "--tp", "two"])
     with pytest.raises(SystemExit, match="2"):
@@ -185,6 +191,78 @@ def test_there_are_as_many_ranks_as_torchrun_started(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setenv("WORLD_SIZE", "16")
     assert (command_line.default_devices(1, 2, 2), command_line.default_nodes(1)) == (8, 2)
+
+
+def test_paths_that_follow_from_others_follow_again(tmp_path, monkeypatch):
+    """A run file names no report or calibrated state that was not asked for: with another output they move along."""
+    _inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    script = _script("ptq")
+    given = script.resolve(RUNS["ptq"].split())
+    assert given.report_path == "here/q.report"
+    file = run_file.write(tmp_path / "run.yaml", command_line.saved_settings(given, script.PATHS))
+    again = script.resolve(["--config", str(file), "-out", "there/q"])
+    assert (again.report_path, again.calibration_state) == ("there/q.report", "there/q.calibration-state")
+    chosen = script.resolve([*RUNS["ptq"].split(), "--report_path", "mine"])
+    assert command_line.saved_settings(chosen, script.PATHS)["report_path"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wikitex", "did you mean wikitext?"),
+        ("data/none.jsonl", "neither one of cnn_dailymail, wikitext nor a file"),
+        ("data/*.jsonl", "nor a file, folder or pattern that is there"),
+        ("*.jsonl", None),
+        ("text.jsonl", None),
+    ],
+)
+def test_calibration_data_is_looked_for_at_once(tmp_path, monkeypatch, capsys, name, message):
+    _inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    command = ["-nc", "model", "-calib_ds", name]
+    if message is None:
+        assert _script("ptq").resolve(command).calibration_dataset == name
+        return
+    with pytest.raises(SystemExit, match="2"):
+        _script("ptq").resolve(command)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "KL(teacher || student) of the logits at temperature 1.0; no LM loss"),
+        (
+            "intermediate_layer_pairs: [[a, b], [c, d, mse]]\nskip_lm_loss: false\nlogit_kl_topk: 50\n"
+            "logit_kl_direction: jsd\n",
+            "Jensen-Shannon of the logits at temperature 1.0, the teacher's top 50; cosine of a to b; mse of c to d; "
+            "LM loss",
+        ),
+        ("[1]", "unknown"),
+        ("a: [", "cannot be read"),
+    ],
+)
+def test_a_plan_says_what_is_minimised(tmp_path, text, expected):
+    (tmp_path / "kd.yaml").write_text(text)
+    assert expected in dry_run.losses(str(tmp_path / "kd.yaml"))[1]
+
+
+def test_a_distillation_ends_with_its_figures():
+    from types import SimpleNamespace
+
+    from nemo_modelopt_dropin.script_run import aligned
+
+    metrics = {"val_loss": 3.25, "reduced_train_loss": 0.5, "grad_norm": 1.0, "kd_top1_agreement": 0.75}
+    trainer = SimpleNamespace(callback_metrics=metrics, global_step=40)
+    rows = _script("distill").outcome(trainer, SimpleNamespace(last_model_path="logs/kd/x-last"))
+    assert list(aligned(rows)) == [
+        "steps            40",
+        "training loss    0.5000",
+        "top-1 agreement  0.7500",
+        "validation loss  3.2500",
+        "checkpoint       logs/kd/x-last",
+    ]
 
 
 def test_names_of_data_sets_are_no_paths(tmp_path, monkeypatch):
@@ -443,7 +521,7 @@ def test_a_dry_run_of_a_search_says_what_is_tried(tmp_path, monkeypatch, capsys)
     assert "params at most 70%, the best of up to 5 candidates by held-out loss" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         _script("compress").main([*command, "--target-params", "most"])
-    assert "target_params most is no number of parameters; give a share of the original model ('70%' or 0.7)" in capsys.readouterr().err
+    assert "target_params most is no number of parameters; give a share" in capsys.readouterr().err
 
 
 # --- two runs -------------------------------------------------------------------------------------------------------

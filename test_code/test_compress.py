@@ -300,6 +300,17 @@ def test_an_export_with_a_weight_missing_is_refused(tmp_path, cpu_backend):
         exported.heldout_loss(tmp_path, np.arange(60, dtype=np.int32), 8, 3)
 
 
+def test_a_run_that_goes_on_withdraws_its_report(tmp_path):
+    from nemo_modelopt_dropin import report
+
+    (tmp_path / "figures").mkdir()
+    for name in ("report.json", "report.html", "figures/loss.png", "run.yaml"):
+        (tmp_path / name).write_text("{}")
+    report.withdraw(tmp_path)
+    report.withdraw(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
 def test_formats_of_unknown_numbers_are_not_judged(tmp_path, cpu_backend):
     from nemo_modelopt_dropin.compress import exported
 

@@ -450,3 +450,19 @@ def test_what_is_not_quantized_is_compared_as_it_is_written(cpu_backend):
             assert torch.equal(value, expected), name
         assert not torch.equal(plain.weight, before["0.weight"])
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
+def test_the_config_names_the_tokens_that_the_model_was_imported_with(tmp_path, cpu_backend):
+    """NeMo's exporters take them from the tokenizer; the generation config that came along knows better."""
+    from types import SimpleNamespace
+
+    from transformers import GenerationConfig
+
+    from nemo.collections.llm.modelopt.quantization import hf_check
+
+    own = GenerationConfig(bos_token_id=1, eos_token_id=[2, 7])
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 9, "bos_token_id": 0, "pad_token_id": 3}))
+    hf_check.write_generation_config(SimpleNamespace(config=SimpleNamespace(generation_config=own)), tmp_path)
+    config, generation = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("config", "generation_config"))
+    assert config == {"vocab_size": 9, "bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": 3}
+    assert generation["eos_token_id"] == [2, 7]

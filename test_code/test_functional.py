@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -191,6 +193,7 @@ def test_distillation_at_pp2_from_a_yaml(ranks, folder, data):
         run = ranks(stages).run(jobs_functional.run_script, "distill", layout, *arguments, *data)
         assert run == [0] * stages
         (checkpoint,) = (logs / "kd").rglob("*-last")
+        assert 4 < float(re.search(r"val_loss=([\d.]+)", checkpoint.name)[1].rstrip(".")) < 6, "of the saved weights"
         loaded.append(ranks(2).run(jobs_checkpoints.read, str(checkpoint), "TP=2")[0])
     (name, weights, loss), (_, alone, loss_alone) = loaded
     assert name == "LlamaModel" and 4 < loss < 6

@@ -25,6 +25,7 @@ from .._saved_keys import strip_module_prefix
 from ._config import check_models, read_distillation_config
 from ._fused_model import SummedLoss, has_deferring_output
 from ._kd_loss import PAIR
+from ._peft import check_adapters
 from ._recorded_teacher import RecordedTeacher, check_recording, is_recorded, recorded_teacher
 from ._recording import is_recording
 from ._stages import check_student_layers, of_all_stages, refuse_virtual_pipeline
@@ -241,6 +242,7 @@ class DistillationGPTModel(llm.GPTModel):
             teacher_config = derive_teacher_config(self.config, self._teacher_config)
             entries = align_vocabularies(self.config, teacher_config, self.tokenizer)
         check_models(settings, self.config, teacher_config)
+        check_adapters(settings, self.config, teacher_config, self.trainer)
         if not may_leave_weights_unset(getattr(strategy, "ckpt_load_strictness", None)):
             # Every weight is about to be read: drawing random ones would take as long as reading them.
             teacher_config.perform_initialization = False

@@ -42,6 +42,7 @@ from ._config import (
 )
 from ._fused_model import DeferredLogits, fuse_output_layers, set_deferring
 from ._kd_loss import compute_kd_loss
+from ._peft import stay_as_loaded
 from ._recorded_teacher import is_recorded
 from ._teacher import (
     drop_missing_extra_state,
@@ -352,6 +353,7 @@ def adjust_distillation_model_for_mcore(model: DistillationModel, distill_cfg: D
         setattr(model, name, MethodType(function, model))
     teacher = model.teacher_model
     teacher.compute_language_model_loss = MethodType(_no_lm_loss, teacher)
+    teacher.map = MethodType(stay_as_loaded, teacher)
 
 
 # --- pipeline messages -----------------------------------------------------------------------------------------------

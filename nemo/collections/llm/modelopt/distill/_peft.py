@@ -1,0 +1,51 @@
+"""Distillation of a student that trains adapters alone (LoRA and NeMo's other PEFT methods)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from nemo.lightning.pytorch.callbacks.peft import PEFT
+
+from ..errors import ModelOptConfigError
+
+
+def stay_as_loaded(self, func: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Return the teacher itself: what NeMo's transforms walk a model with passes it over.
+
+    NeMo's ``fn.map`` asks a module for a method ``map`` before it looks inside. Without this the teacher gets adapters,
+    and they are trained.
+    """
+    return self
+
+
+def check_adapters(settings: Any, student: Any, teacher: Any, trainer: Any) -> None:
+    """Raise where intermediate losses and adapters do not go together.
+
+    Args:
+        settings: a ``DistillationConfig``.
+        student: Megatron-Core configuration of the student.
+        teacher: the teacher's.
+        trainer: whose callbacks hold the PEFT method, where there is one.
+
+    Raises:
+        ModelOptConfigError: naming the layer pair.
+    """
+    callbacks = getattr(trainer, "callbacks", None)
+    methods = [c for c in callbacks if isinstance(c, PEFT)] if isinstance(callbacks, list) else []
+    if not methods or not settings.intermediate_layer_pairs:
+        return
+    name = type(methods[0]).__name__
+    if student.hidden_size != teacher.hidden_size:
+        raise ModelOptConfigError(
+            f"{name} freezes the projection that the intermediate pair {settings.intermediate_layer_pairs[0][:2]} "
+            f"needs between hidden sizes {student.hidden_size} and {teacher.hidden_size}. Leave the pair out, or train "
+            "the whole student."
+        )
+    for pair in settings.intermediate_layer_pairs:
+        leaf = pair[0].rpartition(".")[2]
+        if any(target.rpartition(".")[2] == leaf for target in getattr(methods[0], "target_modules", ())):
+            raise ModelOptConfigError(
+                f"The intermediate pair {pair[:2]} would see {pair[0]!r} without its adapter ({name} is applied to "
+                f"{leaf!r}). Capture the layer around it, for example {pair[0].rpartition('.')[0]!r}."
+            )
