@@ -272,6 +272,20 @@ def missing_paths(paths: Mapping[str, str | None], folder: bool = True) -> list[
     return found
 
 
+def no_checkpoints(paths: Mapping[str, str | None]) -> list[str]:
+    """Return a sentence for each path that was given and is not the folder of a NeMo 2 checkpoint."""
+    found = missing_paths(paths)
+    for flag, path in paths.items():
+        folder = Path(path or "")
+        if not path or not folder.is_dir() or any((folder / name).exists() for name in ("context", "io.json")):
+            continue
+        hint = "it has no folder context"
+        if (folder / "config.json").is_file():
+            hint = "it looks like Hugging Face's format: import it first (llm.import_ckpt)"
+        found.append(f"{flag} {path} is no NeMo 2 checkpoint: {hint}")
+    return found
+
+
 def not_positive(given: argparse.Namespace, names: Iterable[str]) -> list[str]:
     """Return a sentence for each number below 1; None stands for a number that was not given."""
     values = {name: getattr(given, name) for name in names}

@@ -46,6 +46,10 @@ def layout(devices: int, num_nodes: int, cpu: bool, **sizes: int) -> tuple[str, 
     return "ranks", f"{devices} x {num_nodes} nodes ({kind}): {shared}"
 
 
+def _device(cpu: bool) -> str:
+    return "cpu" if cpu else "cuda"
+
+
 def memory(found: Memory | None) -> tuple[str, str]:
     """Return the row of the memory of one rank."""
     if found is None:
@@ -175,7 +179,7 @@ def distillation(given: argparse.Namespace) -> Rows:
         ]
     if student is not None and (teacher is not None or not given.teacher_path or given.teacher_topk):
         tp, pp, seq = sizes["tp"], sizes["pp"], given.seq_length // sizes["cp"]
-        estimate = model_sizes.training_memory(student, teacher, given.mbs, seq, tp, pp, dp, width)
+        estimate = model_sizes.training_memory(student, teacher, given.mbs, seq, tp, pp, dp, width, _device(given.cpu))
     minimised = [losses(given.distillation_config)] if given.teacher_path or given.teacher_topk else []
     return rows + [
         ("train", f"{given.max_steps} steps of {given.gbs} x {given.seq_length} tokens, {millions(tokens)} in all"),
@@ -210,7 +214,9 @@ def compression(job: Job, output: Path, stages: Iterable[str], waiting: Iterable
             amount = model_sizes.quantized_bytes(small, job.quantization.algorithm)
             files.append(f"export/hf, about {megabytes(amount)}")
         batch = job.distillation.micro_batch_size
-        estimate = model_sizes.training_memory(small, shape, batch, job.seq_length, own.tp, own.pp, dp, width)
+        estimate = model_sizes.training_memory(
+            small, shape, batch, job.seq_length, own.tp, own.pp, dp, width, _device(own.cpu)
+        )
 
     return rows + [
         (

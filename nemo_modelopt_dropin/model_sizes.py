@@ -1,7 +1,6 @@
 """Sizes of a model from its checkpoint's configuration alone: parameters, bytes, memory. Nothing heavy is imported.
 
-Formulas of the parameters are those of Megatron-Core's GPT; of a training step's activations, those of Korthikanti et
-al. (arXiv 2205.05198), 34 bytes a token, layer and hidden unit in 16 bits where attention keeps no scores.
+Formulas of parameters and activations are those of Megatron-Core's GPT; attention keeps no scores.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from nemo_modelopt_dropin import loss_memory
 
 # Bits of a weight on disk, with its block's scale where the format has blocks.
 WEIGHT_BITS = {
@@ -273,7 +274,15 @@ def forward_memory(shape: Shape, batch: int, seq: int, tp: int, pp: int, width: 
 
 
 def training_memory(
-    student: Shape, teacher: Shape | None, batch: int, seq: int, tp: int, pp: int, dp: int, width: int
+    student: Shape,
+    teacher: Shape | None,
+    batch: int,
+    seq: int,
+    tp: int,
+    pp: int,
+    dp: int,
+    width: int,
+    device: str = "cuda",
 ) -> Memory:
     """Estimate what a training step needs on one rank: Adam in fp32, shared by the data-parallel ranks.
 
@@ -286,17 +295,26 @@ def training_memory(
         pp: pipeline stages.
         dp: data-parallel ranks.
         width: bytes of a weight or activation, 2 or 4; fp32 weights need no second copy.
+        device: its type, which decides how much of the logits is worked on at a time.
     """
     own = student.parameters / (tp * pp)
     optimizer = (8 if width == 4 else 12) / dp
+    queries, keys = student.num_attention_heads * student.kv_channels, student.num_query_groups * student.kv_channels
+    inner = (4 if student.gated else 2) * student.ffn_hidden_size
+    # What Megatron's own layers keep of a token (`benchmarks/kd_memory.py` checks it); Transformer Engine's keep less.
+    per_token = (6 * student.hidden_size + 6 * queries + 4 * keys + inner) * width / tp
+    logits = 4.0 * batch * seq * student.vocab_size / tp * 2
+    if teacher is not None:
+        sizes = student.hidden_size, teacher.hidden_size, width, tp, device
+        both = loss_memory.Sizes(batch * seq, student.vocab_size // tp, *sizes)
+        logits = min(both.chunked(), both.fused())
     # Pipelining keeps up to pp microbatches of layers / pp each: one whole model's activations.
-    per_token = 17 * width * student.hidden_size / tp
     parts = {
         "weights": width * own,
         "gradients": 4 * own,
         "optimizer": optimizer * own,
         "activations": batch * seq * per_token * student.num_layers,
-        "logits": 4.0 * batch * seq * student.vocab_size / tp * (3 if teacher else 2),
+        "logits": logits,
     }
     if teacher is not None:
         parts["teacher"] = width * teacher.parameters / (tp * pp)

@@ -59,6 +59,8 @@ def execute(script: Script, given: argparse.Namespace, work: Callable[[argparse.
             save(script, settings)
         if given.cpu:
             start_on_cpu()
+        else:
+            runner.require_gpu()
         found = work(given)
         if rank == 0:
             save(script, settings)

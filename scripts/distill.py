@@ -20,6 +20,7 @@ from nemo_modelopt_dropin.command_line import (
     layout_problems,
     loading_options,
     missing_paths,
+    no_checkpoints,
     not_positive,
 )
 
@@ -106,8 +107,9 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     if given.devices is None:
         given.devices = default_devices(given.num_nodes, given.tp_size, given.cp_size, given.pp_size, given.ep_size)
     given.precision = given.precision or ("32" if given.cpu else "bf16-mixed")
-    models = {name: getattr(given, name) for name in ("model_path", "teacher_path", "teacher_topk")}
-    problems = missing_paths({f"--{name}": path for name, path in models.items()})
+    models = {name: getattr(given, name) for name in ("model_path", "teacher_path")}
+    problems = no_checkpoints({f"--{name}": path for name, path in models.items()})
+    problems += missing_paths({"--teacher_topk": given.teacher_topk})
     files = ("distillation_config", "text", "heldout_text", "chat_template_path")
     problems += missing_paths({f"--{name}": getattr(given, name) for name in files}, folder=False)
     problems += layout_problems(
@@ -232,7 +234,7 @@ def make_trainer(given: argparse.Namespace):
         max_steps=given.max_steps,
         log_every_n_steps=given.log_interval,
         val_check_interval=min(given.val_check_interval, given.max_steps),
-        limit_val_batches=given.limit_val_batches,
+        limit_val_batches=validation_batches(given),
         # With NeMo's own display on rank zero, several CPU ranks hang when the first checkpoint is due.
         enable_progress_bar=not given.cpu,
         enable_model_summary=not given.cpu,
@@ -242,6 +244,13 @@ def make_trainer(given: argparse.Namespace):
         else [progress.TrainingBar("distill" if given.teacher_path or given.teacher_topk else "train")],
         **options,
     )
+
+
+def validation_batches(given: argparse.Namespace) -> int:
+    """Return --limit_val_batches rounded up to whole global batches: NeMo counts micro-batches, and skips the rest."""
+    shares = given.devices * given.num_nodes // (given.tp_size * given.pp_size * given.cp_size)
+    step = max(1, given.gbs // (given.mbs * max(1, shares)))
+    return -(-given.limit_val_batches // step) * step
 
 
 def make_optimizer(given: argparse.Namespace):

@@ -24,6 +24,7 @@ from nemo_modelopt_dropin.command_line import (
     layout_problems,
     loading_options,
     missing_paths,
+    no_checkpoints,
     not_positive,
 )
 
@@ -116,7 +117,7 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
         arguments.devices = default_devices(arguments.num_nodes, arguments.tp_size, arguments.pp_size)
     derive(arguments, "report_path", f"{(arguments.save_path or '').rstrip('/')}.report")
     given = [name for name in (*TARGETS, *BUDGETS) if getattr(arguments, name) is not None]
-    problems = missing_paths({"--restore_path": arguments.restore_path})
+    problems = no_checkpoints({"--restore_path": arguments.restore_path})
     problems += missing_paths({"--text": arguments.text, "--heldout_text": arguments.heldout_text}, folder=False)
     problems += layout_problems(arguments.devices, arguments.num_nodes, arguments.tp_size, arguments.pp_size)
     problems += not_positive(arguments, ("max_candidates", "heldout_batches"))

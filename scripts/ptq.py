@@ -20,8 +20,8 @@ from nemo_modelopt_dropin.command_line import (
     default_nodes,
     derive,
     layout_problems,
-    missing_paths,
     nearest,
+    no_checkpoints,
     not_positive,
 )
 
@@ -139,7 +139,7 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
         arguments.export_path = name.format(**vars(arguments))
     for option, ending in (("calibration_state", "calibration-state"), ("report_path", "report")):
         derive(arguments, option, f"{arguments.export_path.rstrip('/')}.{ending}")
-    problems = missing_paths({"--nemo_checkpoint": arguments.nemo_checkpoint})
+    problems = no_checkpoints({"--nemo_checkpoint": arguments.nemo_checkpoint})
     problems += data_problems(arguments.calibration_dataset)
     problems += layout_problems(
         arguments.devices, arguments.num_nodes, arguments.calibration_tp, arguments.calibration_pp

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -150,7 +151,7 @@ def test_files_that_are_no_run_files(line, tmp_path, capsys, text, problem):
 
 def _inputs(folder: Path) -> dict[str, str]:
     for name in ("model", "teacher"):
-        (folder / name).mkdir()
+        (folder / name / "context").mkdir(parents=True)
     (folder / "text.jsonl").write_text('{"text": "a"}\n')
     return {name: str(folder / name) for name in ("model", "teacher", "text.jsonl")}
 
@@ -263,6 +264,35 @@ def test_a_distillation_ends_with_its_figures():
         "validation loss  3.2500",
         "checkpoint       logs/kd/x-last",
     ]
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "command"),
+    [
+        ("ptq", "--nemo_checkpoint", "-calib_ds text.jsonl"),
+        ("prune", "--restore_path", "--save_path x --drop_layers 1"),
+    ],
+)
+@pytest.mark.parametrize(("file", "hint"), [("config.json", "import it first"), ("a.bin", "it has no folder context")])
+def test_what_is_no_checkpoint_is_said_before_nemo_is_loaded(
+    tmp_path, monkeypatch, capsys, script, flag, command, file, hint
+):
+    _inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / file).write_text("{}")
+    with pytest.raises(SystemExit, match="2"):
+        _script(script).resolve([flag, "other", *command.split()])
+    assert f"{flag} other is no NeMo 2 checkpoint" in (found := capsys.readouterr().err) and hint in found
+
+
+@pytest.mark.parametrize(("limit", "layout", "expected"), [(1, "", 4), (5, "", 8), (3, "--devices 2", 4), (0, "", 0)])
+def test_validation_takes_whole_global_batches(tmp_path, monkeypatch, limit, layout, expected):
+    _inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    command = RUNS["distill"].replace("--tp 2", "").replace("--gbs 4 --mbs 2", "--gbs 8 --mbs 2")
+    given = _script("distill").resolve([*command.split(), "--limit_val_batches", str(limit), *layout.split()])
+    assert _script("distill").validation_batches(given) == expected
 
 
 def test_names_of_data_sets_are_no_paths(tmp_path, monkeypatch):
@@ -455,7 +485,7 @@ PLANNED = {
 def test_a_dry_run_prints_the_plan_and_writes_nothing(name, tmp_path, monkeypatch, capsys):
     _inputs(tmp_path)
     for folder in ("model", "teacher"):
-        (tmp_path / folder).rmdir()
+        shutil.rmtree(tmp_path / folder)
         _checkpoint(tmp_path / folder)
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
@@ -485,7 +515,7 @@ IMPORTANCE = "--restore_path model --save_path out --text text.jsonl --seq_lengt
 )
 def test_tensor_parallel_ranks_measure_importance_as_pipeline_stages(layers, stages, tmp_path, monkeypatch, capsys):
     _inputs(tmp_path)
-    (tmp_path / "model").rmdir()
+    shutil.rmtree(tmp_path / "model")
     _checkpoint(tmp_path / "model", num_layers=layers)
     monkeypatch.chdir(tmp_path)
     assert _script("prune").main([*IMPORTANCE.split(), "--tp", "2", "--dry-run"]) == 0
@@ -496,7 +526,7 @@ def test_tensor_parallel_ranks_measure_importance_as_pipeline_stages(layers, sta
 
 def test_more_ranks_than_layers_cannot_measure_importance(tmp_path, monkeypatch, capsys):
     _inputs(tmp_path)
-    (tmp_path / "model").rmdir()
+    shutil.rmtree(tmp_path / "model")
     _checkpoint(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     reason = "2 layers cannot be split over 4 pipeline stages; importance is measured on whole layers"
@@ -513,7 +543,7 @@ def test_more_ranks_than_layers_cannot_measure_importance(tmp_path, monkeypatch,
 def test_a_dry_run_of_a_search_says_what_is_tried(tmp_path, monkeypatch, capsys):
     _inputs(tmp_path)
     for folder in ("model", "teacher"):
-        (tmp_path / folder).rmdir()
+        shutil.rmtree(tmp_path / folder)
         _checkpoint(tmp_path / folder)
     monkeypatch.chdir(tmp_path)
     command = [*COMPRESS.split(), "--output", "out", "--dry-run", "--max-candidates", "5"]

@@ -67,7 +67,7 @@ def test_help_takes_no_time(script):
                 "'int9'; allowed",
                 "did you mean int8?",
                 "a does not exist",
-                "no is not a folder",
+                "no: there is no such folder",
             ],
         ),
         ("compress", ["--config", "none.yaml"], ["--config none.yaml cannot be read"]),
@@ -170,8 +170,18 @@ def test_a_dry_run_imports_nothing_heavy(tmp_path):
     assert "HEAVY []" in found.stdout
 
 
+def test_without_a_gpu_and_without_cpu_it_is_said_what_to_give(tmp_path):
+    (tmp_path / "model" / "context").mkdir(parents=True)
+    command = [sys.executable, str(ROOT / "scripts" / "ptq.py"), "-nc", "model", "-calib_ds", "wikitext", "-out", "out"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert found.returncode == 1
+    assert "error: PyTorch sees no GPU on this machine; give --cpu to run on CPU ranks" in found.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_ctrl_c_ends_with_130_and_leaves_nothing(tmp_path):
-    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "context").mkdir(parents=True)
     (tmp_path / "tmp").mkdir()
     command = [sys.executable, str(ROOT / "scripts" / "ptq.py"), "--cpu", "-nc", "model", "-out", "out"]
     environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}

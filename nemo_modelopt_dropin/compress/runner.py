@@ -91,6 +91,18 @@ def _as_rank(
     return guarded(work, log, "interrupted; the same command goes on from here")
 
 
+def require_gpu() -> None:
+    """Say what is missing before NeMo is imported, instead of what fails first without it.
+
+    Raises:
+        StageError: where PyTorch sees no GPU.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise StageError("PyTorch sees no GPU on this machine; give --cpu to run on CPU ranks")
+
+
 def guarded(work: Callable[[TextIO], None], log: Path | None, on_interrupt: str) -> int:
     """Do a script's work on this rank, with what libraries write in ``log``, and return the exit code.
 
@@ -144,6 +156,8 @@ def _run_all(stages: list[Stage], root: Path, layout: Layout, tell: console.Tell
         from nemo_modelopt_dropin import cpu_backend
 
         cpu_backend.enable()
+    else:
+        require_gpu()
     from nemo_modelopt_dropin.compress import training
 
     ranks = training.StoreRanks() if launch.is_rank() else Alone()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_modelopt_dropin import budget, prune_layout
+from nemo_modelopt_dropin.command_line import no_checkpoints
 
 ALGORITHMS = ("fp8", "int8", "int8_sq", "int4", "int4_awq", "w4a8_awq", "nvfp4")
 EXPORT_FORMATS = ("nemo", "hf")
@@ -177,8 +178,8 @@ class Job:
         paths = [self.train_text, self.heldout_text] if teacher_exists else []
         paths += [self.distill_config] if self.distill_config else []
         found += [f"file {path} does not exist" for path in paths if path and not Path(path).is_file()]
-        if teacher_exists and self.teacher and not Path(self.teacher).is_dir():
-            found.append(f"teacher checkpoint {self.teacher} is not a folder")
+        if teacher_exists:
+            found += no_checkpoints({"teacher": self.teacher})
         if self.seq_length < 2:
             found.append(f"seq_length must be at least 2, got {self.seq_length}")
         if not found and teacher_exists and self.teacher and not self.pruning.drop_layers:
