@@ -231,6 +231,39 @@ def _from_hugging_face(config: Mapping[str, Any]) -> Shape:
         raise UnknownModel(f"the configuration of {name} has no {missing}") from None
 
 
+def target_problems(path: str | Path, targets: Mapping[str, int | float | None]) -> list[str]:
+    """Return a sentence for each target above the model's own size; nothing where the sizes are unknown.
+
+    Args:
+        path: the checkpoint.
+        targets: as the flags name them; None for what stays.
+    """
+    try:
+        shape = read(path)
+    except UnknownModel:
+        return []
+    own = {name: getattr(shape, name.removeprefix("target_"), None) for name in targets}
+    return [
+        f"{name} {size} is above the model's {own[name]}"
+        for name, size in targets.items()
+        if size is not None and own[name] is not None and size > own[name]
+    ]
+
+
+def split_problems(path: str | Path, tp: int, pp: int) -> list[str]:
+    """Return what of a model cannot be split over tensor-parallel ranks and pipeline stages."""
+    try:
+        shape = read(path)
+    except UnknownModel:
+        return []
+    found = []
+    if shape.num_attention_heads % tp:
+        found.append(f"{shape.num_attention_heads} attention heads of {path} cannot be split over tp {tp}")
+    if shape.num_layers < pp:
+        found.append(f"{shape.num_layers} layers of {path} cannot be split over pp {pp}")
+    return found
+
+
 def quantized_bytes(shape: Shape, algorithm: str, bits: float | None = None) -> float:
     """Return the bytes of a checkpoint in a quantized format: matrices in its bits, the rest in 16."""
     wide = 16 if algorithm == "no_quant" else None

@@ -20,9 +20,11 @@ from nemo_modelopt_dropin.command_line import (
     layout_problems,
     loading_options,
     missing_paths,
+    nearest,
     no_checkpoints,
     not_positive,
 )
+from nemo_modelopt_dropin.model_sizes import split_problems
 
 PATHS = (
     "log_dir",
@@ -37,6 +39,25 @@ PATHS = (
     "index_mapping_dir",
     "dump_teacher_topk",
     "teacher_topk",
+)
+
+
+# The fields of DistillationConfig, known before NeMo is imported.
+LOSS_SETTINGS = (
+    "intermediate_layer_pairs",
+    "logit_layers",
+    "skip_lm_loss",
+    "kd_loss_scale",
+    "criterion",
+    "loss_balancer",
+    "logit_kl_temperature",
+    "logit_kl_direction",
+    "logit_kl_temperature_squared",
+    "logit_kl_topk",
+    "logit_kl_in_place",
+    "loss_weights",
+    "fused_logits",
+    "validation_metrics",
 )
 
 
@@ -126,6 +147,12 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
             "--distillation_config: intermediate_layer_pairs need the teacher itself, and a recording holds logits "
             "alone; take them out of the file"
         )
+    problems += unknown_settings(given.distillation_config)
+    problems += [
+        f"--{name} must not be negative, got {getattr(given, name)}"
+        for name in ("lr", "min_lr")
+        if getattr(given, name) < 0
+    ]
     if given.use_chat_data and (len(given.data_paths or []) != 1 or not given.tokenizer):
         problems.append("--use-chat-data needs one path in --data_paths, and --tokenizer")
     problems += not_positive(given, ("max_steps", "gbs", "mbs", "seq_length", "val_check_interval", "log_interval"))
@@ -134,19 +161,35 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
         problems.append(
             f"--gbs {given.gbs} must be a multiple of --mbs {given.mbs} x {data_parallel} data parallel ranks"
         )
+    for path in (given.model_path, given.teacher_path):
+        if path and not problems and not line.problems:
+            problems += split_problems(path, given.tp_size, given.pp_size)
     line.refuse(problems)
     return given
 
 
 def has_layer_pairs(path: str | None) -> bool:
-    """Return whether a file of distillation settings asks for pairs of layers; what cannot be read is told later."""
+    """Return whether a file of distillation settings asks for pairs of layers."""
+    return bool(loss_settings(path).get("intermediate_layer_pairs"))
+
+
+def unknown_settings(path: str | None) -> list[str]:
+    """Return a sentence for each name in a file of distillation settings that is none."""
+    names = [name for name in loss_settings(path) if name not in LOSS_SETTINGS]
+    return [
+        f"--distillation_config {path}: unknown setting {name!r}{nearest(str(name), LOSS_SETTINGS)}" for name in names
+    ]
+
+
+def loss_settings(path: str | None) -> dict[str, Any]:
+    """Return the settings in a file; what cannot be read is told later, with the reason."""
     import yaml
 
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else None
     except (OSError, ValueError, yaml.YAMLError):
-        return False
-    return isinstance(settings, dict) and bool(settings.get("intermediate_layer_pairs"))
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def make_data(given: argparse.Namespace):

@@ -24,6 +24,7 @@ from nemo_modelopt_dropin.command_line import (
     no_checkpoints,
     not_positive,
 )
+from nemo_modelopt_dropin.model_sizes import split_problems
 
 ALGORITHMS = ("no_quant", "auto", "int8", "int8_sq", "fp8", "block_fp8", "int4_awq", "w4a8_awq", "int4", "nvfp4")
 PATHS = (
@@ -36,6 +37,7 @@ PATHS = (
     "report_path",
     "algorithm",
 )
+CUDA_ONLY = ("nvfp4",)
 HUB = ("cnn_dailymail", "wikitext")
 _FOLDERS = {"trtllm": "./qnemo_{algorithm}_tp{inference_tp}_pp{inference_pp}", "hf": "./hf_{algorithm}"}
 
@@ -148,6 +150,12 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     problems += not_positive(arguments, sizes)
     if (arguments.algorithm == "auto") is (arguments.auto_quantize_bits is None):
         problems.append("--algorithm auto and --auto_quantize_bits go together: give both or neither")
+    if arguments.cpu and arguments.algorithm in CUDA_ONLY:
+        problems.append(
+            f"--algorithm {arguments.algorithm} needs CUDA kernels: leave --cpu out on a machine with a GPU"
+        )
+    if not problems:
+        problems += split_problems(arguments.nemo_checkpoint, arguments.calibration_tp, arguments.calibration_pp)
     line.refuse(problems)
     return arguments
 

@@ -295,6 +295,53 @@ def test_validation_takes_whole_global_batches(tmp_path, monkeypatch, limit, lay
     assert _script("distill").validation_batches(given) == expected
 
 
+@pytest.mark.parametrize(
+    ("script", "command", "message"),
+    [
+        ("ptq", "-nc model -calib_ds text.jsonl --cpu -algo nvfp4", "--algorithm nvfp4 needs CUDA kernels"),
+        ("ptq", "-nc model -calib_ds text.jsonl --cpu --tp 3", "4 attention heads of model cannot be split over tp 3"),
+        ("ptq", "-nc model -calib_ds text.jsonl --cpu --pp 3", "2 layers of model cannot be split over pp 3"),
+        (
+            "prune",
+            "--restore_path model --save_path x --text text.jsonl --seq_length 8 --target_ffn_hidden_size 65",
+            "--target_ffn_hidden_size 65 is above the model's 64",
+        ),
+        (
+            "compress",
+            "--teacher model --train-text text.jsonl --heldout-text text.jsonl --target-num-layers 3",
+            "pruning: target_num_layers 3 is above the model's 2",
+        ),
+        ("distill", RUNS["distill"].replace("--tp 2", "--tp 3"), "cannot be split over tp 3"),
+        ("distill", RUNS["distill"] + " --lr -1", "--lr must not be negative, got -1.0"),
+        (
+            "distill",
+            RUNS["distill"] + " --distillation_config kd.yaml",
+            "unknown setting 'logit_kl_temprature'; did you mean logit_kl_temperature?",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_model_is_said_before_nemo_is_loaded(
+    tmp_path, monkeypatch, capsys, script, command, message
+):
+    _inputs(tmp_path)
+    for name in ("model", "teacher"):
+        shutil.rmtree(tmp_path / name)
+        _checkpoint(tmp_path / name)
+    (tmp_path / "kd.yaml").write_text("logit_kl_temprature: 2\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        _script(script).resolve(command.split())
+    assert message in capsys.readouterr().err
+
+
+def test_the_settings_of_losses_are_those_of_the_configuration(cpu_backend):
+    import dataclasses
+
+    from nemo.collections.llm.modelopt.distill.utils import DistillationConfig
+
+    assert [field.name for field in dataclasses.fields(DistillationConfig)] == [*_script("distill").LOSS_SETTINGS]
+
+
 def test_names_of_data_sets_are_no_paths(tmp_path, monkeypatch):
     _inputs(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -289,3 +289,13 @@ def test_token_ids_outside_of_the_vocabulary(ids, named):
 
     with pytest.raises(ModelOptConfigError, match=f"token id {named}; the model's vocabulary has 256"):
         calibration.tokenize([ids], tiny.tokenizer(), 8)
+
+
+def test_a_hub_out_of_reach_is_said_with_what_to_do(cpu_backend):
+    from nemo.collections.llm.modelopt.quantization import data_sources
+
+    def load(*_, **__):
+        raise ConnectionError("Couldn't reach 'wikitext' on the Hub")
+
+    with pytest.raises(ValueError, match=r"'wikitext' cannot be fetched from the hub: .*path of a local file"):
+        next(data_sources.rows("wikitext", None, None, load))

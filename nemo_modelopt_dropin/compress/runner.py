@@ -135,7 +135,9 @@ def guarded(work: Callable[[TextIO], None], log: Path | None, on_interrupt: str)
                 return USAGE
             traceback.print_exc()
             where = f"\nthe whole story is in {log}" if log else ""
-            out.write(f"error on rank {rank}: {type(error).__name__}: {error}{where}\n")
+            # Fiddle, for one, adds all arguments of what it was building.
+            reason = (str(error).strip().splitlines() or [""])[0]
+            out.write(f"error on rank {rank}: {type(error).__name__}: {reason}{where}\n")
             return FAILED
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from nemo_modelopt_dropin import budget, prune_layout
+from nemo_modelopt_dropin import budget, model_sizes, prune_layout
 from nemo_modelopt_dropin.command_line import no_checkpoints
 
 ALGORITHMS = ("fp8", "int8", "int8_sq", "int4", "int4_awq", "w4a8_awq", "nvfp4")
@@ -184,6 +184,10 @@ class Job:
             found.append(f"seq_length must be at least 2, got {self.seq_length}")
         if not found and teacher_exists and self.teacher and not self.pruning.drop_layers:
             found += prune_layout.problems(self.teacher, self.layout.devices * self.layout.num_nodes)
+            targets = {name: getattr(self.pruning, name) for name in TARGETS}
+            found += [f"pruning: {one}" for one in model_sizes.target_problems(self.teacher, targets)]
+        if not found and teacher_exists and self.teacher:
+            found += model_sizes.split_problems(self.teacher, self.layout.tp, self.layout.pp)
         return found
 
     def as_dict(self) -> dict[str, Any]:

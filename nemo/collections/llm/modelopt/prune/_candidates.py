@@ -194,6 +194,18 @@ def spread(combinations: Sequence[Mapping[str, int]], sizes: Mapping[str, int], 
     return chosen
 
 
+def _smallest(sizes: Mapping[str, int], fixed: Mapping[str, int], least_experts: int) -> dict[str, int]:
+    """Return the smallest combination of sizes that is tried."""
+    found = {
+        name: size_choices(name, sizes, 0.0, least_experts if name == "num_moe_experts" else 1)[0]
+        for name in sizes
+        if name != "num_query_groups"
+    }
+    if sizes.get("num_query_groups") == sizes.get("num_attention_heads"):
+        found |= dict.fromkeys(("num_attention_heads", "num_query_groups"), 1)
+    return {**sizes, **found, **fixed}
+
+
 def choose(
     sizes: Mapping[str, int],
     fixed: Mapping[str, int],
@@ -230,7 +242,7 @@ def choose(
         if near or combinations:
             break
     else:
-        smallest = {**dict.fromkeys(sizes, 1), "num_moe_experts": least_experts, **fixed}
+        smallest = _smallest(sizes, fixed, least_experts)
         raise ModelOptConfigError(
             f"target_params: no combination of sizes has at most {', '.join(f'{limit:,}' for _, limit in limits)} "
             f"parameters; the smallest has {counted(smallest):,} (embedding and output layer keep the whole "

@@ -88,7 +88,13 @@ def _open(data: Any, column: str | None, seed: int | None, load: Callable) -> It
     """Yield rows as they are stored, empty ones included, in the order that the seed asks for."""
     if isinstance(data, (str, Path)) and str(data) in HUB_DATASETS:
         arguments, keywords, usual = HUB_DATASETS[str(data)]
-        return _sliced(load(*arguments, **keywords), column or usual, seed)
+        try:
+            return _sliced(load(*arguments, **keywords), column or usual, seed)
+        except ConnectionError as error:
+            raise ModelOptConfigError(
+                f"calibration_dataset={str(data)!r} cannot be fetched from the hub: {error}. Give the path of a local "
+                "file, folder or glob instead."
+            ) from error
     if isinstance(data, (str, Path)):
         files = data_files.expand(str(data), sorted(HUB_DATASETS))
         return _window(data_files.rows(files, column, DEFAULT_COLUMN), seed)
