@@ -242,12 +242,12 @@ def target_problems(path: str | Path, targets: Mapping[str, int | float | None])
         shape = read(path)
     except UnknownModel:
         return []
-    own = {name: getattr(shape, name.removeprefix("target_"), None) for name in targets}
-    return [
-        f"{name} {size} is above the model's {own[name]}"
-        for name, size in targets.items()
-        if size is not None and own[name] is not None and size > own[name]
-    ]
+    found = []
+    for name, size in targets.items():
+        own = getattr(shape, name.removeprefix("target_"), None)
+        if size is not None and own is not None and size > own:
+            found.append(f"{name} {size} is above the model's {own}")
+    return found
 
 
 def split_problems(path: str | Path, tp: int, pp: int) -> list[str]:
