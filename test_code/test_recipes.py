@@ -94,6 +94,7 @@ def test_recipes_travel_to_a_cluster(recipe):
 def test_the_job_as_a_function_refuses_what_cannot_work(tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
+    (tmp_path / "context").mkdir()
     recipe = compress_recipe(str(tmp_path), "none", "none", str(tmp_path / "run"))
     with pytest.raises(SettingsError, match="nothing to prune(.|\n)*file none does not exist"):
         fiddle.build(recipe)()
