@@ -253,7 +253,8 @@ def make_trainer(given: argparse.Namespace):
         ckpt_load_strictness=StrictHandling.LOG_ALL if given.legacy_ckpt else None,
         ckpt_async_save=not given.cpu,
         ddp=DistributedDataParallelConfig(
-            use_distributed_optimizer=True,
+            # Without Transformer Engine or Apex, Megatron's distributed optimizer saves what it cannot load.
+            use_distributed_optimizer=not given.cpu,
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=overlap,
             overlap_param_gather=overlap,
@@ -304,7 +305,7 @@ def make_optimizer(given: argparse.Namespace):
     from nemo import lightning as nl
 
     config = OptimizerConfig(
-        optimizer="adam", lr=given.lr, bf16="bf16" in given.precision, use_distributed_optimizer=True
+        optimizer="adam", lr=given.lr, bf16="bf16" in given.precision, use_distributed_optimizer=not given.cpu
     )
     schedule = CosineAnnealingScheduler(
         max_steps=given.max_steps,
@@ -365,10 +366,12 @@ def outcome(trainer: Any, checkpoints: Any) -> list[tuple[str, str]]:
         "kd_top1_agreement": "top-1 agreement",
         "val_loss": "validation loss",
     }
-    metrics = trainer.callback_metrics
+    from nemo.lightning.ckpt_utils import ckpt_to_dir
+
+    metrics, last = trainer.callback_metrics, checkpoints.last_model_path
     rows = [("steps", str(trainer.global_step))]
     rows += [(label, f"{float(metrics[name]):.4f}") for name, label in labels.items() if name in metrics]
-    return [*rows, ("checkpoint", checkpoints.last_model_path or "none was written")]
+    return [*rows, ("checkpoint", str(ckpt_to_dir(last)) if last else "none was written")]
 
 
 def check_recorded_teacher(given: argparse.Namespace) -> None:

@@ -249,14 +249,14 @@ def test_a_plan_says_what_is_minimised(tmp_path, text, expected):
     assert expected in dry_run.losses(str(tmp_path / "kd.yaml"))[1]
 
 
-def test_a_distillation_ends_with_its_figures():
+def test_a_distillation_ends_with_its_figures(cpu_backend):
     from types import SimpleNamespace
 
     from nemo_modelopt_dropin.script_run import aligned
 
     metrics = {"val_loss": 3.25, "reduced_train_loss": 0.5, "grad_norm": 1.0, "kd_top1_agreement": 0.75}
     trainer = SimpleNamespace(callback_metrics=metrics, global_step=40)
-    rows = _script("distill").outcome(trainer, SimpleNamespace(last_model_path="logs/kd/x-last"))
+    rows = _script("distill").outcome(trainer, SimpleNamespace(last_model_path="logs/kd/x-last.ckpt"))
     assert list(aligned(rows)) == [
         "steps            40",
         "training loss    0.5000",
