@@ -264,6 +264,24 @@ def split_problems(path: str | Path, tp: int, pp: int) -> list[str]:
     return found
 
 
+def block_problems(path: str | Path, targets: Mapping[str, int | float | None], tp: int, block: int) -> list[str]:
+    """Return the inputs of a pruned model's layers, on each of the tp ranks, that blocks of weights do not divide."""
+    try:
+        shape = read(path).pruned(targets)
+    except UnknownModel:
+        return []
+    widths = {
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.ffn_hidden_size // tp,
+        "attention heads x channels": shape.num_attention_heads * shape.kv_channels // tp,
+    }
+    return [
+        f"blocks of {block} (awq_block_size) do not divide the {width} inputs on each rank of layers after {name}"
+        for name, width in widths.items()
+        if width % block
+    ]
+
+
 def quantized_bytes(shape: Shape, algorithm: str, bits: float | None = None) -> float:
     """Return the bytes of a checkpoint in a quantized format: matrices in its bits, the rest in 16."""
     wide = 16 if algorithm == "no_quant" else None

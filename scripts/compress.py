@@ -104,6 +104,7 @@ def parser() -> Parser:
     quantization.add_argument(
         "--verify", metavar="HOW", help=f"check of hf files, one of {', '.join(VERIFY)} (default: full, with logits)"
     )
+    quantization.add_argument("--awq-block-size", type=int, help="weights that share an INT4 scale (default: 128)")
     for name, kind in _CALIBRATION.items():
         quantization.add_argument(f"--calibration-{name}", type=kind)
     return found
@@ -141,7 +142,7 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     for name in _DISTILLATION:
         key = name.replace("-", "_")
         put("distillation", key, given[f"distill_{key}"])
-    for key in ("algorithm", "formats", "verify"):
+    for key in ("algorithm", "formats", "verify", "awq_block_size"):
         put("quantization", key, given[key])
     for name in _CALIBRATION:
         key = "calibration_" + name.replace("-", "_")

@@ -327,6 +327,8 @@ def work(given: argparse.Namespace) -> list[tuple[str, str]]:
         monitor="val_loss",
         save_top_k=1,
         save_last=True,
+        # NeMo leaves the optimizer out of the last checkpoint, and then cannot go on from it.
+        save_optim_on_train_end=True,
         # None: after each validation, so that names and choice go by the loss of the weights that are saved.
         every_n_train_steps=None if given.limit_val_batches else min(given.val_check_interval, given.max_steps),
     )

@@ -133,6 +133,15 @@ def ptq_error(*args, **kwargs) -> tuple[str, str, bool]:
     raise AssertionError("the export did not fail")
 
 
+def export_error(nemo, hf) -> tuple[str, str]:
+    """Export a quantized NeMo checkpoint with NeMo's own function, which must fail; return the error."""
+    try:
+        export_with_nemo(nemo, hf)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    raise AssertionError("the export did not fail")
+
+
 def hf_logits(folder, checkpoint) -> tuple[torch.Tensor, torch.Tensor]:
     """Return logits of the dequantized Hugging Face checkpoint and of the fake-quantized NeMo checkpoint."""
     from nemo.collections.llm.modelopt import setup_trainer_and_restore_model_with_modelopt_spec

@@ -311,6 +311,12 @@ def test_validation_takes_whole_global_batches(tmp_path, monkeypatch, limit, lay
             "--teacher model --train-text text.jsonl --heldout-text text.jsonl --target-num-layers 3",
             "pruning: target_num_layers 3 is above the model's 2",
         ),
+        (
+            "compress",
+            "--teacher model --train-text text.jsonl --heldout-text text.jsonl --target-num-layers 1 --formats hf "
+            "--algorithm int4_awq",
+            "blocks of 128 (awq_block_size) do not divide the 32 inputs on each rank of layers after hidden_size",
+        ),
         ("distill", RUNS["distill"].replace("--tp 2", "--tp 3"), "cannot be split over tp 3"),
         ("distill", RUNS["distill"] + " --lr -1", "--lr must not be negative, got -1.0"),
         (

@@ -243,6 +243,15 @@ def test_blocks_must_divide_the_inputs(ranks, work):
     assert "blocks of 128 do not divide the 64 inputs of" in answer[1]
 
 
+def test_blocks_must_divide_the_inputs_of_a_checkpoint_that_is_exported_later(ranks, work):
+    """As compress.py does: to NeMo's format first."""
+    nemo, hf = work / "nemo-int4-128", work / "hf-int4-later"
+    ranks(1).run(jobs.ptq, str(work / "llama"), str(nemo), "int4", "nemo", 1, 1, settings(work))
+    (answer,) = ranks(1).run(jobs.export_error, str(nemo), str(hf))
+    assert answer[0] == "ModelOptConfigError" and not hf.exists()
+    assert "blocks of 128 do not divide the 64 inputs of" in answer[1]
+
+
 def test_plain_model_is_written_when_there_is_no_algorithm(ranks, work):
     target = work / "plain"
     ranks(1).run(jobs.ptq, str(work / "llama"), str(target), None, "hf")

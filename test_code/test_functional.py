@@ -195,15 +195,13 @@ def test_distillation_at_pp2_from_a_yaml(ranks, folder, data):
         (checkpoint,) = (logs / "kd").rglob("*-last")
         assert 4 < float(re.search(r"val_loss=([\d.]+)", checkpoint.name)[1].rstrip(".")) < 6, "of the saved weights"
         loaded.append(ranks(2).run(jobs_checkpoints.read, str(checkpoint), "TP=2")[0])
-        # The same command goes on from there.
-        more = [
-            *arguments[: arguments.index("--max_steps")],
-            "--max_steps",
-            "7",
-            *arguments[arguments.index("--gbs") :],
-        ]
-        assert ranks(stages).run(jobs_functional.run_script, "distill", layout, *more, *data) == [0] * stages
-        assert {path.name.split("consumed_samples=")[1] for path in (logs / "kd").rglob("*-last")} == {"28.0-last"}
+        # The same command ends at once, and with more steps it goes on from there.
+        for steps, samples in (("5", "20.0"), ("7", "28.0")):
+            again = [steps if before == "--max_steps" else word for before, word in zip(["", *arguments], arguments)]
+            assert ranks(stages).run(jobs_functional.run_script, "distill", layout, *again, *data) == [0] * stages
+            assert {path.name.split("consumed_samples=")[1] for path in (logs / "kd").rglob("*-last")} == {
+                f"{samples}-last"
+            }
     (name, weights, loss), (_, alone, loss_alone) = loaded
     assert name == "LlamaModel" and 4 < loss < 6
     # fp32 sums in another order, five optimizer steps on.

@@ -189,6 +189,7 @@ def quantize(folder: Path, job: Job, student: Path, token_folder: Path) -> dict[
         num_nodes=layout.num_nodes,
         quantization_config=QuantizationConfig(
             algorithm=settings.algorithm,
+            awq_block_size=settings.awq_block_size,
             enable_kv_cache=settings.enable_kv_cache,
             calibration_dataset=job.train_text,
             calibration_dataset_size=settings.calibration_size,

@@ -13,6 +13,7 @@ from nemo_modelopt_dropin.command_line import no_checkpoints
 
 ALGORITHMS = ("fp8", "int8", "int8_sq", "int4", "int4_awq", "w4a8_awq", "nvfp4")
 EXPORT_FORMATS = ("nemo", "hf")
+BLOCK_ALGORITHMS = ("int4", "int4_awq", "w4a8_awq")
 VERIFY = ("full", "files", "none")
 TARGETS = (
     "target_ffn_hidden_size",
@@ -133,11 +134,13 @@ class Quantization:
     calibration_seq_len: int = 128
     enable_kv_cache: bool | None = False
     formats: tuple[str, ...] = ("nemo",)
+    awq_block_size: int = 128
     verify: str = "full"  # what of the hf files is checked: logits too, the files alone, nothing
 
     def problems(self) -> list[str]:
         """Return what is wrong with the quantization settings."""
-        found = _positive(self, ("calibration_size", "calibration_batch_size", "calibration_seq_len"), "quantization")
+        numbers = ("calibration_size", "calibration_batch_size", "calibration_seq_len", "awq_block_size")
+        found = _positive(self, numbers, "quantization")
         found += unknown("algorithm", [self.algorithm], ALGORITHMS)
         found += unknown("export format", self.formats, EXPORT_FORMATS) + unknown("verify", [self.verify], VERIFY)
         if not found and self.calibration_size < self.calibration_batch_size:
@@ -146,6 +149,17 @@ class Quantization:
                 f"{self.calibration_batch_size}"
             )
         return found
+
+    def block_problems(self, teacher: str, targets: Mapping[str, int | None], tp: int) -> list[str]:
+        """Return the inputs of the pruned model's layers that INT4 blocks do not divide, where hf files are asked for.
+
+        Sizes that a search will choose are checked when the files are written.
+        """
+        if "hf" not in self.formats or self.algorithm not in BLOCK_ALGORITHMS:
+            return []
+        # Plain INT4 has the block of its preset.
+        block = 128 if self.algorithm == "int4" else self.awq_block_size
+        return model_sizes.block_problems(teacher, targets, tp, block)
 
 
 @dataclass(frozen=True)
@@ -188,6 +202,8 @@ class Job:
             found += [f"pruning: {one}" for one in model_sizes.target_problems(self.teacher, targets)]
         if not found and teacher_exists and self.teacher:
             found += model_sizes.split_problems(self.teacher, self.layout.tp, self.layout.pp)
+            targets = {name: getattr(self.pruning, name) for name in TARGETS}
+            found += self.quantization.block_problems(self.teacher, targets, self.layout.tp)
         return found
 
     def as_dict(self) -> dict[str, Any]:

@@ -59,12 +59,12 @@ def _weight_obstacle(steps: list[dict[str, Any]], has_input: bool, scales_input:
 def hf_obstacle_of(model: torch.nn.Module) -> str | None:
     """Return why a converted model cannot be stored correctly in Hugging Face format, by its quantizers, or None."""
     algorithms = set()
-    for module in model.modules():
+    for name, module in model.named_modules():
         settings = hf_formats.settings_of(module)
         if settings is None:
             continue
         algorithms.add(hf_formats.algorithm_of(*settings))
-        obstacle = _weight_obstacle(*settings)
+        obstacle = _weight_obstacle(*settings) or _uneven_blocks(name, module, _int4_block(settings[0]))
         if obstacle:
             return obstacle
     if len(algorithms) > 1:
@@ -142,28 +142,30 @@ def check_blocks(export_format: str, quant_cfg: dict[str, Any], model: torch.nn.
     Raises:
         ModelOptConfigError: Naming the first such layer.
     """
-    sizes = {
-        attributes["block_sizes"][-1]
-        for pattern, attributes in choices.quantizer_settings(quant_cfg)
-        if "weight_quantizer" in pattern
-        and attributes["num_bits"] == 4
-        and (attributes.get("block_sizes") or {}).get(-1)
-    }
-    if export_format != "hf" or not sizes:
+    if export_format != "hf":
         return
-    size = max(sizes)
+    steps = [a for pattern, a in choices.quantizer_settings(quant_cfg) if "weight_quantizer" in pattern]
     for name, module in model.named_modules():
-        width = module.weight.shape[-1] if name.rpartition(".")[2].startswith("linear_") and _has_matrix(module) else 0
-        if width % size:
-            raise ModelOptConfigError(
-                f'export_format="hf": blocks of {size} do not divide the {width} inputs of {name} on each rank. Choose '
-                "an awq_block_size that does, or a smaller calibration_tp."
-            )
+        if name.rpartition(".")[2].startswith("linear_"):
+            found = _uneven_blocks(name, module, _int4_block(steps))
+            if found:
+                raise ModelOptConfigError(f'export_format="hf": {found}.')
 
 
-def _has_matrix(module: torch.nn.Module) -> bool:
+def _int4_block(steps: list[dict[str, Any]]) -> int:
+    """Return the size of INT4 blocks along a row, 0 where there are none."""
+    return max(((step.get("block_sizes") or {}).get(-1) or 0 for step in steps if step["num_bits"] == 4), default=0)
+
+
+def _uneven_blocks(name: str, module: torch.nn.Module, size: int) -> str | None:
+    """Return what is wrong where blocks do not divide a layer's inputs, or None."""
     weight = getattr(module, "weight", None)
-    return isinstance(weight, torch.Tensor) and weight.dim() == 2
+    if not size or not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.shape[-1] % size == 0:
+        return None
+    return (
+        f"blocks of {size} do not divide the {weight.shape[-1]} inputs of {name} on each rank. Choose an awq_block_size "
+        "that does, or a smaller calibration_tp"
+    )
 
 
 def check_converted(model: torch.nn.Module) -> None:
