@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from nemo_modelopt_dropin import model_sizes, prune_layout, run_file
+from nemo_modelopt_dropin import loss_file, model_sizes, prune_layout, run_file
 from nemo_modelopt_dropin.compress.settings import TARGETS, Job
 from nemo_modelopt_dropin.model_sizes import Memory, Shape, UnknownModel
 from nemo_modelopt_dropin.report import megabytes, millions
@@ -58,30 +58,7 @@ def memory(found: Memory | None) -> tuple[str, str]:
     return "memory", f"about {megabytes(found.total)} a rank, libraries not counted: {parts}"
 
 
-_DIVERGENCES = {"forward": "KL(teacher || student)", "reverse": "KL(student || teacher)", "jsd": "Jensen-Shannon"}
 _REPORT = "report.html, report.json, figures/"
-
-
-def losses(path: str | None) -> tuple[str, str]:
-    """Return the row of what is minimised; a file that cannot be read is refused by the run itself."""
-    import yaml
-
-    try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        return "losses", f"unknown, {path} cannot be read: {' '.join(str(error).split())}"
-    if not isinstance(settings or {}, dict):
-        return "losses", f"unknown, {path} holds no settings by name"
-    asked = {"logit_kl_direction": "forward", "logit_kl_temperature": 1.0, "skip_lm_loss": True, **(settings or {})}
-    kind = _DIVERGENCES.get(asked["logit_kl_direction"], asked["logit_kl_direction"])
-    parts = [f"{kind} of the logits at temperature {asked['logit_kl_temperature']}"]
-    if asked.get("logit_kl_topk"):
-        parts[0] += f", the teacher's top {asked['logit_kl_topk']}"
-    for pair in asked.get("intermediate_layer_pairs") or []:
-        if isinstance(pair, list) and len(pair) in (2, 3):
-            parts.append(f"{(*pair, 'cosine')[2]} of {pair[0]} to {pair[1]}")
-    parts.append("no LM loss" if asked["skip_lm_loss"] else "LM loss")
-    return "losses", "; ".join(parts)
 
 
 def quantization(given: argparse.Namespace) -> Rows:
@@ -180,7 +157,9 @@ def distillation(given: argparse.Namespace) -> Rows:
     if student is not None and (teacher is not None or not given.teacher_path or given.teacher_topk):
         tp, pp, seq = sizes["tp"], sizes["pp"], given.seq_length // sizes["cp"]
         estimate = model_sizes.training_memory(student, teacher, given.mbs, seq, tp, pp, dp, width, _device(given.cpu))
-    minimised = [losses(given.distillation_config)] if given.teacher_path or given.teacher_topk else []
+    minimised = (
+        [("losses", loss_file.describe(given.distillation_config))] if given.teacher_path or given.teacher_topk else []
+    )
     return rows + [
         ("train", f"{given.max_steps} steps of {given.gbs} x {given.seq_length} tokens, {millions(tokens)} in all"),
         *minimised,
@@ -223,7 +202,7 @@ def compression(job: Job, output: Path, stages: Iterable[str], waiting: Iterable
             "distill",
             f"{job.distillation.steps} steps of {job.distillation.global_batch_size} x {job.seq_length} tokens",
         ),
-        losses(job.distill_config),
+        ("losses", loss_file.describe(job.distill_config)),
         ("quantize", f"{job.quantization.algorithm}, as {' and '.join(job.quantization.formats)}"),
         layout(own.devices, own.num_nodes, own.cpu, tp=own.tp, pp=own.pp),
         memory(estimate),

@@ -231,17 +231,16 @@ def _from_hugging_face(config: Mapping[str, Any]) -> Shape:
         raise UnknownModel(f"the configuration of {name} has no {missing}") from None
 
 
-def target_problems(path: str | Path, targets: Mapping[str, int | float | None]) -> list[str]:
-    """Return a sentence for each target above the model's own size; nothing where the sizes are unknown.
-
-    Args:
-        path: the checkpoint.
-        targets: as the flags name them; None for what stays.
-    """
+def known(path: str | Path | None) -> Shape | None:
+    """Return a checkpoint's shape, None where there is none or its sizes cannot be told."""
     try:
-        shape = read(path)
+        return read(path) if path else None
     except UnknownModel:
-        return []
+        return None
+
+
+def target_problems(shape: Shape | None, targets: Mapping[str, int | float | None]) -> list[str]:
+    """Return a sentence for each target, as the flags name them, above the model's own size."""
     found = []
     for name, size in targets.items():
         own = getattr(shape, name.removeprefix("target_"), None)
@@ -250,26 +249,18 @@ def target_problems(path: str | Path, targets: Mapping[str, int | float | None])
     return found
 
 
-def split_problems(path: str | Path, tp: int, pp: int) -> list[str]:
+def split_problems(path: str | Path | None, tp: int, pp: int) -> list[str]:
     """Return what of a model cannot be split over tensor-parallel ranks and pipeline stages."""
-    try:
-        shape = read(path)
-    except UnknownModel:
-        return []
-    found = []
-    if shape.num_attention_heads % tp:
+    shape, found = known(path), []
+    if shape is not None and shape.num_attention_heads % tp:
         found.append(f"{shape.num_attention_heads} attention heads of {path} cannot be split over tp {tp}")
-    if shape.num_layers < pp:
+    if shape is not None and shape.num_layers < pp:
         found.append(f"{shape.num_layers} layers of {path} cannot be split over pp {pp}")
     return found
 
 
-def block_problems(path: str | Path, targets: Mapping[str, int | float | None], tp: int, block: int) -> list[str]:
-    """Return the inputs of a pruned model's layers, on each of the tp ranks, that blocks of weights do not divide."""
-    try:
-        shape = read(path).pruned(targets)
-    except UnknownModel:
-        return []
+def block_problems(shape: Shape, tp: int, block: int) -> list[str]:
+    """Return the inputs of a model's layers, on each of the tp ranks, that blocks of weights do not divide."""
     widths = {
         "hidden_size": shape.hidden_size,
         "ffn_hidden_size": shape.ffn_hidden_size // tp,
@@ -349,7 +340,8 @@ def training_memory(
         device: its type, which decides how much of the logits is worked on at a time.
     """
     own = student.parameters / (tp * pp)
-    optimizer = (8 if width == 4 else 12) / dp
+    # On CPU ranks each has the whole optimizer.
+    optimizer = (8 if width == 4 else 12) / (1 if device == "cpu" else dp)
     queries, keys = student.num_attention_heads * student.kv_channels, student.num_query_groups * student.kv_channels
     inner = (4 if student.gated else 2) * student.ffn_hidden_size
     # What Megatron's own layers keep of a token (`benchmarks/kd_memory.py` checks it); Transformer Engine's keep less.

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nemo_modelopt_dropin import loss_file
 from nemo_modelopt_dropin.command_line import (
     Parser,
     default_devices,
@@ -20,7 +21,6 @@ from nemo_modelopt_dropin.command_line import (
     layout_problems,
     loading_options,
     missing_paths,
-    nearest,
     no_checkpoints,
     not_positive,
 )
@@ -39,25 +39,6 @@ PATHS = (
     "index_mapping_dir",
     "dump_teacher_topk",
     "teacher_topk",
-)
-
-
-# The fields of DistillationConfig, known before NeMo is imported.
-LOSS_SETTINGS = (
-    "intermediate_layer_pairs",
-    "logit_layers",
-    "skip_lm_loss",
-    "kd_loss_scale",
-    "criterion",
-    "loss_balancer",
-    "logit_kl_temperature",
-    "logit_kl_direction",
-    "logit_kl_temperature_squared",
-    "logit_kl_topk",
-    "logit_kl_in_place",
-    "loss_weights",
-    "fused_logits",
-    "validation_metrics",
 )
 
 
@@ -138,16 +119,7 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     )
     if sum(map(bool, (given.data_paths, given.text, given.use_mock_data))) != 1:
         problems.append("give exactly one of --data_paths, --text and --use_mock_data")
-    if given.dump_teacher_topk and (given.teacher_topk or not given.teacher_path):
-        problems.append("--dump-teacher-topk needs --teacher_path, the checkpoint to record, and no --teacher-topk")
-    if given.dump_teacher_topk and Path(given.dump_teacher_topk).exists():
-        problems.append(f"--dump-teacher-topk: {given.dump_teacher_topk} exists; give a new folder")
-    if (given.dump_teacher_topk or given.teacher_topk) and has_layer_pairs(given.distillation_config):
-        problems.append(
-            "--distillation_config: intermediate_layer_pairs need the teacher itself, and a recording holds logits "
-            "alone; take them out of the file"
-        )
-    problems += unknown_settings(given.distillation_config)
+    problems += loss_and_recording_problems(given)
     problems += [
         f"--{name} must not be negative, got {getattr(given, name)}"
         for name in ("lr", "min_lr")
@@ -168,28 +140,21 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     return given
 
 
-def has_layer_pairs(path: str | None) -> bool:
-    """Return whether a file of distillation settings asks for pairs of layers."""
-    return bool(loss_settings(path).get("intermediate_layer_pairs"))
-
-
-def unknown_settings(path: str | None) -> list[str]:
-    """Return a sentence for each name in a file of distillation settings that is none."""
-    names = [name for name in loss_settings(path) if name not in LOSS_SETTINGS]
-    return [
-        f"--distillation_config {path}: unknown setting {name!r}{nearest(str(name), LOSS_SETTINGS)}" for name in names
-    ]
-
-
-def loss_settings(path: str | None) -> dict[str, Any]:
-    """Return the settings in a file; what cannot be read is told later, with the reason."""
-    import yaml
-
-    try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else None
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return settings if isinstance(settings, dict) else {}
+def loss_and_recording_problems(given: argparse.Namespace) -> list[str]:
+    """Return what is wrong with the settings of the losses, and with a teacher that is recorded or was."""
+    path, recorded = given.distillation_config, given.dump_teacher_topk
+    found = [f"--distillation_config {one}" for one in loss_file.problems(path)]
+    if recorded and (given.teacher_topk or not given.teacher_path):
+        found.append("--dump-teacher-topk needs --teacher_path, the checkpoint to record, and no --teacher-topk")
+    if recorded and Path(recorded).exists():
+        found.append(f"--dump-teacher-topk: {recorded} exists; give a new folder")
+    readable = path is not None and not found and Path(path).is_file()
+    if (recorded or given.teacher_topk) and readable and loss_file.read(path).get("intermediate_layer_pairs"):
+        found.append(
+            "--distillation_config: intermediate_layer_pairs need the teacher itself, and a recording holds logits "
+            "alone; take them out of the file"
+        )
+    return found
 
 
 def make_data(given: argparse.Namespace):

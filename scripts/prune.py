@@ -27,7 +27,7 @@ from nemo_modelopt_dropin.command_line import (
     no_checkpoints,
     not_positive,
 )
-from nemo_modelopt_dropin.model_sizes import target_problems
+from nemo_modelopt_dropin.model_sizes import known, target_problems
 
 PATHS = (
     "restore_path",
@@ -133,7 +133,7 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
         if not (size >= 1 if isinstance(size, int) else 0 < size < 1)
     ]
     if not problems and not line.problems:
-        problems += [f"--{one}" for one in target_problems(arguments.restore_path, sizes)]
+        problems += [f"--{one}" for one in target_problems(known(arguments.restore_path), sizes)]
     if arguments.drop_layers and given:
         problems.append(f"--drop_layers cannot be combined with --{', --'.join(given)}")
     if not arguments.drop_layers:

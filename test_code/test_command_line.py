@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_modelopt_dropin import command_line, dry_run, model_sizes, run_file
+from nemo_modelopt_dropin import command_line, dry_run, loss_file, model_sizes, run_file
 from nemo_modelopt_dropin.compress import settings as job_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -246,7 +246,7 @@ def test_calibration_data_is_looked_for_at_once(tmp_path, monkeypatch, capsys, n
 )
 def test_a_plan_says_what_is_minimised(tmp_path, text, expected):
     (tmp_path / "kd.yaml").write_text(text)
-    assert expected in dry_run.losses(str(tmp_path / "kd.yaml"))[1]
+    assert expected in loss_file.describe(str(tmp_path / "kd.yaml"))
 
 
 def test_a_distillation_ends_with_its_figures(cpu_backend):
@@ -317,6 +317,12 @@ def test_validation_takes_whole_global_batches(tmp_path, monkeypatch, limit, lay
             "--algorithm int4_awq",
             "blocks of 128 (awq_block_size) do not divide the 32 inputs on each rank of layers after hidden_size",
         ),
+        (
+            "compress",
+            "--teacher model --train-text text.jsonl --heldout-text text.jsonl --target-num-layers 1 "
+            "--distill-config kd.yaml",
+            "unknown setting 'logit_kl_temprature'; did you mean logit_kl_temperature?",
+        ),
         ("distill", RUNS["distill"].replace("--tp 2", "--tp 3"), "cannot be split over tp 3"),
         ("distill", RUNS["distill"] + " --lr -1", "--lr must not be negative, got -1.0"),
         (
@@ -345,7 +351,7 @@ def test_the_settings_of_losses_are_those_of_the_configuration(cpu_backend):
 
     from nemo.collections.llm.modelopt.distill.utils import DistillationConfig
 
-    assert [field.name for field in dataclasses.fields(DistillationConfig)] == [*_script("distill").LOSS_SETTINGS]
+    assert [field.name for field in dataclasses.fields(DistillationConfig)] == [*loss_file.SETTINGS]
 
 
 def test_names_of_data_sets_are_no_paths(tmp_path, monkeypatch):

@@ -197,7 +197,10 @@ def test_distillation_at_pp2_from_a_yaml(ranks, folder, data):
         loaded.append(ranks(2).run(jobs_checkpoints.read, str(checkpoint), "TP=2")[0])
         # The same command ends at once, and with more steps it goes on from there.
         for steps, samples in (("5", "20.0"), ("7", "28.0")):
-            again = [steps if before == "--max_steps" else word for before, word in zip(["", *arguments], arguments)]
+            again = [
+                steps if before == "--max_steps" else word
+                for before, word in zip(["", *arguments], arguments, strict=False)
+            ]
             assert ranks(stages).run(jobs_functional.run_script, "distill", layout, *again, *data) == [0] * stages
             assert {path.name.split("consumed_samples=")[1] for path in (logs / "kd").rglob("*-last")} == {
                 f"{samples}-last"

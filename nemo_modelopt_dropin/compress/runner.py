@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from nemo_modelopt_dropin import report, run_file, screen
+from nemo_modelopt_dropin import run_file, screen
 from nemo_modelopt_dropin.compress import console, launch
 from nemo_modelopt_dropin.compress.settings import Layout
 from nemo_modelopt_dropin.compress.stages import (
@@ -152,6 +152,8 @@ def _run_all(stages: list[Stage], root: Path, layout: Layout, tell: console.Tell
         run_stages(stages, root, Alone(), tell)  # all finished: needs no NeMo and no other ranks
         return
     if tell.rank == 0:
+        from nemo_modelopt_dropin import report
+
         report.withdraw(root)
         tell.out.write("loading NeMo\n")
     if layout.cpu:

@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from nemo_modelopt_dropin import budget, model_sizes, prune_layout
+from nemo_modelopt_dropin import budget, loss_file, model_sizes, prune_layout
 from nemo_modelopt_dropin.command_line import no_checkpoints
 
 ALGORITHMS = ("fp8", "int8", "int8_sq", "int4", "int4_awq", "w4a8_awq", "nvfp4")
 EXPORT_FORMATS = ("nemo", "hf")
-BLOCK_ALGORITHMS = ("int4", "int4_awq", "w4a8_awq")
 VERIFY = ("full", "files", "none")
 TARGETS = (
     "target_ffn_hidden_size",
@@ -150,16 +149,11 @@ class Quantization:
             )
         return found
 
-    def block_problems(self, teacher: str, targets: Mapping[str, int | None], tp: int) -> list[str]:
-        """Return the inputs of the pruned model's layers that INT4 blocks do not divide, where hf files are asked for.
-
-        Sizes that a search will choose are checked when the files are written.
-        """
-        if "hf" not in self.formats or self.algorithm not in BLOCK_ALGORITHMS:
-            return []
-        # Plain INT4 has the block of its preset.
-        block = 128 if self.algorithm == "int4" else self.awq_block_size
-        return model_sizes.block_problems(teacher, targets, tp, block)
+    def block_in_hf(self) -> int | None:
+        """Return how many weights share a scale in hf files, None where there are none or no blocks."""
+        if "hf" not in self.formats or self.algorithm not in ("int4", "int4_awq", "w4a8_awq"):
+            return None
+        return 128 if self.algorithm == "int4" else self.awq_block_size  # plain INT4 has its preset's
 
 
 @dataclass(frozen=True)
@@ -194,16 +188,24 @@ class Job:
         found += [f"file {path} does not exist" for path in paths if path and not Path(path).is_file()]
         if teacher_exists:
             found += no_checkpoints({"teacher": self.teacher})
+        found += loss_file.problems(self.distill_config)
         if self.seq_length < 2:
             found.append(f"seq_length must be at least 2, got {self.seq_length}")
         if not found and teacher_exists and self.teacher and not self.pruning.drop_layers:
             found += prune_layout.problems(self.teacher, self.layout.devices * self.layout.num_nodes)
-            targets = {name: getattr(self.pruning, name) for name in TARGETS}
-            found += [f"pruning: {one}" for one in model_sizes.target_problems(self.teacher, targets)]
         if not found and teacher_exists and self.teacher:
-            found += model_sizes.split_problems(self.teacher, self.layout.tp, self.layout.pp)
-            targets = {name: getattr(self.pruning, name) for name in TARGETS}
-            found += self.quantization.block_problems(self.teacher, targets, self.layout.tp)
+            found += model_sizes.split_problems(self.teacher, self.layout.tp, self.layout.pp) + self._size_problems()
+        return found
+
+    def _size_problems(self) -> list[str]:
+        """Return what of the targets, and of INT4 blocks in the pruned model's files, does not fit the model."""
+        shape = model_sizes.known(self.teacher)
+        targets = {name: getattr(self.pruning, name) for name in TARGETS}
+        found = [f"pruning: {one}" for one in model_sizes.target_problems(shape, targets)]
+        block = self.quantization.block_in_hf()
+        # Sizes that a search will choose are checked when the files are written.
+        if not found and shape is not None and block and self.pruning.target_params is None:
+            found += model_sizes.block_problems(shape.pruned(targets), self.layout.tp, block)
         return found
 
     def as_dict(self) -> dict[str, Any]:

@@ -163,8 +163,8 @@ def _uneven_blocks(name: str, module: torch.nn.Module, size: int) -> str | None:
     if not size or not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.shape[-1] % size == 0:
         return None
     return (
-        f"blocks of {size} do not divide the {weight.shape[-1]} inputs of {name} on each rank. Choose an awq_block_size "
-        "that does, or a smaller calibration_tp"
+        f"blocks of {size} do not divide the {weight.shape[-1]} inputs of {name} on each rank. Choose an "
+        "awq_block_size that does, or a smaller calibration_tp"
     )
 
 
