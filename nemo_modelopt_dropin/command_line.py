@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_modelopt_dropin import run_file
+from nemo_modelopt_dropin import data_files, run_file
 
 USAGE = 2
 EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 wrong arguments or settings, 130 interrupted."
@@ -249,18 +249,27 @@ def saved_settings(given: argparse.Namespace, paths: Iterable[str] = ()) -> dict
     """
     omitted = (*_NOT_SAVED, *getattr(given, _DERIVED, []))
     found = {name: value for name, value in sorted(vars(given).items()) if name not in omitted}
-    for name in paths:
-        value = found.get(name)
+    return found | absolute_paths(given, [name for name in paths if name in found])
+
+
+def absolute_paths(given: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Return those of the settings that are given, with paths that work from everywhere."""
+    found: dict[str, Any] = {}
+    for name in names:
+        value = getattr(given, name)
         if isinstance(value, list):
-            found[name] = [_absolute(one) for one in value]
-        elif value is not None:
-            found[name] = _absolute(value)
+            found[name] = [_absolute(name, one) for one in value]
+        else:
+            found[name] = value if value is None else _absolute(name, value)
     return found
 
 
-def _absolute(value: str) -> str:
+def _absolute(name: str, value: str) -> str:
     """Return a path that works from everywhere; a word that is no path here stays one."""
-    return os.path.abspath(value) if os.sep in value or os.path.exists(value) else value
+    here = os.path.exists(value) or os.path.exists(f"{value}.idx")  # Megatron's files are named without their ending
+    # A tokenizer may be one of the hub: owner/name.
+    is_path = here or (os.sep in value and name != "tokenizer")
+    return os.path.abspath(value) if is_path else value
 
 
 def missing_paths(paths: Mapping[str, str | None], folder: bool = True) -> list[str]:
@@ -269,6 +278,16 @@ def missing_paths(paths: Mapping[str, str | None], folder: bool = True) -> list[
     for flag, path in paths.items():
         if path and not (Path(path).is_dir() if folder else Path(path).exists()):
             found.append(f"{flag} {path}: there is no such {'folder' if folder else 'file'}")
+    return found
+
+
+def text_problems(paths: Mapping[str, str | None]) -> list[str]:
+    """Return a sentence for each text, JSON lines with a column text, that was given and cannot be read."""
+    found = missing_paths(paths, folder=False)
+    for flag, path in paths.items():
+        if path and Path(path).is_file():
+            problem = data_files.problem(path)
+            found += [f"{flag}: {problem}"] if problem else []
     return found
 
 

@@ -74,13 +74,22 @@ def quantization(given: argparse.Namespace) -> Rows:
     files = {"nemo": _NEMO, "hf": "config.json, *.safetensors, tokenizer"}.get(
         given.export_format, "config, *.safetensors"
     )
-    beside: Rows = [] if given.no_report else [("", f"{given.report_path}: {_REPORT}")]
-    if not given.no_calibration_state:
-        beside.append(("", f"{given.calibration_state}: the calibrated state, until the export has succeeded"))
-    asked = f"at most {given.calibration_dataset_size} rows of {given.calibration_dataset}"
+    beside: Rows = []
+    done = f"{given.algorithm}; matrices in {_bits(given)} bits, {given.export_format} format{written}"
+    data: Rows = []
+    if given.algorithm == "no_quant":
+        done = f"not at all: {given.export_format} format{written}"
+    else:
+        asked = f"at most {given.calibration_dataset_size} rows of {given.calibration_dataset}"
+        data.append(("data", f"{asked}, {given.seq_len} tokens each"))
+        beside += [] if given.no_report else [("", f"{given.report_path}: {_REPORT}")]
+        if given.export_format == "nemo":
+            done += "; simulated, its weights stay as wide as they are"
+        if not given.no_calibration_state:
+            beside.append(("", f"{given.calibration_state}: the calibrated state, until the export has succeeded"))
     return rows + [
-        ("quantize", f"{given.algorithm}; matrices in {_bits(given)} bits, {given.export_format} format{written}"),
-        ("data", f"{asked}, {given.seq_len} tokens each"),
+        ("quantize", done),
+        *data,
         layout(given.devices, given.num_nodes, given.cpu, tp=tp, pp=pp),
         memory(
             model_sizes.forward_memory(shape, given.batch_size, given.seq_len, tp, pp, width, True) if shape else None
@@ -117,6 +126,8 @@ def pruning(given: argparse.Namespace, targets: Iterable[str]) -> Rows:
     if not given.drop_layers:
         source = given.text or " ".join(given.data_paths or []) or "random tokens"
         rows.append(("data", f"{given.num_train_samples} samples of {given.seq_length} tokens of {source}"))
+        if limited and given.text:
+            rows.append(("", f"candidates are compared on {given.heldout_text or 'the same: no --heldout_text'}"))
     tokens = given.seq_length or 1
     shared = prune_layout.of(given)
     tp, pp = shared["tp_size"], shared["pp_size"]
@@ -141,6 +152,8 @@ def distillation(given: argparse.Namespace) -> Rows:
         rows += more
     if given.teacher_topk:
         rows.append(("teacher", f"recorded in {given.teacher_topk}; none is loaded"))
+    if not given.teacher_path and not given.teacher_topk:
+        rows.append(("teacher", "none: plain training on the next token, no distillation"))
     source = given.text or " ".join(given.data_paths or []) or "random tokens"
     sizes = {"tp": given.tp_size, "pp": given.pp_size, "cp": given.cp_size, "ep": given.ep_size}
     dp = max(1, given.devices * given.num_nodes // (sizes["tp"] * sizes["pp"] * sizes["cp"]))
@@ -161,7 +174,11 @@ def distillation(given: argparse.Namespace) -> Rows:
         [("losses", loss_file.describe(given.distillation_config))] if given.teacher_path or given.teacher_topk else []
     )
     return rows + [
-        ("train", f"{given.max_steps} steps of {given.gbs} x {given.seq_length} tokens, {millions(tokens)} in all"),
+        (
+            "train",
+            f"{given.max_steps} steps of {given.gbs} x {given.seq_length} tokens, {millions(tokens)} in all, "
+            f"{given.warmup_steps} of them warm-up",
+        ),
         *minimised,
         ("data", source),
         layout(given.devices, given.num_nodes, given.cpu, **sizes),

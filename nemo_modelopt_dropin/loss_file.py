@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ SETTINGS = (
     "fused_logits",
     "validation_metrics",
 )
+# The index of a layer in a path of modules: the first number that is a whole component.
+LAYER_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _DIVERGENCES = {"forward": "KL(teacher || student)", "reverse": "KL(student || teacher)", "jsd": "Jensen-Shannon"}
 
 

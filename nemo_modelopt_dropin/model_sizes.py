@@ -239,40 +239,6 @@ def known(path: str | Path | None) -> Shape | None:
         return None
 
 
-def target_problems(shape: Shape | None, targets: Mapping[str, int | float | None]) -> list[str]:
-    """Return a sentence for each target, as the flags name them, above the model's own size."""
-    found = []
-    for name, size in targets.items():
-        own = getattr(shape, name.removeprefix("target_"), None)
-        if size is not None and own is not None and size > own:
-            found.append(f"{name} {size} is above the model's {own}")
-    return found
-
-
-def split_problems(path: str | Path | None, tp: int, pp: int) -> list[str]:
-    """Return what of a model cannot be split over tensor-parallel ranks and pipeline stages."""
-    shape, found = known(path), []
-    if shape is not None and shape.num_attention_heads % tp:
-        found.append(f"{shape.num_attention_heads} attention heads of {path} cannot be split over tp {tp}")
-    if shape is not None and shape.num_layers < pp:
-        found.append(f"{shape.num_layers} layers of {path} cannot be split over pp {pp}")
-    return found
-
-
-def block_problems(shape: Shape, tp: int, block: int) -> list[str]:
-    """Return the inputs of a model's layers, on each of the tp ranks, that blocks of weights do not divide."""
-    widths = {
-        "hidden_size": shape.hidden_size,
-        "ffn_hidden_size": shape.ffn_hidden_size // tp,
-        "attention heads x channels": shape.num_attention_heads * shape.kv_channels // tp,
-    }
-    return [
-        f"blocks of {block} (awq_block_size) do not divide the {width} inputs on each rank of layers after {name}"
-        for name, width in widths.items()
-        if width % block
-    ]
-
-
 def quantized_bytes(shape: Shape, algorithm: str, bits: float | None = None) -> float:
     """Return the bytes of a checkpoint in a quantized format: matrices in its bits, the rest in 16."""
     wide = 16 if algorithm == "no_quant" else None

@@ -10,6 +10,14 @@ import lightning.pytorch as pl
 
 from nemo_modelopt_dropin import screen
 
+_LABELS = {
+    "reduced_train_loss": "training loss",
+    "kd_loss": "distillation loss",
+    "teacher_lm_loss": "teacher's LM loss",
+    "kd_top1_agreement": "top-1 agreement",
+    "val_loss": "validation loss",
+}
+
 
 class TrainingBar(pl.Callback):
     """One bar for a training run: steps, time left, loss."""
@@ -41,6 +49,43 @@ class TrainingBar(pl.Callback):
     def on_exception(self, trainer, pl_module, exception):
         """Close the bar."""
         self.on_train_end(trainer, pl_module)
+
+
+class FirstFigures(pl.Callback):
+    """Keep the first value of everything that a training logs: the last ones alone tell no progress.
+
+    Attributes:
+        values: name -> value.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        """Take what is new."""
+        self._take(trainer.callback_metrics)
+
+    def on_validation_end(self, trainer, pl_module):
+        """Take what is new; what Lightning tries out beforehand is of a few batches only."""
+        if not trainer.sanity_checking:
+            self._take(trainer.callback_metrics)
+
+    def _take(self, metrics) -> None:
+        for name, value in metrics.items():
+            if name not in self.values:
+                self.values[name] = float(value)
+
+
+def figures(trainer: Any) -> list[tuple[str, str]]:
+    """Return steps and last logged losses of a training by what they are, with the first of this run beside."""
+    metrics = trainer.callback_metrics
+    first = next((one.values for one in trainer.callbacks if isinstance(one, FirstFigures)), {})
+    rows = [("steps", str(trainer.global_step))]
+    for name, label in _LABELS.items():
+        if name in metrics:
+            before = f" (first {first[name]:.4f})" if name in first else ""
+            rows.append((label, f"{float(metrics[name]):.4f}{before}"))
+    return rows
 
 
 class _ValidationBar(pl.Callback):

@@ -7,6 +7,7 @@ The page carries Vega, its data and its style inside and asks the network for no
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -55,7 +56,8 @@ def withdraw(folder: Path) -> None:
 def render(content: Mapping[str, Any], charts: Mapping[str, Mapping[str, Any]] | None = None) -> str:
     """Return the page."""
     charts = report_charts.charts(content) if charts is None else charts
-    return render_template(_TEMPLATE, charts, content, title=content["title"], report=content, rows=rows(content))
+    values = {"title": content["title"], "rows": rows(content), "remark": remark(content)}
+    return render_template(_TEMPLATE, charts, content, report=content, **values)
 
 
 def render_template(template: str, charts: Mapping[str, Mapping[str, Any]], data: Any, **values) -> str:
@@ -101,7 +103,32 @@ def rows(content: Mapping[str, Any]) -> list[dict[str, str]]:
                 "tokens/s": f"{model['heldout_tokens_per_second']:,.0f}",
             }
         )
+    exported = (content.get("exports") or {}).get("hf")
+    if found and exported:
+        found.append(dict.fromkeys(found[0], "") | _of_files(exported, content["models"][0]["heldout_loss"]))
     return found
+
+
+def _of_files(exported: Mapping[str, Any], reference: float) -> dict[str, str]:
+    """Return what a row of the table says of Hugging Face files: their loss was measured, their speed was not."""
+    loss, found = exported.get("heldout_loss"), {"model": "hf files", "on disk": megabytes(exported["bytes"])}
+    if loss is not None:
+        found |= {
+            "held-out loss": f"{loss:.4f}",
+            "against teacher": f"{loss - reference:+.4f}",
+            "perplexity": f"{math.exp(loss):.2f}",
+        }
+    return found
+
+
+def remark(content: Mapping[str, Any]) -> str:
+    """Return what must be known of the table's numbers, nothing where nothing was quantized."""
+    if not any(model["name"] == "quantized" for model in content["models"]):
+        return ""
+    return (
+        "quantized: a NeMo checkpoint that simulates the format. Its weights are as wide as before, and simulation "
+        "takes time: neither its size nor its speed is that of the format."
+    )
 
 
 def table(content: Mapping[str, Any]) -> Table:
@@ -111,8 +138,8 @@ def table(content: Mapping[str, Any]) -> Table:
 
     # 80 columns are enough: no perplexity, headings wrap, numbers do not.
     text = [{name: value for name, value in row.items() if name != "perplexity"} for row in rows(content)]
-    title = f"{content['title']}, {duration(content['total_seconds'])}"
-    found = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 0), pad_edge=False)
+    title = f"{content['title']}, stages took {duration(content['total_seconds'])}"
+    found = Table(title=title, caption=remark(content), box=box.SIMPLE_HEAD, padding=(0, 0, 0, 0), pad_edge=False)
     for name in text[0] if text else ("model",):
         width = max(len(row[name]) for row in text) if text else None
         found.add_column(name, justify="left" if name == "model" else "right", min_width=width)

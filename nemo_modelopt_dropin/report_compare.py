@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,13 +58,19 @@ def labels(first: Path, second: Path) -> tuple[str, str]:
 def numbers(contents: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Return a row for each number of each model that either run has: both values and by how much the second is off."""
     models = [{model["name"]: model for model in content["models"]} for content in contents]
+    for of_run, content in zip(models, contents, strict=True):
+        exported = (content.get("exports") or {}).get("hf")
+        if exported:
+            loss = exported.get("heldout_loss")
+            of_run["hf files"] = {**exported, "perplexity": None if loss is None else math.exp(loss)}
     found = []
     for name in dict.fromkeys([*models[0], *models[1]]):
         for key, (title, as_text) in _NUMBERS.items():
             pair = [of_run.get(name, {}).get(key) for of_run in models]
-            found.append({"model": name, "number": title, **_pair(pair, as_text)})
+            if any(value is not None for value in pair):
+                found.append({"model": name, "number": title, **_pair(pair, as_text)})
     exact = [content["total_seconds"] for content in contents]
-    return found + [{"model": "whole run", "number": "time", **_pair(exact, report.duration)}]
+    return found + [{"model": "all stages", "number": "time", **_pair(exact, report.duration)}]
 
 
 def _pair(pair: list[Any], as_text) -> dict[str, str]:
@@ -102,7 +109,7 @@ def table(names: tuple[str, str], contents: list[dict[str, Any]]) -> Table:
     from rich import box
     from rich.table import Table
 
-    found = Table(title="Two compression runs", box=box.SIMPLE_HEAD, pad_edge=False)
+    found = Table(title="Two compression runs", caption=_remark(contents), box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("model", "", *names, "change"):
         found.add_column(name, justify="left" if name in ("model", "") else "right", overflow="fold")
     last = ""
@@ -118,6 +125,10 @@ def table(names: tuple[str, str], contents: list[dict[str, Any]]) -> Table:
     return found
 
 
+def _remark(contents: list[dict[str, Any]]) -> str:
+    return next(filter(None, map(report.remark, contents)), "")
+
+
 def render(names: tuple[str, str], contents: list[dict[str, Any]]) -> str:
     """Return the page."""
     charts = report_charts.comparison(names, contents)
@@ -129,5 +140,6 @@ def render(names: tuple[str, str], contents: list[dict[str, Any]]) -> str:
         names=names,
         runs=contents,
         rows=numbers(contents),
+        remark=_remark(contents),
         settings=different_settings(contents),
     )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -69,7 +71,10 @@ def execute(script: Script, given: argparse.Namespace, work: Callable[[argparse.
 
     log = None if given.verbose else _log_file(script.name, rank)
     after = "the same command goes on from here" if script.keeps_progress else "nothing was written"
+    made = not script.output.exists()
     code = runner.guarded(on_this_rank, log, f"interrupted; {after}")
+    if made and code == runner.USAGE and rank == 0:
+        _unmake(script.output)
     if log is not None and code in (runner.OK, runner.USAGE, runner.INTERRUPTED):
         log.unlink(missing_ok=True)
     return code
@@ -87,6 +92,23 @@ def save(script: Script, settings: dict) -> Path:
     script.output.mkdir(parents=True, exist_ok=True)
     heading = f"python scripts/{script.name}.py --config {run_file.NAME}"
     return run_file.write(script.output / run_file.NAME, settings, heading)
+
+
+@contextlib.contextmanager
+def standing_in(folder: str | Path) -> Iterator[None]:
+    """Work in ``folder``: NeMo's validation has a default logger, which writes where we stand."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def _unmake(output: Path) -> None:
+    """Remove a folder that a refused run made, with its run file; nothing that holds more."""
+    if output.is_dir() and {file.name for file in output.iterdir()} <= {run_file.NAME}:
+        shutil.rmtree(output)
 
 
 def _log_file(name: str, rank: int) -> Path:

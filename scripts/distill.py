@@ -13,18 +13,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nemo_modelopt_dropin import loss_file
+from nemo_modelopt_dropin import loss_file, model_sizes
 from nemo_modelopt_dropin.command_line import (
     Parser,
     default_devices,
     default_nodes,
+    derive,
     layout_problems,
     loading_options,
     missing_paths,
     no_checkpoints,
     not_positive,
+    text_problems,
 )
-from nemo_modelopt_dropin.model_sizes import split_problems
+from nemo_modelopt_dropin.model_checks import pair_problems, split_problems
 
 PATHS = (
     "log_dir",
@@ -91,12 +93,12 @@ def parser() -> Parser:
     training.add_argument("--mbs", type=int, required=True, help="micro batch size")
     training.add_argument("--lr", type=float, default=3e-5)
     training.add_argument("--min_lr", type=float, default=2e-7)
-    training.add_argument("--warmup_steps", type=int, default=50)
+    training.add_argument("--warmup_steps", type=int, help="default: 50, or a tenth of --max_steps if that is less")
     training.add_argument(
         "--val_check_interval", type=int, default=100, help="steps between validations and checkpoints"
     )
-    training.add_argument("--limit_val_batches", type=int, default=32)
-    training.add_argument("--log_interval", type=int, default=10)
+    training.add_argument("--limit_val_batches", type=int, default=32, help="micro-batches of a validation")
+    training.add_argument("--log_interval", type=int, default=10, help="steps between logged figures")
     return found
 
 
@@ -108,12 +110,14 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
         given.num_nodes = default_nodes(1)
     if given.devices is None:
         given.devices = default_devices(given.num_nodes, given.tp_size, given.cp_size, given.pp_size, given.ep_size)
+    derive(given, "warmup_steps", min(50, (given.max_steps or 0) // 10))
     given.precision = given.precision or ("32" if given.cpu else "bf16-mixed")
     models = {name: getattr(given, name) for name in ("model_path", "teacher_path")}
     problems = no_checkpoints({f"--{name}": path for name, path in models.items()})
     problems += missing_paths({"--teacher_topk": given.teacher_topk})
-    files = ("distillation_config", "text", "heldout_text", "chat_template_path")
+    files = ("distillation_config", "chat_template_path")
     problems += missing_paths({f"--{name}": getattr(given, name) for name in files}, folder=False)
+    problems += text_problems({"--text": given.text, "--heldout_text": given.heldout_text})
     problems += layout_problems(
         given.devices, given.num_nodes, given.tp_size, given.pp_size, given.cp_size * given.ep_size
     )
@@ -133,9 +137,12 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
         problems.append(
             f"--gbs {given.gbs} must be a multiple of --mbs {given.mbs} x {data_parallel} data parallel ranks"
         )
-    for path in (given.model_path, given.teacher_path):
-        if path and not problems and not line.problems:
+    if not problems and not line.problems:
+        for path in filter(None, (given.model_path, given.teacher_path)):
             problems += split_problems(path, given.tp_size, given.pp_size)
+        layers = {"student": model_sizes.layers(given.model_path)}
+        layers |= {"teacher": model_sizes.layers(given.teacher_path)} if given.teacher_path else {}
+        problems += [f"--distillation_config {one}" for one in pair_problems(given.distillation_config, layers)]
     line.refuse(problems)
     return given
 
@@ -235,22 +242,22 @@ def make_trainer(given: argparse.Namespace):
             autocast_enabled=False,
             grad_reduce_in_fp32=True,
         )
+    callbacks: list[Any] = [progress.FirstFigures()]
+    if not given.verbose:  # else NeMo's own lines of progress are on the screen
+        callbacks.append(progress.TrainingBar("distill" if given.teacher_path or given.teacher_topk else "train"))
     return nl.Trainer(
         accelerator="cpu" if given.cpu else "gpu",
         strategy=strategy,
         devices=given.devices,
         num_nodes=given.num_nodes,
         max_steps=given.max_steps,
-        log_every_n_steps=given.log_interval,
+        log_every_n_steps=min(given.log_interval, given.max_steps),
         val_check_interval=min(given.val_check_interval, given.max_steps),
         limit_val_batches=validation_batches(given),
         # With NeMo's own display on rank zero, several CPU ranks hang when the first checkpoint is due.
         enable_progress_bar=not given.cpu,
         enable_model_summary=not given.cpu,
-        # With --verbose NeMo's own lines of progress are on the screen.
-        callbacks=None
-        if given.verbose
-        else [progress.TrainingBar("distill" if given.teacher_path or given.teacher_topk else "train")],
+        callbacks=callbacks,
         **options,
     )
 
@@ -309,6 +316,7 @@ def work(given: argparse.Namespace) -> list[tuple[str, str]]:
         ),
     }
     teacher = given.teacher_topk or given.teacher_path
+    remark(given)
     if given.teacher_topk:
         check_recorded_teacher(given)
     if teacher:
@@ -324,21 +332,30 @@ def work(given: argparse.Namespace) -> list[tuple[str, str]]:
     return outcome(common["trainer"], checkpoints)
 
 
+def remark(given: argparse.Namespace) -> None:
+    """Warn of what is legal and seldom meant."""
+    from nemo.utils import logging
+    from nemo.utils.get_rank import is_global_rank_zero
+
+    if not is_global_rank_zero():
+        return
+    if not (given.teacher_topk or given.teacher_path):
+        logging.warning("No --teacher_path: this is plain training on the next token, no distillation.")
+    if given.warmup_steps >= given.max_steps > 1:
+        logging.warning(
+            f"--warmup_steps {given.warmup_steps} does not fit into --max_steps {given.max_steps}: the learning rate "
+            f"rises for {given.max_steps - 1} steps and reaches --lr only then."
+        )
+
+
 def outcome(trainer: Any, checkpoints: Any) -> list[tuple[str, str]]:
-    """Return the last logged losses by what they are, and the checkpoint to go on with."""
-    labels = {
-        "reduced_train_loss": "training loss",
-        "kd_loss": "distillation loss",
-        "teacher_lm_loss": "teacher's LM loss",
-        "kd_top1_agreement": "top-1 agreement",
-        "val_loss": "validation loss",
-    }
+    """Return the figures of the training, and the checkpoint to go on with."""
     from nemo.lightning.ckpt_utils import ckpt_to_dir
 
-    metrics, last = trainer.callback_metrics, checkpoints.last_model_path
-    rows = [("steps", str(trainer.global_step))]
-    rows += [(label, f"{float(metrics[name]):.4f}") for name, label in labels.items() if name in metrics]
-    return [*rows, ("checkpoint", str(ckpt_to_dir(last)) if last else "none was written")]
+    from nemo_modelopt_dropin import progress
+
+    last = checkpoints.last_model_path
+    return [*progress.figures(trainer), ("checkpoint", str(ckpt_to_dir(last)) if last else "none was written")]
 
 
 def check_recorded_teacher(given: argparse.Namespace) -> None:

@@ -13,21 +13,23 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
-from nemo_modelopt_dropin import budget, prune_layout
+from nemo_modelopt_dropin import budget, model_sizes, prune_layout
 from nemo_modelopt_dropin.command_line import (
     Parser,
+    absolute_paths,
     default_devices,
     default_nodes,
     derive,
     layout_problems,
     loading_options,
-    missing_paths,
     no_checkpoints,
     not_positive,
+    text_problems,
 )
-from nemo_modelopt_dropin.model_sizes import known, target_problems
+from nemo_modelopt_dropin.model_checks import budget_problems, drop_problems, target_problems
 
 PATHS = (
     "restore_path",
@@ -119,7 +121,7 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     derive(arguments, "report_path", f"{(arguments.save_path or '').rstrip('/')}.report")
     given = [name for name in (*TARGETS, *BUDGETS) if getattr(arguments, name) is not None]
     problems = no_checkpoints({"--restore_path": arguments.restore_path})
-    problems += missing_paths({"--text": arguments.text, "--heldout_text": arguments.heldout_text}, folder=False)
+    problems += text_problems({"--text": arguments.text, "--heldout_text": arguments.heldout_text})
     problems += layout_problems(arguments.devices, arguments.num_nodes, arguments.tp_size, arguments.pp_size)
     problems += not_positive(arguments, ("max_candidates", "heldout_batches"))
     for name in BUDGETS:
@@ -133,13 +135,23 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
         if not (size >= 1 if isinstance(size, int) else 0 < size < 1)
     ]
     if not problems and not line.problems:
-        problems += [f"--{one}" for one in target_problems(known(arguments.restore_path), sizes)]
+        problems += model_problems(arguments, sizes)
     if arguments.drop_layers and given:
         problems.append(f"--drop_layers cannot be combined with --{', --'.join(given)}")
     if not arguments.drop_layers:
         problems += _importance_problems(arguments, given)
     line.refuse(problems)
     return arguments
+
+
+def model_problems(arguments: argparse.Namespace, sizes: dict[str, int | float]) -> list[str]:
+    """Return what of the request does not fit the model."""
+    shape = model_sizes.known(arguments.restore_path)
+    found = target_problems(shape, sizes, arguments.target_params is not None)
+    found += drop_problems(model_sizes.layers(arguments.restore_path), arguments.drop_layers)
+    if not found:
+        found += budget_problems(shape, arguments.target_params, sizes)
+    return [f"--{one}" for one in found]
 
 
 def _importance_problems(arguments: argparse.Namespace, given: list[str]) -> list[str]:
@@ -160,6 +172,7 @@ def _importance_problems(arguments: argparse.Namespace, given: list[str]) -> lis
 def make_data(arguments: argparse.Namespace):
     """Return the data module: Megatron's files, a text, or mock data where neither is given."""
     from nemo.utils import logging
+    from nemo.utils.get_rank import is_global_rank_zero
 
     from nemo.collections import llm
     from nemo_modelopt_dropin.compress.tokens import TextDataModule, checkpoint_tokenizer
@@ -179,6 +192,8 @@ def make_data(arguments: argparse.Namespace):
             **sizes,
         )
     if arguments.text:
+        if arguments.target_params is not None and not arguments.heldout_text and is_global_rank_zero():
+            logging.warning("No --heldout_text: candidates are compared on --text, on which importance is measured.")
         return TextDataModule(
             arguments.text,
             arguments.restore_path,
@@ -196,8 +211,10 @@ def work(arguments: argparse.Namespace) -> None:
     from nemo.collections import llm
     from nemo.collections.llm.modelopt import PruningConfig
     from nemo.collections.llm.modelopt.prune import check_checkpoint
+    from nemo_modelopt_dropin.script_run import standing_in
 
     same_name = ("devices", "num_nodes", "num_train_samples", "save_path", "legacy_ckpt")
+    vars(arguments).update(absolute_paths(arguments, PATHS))
     layout = prune_layout.of(arguments)
     prune_layout.announce(arguments.tp_size, layout)
     config = PruningConfig(
@@ -209,14 +226,16 @@ def work(arguments: argparse.Namespace) -> None:
         report_path=None if arguments.no_report else arguments.report_path,
     )
     check_checkpoint(config, arguments.restore_path, layout["tp_size"])
-    llm.prune(
-        nemo_checkpoint=arguments.restore_path,
-        pruning_config=config,
-        data=None if arguments.drop_layers else make_data(arguments),
-        tokenizer_path=arguments.tokenizer,
-        **layout,
-        **{name: getattr(arguments, name) for name in same_name},
-    )
+    # NeMo's validation, by which importance is measured, leaves a folder of logs where we stand.
+    with tempfile.TemporaryDirectory() as elsewhere, standing_in(elsewhere):
+        llm.prune(
+            nemo_checkpoint=arguments.restore_path,
+            pruning_config=config,
+            data=None if arguments.drop_layers else make_data(arguments),
+            tokenizer_path=arguments.tokenizer,
+            **layout,
+            **{name: getattr(arguments, name) for name in same_name},
+        )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,6 +14,7 @@ import os
 import sys
 from pathlib import Path
 
+from nemo_modelopt_dropin import data_files
 from nemo_modelopt_dropin.command_line import (
     Parser,
     default_devices,
@@ -24,7 +25,8 @@ from nemo_modelopt_dropin.command_line import (
     no_checkpoints,
     not_positive,
 )
-from nemo_modelopt_dropin.model_sizes import split_problems
+from nemo_modelopt_dropin.model_checks import block_problems, hf_block, split_problems
+from nemo_modelopt_dropin.model_sizes import known
 
 ALGORITHMS = ("no_quant", "auto", "int8", "int8_sq", "fp8", "block_fp8", "int4_awq", "w4a8_awq", "int4", "nvfp4")
 PATHS = (
@@ -38,6 +40,11 @@ PATHS = (
     "algorithm",
 )
 CUDA_ONLY = ("nvfp4",)
+FORMATS = {
+    "trtllm": "a TensorRT-LLM checkpoint",
+    "nemo": "a NeMo checkpoint that simulates it: its weights stay as wide as they were",
+    "hf": "Hugging Face files with weights in that format",
+}
 HUB = ("cnn_dailymail", "wikitext")
 _FOLDERS = {"trtllm": "./qnemo_{algorithm}_tp{inference_tp}_pp{inference_pp}", "hf": "./hf_{algorithm}"}
 
@@ -99,7 +106,12 @@ def parser() -> Parser:
     calibration.add_argument("--calibration_shuffle_seed", type=int, help="shuffle the calibration data")
     export = found.add_argument_group("export")
     export.add_argument("-out", "--export_path", "--output_path", help="folder to write (default: named by algorithm)")
-    export.add_argument("--export_format", default="trtllm", choices=("trtllm", "nemo", "hf"))
+    export.add_argument(
+        "--export_format",
+        default="trtllm",
+        choices=tuple(FORMATS),
+        help="; ".join(f"{name}: {what}" for name, what in FORMATS.items()),
+    )
     export.add_argument("-itp", "--inference_tp", "--tensor_parallelism_size", type=int, default=1, help="for trtllm")
     export.add_argument("-ipp", "--inference_pp", "--pipeline_parallelism_size", type=int, default=1, help="for trtllm")
     export.add_argument("--report_path", help="folder of report.html and .json (default: export_path + .report)")
@@ -142,7 +154,8 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     for option, ending in (("calibration_state", "calibration-state"), ("report_path", "report")):
         derive(arguments, option, f"{arguments.export_path.rstrip('/')}.{ending}")
     problems = no_checkpoints({"--nemo_checkpoint": arguments.nemo_checkpoint})
-    problems += data_problems(arguments.calibration_dataset)
+    if arguments.algorithm != "no_quant":
+        problems += data_problems(arguments.calibration_dataset, arguments.calibration_column)
     problems += layout_problems(
         arguments.devices, arguments.num_nodes, arguments.calibration_tp, arguments.calibration_pp
     )
@@ -156,20 +169,26 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if not problems:
         problems += split_problems(arguments.nemo_checkpoint, arguments.calibration_tp, arguments.calibration_pp)
+        block, shape = hf_block(arguments.algorithm, arguments.awq_block_size), known(arguments.nemo_checkpoint)
+        if arguments.export_format == "hf" and block and shape is not None:
+            problems += block_problems(shape, arguments.calibration_tp, block)
     line.refuse(problems)
     return arguments
 
 
-def data_problems(name: str) -> list[str]:
-    """Return what is wrong with the name of a data set in a list: it is on the hub, or here."""
-    if name in HUB or os.path.exists(name) or glob.glob(name, recursive=True):
+def data_problems(name: str, column: str | None = None) -> list[str]:
+    """Return what is wrong with a data set in a list: it is on the hub, or here and can be read."""
+    if name in HUB:
         return []
+    if os.path.exists(name) or glob.glob(name, recursive=True):
+        problem = data_files.problem(name, column)
+        return [f"--calibration_dataset: {problem} (--calibration_column)"] if problem else []
     known = f"neither one of {', '.join(HUB)} nor a file, folder or pattern that is there"
     return [f"--calibration_dataset {name}: {known}{nearest(name, HUB)}"]
 
 
-def work(arguments: argparse.Namespace) -> None:
-    """Quantize and export."""
+def work(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    """Quantize and export; return what came of it."""
     from nemo.collections import llm
     from nemo.collections.llm.modelopt import ExportConfig, QuantizationConfig
 
@@ -210,6 +229,21 @@ def work(arguments: argparse.Namespace) -> None:
         tokenizer_path=arguments.tokenizer,
         **{name: getattr(arguments, name) for name in same_name + stages},
     )
+    return outcome(arguments)
+
+
+def outcome(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    """Return algorithm, format and size of what was written."""
+    from nemo.collections.llm.modelopt.quantization import report
+    from nemo_modelopt_dropin.report import megabytes
+
+    sizes = [report.bytes_on_disk(Path(path)) for path in (arguments.nemo_checkpoint, arguments.export_path)]
+    before, after = ("unknown" if size is None else megabytes(size) for size in sizes)
+    return [
+        ("algorithm", arguments.algorithm),
+        ("format", f"{arguments.export_format} ({FORMATS[arguments.export_format]})"),
+        ("on disk", f"{after}; the original {before}"),
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:

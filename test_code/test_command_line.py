@@ -156,6 +156,8 @@ def _inputs(folder: Path) -> dict[str, str]:
     return {name: str(folder / name) for name in ("model", "teacher", "text.jsonl")}
 
 
+IMPORTANCE = "--restore_path model --save_path out --text text.jsonl --seq_length 8 --cpu --target_ffn_hidden_size 16"
+COMPRESSION = "--teacher model --train-text text.jsonl --heldout-text text.jsonl"
 RUNS = {
     "ptq": "-nc model -calib_ds text.jsonl --tp 2 --cpu --sq_alpha 1e-1 -algo int8 --disable_kv_cache -out here/q",
     "prune": "--restore_path model --save_path here/p --text text.jsonl --seq_length 8 --target_num_layers 2 "
@@ -252,16 +254,21 @@ def test_a_plan_says_what_is_minimised(tmp_path, text, expected):
 def test_a_distillation_ends_with_its_figures(cpu_backend):
     from types import SimpleNamespace
 
+    from nemo_modelopt_dropin import progress
     from nemo_modelopt_dropin.script_run import aligned
 
     metrics = {"val_loss": 3.25, "reduced_train_loss": 0.5, "grad_norm": 1.0, "kd_top1_agreement": 0.75}
-    trainer = SimpleNamespace(callback_metrics=metrics, global_step=40)
+    first = progress.FirstFigures()
+    trainer = SimpleNamespace(callback_metrics=metrics, global_step=40, callbacks=[first], sanity_checking=True)
+    first.on_validation_end(trainer, None)  # Lightning's trial
+    first.on_train_batch_end(SimpleNamespace(callback_metrics={"reduced_train_loss": 0.9}), None, None, None, 0)
+    first.on_train_batch_end(trainer, None, None, None, 1)
     rows = _script("distill").outcome(trainer, SimpleNamespace(last_model_path="logs/kd/x-last.ckpt"))
     assert list(aligned(rows)) == [
         "steps            40",
-        "training loss    0.5000",
-        "top-1 agreement  0.7500",
-        "validation loss  3.2500",
+        "training loss    0.5000 (first 0.9000)",
+        "top-1 agreement  0.7500 (first 0.7500)",
+        "validation loss  3.2500 (first 3.2500)",
         "checkpoint       logs/kd/x-last",
     ]
 
@@ -324,6 +331,40 @@ def test_validation_takes_whole_global_batches(tmp_path, monkeypatch, limit, lay
             "unknown setting 'logit_kl_temprature'; did you mean logit_kl_temperature?",
         ),
         ("distill", RUNS["distill"].replace("--tp 2", "--tp 3"), "cannot be split over tp 3"),
+        (
+            "ptq",
+            "-nc model -calib_ds text.jsonl --cpu -algo int4_awq --export_format hf",
+            "blocks of 128 (awq_block_size) do not divide the 32 inputs",
+        ),
+        (
+            "ptq",
+            "-nc model -calib_ds text.jsonl --cpu --calibration_column body",
+            "has no column \"body\"; its columns are ['text'] (--calibration_column)",
+        ),
+        (
+            "prune",
+            IMPORTANCE + " --target_num_attention_heads 3",
+            "--target_num_attention_heads 3 is impossible with 2",
+        ),
+        ("prune", IMPORTANCE.partition(" --target_ffn")[0] + " --target_params 3%", "no sizes reach"),
+        (
+            "prune",
+            "--restore_path model --save_path x --drop_layers 1 7",
+            "there is no layer 7; the model has layers 1",
+        ),
+        ("prune", IMPORTANCE.replace("text.jsonl", "body.jsonl"), 'body.jsonl\' has no column "text"'),
+        ("compress", COMPRESSION + " --target-params 3%", "pruning: target_params 3% is"),
+        ("compress", COMPRESSION + " --drop-layers 3", "pruning: drop_layers: there is no layer 3"),
+        (
+            "compress",
+            COMPRESSION + " --target-num-layers 1 --distill-config pairs.yaml",
+            "there is no layer 'decoder.layers.1': the student has 1 layers, counted from 0",
+        ),
+        (
+            "distill",
+            RUNS["distill"] + " --distillation_config pairs.yaml",
+            "there is no layer 'decoder.layers.2': the teacher has 2 layers, counted from 0",
+        ),
         ("distill", RUNS["distill"] + " --lr -1", "--lr must not be negative, got -1.0"),
         (
             "distill",
@@ -340,6 +381,8 @@ def test_what_does_not_fit_the_model_is_said_before_nemo_is_loaded(
         shutil.rmtree(tmp_path / name)
         _checkpoint(tmp_path / name)
     (tmp_path / "kd.yaml").write_text("logit_kl_temprature: 2\n")
+    (tmp_path / "pairs.yaml").write_text("intermediate_layer_pairs: [[decoder.layers.1, decoder.layers.2]]\n")
+    (tmp_path / "body.jsonl").write_text('{"body": "a"}\n')
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
         _script(script).resolve(command.split())
@@ -364,7 +407,7 @@ def test_names_of_data_sets_are_no_paths(tmp_path, monkeypatch):
     assert saved["export_path"] == str(tmp_path / "qnemo_fp8_tp1_pp1")
 
 
-COMPRESS = "--teacher model --train-text text.jsonl --heldout-text text.jsonl --target-num-layers 2 --distill-lr 1e-3"
+COMPRESS = "--teacher model --train-text text.jsonl --heldout-text text.jsonl --target-num-layers 1 --distill-lr 1e-3"
 
 
 def test_a_saved_compression_is_the_same_compression(tmp_path, monkeypatch):
@@ -529,8 +572,8 @@ PLANS = {
         "run.yaml",
     ],
     "prune": ["after   1 layers, hidden 32", "of the parameters", "ranks   2 x 1", "run.yaml"],
-    "distill": ["teacher  ", "train    2 steps of 4 x 8 tokens", "optimizer", "checkpoints/"],
-    "compress": ["prune     would run", "pruned    2 layers", "report.html", "export/hf"],
+    "distill": ["teacher  ", "train    2 steps of 4 x 8 tokens", "0 of them warm-up", "optimizer", "checkpoints/"],
+    "compress": ["prune     would run", "pruned    1 layers", "report.html", "export/hf"],
 }
 PLANNED = {
     "ptq": "-nc model --tp 2 --cpu --export_format hf -out out",
@@ -564,9 +607,6 @@ def test_layers_that_do_not_divide_go_to_the_outer_stages(layers, stages):
     between = layers - first - last
     assert min(first, last) >= layers // stages and abs(first - last) <= 1
     assert between == (stages - 2) * (layers // stages)
-
-
-IMPORTANCE = "--restore_path model --save_path out --text text.jsonl --seq_length 8 --target_ffn_hidden_size 16 --cpu"
 
 
 @pytest.mark.parametrize(

@@ -250,7 +250,8 @@ def test_fp8_on_a_real_model(one_rank):
     # FP8 keeps 3 bits of mantissa: a few percent on the outputs, hardly anything on the loss.
     assert 0.0 < report["relative_output_error"] < 0.1
     assert abs(report["loss_after"] - report["loss_before"]) < 0.02
-    assert report["weight_bytes_after"] < 0.5 * report["weight_bytes_before"]
+    # 16 bits and 8, but for what stays: embedding, output layer and norms.
+    assert 0.5 * report["weight_bytes_before"] < report["weight_bytes_after"] < report["weight_bytes_before"]
     assert all(torch.isfinite(amax).all() and (amax > 0).all() for amax in one_rank["amax"].values())
 
 

@@ -180,10 +180,26 @@ def test_checks_find_numbers_that_make_no_sense(changed, fails):
     assert {check["name"] for check in summary.checks(named) if not check["ok"]} == fails
 
 
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({}, "Distillation recovered 79% of the 0.3900 nats that pruning cost (at least 50% expected)."),
+        ({"distill": 3.4}, "recovered all of the 0.3900 nats that pruning cost; the student is 0.0400 nats better"),
+        ({"prune": 3.443}, "from 3.4400 to 3.4430. That is too little to judge distillation by"),
+        ({"quantize": 3.51997}, "changed the held-out loss by 0.0000 nats"),
+    ],
+)
+def test_sentences_claim_no_more_than_the_numbers(changed, sentence):
+    named = {summary.MODELS[name]: loss for name, loss in {**LOSSES, **changed}.items()}
+    found = [check["sentence"] for check in summary.checks(named)]
+    assert any(sentence in one for one in found), found
+    assert ("prune" not in changed) or not any("recovered" in one for one in found)
+
+
 def test_a_strict_run_fails_loudly(tmp_path, capsys):
     records = _records({**LOSSES, "quantize": 3.58})
     assert summary.finish(records, tmp_path, "t", Job("t", "a", "b"), strict=True) == 1
-    assert "FAIL Quantization cost 0.0600 nats" in capsys.readouterr().out
+    assert "FAIL Quantization changed the held-out loss by +0.0600 nats (at most +0.05" in capsys.readouterr().out
     assert (tmp_path / "report.html").exists()
 
 
@@ -220,6 +236,28 @@ def test_embedded_text_cannot_end_its_script_element():
 def test_the_front_holds_what_nothing_beats_in_size_and_loss():
     points = [{"bytes": size, "loss": loss} for size, loss in ((4, 1.0), (2, 3.0), (3, 3.5), (2, 2.0), (5, 1.0))]
     assert [(point["bytes"], point["loss"]) for point in report_figures.front(points)] == [(2, 2.0), (4, 1.0)]
+
+
+def test_the_files_are_in_the_table_and_simulation_is_called_so(content):
+    with_loss = {**content, "exports": {"hf": {"path": "p", "bytes": 7_000_000, "heldout_loss": 3.54}}}
+    last = report.rows(with_loss)[-1]
+    assert (last["model"], last["held-out loss"], last["on disk"], last["tokens/s"]) == (
+        "hf files",
+        "3.5400",
+        "7.0 MB",
+        "",
+    )
+    assert last["against teacher"] == "+0.1000"
+    assert "simulates" in report.render(with_loss) and "simulates" in report.remark(with_loss)
+    numbers = report_compare.numbers([with_loss, content])
+    of_files = [row for row in numbers if row["model"] == "hf files"]
+    assert [(row["number"], row["first"], row["second"]) for row in of_files] == [
+        ("held-out loss", "3.5400", ""),
+        ("perplexity", f"{math.exp(3.54):.2f}", ""),
+        ("on disk", "7.0 MB", "1.2 MB"),
+    ]
+    unquantized = {**content, "models": content["models"][:2], "exports": {}}
+    assert report.remark(unquantized) == "" and len(report.rows(unquantized)) == 2
 
 
 def test_the_tradeoff_shows_every_model_and_the_file_that_was_read_back(content):

@@ -66,7 +66,7 @@ def test_help_takes_no_time(script):
                 "nothing to prune",
                 "'int9'; allowed",
                 "did you mean int8?",
-                "a does not exist",
+                "a: there is no such file",
                 "no: there is no such folder",
             ],
         ),

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,7 +13,7 @@ from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
 from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.collections.llm.modelopt import ExportConfig, PruningConfig, QuantizationConfig
-from nemo_modelopt_dropin import prune_layout
+from nemo_modelopt_dropin import prune_layout, script_run
 from nemo_modelopt_dropin.compress import exported, heldout, importance, tokens, training
 from nemo_modelopt_dropin.compress.settings import TARGETS, Job, Layout, Training
 
@@ -76,7 +73,7 @@ def prune(folder: Path, job: Job, token_folder: Path) -> dict[str, Any]:
         tokenizer = load_tokenizer(job.teacher)
         data = tokens.TokenDataModule(token_folder, tokenizer, job.seq_length, batch, batch, samples)
     training.release()
-    with _working_folder(folder):
+    with script_run.standing_in(folder):  # where importance may leave its logs
         llm.prune(
             nemo_checkpoint=job.teacher,
             save_path=str(folder / _CHECKPOINT),
@@ -88,17 +85,6 @@ def prune(folder: Path, job: Job, token_folder: Path) -> dict[str, Any]:
             data=data,
         )
     return measure(folder / _CHECKPOINT, token_folder, job) | {"importance": importance.read(folder / _REPORT)}
-
-
-@contextlib.contextmanager
-def _working_folder(folder: Path) -> Iterator[None]:
-    """Work in ``folder``: importance is measured with llm.validate, whose default logger writes where we stand."""
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
 
 
 def fit_trainer(folder: Path, title: str, settings: Training, layout: Layout, out: TextIO | None) -> nl.Trainer:

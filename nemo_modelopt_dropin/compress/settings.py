@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from nemo_modelopt_dropin import budget, loss_file, model_sizes, prune_layout
-from nemo_modelopt_dropin.command_line import no_checkpoints
+from nemo_modelopt_dropin import budget, loss_file, model_checks, model_sizes, prune_layout
+from nemo_modelopt_dropin.command_line import no_checkpoints, text_problems
 
 ALGORITHMS = ("fp8", "int8", "int8_sq", "int4", "int4_awq", "w4a8_awq", "nvfp4")
 EXPORT_FORMATS = ("nemo", "hf")
@@ -151,9 +151,7 @@ class Quantization:
 
     def block_in_hf(self) -> int | None:
         """Return how many weights share a scale in hf files, None where there are none or no blocks."""
-        if "hf" not in self.formats or self.algorithm not in ("int4", "int4_awq", "w4a8_awq"):
-            return None
-        return 128 if self.algorithm == "int4" else self.awq_block_size  # plain INT4 has its preset's
+        return model_checks.hf_block(self.algorithm, self.awq_block_size) if "hf" in self.formats else None
 
 
 @dataclass(frozen=True)
@@ -183,10 +181,10 @@ class Job:
         """Return everything that is wrong; paths that were not given are not looked for."""
         found = self.layout.problems() + self.pruning.problems()
         found += self.distillation.problems("distillation", self.layout) + self.quantization.problems()
-        paths = [self.train_text, self.heldout_text] if teacher_exists else []
-        paths += [self.distill_config] if self.distill_config else []
-        found += [f"file {path} does not exist" for path in paths if path and not Path(path).is_file()]
+        if self.distill_config and not Path(self.distill_config).is_file():
+            found.append(f"distill_config {self.distill_config}: there is no such file")
         if teacher_exists:
+            found += text_problems({"train_text": self.train_text, "heldout_text": self.heldout_text})
             found += no_checkpoints({"teacher": self.teacher})
         found += loss_file.problems(self.distill_config)
         if self.seq_length < 2:
@@ -194,18 +192,26 @@ class Job:
         if not found and teacher_exists and self.teacher and not self.pruning.drop_layers:
             found += prune_layout.problems(self.teacher, self.layout.devices * self.layout.num_nodes)
         if not found and teacher_exists and self.teacher:
-            found += model_sizes.split_problems(self.teacher, self.layout.tp, self.layout.pp) + self._size_problems()
+            found += model_checks.split_problems(self.teacher, self.layout.tp, self.layout.pp) + self._size_problems()
         return found
 
     def _size_problems(self) -> list[str]:
-        """Return what of the targets, and of INT4 blocks in the pruned model's files, does not fit the model."""
-        shape = model_sizes.known(self.teacher)
-        targets = {name: getattr(self.pruning, name) for name in TARGETS}
-        found = [f"pruning: {one}" for one in model_sizes.target_problems(shape, targets)]
+        """Return what of targets, layers of the losses and INT4 blocks does not fit teacher and pruned model."""
+        shape, layers = model_sizes.known(self.teacher), model_sizes.layers(self.teacher)
+        pruning = self.pruning
+        targets = {name: getattr(pruning, name) for name in TARGETS}
+        unfit = model_checks.target_problems(shape, targets, pruning.target_params is not None)
+        unfit += model_checks.drop_problems(layers, pruning.drop_layers)
+        unfit += [] if unfit else model_checks.budget_problems(shape, pruning.target_params, targets)
+        found = [f"pruning: {one}" for one in unfit]
+        left = None if pruning.target_params is not None else pruning.target_num_layers or layers
+        if left is not None and pruning.drop_layers:
+            left -= len(pruning.drop_layers)
+        found += model_checks.pair_problems(self.distill_config, {"student": left, "teacher": layers})
         block = self.quantization.block_in_hf()
         # Sizes that a search will choose are checked when the files are written.
         if not found and shape is not None and block and self.pruning.target_params is None:
-            found += model_sizes.block_problems(shape.pruned(targets), self.layout.tp, block)
+            found += model_checks.block_problems(shape.pruned(targets), self.layout.tp, block)
         return found
 
     def as_dict(self) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from nemo_modelopt_dropin.compress.stages import Record
 
 # What the demo promises; a run that misses one is not a good compression, whatever its exit code.
 RECOVERED_AT_LEAST = 0.5
+# Held-out losses differ by about this much for no reason: shares of less say nothing.
+JUDGED_FROM = 0.005
 PTQ_COSTS_AT_MOST = 0.05
 # Read back with weights of the same 8 bits but activations that are not quantized.
 EXPORT_APART_AT_MOST = 0.02
@@ -81,7 +83,7 @@ def recovery(records: Mapping[str, Record], job: Job) -> list[dict[str, Any]]:
             "steps": step,
             "tokens": step * training.global_batch_size * job.seq_length,
             "loss": loss,
-            "regained": (pruned - loss) / lost if lost > 0 else None,
+            "regained": (pruned - loss) / lost if lost >= JUDGED_FROM else None,
         }
         for step, loss in sorted(points.items())
     ]
@@ -125,23 +127,28 @@ def checks(losses: Mapping[str, float]) -> list[dict[str, Any]]:
 
     if {"teacher", "pruned"} <= losses.keys():
         teacher, pruned = losses["teacher"], losses["pruned"]
-        costs = pruned > teacher
+        lost = pruned - teacher
+        few = (
+            f" That is too little to judge distillation by: less than {JUDGED_FROM} nats." if lost < JUDGED_FROM else ""
+        )
         check(
             "pruning costs",
-            costs,
-            f"Pruning raised the held-out loss from {teacher:.4f} to {pruned:.4f}."
-            if costs
+            lost > 0,
+            f"Pruning raised the held-out loss from {teacher:.4f} to {pruned:.4f}.{few}"
+            if lost > 0
             else f"Pruning did not raise the held-out loss ({teacher:.4f} before, {pruned:.4f} after): the teacher is "
             "hardly trained, or there is too little held-out text to judge by.",
         )
-        if costs and "distilled" in losses:
-            lost, regained = pruned - teacher, pruned - losses["distilled"]
-            share = regained / lost
+        if lost >= JUDGED_FROM and "distilled" in losses:
+            share, better = (pruned - losses["distilled"]) / lost, teacher - losses["distilled"]
             check(
                 "distillation recovers",
                 share >= RECOVERED_AT_LEAST,
                 f"Distillation recovered {share:.0%} of the {lost:.4f} nats that pruning cost "
-                f"(at least {RECOVERED_AT_LEAST:.0%} expected).",
+                f"(at least {RECOVERED_AT_LEAST:.0%} expected)."
+                if better <= 0
+                else f"Distillation recovered all of the {lost:.4f} nats that pruning cost; the student is "
+                f"{better:.4f} nats better than the teacher on this text.",
             )
     if {"distilled", "from scratch"} <= losses.keys():
         better = losses["from scratch"] - losses["distilled"]
@@ -156,7 +163,7 @@ def checks(losses: Mapping[str, float]) -> list[dict[str, Any]]:
         check(
             "quantization is cheap",
             cost <= PTQ_COSTS_AT_MOST,
-            f"Quantization cost {cost:.4f} nats (at most {PTQ_COSTS_AT_MOST} expected).",
+            f"Quantization changed the held-out loss by {signed(cost)} nats (at most +{PTQ_COSTS_AT_MOST} expected).",
         )
     if {"exported", "quantized"} <= losses.keys():
         apart = abs(losses["exported"] - losses["quantized"])
@@ -167,6 +174,12 @@ def checks(losses: Mapping[str, float]) -> list[dict[str, Any]]:
             f"(at most {EXPORT_APART_AT_MOST} expected).",
         )
     return found
+
+
+def signed(change: float) -> str:
+    """Return a change of a loss with its sign, none for what rounds to nothing."""
+    text = f"{change:+.4f}"
+    return text.lstrip("+-") if float(text) == 0 else text
 
 
 def _versions() -> dict[str, str]:

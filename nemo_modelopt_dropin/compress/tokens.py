@@ -15,7 +15,12 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
+from nemo.utils import logging
+from nemo.utils.get_rank import is_global_rank_zero
 from torch.utils.data import DataLoader, Dataset
+
+# Passes over a text that a user should hear of.
+_REMARKABLE = 4
 
 
 def read_documents(path: str | Path) -> list[str]:
@@ -168,4 +173,10 @@ class TextDataModule(TokenDataModule):
         path = self.texts[name]
         if path not in self.encoded:
             self.encoded[path] = encode(path, self.tokenizer)
+            times = self.train_samples * self.seq_length / len(self.encoded[path])
+            if name == "train" and times > _REMARKABLE and is_global_rank_zero():
+                logging.warning(
+                    f"{path} has {len(self.encoded[path]):,} tokens: {self.train_samples:,} samples of "
+                    f"{self.seq_length} tokens go over it {times:,.0f} times."
+                )
         return self.encoded[path]

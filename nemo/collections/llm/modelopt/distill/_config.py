@@ -7,7 +7,6 @@ A layer is named by its path in the Megatron-Core model, with the layer's index 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 import yaml
 
 from modelopt.torch.distill import DistillationLossBalancer
+from nemo_modelopt_dropin.loss_file import LAYER_INDEX
 
 from ..errors import ModelOptConfigError, one_of
 from ._fused_model import FUSED_LOGITS
@@ -24,8 +24,6 @@ from ._vocab_parallel import DIRECTIONS, FORWARD
 from .loss import LOSS_WEIGHTS, HiddenStateCosineLoss, MSELoss
 
 INTERMEDIATE_LOSSES = {"cosine": HiddenStateCosineLoss, "mse": MSELoss}
-# The index of a layer: the first number that is a whole component of the path.
-LAYER_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 @dataclass

@@ -25,6 +25,7 @@ import modelopt.torch.opt as mto
 from modelopt.torch.distill import DistillationLossBalancer, DistillationModel  # noqa: F401
 from nemo import lightning as nl
 from nemo.collections import llm
+from nemo_modelopt_dropin.loss_file import LAYER_INDEX
 
 from .._saved_keys import saved_keys, saved_prefix, strip_module_prefix
 from ..errors import ModelOptConfigError
@@ -33,7 +34,6 @@ from ._captured import copy_captured, forget_captured_outputs
 from ._carried import message, teacher_part
 from ._config import (
     INTERMEDIATE_LOSSES,
-    LAYER_INDEX,
     DistillationConfig,
     check_models,
     pairs_of_stages,

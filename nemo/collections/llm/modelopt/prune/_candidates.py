@@ -10,9 +10,9 @@ from functools import partial
 from typing import Any
 
 from nemo_modelopt_dropin import budget
+from nemo_modelopt_dropin.model_checks import size_step
 
 from ..errors import ModelOptConfigError
-from ._checks import size_step
 
 # One of these is chosen as large as the budget allows, once the others are fixed.
 _FITTED = ("moe_ffn_hidden_size", "ffn_hidden_size", "hidden_size", "num_layers")

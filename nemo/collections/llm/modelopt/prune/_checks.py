@@ -8,13 +8,11 @@ from typing import Any
 
 from nemo.utils import logging
 
+from nemo_modelopt_dropin.model_checks import ROUNDED, TENSOR_CORE_MULTIPLE, legal_heads, size_step
+
 from ..errors import ModelOptConfigError
 
-# Width hparams whose size GPU kernels want as a multiple of something; a ratio is rounded to it.
-_ROUNDED = ("hidden_size", "ffn_hidden_size", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
 MOE_SIZES = ("num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
-_TENSOR_CORE_MULTIPLE = 8
-_ROUND_TO = 64
 
 
 def check_target(name: str, value: Any) -> None:
@@ -136,24 +134,15 @@ def resolve_targets(targets: Mapping[str, Any], sizes: Mapping[str, int], may_be
             raise ModelOptConfigError(
                 f"target_{name}={value} is above the model's {sizes[name]}; allowed: 1 to {sizes[name]}."
             )
-        if name in _ROUNDED and value % _TENSOR_CORE_MULTIPLE and sizes[name] % _TENSOR_CORE_MULTIPLE == 0:
+        if name in ROUNDED and value % TENSOR_CORE_MULTIPLE and sizes[name] % TENSOR_CORE_MULTIPLE == 0:
             logging.warning(
-                f"target_{name}={value} is not a multiple of {_TENSOR_CORE_MULTIPLE}: GPUs compute slowly with it."
+                f"target_{name}={value} is not a multiple of {TENSOR_CORE_MULTIPLE}: GPUs compute slowly with it."
             )
     if "num_attention_heads" in resolved:
         resolved = _resolve_heads(resolved, targets, sizes)
     if not may_be_empty and all(resolved[name] == sizes[name] for name in resolved):
         raise ModelOptConfigError(f"All targets equal the model's sizes ({resolved}): there is nothing to prune.")
     return resolved
-
-
-def size_step(name: str, original: int) -> int:
-    """Return the number that sizes chosen by us are multiples of."""
-    if name not in _ROUNDED:
-        return 1
-    if original % _ROUND_TO == 0 and original >= 16 * _ROUND_TO:
-        return _ROUND_TO
-    return _TENSOR_CORE_MULTIPLE if original % _TENSOR_CORE_MULTIPLE == 0 else 1
 
 
 def _rounded(name: str, ratio: float, sizes: Mapping[str, int]) -> int:
@@ -169,8 +158,7 @@ def _resolve_heads(resolved: dict[str, int], targets: Mapping[str, Any], sizes: 
     """Return the targets with query groups filled in, and heads from a ratio made divisible by them."""
     groups = resolved.get("num_query_groups", sizes["num_query_groups"])
     heads = resolved["num_attention_heads"]
-    per_group = sizes["num_attention_heads"] // sizes["num_query_groups"]
-    allowed = [groups * n for n in range(1, per_group + 1)]
+    allowed = legal_heads(sizes["num_attention_heads"], sizes["num_query_groups"], groups)
     if not isinstance(targets["num_attention_heads"], int):
         heads = min(allowed, key=lambda legal: (abs(legal - heads), -legal))
         logging.info(f"target_num_attention_heads is {heads}: a multiple of {groups} query groups")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Union
 
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import data_files
+from nemo_modelopt_dropin import data_files
 
 Row = Union[str, list[int]]  # noqa: UP007
 
@@ -96,8 +96,7 @@ def _open(data: Any, column: str | None, seed: int | None, load: Callable) -> It
                 "file, folder or glob instead."
             ) from error
     if isinstance(data, (str, Path)):
-        files = data_files.expand(str(data), sorted(HUB_DATASETS))
-        return _window(data_files.rows(files, column, DEFAULT_COLUMN), seed)
+        return _window(_of_files(str(data), column), seed)
     if _is_table(data):
         table, name = _table(data, column)
         if hasattr(table, "__len__"):
@@ -110,6 +109,29 @@ def _open(data: Any, column: str | None, seed: int | None, load: Callable) -> It
     if isinstance(data, Iterable) and not isinstance(data, (bytes, Mapping)):
         return _window(_values(data, column), seed)
     raise _unknown(data)
+
+
+def _of_files(name: str, column: str | None) -> Iterator[Any]:
+    """Yield the rows of files.
+
+    Raises:
+        ModelOptConfigError: Where they cannot be read.
+    """
+    try:
+        yield from data_files.rows(data_files.expand(name), column, DEFAULT_COLUMN)
+    except data_files.NoColumn as error:
+        raise _no_column(error) from error
+    except data_files.NoFiles as error:
+        raise ModelOptConfigError(
+            f"calibration_dataset={error}. Give one of {sorted(HUB_DATASETS)} or the path of a JSON, JSON-lines or "
+            'Parquet file with a column "text" (see calibration_column), a text file, a folder or a glob.'
+        ) from error
+    except data_files.DataFileError as error:
+        raise ModelOptConfigError(f"calibration_dataset: {error}.") from error
+
+
+def _no_column(error: data_files.NoColumn) -> ModelOptConfigError:
+    return ModelOptConfigError(f"calibration_dataset: {error}: name one of them with calibration_column.")
 
 
 def _unknown(data: Any) -> ModelOptConfigError:
@@ -142,7 +164,7 @@ def _table(data: Any, column: str | None) -> tuple[Any, str]:
     name = column or DEFAULT_COLUMN
     # A stream may not know its columns before it is read.
     if isinstance(data.column_names, (list, tuple)) and name not in data.column_names:
-        raise data_files.no_column(label(data), name, data.column_names)
+        raise _no_column(data_files.no_column(label(data), name, data.column_names))
     return data, name
 
 
@@ -171,7 +193,7 @@ def _values(items: Iterable[Any], column: str | None) -> Iterator[Any]:
             continue
         name = column or DEFAULT_COLUMN
         if index == 0 and name not in item:
-            raise data_files.no_column("an iterable", name, item)
+            raise _no_column(data_files.no_column("an iterable", name, item))
         yield item.get(name)
 
 

@@ -12,8 +12,8 @@ import torch
 from megatron.core import parallel_state
 
 import modelopt
-from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import data_files, data_sources
+from nemo.collections.llm.modelopt.quantization import data_sources
+from nemo_modelopt_dropin import data_files
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 20
@@ -58,8 +58,8 @@ def _content(source: Any) -> Any:
     if str(source) in data_sources.HUB_DATASETS:
         return None
     try:
-        files = data_files.expand(str(source), [])
-    except ModelOptConfigError:
+        files = data_files.expand(str(source))
+    except data_files.DataFileError:
         return None
     found = {}
     for file in files:

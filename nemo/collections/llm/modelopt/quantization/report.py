@@ -21,6 +21,7 @@ KINDS = ("weight", "input", "output", "kv_cache")
 _SHOWN_LAYERS = 3
 # Logits that are worked on at a time, in fp32.
 _LOGITS_BYTES = 64 << 20
+_STORED_BYTES = 2
 _PLAIN = (str, int, float, bool, list, type(None))
 
 
@@ -193,7 +194,10 @@ def _is_enabled(quantizer) -> bool:
 
 
 def model_bytes(model) -> tuple[int, int]:
-    """Return the size of all weights as they are, and as they would be stored once quantized (scales in 4 bytes)."""
+    """Return the size of all weights in 16 bits, and as they would be stored once quantized (scales in 4 bytes).
+
+    Not as they are in memory: on CPU ranks that is fp32, in which nobody would store them.
+    """
     tp_rank = parallel_state.get_tensor_model_parallel_rank() if parallel_state.model_parallel_is_initialized() else 0
     quantizers = {
         id(module.weight): module.weight_quantizer
@@ -206,7 +210,7 @@ def model_bytes(model) -> tuple[int, int]:
         # Norms and the like are whole on every tensor-parallel rank.
         if tp_rank and not getattr(parameter, "tensor_model_parallel", False):
             continue
-        stored = parameter.numel() * parameter.element_size()
+        stored = parameter.numel() * min(_STORED_BYTES, parameter.element_size())
         plain += stored
         quantizer = quantizers.get(id(parameter))
         if quantizer is None or not _is_enabled(quantizer):
@@ -263,8 +267,11 @@ def table(report: dict[str, Any]) -> str:
         ]
     mib = 2**20
     sizes = (report["weight_bytes_before"] / mib, report["weight_bytes_after"] / mib)
-    rows.append(("weights (MiB)", f"{sizes[0]:.2f}", f"{sizes[1]:.2f}"))
-    rows += [(f"{kind} quantizers", "0", str(count)) for kind, count in report["quantizers"].items()]
+    rows.append(("weights in files (MiB)", f"{sizes[0]:.2f}", f"{sizes[1]:.2f}"))
+    before = report.get("quantizers_before", {})
+    rows += [
+        (f"{kind} quantizers", str(before.get(kind, 0)), str(count)) for kind, count in report["quantizers"].items()
+    ]
     lines = [f"  {name:<28}{first:>12}{second:>12}" for name, first, second in rows]
     for row in report.get("layers", [])[:_SHOWN_LAYERS]:
         errors = [f"{row[key]:.1f} dB" if key in row else "" for key in ("weight_sqnr_db", "activation_sqnr_db")]

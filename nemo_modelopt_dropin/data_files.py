@@ -1,4 +1,4 @@
-"""Lazy readers of local calibration files: JSON, JSON lines, Parquet and plain text."""
+"""Lazy readers of local files of texts: JSON, JSON lines, Parquet and plain text. Nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-
 _JSON = (".json", ".jsonl", ".ndjson")
 _TEXT = (".txt", ".text")
 _KNOWN = (*_JSON, *_TEXT, ".parquet")
@@ -19,15 +17,26 @@ _CHUNK = 1 << 16
 _LONGEST_LINE = 1 << 20
 
 
-def expand(name: str, others: list[str]) -> list[Path]:
+class DataFileError(ValueError):
+    """A file that cannot be used; the message says which and why."""
+
+
+class NoFiles(DataFileError):
+    """A name that no file is behind."""
+
+
+class NoColumn(DataFileError):
+    """Rows without the column that was asked for; the message names those that they have."""
+
+
+def expand(name: str) -> list[Path]:
     """Return the files that a path, folder or glob stands for, in order of their names.
 
     Args:
         name: The path; a single file may have any ending and is then JSON.
-        others: What else is allowed, for the message.
 
     Raises:
-        ModelOptConfigError: If there are none.
+        NoFiles: If there are none.
     """
     path = Path(name)
     if path.is_file():
@@ -47,10 +56,7 @@ def expand(name: str, others: list[str]) -> list[Path]:
         reason = "the folder is empty"
     elif is_pattern:
         reason = "the pattern matches no file"
-    raise ModelOptConfigError(
-        f"calibration_dataset={name!r} cannot be read: {reason}. Give one of {others} or the path of a JSON, "
-        'JSON-lines or Parquet file with a column "text" (see calibration_column), a text file, a folder or a glob.'
-    )
+    raise NoFiles(f"{name!r} cannot be read: {reason}")
 
 
 def rows(files: list[Path], column: str | None, usual: str) -> Iterator[Any]:
@@ -62,27 +68,39 @@ def rows(files: list[Path], column: str | None, usual: str) -> Iterator[Any]:
         usual: The usual column.
 
     Raises:
-        ModelOptConfigError: If a file cannot be read or has no such column.
+        DataFileError: If a file cannot be read or has no such column.
     """
     for file in files:
         read = _reader(file)
         if read is _text_rows and column is not None:
-            raise ModelOptConfigError(f"calibration_column={column!r}: {file} is a text file, it has no columns.")
+            raise DataFileError(f"{file} is a text file and has no column {column!r}")
         try:
             yield from read(file, column or usual)
-        except ModelOptConfigError:
+        except DataFileError:
             raise
         except (OSError, EOFError, ValueError) as error:
             # pyarrow's errors are ValueError or OSError, and so is a UnicodeDecodeError.
-            raise ModelOptConfigError(f"calibration_dataset: {file} cannot be read: {error}") from error
+            raise DataFileError(f"{file} cannot be read: {error}") from error
 
 
-def no_column(where: Any, column: str, columns: Iterable[str]) -> ModelOptConfigError:
+def problem(name: str, column: str | None = None, usual: str = "text") -> str | None:
+    """Return what is wrong with files up to their first row, None where nothing is.
+
+    Args:
+        name: what `expand` takes.
+        column: the column asked for, None for the usual one.
+        usual: the usual column.
+    """
+    try:
+        next(rows(expand(name), column, usual), None)
+    except DataFileError as error:
+        return str(error)
+    return None
+
+
+def no_column(where: Any, column: str, columns: Iterable[str]) -> NoColumn:
     """Return the error for a missing column."""
-    return ModelOptConfigError(
-        f'calibration_dataset={str(where)!r} has no column "{column}"; its columns are {list(columns)}: '
-        "name one of them with calibration_column."
-    )
+    return NoColumn(f'{str(where)!r} has no column "{column}"; its columns are {list(columns)}')
 
 
 def _kind(file: Path) -> str:
@@ -142,9 +160,7 @@ def _json_items(file: Path) -> Iterator[Any]:
             try:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
-                raise ModelOptConfigError(
-                    f"calibration_dataset: {file} cannot be read: line {number} is not valid JSON ({error})."
-                ) from error
+                raise DataFileError(f"{file} cannot be read: line {number} is not valid JSON ({error})") from error
 
 
 def _is_one_of_many(text: IO[str]) -> bool:
@@ -161,7 +177,7 @@ def _array_items(text: IO[str], file: Path) -> Iterator[Any]:
     """Yield the items of a JSON array without holding more than a few of them.
 
     Raises:
-        ModelOptConfigError: If the array is broken or ends early.
+        DataFileError: If the array is broken or ends early.
     """
     decoder = json.JSONDecoder()
     buffer = text.read(_CHUNK).lstrip()[1:]
@@ -173,9 +189,8 @@ def _array_items(text: IO[str], file: Path) -> Iterator[Any]:
             # The item may go on beyond what was read; doubling keeps long items linear.
             more = text.read(max(_CHUNK, len(buffer)))
             if not more:
-                raise ModelOptConfigError(
-                    f"calibration_dataset: {file} cannot be read: item {number} of the array is not valid JSON "
-                    f"({error})."
+                raise DataFileError(
+                    f"{file} cannot be read: item {number} of the array is not valid JSON ({error})"
                 ) from error
             buffer += more
             continue
