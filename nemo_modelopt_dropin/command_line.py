@@ -24,6 +24,10 @@ _DERIVED = "derived"
 _NOT_SAVED = ("config", "dry_run", "verbose", "help", _DERIVED)
 
 
+# Settings that are a path, or a name or number by which something else is meant.
+_MAYBE_NAMES = ("calibration_dataset", "algorithm", "data_paths")
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that reports all problems at once, each with the nearest valid name.
 
@@ -265,11 +269,11 @@ def absolute_paths(given: argparse.Namespace, names: Iterable[str]) -> dict[str,
 
 
 def _absolute(name: str, value: str) -> str:
-    """Return a path that works from everywhere; a word that is no path here stays one."""
+    """Return a path that works from everywhere; a word that is no path here stays one where a name will do."""
     here = os.path.exists(value) or os.path.exists(f"{value}.idx")  # Megatron's files are named without their ending
-    # A tokenizer may be one of the hub: owner/name.
-    is_path = here or (os.sep in value and name != "tokenizer")
-    return os.path.abspath(value) if is_path else value
+    # Of the hub, a tokenizer has the name owner/name, a data set a word.
+    may_be_name = name == "tokenizer" or (name in _MAYBE_NAMES and os.sep not in value)
+    return value if may_be_name and not here else os.path.abspath(value)
 
 
 def missing_paths(paths: Mapping[str, str | None], folder: bool = True) -> list[str]:

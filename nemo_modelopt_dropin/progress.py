@@ -83,8 +83,8 @@ def figures(trainer: Any) -> list[tuple[str, str]]:
     rows = [("steps", str(trainer.global_step))]
     for name, label in _LABELS.items():
         if name in metrics:
-            before = f" (first {first[name]:.4f})" if name in first else ""
-            rows.append((label, f"{float(metrics[name]):.4f}{before}"))
+            last, before = f"{float(metrics[name]):.4f}", f"{first[name]:.4f}" if name in first else ""
+            rows.append((label, last if before in ("", last) else f"{last} (first {before})"))
     return rows
 
 
@@ -127,6 +127,7 @@ def validation_shown(trainer: Any, title: str) -> Iterator[None]:
     try:
         yield
     finally:
-        callbacks.remove(bar)
+        # Lightning may have put another list there.
+        trainer.callbacks[:] = [one for one in trainer.callbacks if one is not bar]
         if bar.bar is not None:
             bar.bar.close()

@@ -78,6 +78,15 @@ def bar(items: Iterable[Any] | None = None, **options) -> tqdm:
     return tqdm(items, **{**settings, **options})
 
 
+def warn(text: str) -> None:
+    """Log a warning of a script of ours, on rank zero: the screen shows it, whatever the script's place is."""
+    from nemo.utils import logging as nemo_logging
+    from nemo.utils.get_rank import is_global_rank_zero
+
+    if is_global_rank_zero():
+        nemo_logging.warning(text)
+
+
 class Relay(logging.Handler):
     """Show warnings that matter, errors, and our own results; count the rest. Nothing that comes up in an import."""
 

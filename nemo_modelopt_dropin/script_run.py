@@ -75,6 +75,8 @@ def execute(script: Script, given: argparse.Namespace, work: Callable[[argparse.
     code = runner.guarded(on_this_rank, log, f"interrupted; {after}")
     if made and code == runner.USAGE and rank == 0:
         _unmake(script.output)
+    elif code != runner.OK and script.keeps_progress and rank == 0 and not (script.output / run_file.NAME).exists():
+        save(script, settings)  # NeMo moves what lay there before
     if log is not None and code in (runner.OK, runner.USAGE, runner.INTERRUPTED):
         log.unlink(missing_ok=True)
     return code

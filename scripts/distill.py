@@ -42,6 +42,7 @@ PATHS = (
     "dump_teacher_topk",
     "teacher_topk",
 )
+PRECISIONS = ("bf16-mixed", "bf16", "16-mixed", "16", "32")
 
 
 def parser() -> Parser:
@@ -74,7 +75,7 @@ def parser() -> Parser:
         layout.add_argument(f"--{name}_size", f"--{name}", type=int, default=1)
     layout.add_argument("--devices", type=int, help="ranks of each node (default: torchrun's, or what the model needs)")
     layout.add_argument("--num_nodes", type=int, help="nodes (default: torchrun's, or 1)")
-    layout.add_argument("--precision", default=None, help="default: bf16-mixed, or 32 with --cpu")
+    layout.add_argument("--precision", choices=PRECISIONS, help="default: bf16-mixed, or 32 with --cpu")
     layout.add_argument("--cpu", action="store_true", help="run on CPU ranks over gloo")
     found.add_run_options()
     data = found.add_argument_group("data")
@@ -234,14 +235,13 @@ def make_trainer(given: argparse.Namespace):
             average_in_collective=True,
         ),
     )
-    options: dict[str, Any] = {}
-    if given.precision != "32":
-        options["plugins"] = nl.MegatronMixedPrecision(
-            precision=given.precision,
-            params_dtype=torch.bfloat16 if "bf16" in given.precision else torch.float32,
-            autocast_enabled=False,
-            grad_reduce_in_fp32=True,
-        )
+    # For fp32 too: a checkpoint brings the type that it was imported in, mostly bf16.
+    precision = nl.MegatronMixedPrecision(
+        precision=given.precision,
+        params_dtype=torch.bfloat16 if "bf16" in given.precision else torch.float32,
+        autocast_enabled=False,
+        grad_reduce_in_fp32=True,
+    )
     callbacks: list[Any] = [progress.FirstFigures()]
     if not given.verbose:  # else NeMo's own lines of progress are on the screen
         callbacks.append(progress.TrainingBar("distill" if given.teacher_path or given.teacher_topk else "train"))
@@ -258,7 +258,7 @@ def make_trainer(given: argparse.Namespace):
         enable_progress_bar=not given.cpu,
         enable_model_summary=not given.cpu,
         callbacks=callbacks,
-        **options,
+        plugins=precision,
     )
 
 
@@ -334,15 +334,12 @@ def work(given: argparse.Namespace) -> list[tuple[str, str]]:
 
 def remark(given: argparse.Namespace) -> None:
     """Warn of what is legal and seldom meant."""
-    from nemo.utils import logging
-    from nemo.utils.get_rank import is_global_rank_zero
+    from nemo_modelopt_dropin import screen
 
-    if not is_global_rank_zero():
-        return
     if not (given.teacher_topk or given.teacher_path):
-        logging.warning("No --teacher_path: this is plain training on the next token, no distillation.")
+        screen.warn("No --teacher_path: this is plain training on the next token, no distillation.")
     if given.warmup_steps >= given.max_steps > 1:
-        logging.warning(
+        screen.warn(
             f"--warmup_steps {given.warmup_steps} does not fit into --max_steps {given.max_steps}: the learning rate "
             f"rises for {given.max_steps - 1} steps and reaches --lr only then."
         )

@@ -171,10 +171,8 @@ def _importance_problems(arguments: argparse.Namespace, given: list[str]) -> lis
 
 def make_data(arguments: argparse.Namespace):
     """Return the data module: Megatron's files, a text, or mock data where neither is given."""
-    from nemo.utils import logging
-    from nemo.utils.get_rank import is_global_rank_zero
-
     from nemo.collections import llm
+    from nemo_modelopt_dropin import screen
     from nemo_modelopt_dropin.compress.tokens import TextDataModule, checkpoint_tokenizer
 
     sizes = {
@@ -192,8 +190,8 @@ def make_data(arguments: argparse.Namespace):
             **sizes,
         )
     if arguments.text:
-        if arguments.target_params is not None and not arguments.heldout_text and is_global_rank_zero():
-            logging.warning("No --heldout_text: candidates are compared on --text, on which importance is measured.")
+        if arguments.target_params is not None and not arguments.heldout_text:
+            screen.warn("No --heldout_text: candidates are compared on --text, on which importance is measured.")
         return TextDataModule(
             arguments.text,
             arguments.restore_path,
@@ -201,7 +199,7 @@ def make_data(arguments: argparse.Namespace):
             train_samples=arguments.num_train_samples,
             **sizes,
         )
-    logging.warning("Neither --data_paths nor --text: importance is measured on random tokens, so pruning is random.")
+    screen.warn("Neither --data_paths nor --text: importance is measured on random tokens, so pruning is random.")
     tokenizer = checkpoint_tokenizer(arguments.restore_path)
     return llm.MockDataModule(tokenizer=tokenizer, **loading_options(arguments.cpu), **sizes)
 

@@ -6,20 +6,25 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from nemo import lightning as nl
 from nemo_modelopt_dropin.compress import heldout, jobs, tokens, training
 from nemo_modelopt_dropin.compress.settings import Job, Layout, Pruning
 from test_code import tiny
 
 
-def make_teacher(folder: str) -> None:
+def make_teacher(folder: str, in_bf16: bool = False) -> None:
     """Write a tiny trained checkpoint, training and held-out texts, and the held-out tokens."""
     here = Path(folder)
     texts = tiny.texts(120)
     for name, rows in (("train", texts[:100]), ("heldout", texts[100:])):
         (here / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     np.save(here / "heldout.npy", tokens.encode(here / "heldout.jsonl", tiny.tokenizer()))
-    tiny.fit(tiny.model(vocab_size=tiny.VOCABULARY), max_steps=4, save_to=here / "checkpoint")
+    options: dict = {}
+    if in_bf16:
+        options["plugins"] = nl.MegatronMixedPrecision("bf16-mixed", params_dtype=torch.bfloat16)
+    tiny.fit(tiny.model(vocab_size=tiny.VOCABULARY), max_steps=4, save_to=here / "checkpoint", **options)
     training.release()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -234,7 +235,8 @@ def test_distill_and_ptq_and_prune_on_cpu(ranks, tmp_path, monkeypatch):
     """The three scripts in a row on a tiny checkpoint: prune, distill into a checkpoint, quantize through NeMo-Run."""
     from test_code import jobs_compress
 
-    ranks(1).run(jobs_compress.make_teacher, str(tmp_path), timeout=240)
+    # In bf16, as checkpoints are that come from Hugging Face: CPU ranks train them in fp32.
+    ranks(1).run(jobs_compress.make_teacher, str(tmp_path), in_bf16=True, timeout=240)
     text = str(tmp_path / "train.jsonl")
     common = ["--cpu", "--text", text, "--seq_length", "32"]
     pruned = tmp_path / "pruned"
@@ -245,6 +247,8 @@ def test_distill_and_ptq_and_prune_on_cpu(ranks, tmp_path, monkeypatch):
     assert "ffn_hidden_size" in seen, "the table of sizes before and after is a result"
     assert f"prune: wrote {pruned}" in seen
     assert "WARNING" not in seen and "INFO" not in seen, "what libraries write is not shown"
+    assert (tmp_path / "pruned.report" / "report.html").exists()
+    assert not (tmp_path / "nemo_experiments").exists(), "nothing is left where the command was given"
 
     # The checkpoint of the pruned model holds a run file too; no reader minds.
     settings = run_file.read(pruned / "run.yaml")
@@ -254,6 +258,8 @@ def test_distill_and_ptq_and_prune_on_cpu(ranks, tmp_path, monkeypatch):
     run_file.write(tmp_path / "kd.yaml", {**config, "lr": "1e-4"})
     seen = _works("distill", "--config", "kd.yaml", cwd=tmp_path)
     assert "distill: 100%" in seen and "loss=" in seen
+    assert re.search(r"training loss +\d\.\d{4} \(first \d\.\d{4}\)", seen)
+    assert re.search(r"top-1 agreement +0\.\d{4}", seen), "measured in a run shorter than the log interval"
     assert run_file.read(tmp_path / "log" / "kd" / "run.yaml")["lr"] == "0.0001"
     distilled = sorted((tmp_path / "log" / "kd" / "checkpoints").glob("*-last"))
     assert distilled

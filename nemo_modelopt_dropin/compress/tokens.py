@@ -20,7 +20,7 @@ from nemo.utils.get_rank import is_global_rank_zero
 from torch.utils.data import DataLoader, Dataset
 
 # Passes over a text that a user should hear of.
-_REMARKABLE = 4
+_REMARKABLE = 2
 
 
 def read_documents(path: str | Path) -> list[str]:

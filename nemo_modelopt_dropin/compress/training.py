@@ -168,8 +168,9 @@ def trainer(layout: Layout, strategy_options: dict[str, Any] | None = None, **op
         "enable_model_summary": False,
         "logger": False,
     }
-    if not layout.cpu:
-        settings["plugins"] = nl.MegatronMixedPrecision(precision="bf16-mixed", params_dtype=torch.bfloat16)
+    # For fp32 too: a checkpoint brings the type that it was imported in, mostly bf16.
+    precision, dtype = ("32", torch.float32) if layout.cpu else ("bf16-mixed", torch.bfloat16)
+    settings["plugins"] = nl.MegatronMixedPrecision(precision=precision, params_dtype=dtype)
     return nl.Trainer(**{**settings, **options})
 
 
