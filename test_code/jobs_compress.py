@@ -22,9 +22,12 @@ def make_teacher(folder: str, in_bf16: bool = False) -> None:
         (here / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     np.save(here / "heldout.npy", tokens.encode(here / "heldout.jsonl", tiny.tokenizer()))
     options: dict = {}
+    kind: dict = {}
     if in_bf16:
+        kind = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
         options["plugins"] = nl.MegatronMixedPrecision("bf16-mixed", params_dtype=torch.bfloat16)
-    tiny.fit(tiny.model(vocab_size=tiny.VOCABULARY), max_steps=4, save_to=here / "checkpoint", **options)
+    model = tiny.model(vocab_size=tiny.VOCABULARY, **kind)
+    tiny.fit(model, max_steps=4, save_to=here / "checkpoint", **options)
     training.release()
 
 

@@ -264,6 +264,11 @@ def test_distill_and_ptq_and_prune_on_cpu(ranks, tmp_path, monkeypatch):
     distilled = sorted((tmp_path / "log" / "kd" / "checkpoints").glob("*-last"))
     assert distilled
 
+    config = {**config, "name": "plain", "model_path": "checkpoint", "teacher_path": None, "max_steps": 1}
+    run_file.write(tmp_path / "plain.yaml", config)
+    seen = _works("distill", "--config", "plain.yaml", cwd=tmp_path)
+    assert "warning: No --teacher_path: this is plain training" in seen and "train: 100%" in seen
+
     quantized = tmp_path / "quantized"
     ptq = ["--cpu", "--tp", "2", "-nc", str(distilled[0]), "-out", str(quantized), "--export_format", "nemo"]
     ptq += ["-calib_ds", text, "-algo", "int8", "-bs", "2", "-calib_size", "4", "-sl", "32"]
