@@ -121,6 +121,16 @@ def split_problems(path: str | Path | None, tp: int, pp: int) -> list[str]:
     return found
 
 
+def unequal_or_nothing(path: str | Path | None, stages: int) -> dict[str, int]:
+    """Return what `model_sizes.unequal_stages` does; nothing where `split_problems` has something to tell."""
+    if not path or stages < 1:
+        return {}
+    try:
+        return model_sizes.unequal_stages(path, stages)
+    except ValueError:
+        return {}
+
+
 def block_problems(shape: Shape, tp: int, block: int) -> list[str]:
     """Return the inputs of a model's layers, on each of the tp ranks, that blocks of weights do not divide."""
     widths = {

@@ -159,6 +159,25 @@ def stage_layers(layers: int, stages: int) -> tuple[int, int] | tuple[None, None
     return outer // 2, outer - outer // 2
 
 
+def unequal_stages(checkpoint: str | Path, stages: int) -> dict[str, int]:
+    """Return how many layers a checkpoint's first and last pipeline stages hold, by name; nothing where all hold alike.
+
+    So deep a model as pruning leaves need not divide by the number of stages.
+
+    Args:
+        checkpoint: the model; only its configuration is read.
+        stages: number of pipeline stages.
+
+    Raises:
+        ValueError: for more stages than layers.
+    """
+    depth = layers(checkpoint)
+    first, last = (None, None) if depth is None else stage_layers(depth, stages)
+    if first is None or last is None:
+        return {}
+    return {"num_layers_in_first_pipeline_stage": first, "num_layers_in_last_pipeline_stage": last}
+
+
 def _from_nemo(name: str, config: Mapping[str, Any], folder: Path) -> Shape:
     _only_known(config, ("hybrid_override_pattern", "multi_latent_attention", "heterogeneous_block_specs"))
     heads = config["num_attention_heads"]

@@ -220,6 +220,7 @@ def make_trainer(given: argparse.Namespace):
         tensor_model_parallel_size=given.tp_size,
         pipeline_model_parallel_size=given.pp_size,
         context_parallel_size=given.cp_size,
+        **model_sizes.unequal_stages(given.model_path, given.pp_size),
         expert_model_parallel_size=given.ep_size,
         sequence_parallel=given.tp_size > 1,
         pipeline_dtype=torch.bfloat16 if "bf16" in given.precision else torch.float32,

@@ -29,7 +29,13 @@ from nemo_modelopt_dropin.command_line import (
     not_positive,
     text_problems,
 )
-from nemo_modelopt_dropin.model_checks import budget_problems, drop_problems, target_problems
+from nemo_modelopt_dropin.model_checks import (
+    budget_problems,
+    drop_problems,
+    split_problems,
+    target_problems,
+    unequal_or_nothing,
+)
 
 PATHS = (
     "restore_path",
@@ -118,6 +124,9 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
         arguments.num_nodes = default_nodes(1)
     if arguments.devices is None:
         arguments.devices = default_devices(arguments.num_nodes, arguments.tp_size, arguments.pp_size)
+    if not arguments.num_layers_in_first_pipeline_stage and not arguments.num_layers_in_last_pipeline_stage:
+        for name, layers in unequal_or_nothing(arguments.restore_path, arguments.pp_size).items():
+            derive(arguments, name, layers)
     derive(arguments, "report_path", f"{(arguments.save_path or '').rstrip('/')}.report")
     given = [name for name in (*TARGETS, *BUDGETS) if getattr(arguments, name) is not None]
     problems = no_checkpoints({"--restore_path": arguments.restore_path})
@@ -147,7 +156,8 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
 def model_problems(arguments: argparse.Namespace, sizes: dict[str, int | float]) -> list[str]:
     """Return what of the request does not fit the model."""
     shape = model_sizes.known(arguments.restore_path)
-    found = target_problems(shape, sizes, arguments.target_params is not None)
+    found = split_problems(arguments.restore_path, arguments.tp_size if arguments.drop_layers else 1, arguments.pp_size)
+    found += target_problems(shape, sizes, arguments.target_params is not None)
     found += drop_problems(model_sizes.layers(arguments.restore_path), arguments.drop_layers)
     if not found:
         found += budget_problems(shape, arguments.target_params, sizes)

@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from nemo_modelopt_dropin import data_files
+from nemo_modelopt_dropin import data_files, model_checks
 from nemo_modelopt_dropin.command_line import (
     Parser,
     default_devices,
@@ -151,6 +151,10 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     if arguments.export_path is None:
         name = _FOLDERS.get(arguments.export_format, "./nemo_{algorithm}")
         arguments.export_path = name.format(**vars(arguments))
+    if not arguments.num_layers_in_first_pipeline_stage and not arguments.num_layers_in_last_pipeline_stage:
+        unequal = model_checks.unequal_or_nothing(arguments.nemo_checkpoint, arguments.calibration_pp)
+        for name, layers in unequal.items():
+            derive(arguments, name, layers)
     for option, ending in (("calibration_state", "calibration-state"), ("report_path", "report")):
         derive(arguments, option, f"{arguments.export_path.rstrip('/')}.{ending}")
     problems = no_checkpoints({"--nemo_checkpoint": arguments.nemo_checkpoint})

@@ -22,6 +22,7 @@ from nemo.utils.model_utils import unwrap_model
 
 from nemo import lightning as nl
 from nemo.collections.llm.modelopt.quantization import layer_errors
+from nemo_modelopt_dropin import model_sizes
 from nemo_modelopt_dropin.compress import training
 from nemo_modelopt_dropin.compress.settings import Layout
 from nemo_modelopt_dropin.compress.tokens import Windows
@@ -31,10 +32,9 @@ _LAYER = re.compile(r"layers\.(\d+)\.(?:.*\.)?(\w+)$")
 
 def load(checkpoint: str | Path, layout: Layout) -> torch.nn.Module:
     """Return the Megatron-Core model of a NeMo checkpoint on this rank, quantizers included, ready for inference."""
-    run = training.trainer(
-        layout,
-        {"ddp": "pytorch", "setup_optimizers": False, "ckpt_load_optimizer": False, "ckpt_parallel_save_optim": False},
-    )
+    options = {"ddp": "pytorch", "setup_optimizers": False}
+    options |= {"ckpt_load_optimizer": False, "ckpt_parallel_save_optim": False}
+    run = training.trainer(layout, options | model_sizes.unequal_stages(checkpoint, layout.pp))
     model = nl.io.load_context(ckpt_to_context_subdir(checkpoint), subpath="model")
     if hasattr(model, "optim"):
         del model.optim

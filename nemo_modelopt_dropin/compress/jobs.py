@@ -13,7 +13,7 @@ from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
 from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.collections.llm.modelopt import ExportConfig, PruningConfig, QuantizationConfig
-from nemo_modelopt_dropin import prune_layout, script_run
+from nemo_modelopt_dropin import model_sizes, prune_layout, script_run
 from nemo_modelopt_dropin.compress import exported, heldout, importance, tokens, training
 from nemo_modelopt_dropin.compress.settings import TARGETS, Job, Layout, Training
 
@@ -56,7 +56,9 @@ def prune(folder: Path, job: Job, token_folder: Path) -> dict[str, Any]:
     """
     settings, layout = job.pruning, job.layout
     world = layout.devices * layout.num_nodes
-    shared: dict[str, Any] = {"tp_size": layout.tp, "pp_size": world // layout.tp}
+    stages = world // layout.tp
+    shared: dict[str, Any] = {"tp_size": layout.tp, "pp_size": stages}
+    shared |= model_sizes.unequal_stages(job.teacher, stages) if settings.drop_layers else {}
     if not settings.drop_layers:
         shared = prune_layout.for_importance(job.teacher, world)
     prune_layout.announce(layout.tp, shared)
@@ -87,14 +89,26 @@ def prune(folder: Path, job: Job, token_folder: Path) -> dict[str, Any]:
     return measure(folder / _CHECKPOINT, token_folder, job) | {"importance": importance.read(folder / _REPORT)}
 
 
-def fit_trainer(folder: Path, title: str, settings: Training, layout: Layout, out: TextIO | None) -> nl.Trainer:
-    """Return the trainer of a training run: checkpoints, curve, and held-out losses where they are asked for."""
+def fit_trainer(
+    folder: Path, title: str, settings: Training, layout: Layout, out: TextIO | None, student: Path | None = None
+) -> nl.Trainer:
+    """Return the trainer of a training run: checkpoints, curve, and held-out losses where they are asked for.
+
+    Args:
+        folder: the stage's.
+        title: of the bar.
+        settings: steps and the like.
+        layout: of the ranks.
+        out: where the bar goes.
+        student: checkpoint of the model, whose layers need not divide by the pipeline stages.
+    """
     options: dict[str, Any] = {"max_steps": settings.steps, "enable_checkpointing": True}
     if settings.evaluate_every:
         options |= {"val_check_interval": settings.evaluate_every, "limit_val_batches": 1.0}
     curve = training.Curve(folder, title)
     curve.out = out
-    return training.trainer(layout, callbacks=[training.Keeper(folder, settings.save_every), curve], **options)
+    unequal = model_sizes.unequal_stages(student, layout.pp) if student else {}
+    return training.trainer(layout, unequal, callbacks=[training.Keeper(folder, settings.save_every), curve], **options)
 
 
 def fit_data(token_folder: Path, tokenizer, settings: Training, seq_length: int) -> tokens.TokenDataModule:
@@ -128,7 +142,7 @@ def distill(folder: Path, job: Job, student: Path, token_folder: Path, out: Text
     settings = job.distillation
     training.release()
     torch.manual_seed(settings.seed)
-    run = fit_trainer(folder, "distill", settings, job.layout, out)
+    run = fit_trainer(folder, "distill", settings, job.layout, out, student)
     llm.distill(
         student_model_path=str(student),
         teacher_model_path=str(job.teacher),
@@ -149,7 +163,7 @@ def from_scratch(folder: Path, job: Job, student: Path, token_folder: Path, out:
     training.release()
     torch.manual_seed(settings.seed)
     model = nl.io.load_context(ckpt_to_context_subdir(student), subpath="model")
-    run = fit_trainer(folder, "from scratch", settings, job.layout, out)
+    run = fit_trainer(folder, "from scratch", settings, job.layout, out, student)
     llm.train(
         model=model,
         data=fit_data(token_folder, model.tokenizer, settings, job.seq_length),
@@ -171,6 +185,7 @@ def quantize(folder: Path, job: Job, student: Path, token_folder: Path) -> dict[
         export_config=ExportConfig(path=str(folder / _CHECKPOINT), export_format="nemo", dtype="bf16"),
         calibration_tp=layout.tp,
         calibration_pp=layout.pp,
+        **model_sizes.unequal_stages(student, layout.pp),
         devices=layout.devices,
         num_nodes=layout.num_nodes,
         quantization_config=QuantizationConfig(
