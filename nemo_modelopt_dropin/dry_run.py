@@ -84,7 +84,7 @@ def quantization(given: argparse.Namespace) -> Rows:
         data.append(("data", f"{asked}, {given.seq_len} tokens each"))
         beside += [] if given.no_report else [("", f"{given.report_path}: {_REPORT}")]
         if given.export_format == "nemo":
-            done += "; simulated, its weights stay as wide as they are"
+            done += "; simulated with wide weights, only hf and trtllm files are small"
         if not given.no_calibration_state:
             beside.append(("", f"{given.calibration_state}: the calibrated state, until the export has succeeded"))
     return rows + [

@@ -47,7 +47,7 @@ def facts(content: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     shown = {
         "loss": ("loss, nats a token", "{:.4f}"),
         "perplexity": ("perplexity", "{:.2f}"),
-        "weight_bytes": ("weights in files: in 16 bits, and in this format", None),
+        "weight_bytes": ("weights, in 16 bits and in this format", None),
         "disk_bytes": ("on disk, measured", None),
     }
     found = []
@@ -61,11 +61,7 @@ def facts(content: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         found.append(("relative error of the logits", "", f"{content['relative_output_error']:.2%}"))
     if "effective_bits" in content:
         found.append(("bits of a weight on average", "16", f"{content['effective_bits']:.2f}"))
-    before = content.get("quantizers_before", {})
-    found += [
-        (f"{kind} quantizers", str(before.get(kind, 0)), str(count))
-        for kind, count in content.get("quantizers", {}).items()
-    ]
+    found += [(f"{kind} quantizers", "0", str(count)) for kind, count in content.get("quantizers", {}).items()]
     return found
 
 

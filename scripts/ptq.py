@@ -42,7 +42,7 @@ PATHS = (
 CUDA_ONLY = ("nvfp4",)
 FORMATS = {
     "trtllm": "a TensorRT-LLM checkpoint",
-    "nemo": "a NeMo checkpoint that simulates it: its weights stay as wide as they were",
+    "nemo": "a NeMo checkpoint that simulates it with wide weights; only hf and trtllm files are small",
     "hf": "Hugging Face files with weights in that format",
 }
 HUB = ("cnn_dailymail", "wikitext")

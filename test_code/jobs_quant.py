@@ -94,29 +94,40 @@ def restored_amax(checkpoint, tp: int = 1, pp: int = 1) -> dict[str, torch.Tenso
     return amax_of(model)
 
 
-def quantize_loaded(checkpoint, data, tp: int = 1, pp: int = 1, algorithm="fp8", **quant) -> dict:
-    """Restore a checkpoint on all ranks (what TP and PP leave over is data parallel) and quantize it."""
+def quantize_loaded(checkpoint, data, tp: int = 1, pp: int = 1, algorithm="fp8", before=None, **quant) -> dict:
+    """Restore a checkpoint on all ranks (what TP and PP leave over is data parallel) and quantize it.
+
+    With ``before``, an algorithm, it is quantized with that one first.
+    """
     import os
 
     from nemo.collections.llm.modelopt import (
         ExportConfig,
+        ModelOptConfigError,
         QuantizationConfig,
         Quantizer,
         setup_trainer_and_restore_model_with_modelopt_spec,
     )
 
     settings = {"calibration_dataset": data, "calibration_dataset_size": 20, "calibration_batch_size": 4}
-    quantizer = Quantizer(
-        QuantizationConfig(algorithm=algorithm, calibration_seq_len=32, **{**settings, **quant}),
-        ExportConfig(path="unused", export_format="nemo"),
-    )
+
+    def quantizer_of(name) -> Quantizer:
+        config = QuantizationConfig(algorithm=name, calibration_seq_len=32, **{**settings, **quant})
+        return Quantizer(config, ExportConfig(path="unused", export_format="nemo"))
+
+    quantizer = quantizer_of(algorithm)
     model, _ = setup_trainer_and_restore_model_with_modelopt_spec(
         str(checkpoint),
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         devices=int(os.environ["WORLD_SIZE"]),
     )
-    returned = quantizer.quantize(model)
+    if before is not None:
+        quantizer_of(before).quantize(model)
+    try:
+        returned = quantizer.quantize(model)
+    except ModelOptConfigError as error:
+        return {"error": str(error)}
     return {"report": quantizer.report, "amax": amax_of(model), "same": returned is model}
 
 

@@ -307,6 +307,25 @@ def test_smoothquant_alpha_changes_the_result(ranks, work):
     assert not torch.allclose(outcomes[0][name], outcomes[1][name])
 
 
+def test_a_quantized_model_is_quantized_anew_from_its_own_weights(ranks, work):
+    paths = (str(work / "llama"), str(work / "text.jsonl"))
+    direct, anew = (
+        ranks(1).run(jobs.quantize_loaded, *paths, algorithm="int8", enable_kv_cache=False, before=before)[0]
+        for before in (None, "fp8")
+    )
+    assert anew["amax"].keys() == direct["amax"].keys()
+    for name, amax in direct["amax"].items():
+        torch.testing.assert_close(anew["amax"][name], amax, rtol=0, atol=0)
+    for number in ("loss_before", "loss_after", "quantizers", "weight_bytes_after"):
+        assert anew["report"][number] == direct["report"][number]
+
+
+def test_scaled_weights_are_not_quantized_anew(ranks, work):
+    paths = (str(work / "llama"), str(work / "text.jsonl"))
+    found = ranks(2).run(jobs.quantize_loaded, *paths, tp=2, algorithm="fp8", before="int8_sq")
+    assert all("scaled its weights (AWQ or SmoothQuant)" in one["error"] for one in found)
+
+
 def test_without_comparison_no_rows_are_held_out(ranks, work):
     report = ranks(1).run(
         jobs.quantize_loaded, str(work / "llama"), str(work / "text.jsonl"), comparison_size=0, enable_kv_cache=False

@@ -21,7 +21,7 @@ from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
 from nemo.utils.model_utils import unwrap_model
 
 from nemo import lightning as nl
-from nemo.collections.llm.modelopt.quantization import layer_errors
+from nemo.collections.llm.modelopt.quantization import layer_errors, report
 from nemo_modelopt_dropin import model_sizes
 from nemo_modelopt_dropin.compress import training
 from nemo_modelopt_dropin.compress.settings import Layout
@@ -142,6 +142,11 @@ def weight_errors(core: torch.nn.Module) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: (row["layer"], row["matrix"]))
 
 
+def model_bytes(checkpoint: str | Path) -> int:
+    """Return the bytes of a NeMo checkpoint's model on disk, those of an optimizer beside it left out."""
+    return report.bytes_on_disk(Path(checkpoint)) or 0
+
+
 def folder_bytes(path: str | Path) -> int:
     """Return the size of all files below a folder."""
     return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
@@ -172,6 +177,6 @@ def measure(checkpoint: str | Path, tokens: Path, layout: Layout, seq_length: in
         f"heldout_{k}": v for k, v in heldout_loss(core, np.load(tokens), seq_length, batch_size).items()
     }
     found |= parameters(core) | {"weight_errors": weight_errors(core)}
-    found |= {"shape": shape(core), "bytes": folder_bytes(checkpoint), "device": device_name()}
+    found |= {"shape": shape(core), "bytes": model_bytes(checkpoint), "device": device_name()}
     training.release()
     return found

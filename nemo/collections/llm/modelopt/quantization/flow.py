@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from nemo.utils import logging
-from nemo.utils.get_rank import is_global_rank_zero
 
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization import (
@@ -89,7 +88,8 @@ class CalibrationFlow(abc.ABC):
             rows, evaluation = self._read_rows(model)
         if calibrates:
             forward_loop = self._get_forward_loop(model) if rows is None else self._get_forward_loop(model, rows)
-        self._remark_on_quantizers(core)
+        if isinstance(core, torch.nn.Module):
+            insertion.drop_quantizers(core, algorithm)
         before = report.hidden_states(core, evaluation, "Original model") if evaluation else []
 
         logging.info(f"Using quant_cfg:\n{pprint.pformat(quant_cfg)}")
@@ -103,18 +103,6 @@ class CalibrationFlow(abc.ABC):
             insertion.keep_amax_from_vanishing(tools().mtq, quantized, algorithm, self.report.get("formats"))
         if isinstance(core, torch.nn.Module):
             self._measure(core, evaluation, before)
-
-    def _remark_on_quantizers(self, core) -> None:
-        """Warn where the model is quantized already: what is called the original is then no original."""
-        present = report.count_quantizers(core) if isinstance(core, torch.nn.Module) else {}
-        if not any(present.values()):
-            return
-        self.report["quantizers_before"] = present
-        if is_global_rank_zero():
-            logging.warning(
-                f"This model is quantized already ({sum(present.values())} quantizers). It is quantized anew with "
-                f"{self.quantization_config.algorithm}; the report compares with the model as it came."
-            )
 
     def _measure(self, core, evaluation: list[torch.Tensor] | None, before: list[torch.Tensor]) -> None:
         """Put into the report what quantization did; see `report.describe` and `layer_errors`."""

@@ -7,13 +7,48 @@ from typing import Any
 
 import torch
 from nemo.utils import logging
+from nemo.utils.get_rank import is_global_rank_zero
 
-from nemo.collections.llm.modelopt.quantization import auto, gated_amax, hf_auto, kv_cache, patterns
+from modelopt.torch.quantization.nn import TensorQuantizer
+from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+from nemo.collections.llm.modelopt.quantization import auto, gated_amax, hf_auto, kv_cache, patterns, report
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 
 # Largest value of the formats whose input amax is kept from becoming too small.
 _MAXBOUND = {"fp8": 448, "int8_sq": 127}
 _MIN_AMAX_SHARE = 0.01
+
+
+def drop_quantizers(core: torch.nn.Module, algorithm: Any) -> None:
+    """Switch off what quantized this model before, so that it is quantized anew from the weights that it has.
+
+    All model-parallel ranks must call it.
+
+    Args:
+        core: The Megatron-Core model.
+        algorithm: The one to come, for the message.
+
+    Raises:
+        ModelOptConfigError: If the weights are no longer the original's: AWQ and SmoothQuant scale them.
+    """
+    present = sum(report.count_quantizers(core).values())
+    if not present:
+        return
+    quantizers = [module for module in core.modules() if isinstance(module, TensorQuantizer)]
+    scaled = sum(hasattr(quantizer, "_pre_quant_scale") for quantizer in quantizers)
+    if report.model_parallel_sum([scaled])[0]:
+        raise ModelOptConfigError(
+            "This model is quantized already, by an algorithm that scaled its weights (AWQ or SmoothQuant): quantizing "
+            f"it anew with {algorithm} would build on those. Quantize the original checkpoint."
+        )
+    for quantizer in quantizers:
+        quantizer.reset_amax()
+        quantizer.disable()
+    if is_global_rank_zero():
+        logging.warning(
+            f"This model is quantized already: its {present} quantizers are dropped, and it is quantized anew with "
+            f"{algorithm} and compared with its weights as they are."
+        )
 
 
 def insert(

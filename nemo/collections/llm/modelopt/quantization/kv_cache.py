@@ -162,7 +162,8 @@ def settle(model: torch.nn.Module, quant_cfg: dict, enable: bool | None) -> None
         wanted = False
     if wanted and enable is None:
         logging.warning(
-            "Enabled KV cache quantization, as enable_kv_cache is None; set enable_kv_cache=False to leave it out"
+            "Enabled KV cache quantization, as enable_kv_cache is None; set enable_kv_cache=False "
+            "(--disable_kv_cache) to leave it out"
         )
     else:
         logging.info(f"{'Enabled' if wanted else 'Disabled'} KV cache quantization")

@@ -162,7 +162,7 @@ def _kind(name: str) -> str | None:
     return kind if kind in KINDS else None
 
 
-def _model_parallel_sum(values: list[float]) -> list[float]:
+def model_parallel_sum(values: list[float]) -> list[float]:
     """Add up over tensor and pipeline ranks."""
     if not parallel_state.model_parallel_is_initialized():
         return values
@@ -185,7 +185,7 @@ def count_quantizers(model) -> dict[str, int]:
         # Tensor-parallel ranks hold shards of the same layers.
         if kind and first and _is_enabled(module):
             counts[kind] += 1
-    return dict(zip(counts, map(int, _model_parallel_sum(list(counts.values()))), strict=True))
+    return dict(zip(counts, map(int, model_parallel_sum(list(counts.values()))), strict=True))
 
 
 def _is_enabled(quantizer) -> bool:
@@ -219,7 +219,7 @@ def model_bytes(model) -> tuple[int, int]:
         first = quantizer[0] if isinstance(quantizer, SequentialQuantizer) else quantizer
         scales = first.amax.numel() if first.amax is not None else 0
         quantized += parameter.numel() * choices.bits_of(first.num_bits) / 8 + 4 * scales
-    plain, quantized = _model_parallel_sum([plain, quantized])
+    plain, quantized = model_parallel_sum([plain, quantized])
     return int(plain), int(quantized)
 
 
@@ -267,11 +267,8 @@ def table(report: dict[str, Any]) -> str:
         ]
     mib = 2**20
     sizes = (report["weight_bytes_before"] / mib, report["weight_bytes_after"] / mib)
-    rows.append(("weights in files (MiB)", f"{sizes[0]:.2f}", f"{sizes[1]:.2f}"))
-    before = report.get("quantizers_before", {})
-    rows += [
-        (f"{kind} quantizers", str(before.get(kind, 0)), str(count)) for kind, count in report["quantizers"].items()
-    ]
+    rows.append(("weights in this format (MiB)", f"{sizes[0]:.2f}", f"{sizes[1]:.2f}"))
+    rows += [(f"{kind} quantizers", "0", str(count)) for kind, count in report["quantizers"].items()]
     lines = [f"  {name:<28}{first:>12}{second:>12}" for name, first, second in rows]
     for row in report.get("layers", [])[:_SHOWN_LAYERS]:
         errors = [f"{row[key]:.1f} dB" if key in row else "" for key in ("weight_sqnr_db", "activation_sqnr_db")]
