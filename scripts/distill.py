@@ -127,7 +127,7 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     problems += loss_and_recording_problems(given)
     problems += [
         f"--{name} must not be negative, got {getattr(given, name)}"
-        for name in ("lr", "min_lr")
+        for name in ("lr", "min_lr", "limit_val_batches")
         if getattr(given, name) < 0
     ]
     if given.use_chat_data and (len(given.data_paths or []) != 1 or not given.tokenizer):

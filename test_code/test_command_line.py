@@ -632,6 +632,28 @@ def test_layers_that_do_not_divide_go_to_the_outer_stages(layers, stages):
     assert between == (stages - 2) * (layers // stages)
 
 
+@pytest.mark.parametrize(("layers", "expected"), [(4, (None, None)), (3, (1, 2)), (5, (2, 3))])
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("ptq", "-nc model -calib_ds text.jsonl --cpu --pp 2"),
+        ("prune", "--restore_path model --save_path x --drop_layers 1 --pp 2 --cpu"),
+    ],
+)
+def test_stages_are_unequal_where_layers_do_not_divide(tmp_path, monkeypatch, name, command, layers, expected):
+    _inputs(tmp_path)
+    shutil.rmtree(tmp_path / "model")
+    _checkpoint(tmp_path / "model", num_layers=layers)
+    monkeypatch.chdir(tmp_path)
+    script = _script(name)
+    given = script.resolve(command.split())
+    names = [f"num_layers_in_{end}_pipeline_stage" for end in ("first", "last")]
+    assert tuple(getattr(given, name) for name in names) == expected
+    assert not {*names} & {name for name, value in command_line.saved_settings(given, script.PATHS).items() if value}
+    asked = script.resolve([*command.split(), "--num_layers_in_first_pipeline_stage", "1"])
+    assert asked.num_layers_in_last_pipeline_stage is None, "what is asked for is left as it is"
+
+
 @pytest.mark.parametrize(
     ("layers", "stages"), [(2, "2 pipeline stages."), (3, "2 pipeline stages (1 layers in the first, 2 in the last).")]
 )

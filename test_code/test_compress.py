@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -245,6 +246,29 @@ def test_the_whole_job_killed_while_distilling(teacher, tmp_path):
     states = [line.split(maxsplit=1)[1] for line in planned.stdout.splitlines()[:7]]
     assert states == ["finished"] * 5 + ["would run"] * 2
     assert "pruned    3 layers, hidden 64, ffn 64" in planned.stdout
+
+
+@pytest.mark.parametrize(("name", "value"), [("evaluate_every", 11), ("save_every", -1)])
+def test_what_happens_every_so_many_steps_fits_into_the_training(name, value):
+    training = job_settings.Training(steps=10, warmup_steps=1, **{name: value})
+    assert training.problems("distillation", job_settings.Layout()) == [
+        f"distillation: {name} {value} must be between 0 (never) and the 10 steps"
+    ]
+
+
+def test_layers_that_do_not_divide_by_the_pipeline_stages(ranks, teacher, tmp_path):
+    layout = ["--devices", "2", "--pp", "2", "--distill-steps", "2", "--distill-warmup-steps", "1", "--no-scratch"]
+    layout += ["--distill-evaluate-every", "0", "--distill-save-every", "0"]
+    done = _run([*_command(teacher, tmp_path), *layout])
+    assert done.returncode == 0, done.stderr + (tmp_path / "log" / "rank0.txt").read_text()[-3000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    losses = {model["name"]: model["heldout_loss"] for model in report["models"]}
+    for name in ("distill", "quantize"):
+        shutil.copy(teacher / "heldout.npy", tmp_path / name)
+        alone = ranks(1).run(jobs_compress.measure, str(tmp_path / name), {}, timeout=240)[0]
+        assert alone["shape"]["num_layers"] == 3
+        # fp32 sums in another order
+        assert losses[plan.MODELS[name]] == pytest.approx(alone["heldout_loss"], abs=1e-5)
 
 
 def _curve(report: dict, model: str) -> list[dict]:

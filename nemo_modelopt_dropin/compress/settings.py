@@ -78,6 +78,10 @@ class Training:
                 f"{name}: global batch size {self.global_batch_size} is not a multiple of micro batch size "
                 f"{self.micro_batch_size} x {data_parallel} data parallel ranks"
             )
+        for setting in ("evaluate_every", "save_every"):
+            every = getattr(self, setting)
+            if not found and not 0 <= every <= self.steps:
+                found.append(f"{name}: {setting} {every} must be between 0 (never) and the {self.steps} steps")
         if not found and self.warmup_steps >= self.steps:
             found.append(f"{name}: warm-up of {self.warmup_steps} steps does not fit into {self.steps} steps: lower it")
         return found
