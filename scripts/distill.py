@@ -134,7 +134,7 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
         problems.append("--use-chat-data needs one path in --data_paths, and --tokenizer")
     problems += not_positive(given, ("max_steps", "gbs", "mbs", "seq_length", "val_check_interval", "log_interval"))
     data_parallel = max(1, given.devices * given.num_nodes // max(1, given.tp_size * given.pp_size * given.cp_size))
-    if not problems and not line.problems and given.gbs % (given.mbs * data_parallel):
+    if min(given.gbs or 0, given.mbs or 0) > 0 and given.gbs % (given.mbs * data_parallel):
         problems.append(
             f"--gbs {given.gbs} must be a multiple of --mbs {given.mbs} x {data_parallel} data parallel ranks"
         )

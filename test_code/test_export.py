@@ -154,6 +154,8 @@ def test_hf_checkpoint_gives_the_logits_of_the_quantized_model(ranks, exported, 
     nemo, hf = exported(algorithm)
     names = {p.name for p in hf.iterdir()}
     assert {"config.json", "tokenizer.json", "generation_config.json", "model.safetensors.index.json"} <= names
+    assert json.loads((hf / "config.json").read_text())["dtype"] == "bfloat16", "else transformers takes fp32"
+    assert len({p.stat().st_mode for p in hf.iterdir()}) == 1, "who may read one file may read all"
     theirs, ours = ranks(1).run(jobs.hf_logits, str(hf), str(nemo))[0]
     # What is not quantized is in bf16 (8 bits of mantissa); the codes are those of the fp32 weights.
     assert float((theirs - ours).norm() / ours.norm()) < 0.02

@@ -43,6 +43,7 @@ def write(model, hf_config, tokenizer, target: Path, write: Callable, **kwargs: 
         stack.enter_context(torch.inference_mode())
         source = stack.enter_context(tempfile.TemporaryDirectory())
         hf_config.save_pretrained(source)
+        _name_dtype(Path(source) / "config.json", kwargs.get("dtype", torch.bfloat16))
         # The writer asks transformers for a tokenizer there, and fails for some classes where there is none.
         if tokenizer is not None:
             tokenizer.save_pretrained(source)
@@ -57,6 +58,13 @@ def write(model, hf_config, tokenizer, target: Path, write: Callable, **kwargs: 
     with export.together("Writing the configuration"):
         if is_global_rank_zero() and isinstance(model, torch.nn.Module):
             _describe(target, layers)
+
+
+def _name_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Name the type of what is not quantized, without which readers take fp32; both names, as readers differ."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content |= dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
+    path.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -242,8 +250,6 @@ def save_layers(layer_state_dicts: dict, total_layers: int, save_directory, name
     Raises:
         ExportError: If another rank could not write its files.
     """
-    from safetensors.torch import save_file
-
     names: dict[str, str] = {}
     size = 0
     # modelopt's own function leaves the other ranks waiting where one meets a full disk.
@@ -251,7 +257,7 @@ def save_layers(layer_state_dicts: dict, total_layers: int, save_directory, name
         for number in sorted(layer_state_dicts):
             file = name_template.format(number, total_layers) + ".safetensors"
             tensors = tidy(layer_state_dicts[number])
-            save_file(tensors, str(Path(save_directory) / file), metadata={"format": "pt"})
+            _save(tensors, Path(save_directory) / file)
             names.update(dict.fromkeys(tensors, file))
             size += sum(value.numel() * value.element_size() for value in tensors.values())
     parts: list[Any] = [None] * torch.distributed.get_world_size()
@@ -260,6 +266,16 @@ def save_layers(layer_state_dicts: dict, total_layers: int, save_directory, name
         weight_map = {name: file for part, _ in parts for name, file in part.items()}
         index = {"metadata": {"total_size": sum(size for _, size in parts)}, "weight_map": weight_map}
         (Path(save_directory) / "model.safetensors.index.json").write_text(json.dumps(index, indent=4))
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a file that others may read where the user's other files may be: safetensors makes private ones."""
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, str(path), metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def tidy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
