@@ -19,13 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from nemo_modelopt_dropin import run_file
-from nemo_modelopt_dropin.command_line import Parser
+from nemo_modelopt_dropin.command_line import Parser, default_devices, default_nodes
 from nemo_modelopt_dropin.compress.settings import (
     ALGORITHMS,
     EXPORT_FORMATS,
     VERIFY,
     Job,
+    Layout,
+    Pruning,
+    Quantization,
     SettingsError,
+    Training,
     follows_from_targets,
     from_dict,
     raise_all,
@@ -44,9 +48,23 @@ _PRUNING: _Flags = {
     "heldout-batches": int,
 }
 _HELP = {
+    "devices": "ranks of each node (default: torchrun's, or what the model needs)",
+    "num-nodes": "nodes (default: torchrun's, or 1)",
+    "tp": "tensor-parallel ranks",
+    "pp": "pipeline stages",
+    "target-num-attention-heads": "with --target-num-query-groups",
     "target-params": "parameters to keep at most: 70%%, 5.6e9 or 5.6B; sizes are chosen by held-out loss",
-    "max-candidates": "combinations of sizes to try for it (default: 16)",
-    "heldout-batches": "held-out batches to compare them on (default: 16)",
+    "max-candidates": "combinations of sizes to try for it",
+    "heldout-batches": "held-out batches to compare them on",
+    "steps": "optimizer steps",
+    "global-batch-size": "samples of a step",
+    "micro-batch-size": "samples of a pass; measurements take as many",
+    "lr": "highest learning rate",
+    "min-lr": "last learning rate",
+    "evaluate-every": "steps between held-out losses, 0: none on the way",
+    "save-every": "steps between checkpoints to go on from, 0: none",
+    "size": "rows of --train-text to calibrate on",
+    "seq-len": "tokens of a row",
 }
 _DISTILLATION: _Flags = {
     "steps": int,
@@ -86,18 +104,18 @@ def parser() -> Parser:
     job.add_argument("-v", "--verbose", action="store_true", help="show what the libraries write")
     layout = found.add_argument_group("layout")
     for name, kind in _LAYOUT.items():
-        layout.add_argument(f"--{name}", type=kind)
+        layout.add_argument(f"--{name}", type=kind, help=_help(name, Layout))
     layout.add_argument("--cpu", action="store_true", default=None, help="run on CPU ranks over gloo")
     pruning = found.add_argument_group("prune")
     for name, kind in _PRUNING.items():
-        pruning.add_argument(f"--{name}", type=kind, help=_HELP.get(name))
+        pruning.add_argument(f"--{name}", type=kind, help=_help(name, Pruning))
     pruning.add_argument("--drop-layers", type=int, nargs="+", help="layers to drop, counted from 1")
     pruning.add_argument("--prune-samples", type=int, help="sequences to measure importance on (default: 256)")
     pruning.add_argument("--prune-batch-size", type=int, help="sequences a pass (default: 4)")
     distillation = found.add_argument_group("distill")
     distillation.add_argument("--distill-config", help="YAML of the distillation losses (NeMo's format)")
     for name, kind in _DISTILLATION.items():
-        distillation.add_argument(f"--distill-{name}", type=kind)
+        distillation.add_argument(f"--distill-{name}", type=kind, help=_help(name, Training))
     quantization = found.add_argument_group("quantize and export")
     quantization.add_argument("--algorithm", help=f"one of {', '.join(ALGORITHMS)} (default: fp8)")
     quantization.add_argument("--formats", nargs="+", help=f"of {', '.join(EXPORT_FORMATS)} (default: nemo)")
@@ -106,8 +124,14 @@ def parser() -> Parser:
     )
     quantization.add_argument("--awq-block-size", type=int, help="weights that share an INT4 scale (default: 128)")
     for name, kind in _CALIBRATION.items():
-        quantization.add_argument(f"--calibration-{name}", type=kind)
+        quantization.add_argument(f"--calibration-{name}", type=kind, help=_help(name, Quantization, "calibration_"))
     return found
+
+
+def _help(name: str, settings_class: type, before: str = "") -> str:
+    """Return what a flag is and its setting's default: flags themselves have none, so that a file's settings count."""
+    default, text = getattr(settings_class(), before + name.replace("-", "_")), _HELP.get(name, "")
+    return text if default is None or "default" in text else f"{text} (default: {default:g})".strip()
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -150,6 +174,20 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def count_ranks(found: dict[str, Any]) -> None:
+    """Set the ranks that nobody gave: those that torchrun started, else what one copy of the model needs."""
+    layout = found.setdefault("layout", {})
+    if not isinstance(layout, dict):
+        return  # refused later
+    sizes = [str(layout.get(name) or 1) for name in ("tp", "pp")]
+    if not all(size.isdecimal() for size in sizes):
+        return
+    if layout.get("num_nodes") is None:
+        layout["num_nodes"] = default_nodes(1)
+    if layout.get("devices") is None and str(layout["num_nodes"]).isdecimal():
+        layout["devices"] = default_devices(int(layout["num_nodes"]), *map(int, sizes))
+
+
 def resolve(argv: list[str] | None = None) -> tuple[Job | None, Path, argparse.Namespace]:
     """Return the checked job, its folder and the arguments; no job where two runs are to be compared.
 
@@ -168,6 +206,7 @@ def resolve(argv: list[str] | None = None) -> tuple[Job | None, Path, argparse.N
     output, job = Path("runs/compress"), None
     try:
         found = settings(arguments)
+        count_ranks(found)
         output = Path(found.pop("output", None) or output).resolve()
         job = make_job(found, line.told)
     except SettingsError as error:

@@ -448,6 +448,26 @@ def test_a_saved_compression_is_the_same_compression(tmp_path, monkeypatch):
     assert other.distillation.lr == 1e-3
 
 
+@pytest.mark.parametrize(
+    ("flags", "text", "expected"),
+    [
+        ("", "", 1),
+        ("--tp 2 --pp 2", "", 4),
+        ("--tp 2 --devices 4", "", 4),
+        ("", "layout: {tp: 2}", 2),
+        ("--pp 2", "layout: {tp: 2, devices: 8}", 8),
+        ("", "layout: {tp: 2, pp: 2, num_nodes: 2}", 2),
+    ],
+)
+def test_a_compression_has_as_many_ranks_as_it_needs(tmp_path, monkeypatch, flags, text, expected):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    _inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(text)
+    job, _, _ = _script("compress").resolve([*COMPRESS.split(), *flags.split(), "--config", "run.yaml"])
+    assert job.layout.devices == expected
+
+
 def test_every_wrong_setting_of_a_compression_is_reported(tmp_path, capsys, monkeypatch):
     _inputs(tmp_path)
     monkeypatch.chdir(tmp_path)

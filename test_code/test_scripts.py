@@ -61,7 +61,8 @@ def test_help_takes_no_time(script):
         ("compress", [], ["missing: --teacher, --train-text, --heldout-text"]),
         (
             "compress",
-            ["--teacher", "no", "--train-text", "a", "--heldout-text", "b", "--algorithm", "int9", "--tp", "2"],
+            ["--teacher", "no", "--train-text", "a", "--heldout-text", "b", "--algorithm", "int9", "--tp", "2"]
+            + ["--devices", "1"],
             [
                 "1 devices x 1 nodes",
                 "nothing to prune",
