@@ -99,7 +99,11 @@ def test_the_report_renders_and_shows_the_numbers_of_report_json(whole, tmp_path
         expected = [
             (model["name"], f"{model['heldout_loss']:.4f}", f"{model['perplexity']:.2f}") for model in stored["models"]
         ]
-        assert [(row[0], row[1], row[3]) for row in found["rows"]] == expected
+        assert [(row[0], row[1], row[3]) for row in found["rows"]][: len(expected)] == expected
+        files = stored["exports"]["hf"]
+        assert [(row[0], row[6]) for row in found["rows"]][len(expected) :] == [
+            ("hf files", report.megabytes(files["bytes"]))
+        ]
         for model in stored["models"]:
             assert f"{model['heldout_loss']:.3f}" in found["texts"]["heldout_by_stage"]
     assert seen["1100"]["background"] == "rgb(255, 255, 255)"
