@@ -57,12 +57,12 @@ def execute(script: Script, given: argparse.Namespace, work: Callable[[argparse.
         if rank == 0:
             out.write(f"{script.name}: loading NeMo\n")
         started = time.perf_counter()
-        if rank == 0 and script.keeps_progress:
-            save(script, settings)
         if given.cpu:
             start_on_cpu()
         else:
             runner.require_gpu()
+        if rank == 0 and script.keeps_progress:
+            save(script, settings)
         found = work(given)
         if rank == 0:
             save(script, settings)
@@ -75,7 +75,8 @@ def execute(script: Script, given: argparse.Namespace, work: Callable[[argparse.
     code = runner.guarded(on_this_rank, log, f"interrupted; {after}")
     if made and code == runner.USAGE and rank == 0:
         _unmake(script.output)
-    elif code != runner.OK and script.keeps_progress and rank == 0 and not (script.output / run_file.NAME).exists():
+    kept = script.output / run_file.NAME
+    if code != runner.OK and script.keeps_progress and rank == 0 and script.output.exists() and not kept.exists():
         save(script, settings)  # NeMo moves what lay there before
     if log is not None and code in (runner.OK, runner.USAGE, runner.INTERRUPTED):
         log.unlink(missing_ok=True)

@@ -52,9 +52,15 @@ def execute(
         verbose: let everything that libraries write through to the terminal.
         settings: of the run, saved as ``run.yaml`` in its folder.
     """
-    root.mkdir(parents=True, exist_ok=True)
     if layout.cpu:
         cpu_environment()
+    elif pending(make_stages(sys.stderr), root):
+        try:
+            require_gpu()
+        except StageError as error:  # before anything is made in the run's folder
+            sys.stderr.write(f"error: {error}\n")
+            return FAILED
+    root.mkdir(parents=True, exist_ok=True)
     started_by_us = launch.STARTED_BY_US in os.environ
     if not launch.is_rank() and (layout.devices > 1 and pending(make_stages(sys.stderr), root)):
         code = launch.run_ranks(layout.devices)
@@ -160,8 +166,6 @@ def _run_all(stages: list[Stage], root: Path, layout: Layout, tell: console.Tell
         from nemo_modelopt_dropin import cpu_backend
 
         cpu_backend.enable()
-    else:
-        require_gpu()
     from nemo_modelopt_dropin.compress import training
 
     ranks = training.StoreRanks() if launch.is_rank() else Alone()
