@@ -177,7 +177,8 @@ def distillation(given: argparse.Namespace) -> Rows:
         (
             "train",
             f"{given.max_steps} steps of {given.gbs} x {given.seq_length} tokens, {millions(tokens)} in all, "
-            f"{given.warmup_steps} of them warm-up",
+            f"warm-up in {min(given.warmup_steps, given.max_steps - 1)} of them"
+            + (" (all but the last: lower --warmup_steps)" if given.warmup_steps >= given.max_steps > 1 else ""),
         ),
         *minimised,
         ("data", source),

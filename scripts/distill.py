@@ -18,7 +18,6 @@ from nemo_modelopt_dropin.command_line import (
     Parser,
     default_devices,
     default_nodes,
-    derive,
     layout_problems,
     loading_options,
     missing_paths,
@@ -94,7 +93,7 @@ def parser() -> Parser:
     training.add_argument("--mbs", type=int, required=True, help="micro batch size")
     training.add_argument("--lr", type=float, default=3e-5)
     training.add_argument("--min_lr", type=float, default=2e-7)
-    training.add_argument("--warmup_steps", type=int, help="default: 50, or a tenth of --max_steps if that is less")
+    training.add_argument("--warmup_steps", type=int, default=50, help="steps in which the learning rate rises to --lr")
     training.add_argument(
         "--val_check_interval", type=int, default=100, help="steps between validations and checkpoints"
     )
@@ -111,7 +110,6 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
         given.num_nodes = default_nodes(1)
     if given.devices is None:
         given.devices = default_devices(given.num_nodes, given.tp_size, given.cp_size, given.pp_size, given.ep_size)
-    derive(given, "warmup_steps", min(50, (given.max_steps or 0) // 10))
     given.precision = given.precision or ("32" if given.cpu else "bf16-mixed")
     models = {name: getattr(given, name) for name in ("model_path", "teacher_path")}
     problems = no_checkpoints({f"--{name}": path for name, path in models.items()})

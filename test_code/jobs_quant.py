@@ -97,7 +97,7 @@ def restored_amax(checkpoint, tp: int = 1, pp: int = 1) -> dict[str, torch.Tenso
 def quantize_loaded(checkpoint, data, tp: int = 1, pp: int = 1, algorithm="fp8", before=None, **quant) -> dict:
     """Restore a checkpoint on all ranks (what TP and PP leave over is data parallel) and quantize it.
 
-    With ``before``, an algorithm, it is quantized with that one first.
+    With ``before``, an algorithm, it is quantized with that one first, and a refusal is returned.
     """
     import os
 
@@ -127,6 +127,8 @@ def quantize_loaded(checkpoint, data, tp: int = 1, pp: int = 1, algorithm="fp8",
     try:
         returned = quantizer.quantize(model)
     except ModelOptConfigError as error:
+        if before is None:
+            raise
         return {"error": str(error)}
     return {"report": quantizer.report, "amax": amax_of(model), "same": returned is model}
 

@@ -615,7 +615,13 @@ PLANS = {
         "run.yaml",
     ],
     "prune": ["after   1 layers, hidden 32", "of the parameters", "ranks   2 x 1", "run.yaml"],
-    "distill": ["teacher  ", "train    2 steps of 4 x 8 tokens", "0 of them warm-up", "optimizer", "checkpoints/"],
+    "distill": [
+        "teacher  ",
+        "train    2 steps of 4 x 8 tokens",
+        "warm-up in 1 of them (all but the last",
+        "optimizer",
+        "checkpoints/",
+    ],
     "compress": ["prune     would run", "pruned    1 layers", "report.html", "export/hf"],
 }
 PLANNED = {
