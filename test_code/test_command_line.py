@@ -296,6 +296,34 @@ def test_a_distillation_ends_with_its_figures(cpu_backend):
     ]
 
 
+def test_the_bar_of_a_validation_goes_with_it(cpu_backend, monkeypatch):
+    """Also where Lightning, inside, puts another list in the place of the callbacks."""
+    from types import SimpleNamespace
+
+    from nemo_modelopt_dropin import progress
+
+    monkeypatch.setattr(progress.screen, "is_quiet", lambda: True)
+    own = object()
+    trainer = SimpleNamespace(callbacks=[own])
+    with progress.validation_shown(trainer, "importance"):
+        assert len(trainer.callbacks) == 2
+        trainer.callbacks = [*trainer.callbacks]
+    assert trainer.callbacks == [own]
+
+
+@pytest.mark.parametrize(
+    ("form", "said"), [("nemo", "nemo (a NeMo checkpoint that simulates it"), ("hf", "hf (Hugging Face files")]
+)
+def test_a_quantization_ends_with_format_and_sizes(tmp_path, cpu_backend, form, said):
+    for name, size in (("model", 2_000_000), ("out", 1_100_000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights.bin").write_bytes(bytes(size))
+    paths = {"nemo_checkpoint": str(tmp_path / "model"), "export_path": str(tmp_path / "out")}
+    rows = dict(_script("ptq").outcome(argparse.Namespace(algorithm="int8", export_format=form, **paths)))
+    assert rows["algorithm"] == "int8" and rows["format"].startswith(said)
+    assert rows["on disk"] == "1.1 MB; the original 2.0 MB"
+
+
 @pytest.mark.parametrize(
     ("script", "flag", "command"),
     [
@@ -611,6 +639,7 @@ def test_memory_is_shared_by_the_ranks(tmp_path):
 PLANS = {
     "ptq": [
         "quantize  fp8; matrices in 8 bits",
+        "data      at most 512 rows of cnn_dailymail",
         "ranks     2 x 1 nodes (CPU over gloo): tp 2 x pp 1 x dp 1",
         "run.yaml",
     ],
@@ -656,6 +685,16 @@ def test_layers_that_do_not_divide_go_to_the_outer_stages(layers, stages):
     between = layers - first - last
     assert min(first, last) >= layers // stages and abs(first - last) <= 1
     assert between == (stages - 2) * (layers // stages)
+
+
+def test_a_plan_without_quantization_speaks_of_no_data(tmp_path, monkeypatch, capsys):
+    _checkpoint(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    command = ["-nc", "model", "-algo", "no_quant", "--cpu", "--export_format", "hf", "-out", "out", "--dry-run"]
+    assert _script("ptq").main(command) == 0
+    found = capsys.readouterr().out
+    assert "quantize  not at all: hf format" in found
+    assert not any(word in found for word in ("data ", "report", "calibration-state"))
 
 
 @pytest.mark.parametrize(("layers", "expected"), [(4, (None, None)), (3, (1, 2)), (5, (2, 3))])

@@ -138,6 +138,21 @@ def test_every_layout_measures_the_same(ranks, teacher, layout):
             assert found[name] == alone[name]
 
 
+@pytest.mark.parametrize(("passes", "said"), [(1.5, False), (30, True)])
+def test_a_text_that_is_gone_over_again_and_again_is_mentioned(teacher, monkeypatch, cpu_backend, passes, said):
+    from nemo_modelopt_dropin.compress import tokens
+
+    heard: list[str] = []
+    monkeypatch.setattr(tokens.logging, "warning", heard.append)
+    count = len(tokens.encode(teacher / "train.jsonl", tokens.checkpoint_tokenizer(teacher / "checkpoint")))
+    samples = round(passes * count / 32)
+    sizes = {"seq_length": 32, "micro_batch_size": 1, "global_batch_size": 1, "train_samples": samples}
+    data = tokens.TextDataModule(teacher / "train.jsonl", teacher / "checkpoint", **sizes)
+    assert len(data._ids("train")) == len(data._ids("heldout")) == count
+    wanted = [f"{teacher / 'train.jsonl'} has {count:,} tokens: {samples:,} samples of 32 tokens go over it 30 times."]
+    assert heard == (wanted if said else [])
+
+
 EMPTY = {"models": [], "curves": [], "stages": [], "exports": {}}
 
 
