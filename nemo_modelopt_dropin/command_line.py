@@ -289,7 +289,9 @@ def text_problems(paths: Mapping[str, str | None]) -> list[str]:
     """Return a sentence for each text, JSON lines with a column text, that was given and cannot be read."""
     found = missing_paths(paths, folder=False)
     for flag, path in paths.items():
-        if path and Path(path).is_file():
+        if path and Path(path).is_dir():
+            found.append(f"{flag} {path} is a folder; give one file of JSON lines")
+        elif path and Path(path).exists():
             problem = data_files.problem(path)
             found += [f"{flag}: {problem}"] if problem else []
     return found
@@ -303,6 +305,9 @@ def no_checkpoints(paths: Mapping[str, str | None]) -> list[str]:
         if not path or not folder.is_dir() or any((folder / name).exists() for name in ("context", "io.json")):
             continue
         hint = "it has no folder context"
+        last = sorted(folder.glob("checkpoints/*-last"))
+        if last:
+            hint += f"; did you mean {last[0]}?"
         if (folder / "config.json").is_file():
             hint = "it looks like Hugging Face's format: import it first (llm.import_ckpt)"
         found.append(f"{flag} {path} is no NeMo 2 checkpoint: {hint}")
@@ -338,6 +343,12 @@ def layout_problems(devices: int, num_nodes: int, tp: int, pp: int, others: int 
     """Return what is wrong with a number of ranks and the sizes that they are split into."""
     if min(devices, num_nodes, tp, pp, others) < 1:
         return ["devices, nodes and parallel sizes must be at least 1"]
+    started = os.environ.get("WORLD_SIZE")
+    if started and "LOCAL_WORLD_SIZE" in os.environ and int(started) != devices * num_nodes:
+        return [
+            f"{devices} devices x {num_nodes} nodes are not the {started} ranks that were started; leave --devices and "
+            "--num_nodes out"
+        ]
     if devices * num_nodes % (tp * pp * others):
         return [
             f"{devices} devices x {num_nodes} nodes = {devices * num_nodes} ranks cannot be split into "

@@ -92,7 +92,8 @@ def problem(name: str, column: str | None = None, usual: str = "text") -> str | 
         usual: the usual column.
     """
     try:
-        next(rows(expand(name), column, usual), None)
+        if not any(True for _ in rows(expand(name), column, usual)):
+            return f"{name} is empty"
     except DataFileError as error:
         return str(error)
     return None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +50,57 @@ def read(path: str | None) -> dict[str, Any]:
 
 
 def problems(path: str | None) -> list[str]:
-    """Return what is wrong with a file's form and names; a file that is missing is another's to tell."""
+    """Return what is wrong with a file's form, names and values; a file that is missing is another's to tell."""
     if not path or not Path(path).is_file():
         return []
     try:
-        unknown = [str(name) for name in read(path) if name not in SETTINGS]
+        settings = read(path)
     except ValueError as error:
         return [str(error)]
-    return [f"{path}: unknown setting {name!r}{nearest(name, SETTINGS)}" for name in unknown]
+    unknown = [str(name) for name in settings if name not in SETTINGS]
+    found = [f"{path}: unknown setting {name!r}{nearest(name, SETTINGS)}" for name in unknown]
+    for name, value in settings.items():
+        legal, what = _VALUES.get(name, (None, ""))
+        if legal is not None and not legal(value):
+            found.append(f"{path}: {name} must be {what}, got {value!r}")
+    return found
+
+
+def _is_positive(value: Any) -> bool:
+    try:  # YAML 1.1 reads 1e-1 as text
+        return not isinstance(value, bool) and 0 < float(value) < math.inf
+    except (TypeError, ValueError):
+        return False
+
+
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_pair(value: Any) -> bool:
+    words = isinstance(value, list) and all(isinstance(part, str) for part in value)
+    return words and len(value) in (2, 3) and (len(value) == 2 or value[2] in _PAIR_LOSSES)
+
+
+_PAIR_LOSSES = ("cosine", "mse")
+_SWITCH = (_is_switch, "true or false")
+_POSITIVE = (_is_positive, "a positive number")
+# What can be told of a value by itself; the configuration checks the rest.
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "kd_loss_scale": _POSITIVE,
+    "logit_kl_temperature": _POSITIVE,
+    "skip_lm_loss": _SWITCH,
+    "logit_kl_temperature_squared": _SWITCH,
+    "logit_kl_in_place": _SWITCH,
+    "validation_metrics": _SWITCH,
+    "logit_kl_direction": (lambda value: value in _DIVERGENCES, f"one of {', '.join(_DIVERGENCES)}"),
+    "logit_kl_topk": (lambda value: value is None or (type(value) is int and value > 0), "a positive whole number"),
+    "fused_logits": (lambda value: value in ("auto", "on", "off", True, False), "auto, on or off"),
+    "intermediate_layer_pairs": (
+        lambda value: isinstance(value, list) and all(map(_is_pair, value)),
+        f"a list of [student layer, teacher layer] or [.., .., loss], the loss one of {', '.join(_PAIR_LOSSES)}",
+    ),
+}
 
 
 def describe(path: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -116,6 +117,8 @@ def split_problems(path: str | Path | None, tp: int, pp: int) -> list[str]:
     shape, found = model_sizes.known(path), []
     if shape is not None and shape.num_attention_heads % tp:
         found.append(f"{shape.num_attention_heads} attention heads of {path} cannot be split over tp {tp}")
+    elif shape is not None and shape.num_query_groups % tp:
+        found.append(f"{shape.num_query_groups} query groups of {path} cannot be split over tp {tp}")
     if shape is not None and shape.num_layers < pp:
         found.append(f"{shape.num_layers} layers of {path} cannot be split over pp {pp}")
     return found
@@ -139,7 +142,8 @@ def block_problems(shape: Shape, tp: int, block: int) -> list[str]:
         "attention heads x channels": shape.num_attention_heads * shape.kv_channels // tp,
     }
     return [
-        f"blocks of {block} (awq_block_size) do not divide the {width} inputs on each rank of layers after {name}"
+        f"blocks of {block} (awq_block_size) do not divide the {width} inputs on each rank of layers after {name}; "
+        f"give a block size that does, such as {math.gcd(width, block)}"
         for name, width in widths.items()
         if width % block
     ]

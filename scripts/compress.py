@@ -34,6 +34,7 @@ from nemo_modelopt_dropin.compress.settings import (
     from_dict,
     raise_all,
 )
+from nemo_modelopt_dropin.output_checks import formats_in, place_problems
 
 _Flags = dict[str, type]
 _LAYOUT: _Flags = {"devices": int, "num-nodes": int, "tp": int, "pp": int}
@@ -59,6 +60,7 @@ _HELP = {
     "steps": "optimizer steps",
     "global-batch-size": "samples of a step",
     "micro-batch-size": "samples of a pass; measurements take as many",
+    "warmup-steps": "steps in which the learning rate rises (default: 50, or a tenth of the steps if that is less)",
     "lr": "highest learning rate",
     "min-lr": "last learning rate",
     "evaluate-every": "steps between held-out losses, 0: none on the way",
@@ -122,6 +124,9 @@ def parser() -> Parser:
     quantization.add_argument(
         "--verify", metavar="HOW", help=f"check of hf files, one of {', '.join(VERIFY)} (default: full, with logits)"
     )
+    quantization.add_argument(
+        "--enable-kv-cache", action="store_true", default=None, help="quantize the KV cache too (default: not)"
+    )
     quantization.add_argument("--awq-block-size", type=int, help="weights that share an INT4 scale (default: 128)")
     for name, kind in _CALIBRATION.items():
         quantization.add_argument(f"--calibration-{name}", type=kind, help=_help(name, Quantization, "calibration_"))
@@ -166,7 +171,7 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     for name in _DISTILLATION:
         key = name.replace("-", "_")
         put("distillation", key, given[f"distill_{key}"])
-    for key in ("algorithm", "formats", "verify", "awq_block_size"):
+    for key in ("algorithm", "formats", "verify", "awq_block_size", "enable_kv_cache"):
         put("quantization", key, given[key])
     for name in _CALIBRATION:
         key = "calibration_" + name.replace("-", "_")
@@ -174,18 +179,32 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def count_ranks(found: dict[str, Any]) -> None:
-    """Set the ranks that nobody gave: those that torchrun started, else what one copy of the model needs."""
-    layout = found.setdefault("layout", {})
-    if not isinstance(layout, dict):
-        return  # refused later
-    sizes = [str(layout.get(name) or 1) for name in ("tp", "pp")]
-    if not all(size.isdecimal() for size in sizes):
-        return
-    if layout.get("num_nodes") is None:
-        layout["num_nodes"] = default_nodes(1)
-    if layout.get("devices") is None and str(layout["num_nodes"]).isdecimal():
-        layout["devices"] = default_devices(int(layout["num_nodes"]), *map(int, sizes))
+def fill_in(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Set what nobody gave and follows from the rest: ranks, warm-up. Return what, so that it is not saved.
+
+    Ranks are those that torchrun started, else what one copy of the model needs; the warm-up is at most a tenth.
+    """
+    layout, training = (found.setdefault(name, {}) for name in ("layout", "distillation"))
+    if not isinstance(layout, dict) or not isinstance(training, dict):
+        return []  # refused later
+
+    def number(section: dict[str, Any], name: str, otherwise: int) -> int:
+        value = str(section.get(name) or otherwise)
+        return int(value) if value.isdecimal() else otherwise  # what is no number is refused later
+
+    done = []
+    nodes = number(layout, "num_nodes", default_nodes(1))
+    steps, usual = number(training, "steps", Training.steps), Training.warmup_steps
+    devices = default_devices(nodes, number(layout, "tp", 1), number(layout, "pp", 1))
+    for name, section, key, value in (
+        ("layout", layout, "num_nodes", nodes),
+        ("layout", layout, "devices", devices),
+        ("distillation", training, "warmup_steps", min(usual, steps // 10)),
+    ):
+        if section.get(key) is None:
+            section[key] = value
+            done.append((name, key))
+    return done
 
 
 def resolve(argv: list[str] | None = None) -> tuple[Job | None, Path, argparse.Namespace]:
@@ -206,13 +225,23 @@ def resolve(argv: list[str] | None = None) -> tuple[Job | None, Path, argparse.N
     output, job = Path("runs/compress"), None
     try:
         found = settings(arguments)
-        count_ranks(found)
+        arguments.derived = fill_in(found)
         output = Path(found.pop("output", None) or output).resolve()
+        line.problems += output_problems(output, found)
         job = make_job(found, line.told)
     except SettingsError as error:
         line.refuse(str(error).splitlines())
     line.refuse([])
     return job, output, arguments
+
+
+def output_problems(output: Path, found: dict[str, Any]) -> list[str]:
+    """Return why the run's folder cannot be this one."""
+    teacher = found.get("teacher")
+    problems = place_problems("--output", str(output), {"--teacher": teacher if isinstance(teacher, str) else None})
+    if not problems and formats_in(output):
+        problems.append(f"--output {output} is a checkpoint; give a new folder, or that of a run to go on with")
+    return problems
 
 
 def has_report(folder: Path) -> bool:
@@ -268,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
             dry_run.compression(job, output, [s.name for s in planned], stages.pending(planned, output))
         )
 
-    return api.execute(job, output, arguments.verbose)
+    return api.execute(job, output, arguments.verbose, arguments.derived)
 
 
 if __name__ == "__main__":

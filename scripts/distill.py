@@ -13,19 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nemo_modelopt_dropin import loss_file, model_sizes
-from nemo_modelopt_dropin.command_line import (
-    Parser,
-    default_devices,
-    default_nodes,
-    layout_problems,
-    loading_options,
-    missing_paths,
-    no_checkpoints,
-    not_positive,
-    text_problems,
-)
-from nemo_modelopt_dropin.model_checks import pair_problems, split_problems
+from nemo_modelopt_dropin import distill_checks, model_sizes
+from nemo_modelopt_dropin.command_line import Parser, default_devices, default_nodes, derive, loading_options
 
 PATHS = (
     "log_dir",
@@ -106,61 +95,12 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the checked arguments."""
     line = parser()
     given = line.read(argv)
-    if given.num_nodes is None:
-        given.num_nodes = default_nodes(1)
-    if given.devices is None:
-        given.devices = default_devices(given.num_nodes, given.tp_size, given.cp_size, given.pp_size, given.ep_size)
+    derive(given, "num_nodes", default_nodes(1))
+    needed = default_devices(given.num_nodes, given.tp_size, given.cp_size, given.pp_size, given.ep_size)
+    derive(given, "devices", needed)
     given.precision = given.precision or ("32" if given.cpu else "bf16-mixed")
-    models = {name: getattr(given, name) for name in ("model_path", "teacher_path")}
-    problems = no_checkpoints({f"--{name}": path for name, path in models.items()})
-    problems += missing_paths({"--teacher_topk": given.teacher_topk})
-    files = ("distillation_config", "chat_template_path")
-    problems += missing_paths({f"--{name}": getattr(given, name) for name in files}, folder=False)
-    problems += text_problems({"--text": given.text, "--heldout_text": given.heldout_text})
-    problems += layout_problems(
-        given.devices, given.num_nodes, given.tp_size, given.pp_size, given.cp_size * given.ep_size
-    )
-    if sum(map(bool, (given.data_paths, given.text, given.use_mock_data))) != 1:
-        problems.append("give exactly one of --data_paths, --text and --use_mock_data")
-    problems += loss_and_recording_problems(given)
-    problems += [
-        f"--{name} must not be negative, got {getattr(given, name)}"
-        for name in ("lr", "min_lr", "limit_val_batches")
-        if getattr(given, name) < 0
-    ]
-    if given.use_chat_data and (len(given.data_paths or []) != 1 or not given.tokenizer):
-        problems.append("--use-chat-data needs one path in --data_paths, and --tokenizer")
-    problems += not_positive(given, ("max_steps", "gbs", "mbs", "seq_length", "val_check_interval", "log_interval"))
-    data_parallel = max(1, given.devices * given.num_nodes // max(1, given.tp_size * given.pp_size * given.cp_size))
-    if min(given.gbs or 0, given.mbs or 0) > 0 and given.gbs % (given.mbs * data_parallel):
-        problems.append(
-            f"--gbs {given.gbs} must be a multiple of --mbs {given.mbs} x {data_parallel} data parallel ranks"
-        )
-    if not problems and not line.problems:
-        for path in filter(None, (given.model_path, given.teacher_path)):
-            problems += split_problems(path, given.tp_size, given.pp_size)
-        layers = {"student": model_sizes.layers(given.model_path)}
-        layers |= {"teacher": model_sizes.layers(given.teacher_path)} if given.teacher_path else {}
-        problems += [f"--distillation_config {one}" for one in pair_problems(given.distillation_config, layers)]
-    line.refuse(problems)
+    line.refuse(distill_checks.problems(given))
     return given
-
-
-def loss_and_recording_problems(given: argparse.Namespace) -> list[str]:
-    """Return what is wrong with the settings of the losses, and with a teacher that is recorded or was."""
-    path, recorded = given.distillation_config, given.dump_teacher_topk
-    found = [f"--distillation_config {one}" for one in loss_file.problems(path)]
-    if recorded and (given.teacher_topk or not given.teacher_path):
-        found.append("--dump-teacher-topk needs --teacher_path, the checkpoint to record, and no --teacher-topk")
-    if recorded and Path(recorded).exists():
-        found.append(f"--dump-teacher-topk: {recorded} exists; give a new folder")
-    readable = path is not None and not found and Path(path).is_file()
-    if (recorded or given.teacher_topk) and readable and loss_file.read(path).get("intermediate_layer_pairs"):
-        found.append(
-            "--distillation_config: intermediate_layer_pairs need the teacher itself, and a recording holds logits "
-            "alone; take them out of the file"
-        )
-    return found
 
 
 def make_data(given: argparse.Namespace):
@@ -391,6 +331,13 @@ def main(argv: list[str] | None = None) -> int:
 
     if given.dump_teacher_topk:
         return execute(Script("distill", Path(given.dump_teacher_topk), PATHS), given, record)
+    done = distill_checks.finished(given)
+    if done is not None:
+        sys.stderr.write(
+            f"distill: nothing to do, {given.name} has seen all samples of --max_steps {given.max_steps} x --gbs "
+            f"{given.gbs}: {done}\nMore --max_steps go on from there; another --name starts anew.\n"
+        )
+        return 0
     output = Path(given.log_dir) / given.name
     return execute(Script("distill", output, PATHS, keeps_progress=True), given, work)
 

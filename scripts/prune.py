@@ -36,6 +36,7 @@ from nemo_modelopt_dropin.model_checks import (
     target_problems,
     unequal_or_nothing,
 )
+from nemo_modelopt_dropin.output_checks import content_problems, place_problems
 
 PATHS = (
     "restore_path",
@@ -120,16 +121,17 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the checked arguments."""
     line = parser()
     arguments = line.read(argv)
-    if arguments.num_nodes is None:
-        arguments.num_nodes = default_nodes(1)
-    if arguments.devices is None:
-        arguments.devices = default_devices(arguments.num_nodes, arguments.tp_size, arguments.pp_size)
+    derive(arguments, "num_nodes", default_nodes(1))
+    derive(arguments, "devices", default_devices(arguments.num_nodes, arguments.tp_size, arguments.pp_size))
     if not arguments.num_layers_in_first_pipeline_stage and not arguments.num_layers_in_last_pipeline_stage:
         for name, layers in unequal_or_nothing(arguments.restore_path, arguments.pp_size).items():
             derive(arguments, name, layers)
     derive(arguments, "report_path", f"{(arguments.save_path or '').rstrip('/')}.report")
     given = [name for name in (*TARGETS, *BUDGETS) if getattr(arguments, name) is not None]
     problems = no_checkpoints({"--restore_path": arguments.restore_path})
+    problems += place_problems(
+        "--save_path", arguments.save_path, {"--restore_path": arguments.restore_path}
+    ) or content_problems("--save_path", arguments.save_path, "nemo")
     problems += text_problems({"--text": arguments.text, "--heldout_text": arguments.heldout_text})
     problems += layout_problems(arguments.devices, arguments.num_nodes, arguments.tp_size, arguments.pp_size)
     problems += not_positive(arguments, ("max_candidates", "heldout_batches"))

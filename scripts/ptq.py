@@ -27,6 +27,7 @@ from nemo_modelopt_dropin.command_line import (
 )
 from nemo_modelopt_dropin.model_checks import block_problems, hf_block, split_problems
 from nemo_modelopt_dropin.model_sizes import known
+from nemo_modelopt_dropin.output_checks import content_problems, place_problems
 
 ALGORITHMS = ("no_quant", "auto", "int8", "int8_sq", "fp8", "block_fp8", "int4_awq", "w4a8_awq", "int4", "nvfp4")
 PATHS = (
@@ -144,10 +145,9 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the checked arguments with the defaults that depend on others."""
     line = parser()
     arguments = line.read(argv)
-    if arguments.num_nodes is None:
-        arguments.num_nodes = default_nodes(1 if arguments.cpu else arguments.calibration_pp)
-    if arguments.devices is None:
-        arguments.devices = default_devices(arguments.num_nodes, arguments.calibration_tp, arguments.calibration_pp)
+    derive(arguments, "num_nodes", default_nodes(1 if arguments.cpu else arguments.calibration_pp))
+    needed = default_devices(arguments.num_nodes, arguments.calibration_tp, arguments.calibration_pp)
+    derive(arguments, "devices", needed)
     if arguments.export_path is None:
         name = _FOLDERS.get(arguments.export_format, "./nemo_{algorithm}")
         arguments.export_path = name.format(**vars(arguments))
@@ -158,6 +158,9 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     for option, ending in (("calibration_state", "calibration-state"), ("report_path", "report")):
         derive(arguments, option, f"{arguments.export_path.rstrip('/')}.{ending}")
     problems = no_checkpoints({"--nemo_checkpoint": arguments.nemo_checkpoint})
+    problems += place_problems(
+        "--export_path", arguments.export_path, {"--nemo_checkpoint": arguments.nemo_checkpoint}
+    ) or content_problems("--export_path", arguments.export_path, arguments.export_format)
     if arguments.algorithm != "no_quant":
         problems += data_problems(arguments.calibration_dataset, arguments.calibration_column)
     problems += layout_problems(

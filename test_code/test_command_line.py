@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_modelopt_dropin import command_line, dry_run, loss_file, model_sizes, run_file
+from nemo_modelopt_dropin import command_line, distill_checks, dry_run, loss_file, model_sizes, run_file
 from nemo_modelopt_dropin.compress import settings as job_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -446,6 +446,12 @@ def test_the_settings_of_losses_are_those_of_the_configuration(cpu_backend):
     from nemo.collections.llm.modelopt.distill.utils import DistillationConfig
 
     assert [field.name for field in dataclasses.fields(DistillationConfig)] == [*loss_file.SETTINGS]
+    from nemo.collections.llm.modelopt.distill import _config, _fused_model, _recording, _vocab_parallel
+
+    assert {*loss_file._PAIR_LOSSES} == {*_config.INTERMEDIATE_LOSSES}
+    assert {*loss_file._DIVERGENCES} == {*_vocab_parallel.DIRECTIONS}
+    assert all(loss_file._VALUES["fused_logits"][0](value) for value in _fused_model.FUSED_LOGITS)
+    assert distill_checks.RECORDING == _recording.MANIFEST
 
 
 def test_names_of_data_sets_are_no_paths(tmp_path, monkeypatch):

@@ -141,7 +141,7 @@ def test_layers_of_losses(tmp_path, pair, problem):
         ('{"body": "a"}', "body", None),
         ('{"body": "a"}', None, "has no column \"text\"; its columns are ['body']"),
         ("{broken", None, "line 1 is not valid JSON"),
-        ("", None, None),  # whether there is enough is known later
+        ("", None, "a.jsonl is empty"),
     ],
 )
 def test_texts_are_looked_at_up_to_their_first_row(tmp_path, content, column, problem):

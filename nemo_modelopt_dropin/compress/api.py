@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from nemo_modelopt_dropin.compress import launch
 from nemo_modelopt_dropin.compress.settings import Job, SettingsError
 
 
-def execute(job: Job, output: Path, verbose: bool = False) -> int:
+def execute(job: Job, output: Path, verbose: bool = False, derived: Iterable[tuple[str, str]] = ()) -> int:
     """Run the job on this rank, or on ranks that are started for it, and return the exit code.
 
     Args:
         job: checked settings.
         output: the run's folder.
         verbose: show what the libraries write.
+        derived: settings that follow from others, as section and name; the saved ones leave them out.
     """
     from nemo_modelopt_dropin.compress import plan, runner, summary
+
+    saved: dict[str, Any] = {"output": str(output), **job.as_dict()}
+    for section, name in derived:
+        del saved[section][name]
 
     def finish(records):
         return summary.finish(records, output, f"Compression of {Path(job.teacher).name}", job)
@@ -27,7 +34,7 @@ def execute(job: Job, output: Path, verbose: bool = False) -> int:
         job.layout,
         finish,
         verbose,
-        {"output": str(output), **job.as_dict()},
+        saved,
     )
 
 

@@ -83,7 +83,12 @@ class Training:
             if not found and not 0 <= every <= self.steps:
                 found.append(f"{name}: {setting} {every} must be between 0 (never) and the {self.steps} steps")
         if not found and self.warmup_steps >= self.steps:
-            found.append(f"{name}: warm-up of {self.warmup_steps} steps does not fit into {self.steps} steps: lower it")
+            found.append(
+                f"{name}: warm-up of {self.warmup_steps} steps does not fit into {self.steps} steps: lower "
+                "warmup_steps (--distill-warmup-steps)"
+            )
+        if not found and self.min_lr > self.lr:
+            found.append(f"{name}: min_lr {self.min_lr:g} is above lr {self.lr:g}, the highest learning rate")
         return found
 
 

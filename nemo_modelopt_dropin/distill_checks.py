@@ -1,0 +1,104 @@
+"""What is wrong with the arguments of distill.py, before anything heavy is imported."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from nemo_modelopt_dropin import loss_file, model_sizes
+from nemo_modelopt_dropin.command_line import (
+    layout_problems,
+    missing_paths,
+    no_checkpoints,
+    not_positive,
+    text_problems,
+)
+from nemo_modelopt_dropin.model_checks import pair_problems, split_problems
+from nemo_modelopt_dropin.output_checks import place_problems
+
+# The file by which a recording of a teacher is known.
+RECORDING = "teacher_topk.json"
+_NUMBERS = ("max_steps", "gbs", "mbs", "seq_length", "val_check_interval", "log_interval")
+
+
+def problems(given: argparse.Namespace) -> list[str]:
+    """Return everything that is wrong with the arguments; what needs the models is told where nothing else is wrong."""
+    models = {name: getattr(given, name) for name in ("model_path", "teacher_path")}
+    found = no_checkpoints({f"--{name}": path for name, path in models.items()})
+    if given.log_dir and given.name:
+        folder = str(Path(given.log_dir) / given.name)
+        found += place_problems("--log_dir/--name", folder, {f"--{name}": path for name, path in models.items()})
+    files = ("distillation_config", "chat_template_path")
+    found += missing_paths({f"--{name}": getattr(given, name) for name in files}, folder=False)
+    found += text_problems({"--text": given.text, "--heldout_text": given.heldout_text})
+    found += layout_problems(
+        given.devices, given.num_nodes, given.tp_size, given.pp_size, given.cp_size * given.ep_size
+    )
+    if given.cp_size > 1 and given.cpu:
+        found.append(f"--cp {given.cp_size}: context parallelism needs Transformer Engine, which runs on GPUs only")
+    if sum(map(bool, (given.data_paths, given.text, given.use_mock_data))) != 1:
+        found.append("give exactly one of --data_paths, --text and --use_mock_data")
+    if given.use_chat_data and (len(given.data_paths or []) != 1 or not given.tokenizer):
+        found.append("--use-chat-data needs one path in --data_paths, and --tokenizer")
+    found += _teacher_problems(given) + _training_problems(given)
+    return found or _model_problems(given)
+
+
+def _training_problems(given: argparse.Namespace) -> list[str]:
+    found = [
+        f"--{name} must not be negative, got {getattr(given, name)}"
+        for name in ("lr", "min_lr", "limit_val_batches", "warmup_steps")
+        if getattr(given, name) < 0
+    ]
+    if given.min_lr > given.lr >= 0:
+        found.append(f"--min_lr {given.min_lr:g} is above --lr {given.lr:g}, the highest learning rate")
+    found += not_positive(given, _NUMBERS)
+    shares = max(1, given.devices * given.num_nodes // max(1, given.tp_size * given.pp_size * given.cp_size))
+    if min(given.gbs or 0, given.mbs or 0) > 0 and given.gbs % (given.mbs * shares):
+        found.append(f"--gbs {given.gbs} must be a multiple of --mbs {given.mbs} x {shares} data parallel ranks")
+    return found
+
+
+def _teacher_problems(given: argparse.Namespace) -> list[str]:
+    """Return what is wrong with the settings of the losses, and with a teacher that is recorded or was."""
+    path, recorded, recording = given.distillation_config, given.dump_teacher_topk, given.teacher_topk
+    found = [f"--distillation_config {one}" for one in loss_file.problems(path)]
+    readable = path is not None and not found and Path(path).is_file()
+    if recorded and (recording or not given.teacher_path):
+        found.append("--dump-teacher-topk needs --teacher_path, the checkpoint to record, and no --teacher-topk")
+    if recorded and Path(recorded).exists():
+        found.append(f"--dump-teacher-topk: {recorded} exists; give a new folder")
+    found += missing_paths({"--teacher_topk": recording})
+    if recording and Path(recording).is_dir() and not Path(recording, RECORDING).is_file():
+        found.append(f"--teacher_topk {recording} is not what --dump-teacher-topk wrote: it has no {RECORDING}")
+    if (recorded or recording) and readable and loss_file.read(path).get("intermediate_layer_pairs"):
+        found.append(
+            "--distillation_config: intermediate_layer_pairs need the teacher itself, and a recording holds logits "
+            "alone; take them out of the file"
+        )
+    return found
+
+
+def _model_problems(given: argparse.Namespace) -> list[str]:
+    found = []
+    for path in filter(None, (given.model_path, given.teacher_path)):
+        found += split_problems(path, given.tp_size, given.pp_size)
+    shape = model_sizes.known(given.model_path)
+    if given.ep_size > 1 and shape is not None and not shape.experts:
+        found.append(f"--ep {given.ep_size} is for models with experts; {given.model_path} has none")
+    layers = {"student": model_sizes.layers(given.model_path)}
+    layers |= {"teacher": model_sizes.layers(given.teacher_path)} if given.teacher_path else {}
+    return found + [f"--distillation_config {one}" for one in pair_problems(given.distillation_config, layers)]
+
+
+def finished(given: argparse.Namespace) -> Path | None:
+    """Return the last checkpoint of an experiment that has seen all samples that are asked for, else None.
+
+    NeMo's names of checkpoints say how many those were.
+    """
+    for folder in sorted(Path(given.log_dir, given.name, "checkpoints").glob("*-last")):
+        seen = re.search(r"consumed_samples=(\d+)", folder.name)
+        if seen and int(seen[1]) >= given.max_steps * given.gbs:
+            return folder
+    return None
