@@ -63,16 +63,9 @@ class FirstFigures(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         """Take what is new."""
-        self._take(trainer.callback_metrics)
-
-    def on_validation_end(self, trainer, pl_module):
-        """Take what is new; what Lightning tries out beforehand is of a few batches only."""
-        if not trainer.sanity_checking:
-            self._take(trainer.callback_metrics)
-
-    def _take(self, metrics) -> None:
-        for name, value in metrics.items():
-            if name not in self.values:
+        for name, value in trainer.callback_metrics.items():
+            # The first validation comes after many steps.
+            if name not in self.values and not name.startswith("val"):
                 self.values[name] = float(value)
 
 
@@ -84,7 +77,7 @@ def figures(trainer: Any) -> list[tuple[str, str]]:
     for name, label in _LABELS.items():
         if name in metrics:
             last, before = f"{float(metrics[name]):.4f}", f"{first[name]:.4f}" if name in first else ""
-            rows.append((label, last if before in ("", last) else f"{last} (first {before})"))
+            rows.append((label, last if before in ("", last) else f"{last} (this run began at {before})"))
     return rows
 
 

@@ -21,8 +21,12 @@ if TYPE_CHECKING:
 _screen: ContextVar[TextIO | None] = ContextVar("nemo_modelopt_screen", default=None)
 # Whose warnings a user can act on; the others stay in the log and are counted.
 _HEEDED = ("nemo_modelopt_dropin", "collections/llm/modelopt", "/modelopt/", "megatron/core/dist_checkpointing")
-# Of these one of modelopt's tells nothing: what it blocks is not used.
-_UNHEEDED = ("DEPRECATED", "Model-Optimizer library in use. Async checkpoint saving is blocked")
+# What tells nothing: modelopt blocks what is not used, and telemetry that nobody asked for ends with an interruption.
+_UNHEEDED = (
+    "DEPRECATED",
+    "Model-Optimizer library in use. Async checkpoint saving is blocked",
+    "The parent of span",
+)
 # Modules of ours whose information is the result that a user waits for.
 _RESULTS = ("report", "_report", "pruner", "insertion", "hf_check", "auto")
 
@@ -102,11 +106,11 @@ class Relay(logging.Handler):
         text = record.getMessage().strip()
         # NeMo logs Python's warnings from its own file; their first line starts with the file that warned.
         origin = text.partition(":")[0] if record.pathname.endswith("nemo_logging.py") else record.pathname
-        heeded = any(part in origin for part in _HEEDED) and not text.startswith(_UNHEEDED)
+        heeded, noise = any(part in origin for part in _HEEDED), text.startswith(_UNHEEDED)
         if record.levelno < logging.WARNING:
             shown = heeded and record.levelno == logging.INFO and record.module in _RESULTS
         else:
-            shown = (heeded or record.levelno >= logging.ERROR) and not _importing()
+            shown = (heeded or record.levelno >= logging.ERROR) and not noise and not _importing()
             self.withheld += not shown
         if shown and text not in self._shown:
             self._shown.add(text)

@@ -147,6 +147,7 @@ def make_tokenizer(given: argparse.Namespace):
 def make_trainer(given: argparse.Namespace):
     """Return the trainer for the layout and precision."""
     import torch
+    from lightning.pytorch.loggers import TensorBoardLogger
     from megatron.core.dist_checkpointing.validation import StrictHandling
     from megatron.core.distributed import DistributedDataParallelConfig
 
@@ -190,6 +191,7 @@ def make_trainer(given: argparse.Namespace):
         devices=given.devices,
         num_nodes=given.num_nodes,
         max_steps=given.max_steps,
+        logger=TensorBoardLogger(Path(given.log_dir) / given.name, name="tensorboard", version=""),
         log_every_n_steps=min(given.log_interval, given.max_steps),
         val_check_interval=min(given.val_check_interval, given.max_steps),
         limit_val_batches=validation_batches(given),
@@ -247,7 +249,13 @@ def work(given: argparse.Namespace) -> list[tuple[str, str]]:
         "data": make_data(given),
         "trainer": make_trainer(given),
         "optim": make_optimizer(given),
-        "log": nl.NeMoLogger(name=given.name, log_dir=given.log_dir, ckpt=checkpoints, use_datetime_version=False),
+        "log": nl.NeMoLogger(
+            name=given.name,
+            log_dir=given.log_dir,
+            ckpt=checkpoints,
+            use_datetime_version=False,
+            update_logger_directory=False,  # else all experiments below --log_dir share one curve
+        ),
         "resume": nl.AutoResume(
             resume_if_exists=True,
             resume_ignore_no_checkpoint=True,

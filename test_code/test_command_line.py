@@ -188,6 +188,49 @@ def test_a_saved_run_file_gives_the_same_run_from_anywhere(name, tmp_path, monke
     assert given.devices == 2, "as many ranks as one copy of the model needs"
 
 
+def test_a_run_file_pins_no_ranks_that_nobody_gave(tmp_path, monkeypatch):
+    from nemo_modelopt_dropin.script_run import Script, save
+
+    _inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    script = _script("prune")
+    given = script.resolve(RUNS["prune"].replace("--pp 2", "").split())
+    file = save(Script("prune", tmp_path / "out", script.PATHS), command_line.saved_settings(given, script.PATHS))
+    assert script.resolve(["--config", str(file), "--pp", "2"]).devices == 2
+    for name, value in (("LOCAL_WORLD_SIZE", "2"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert script.resolve(["--config", str(file), "--pp", "2"]).devices == 2
+    with pytest.raises(SystemExit, match="2"):
+        script.resolve(["--config", str(file), "--devices", "1"])
+
+
+def test_what_follows_is_left_out_of_a_compressions_run_file(tmp_path, monkeypatch):
+    from nemo_modelopt_dropin.compress import runner
+
+    kept = {}
+    monkeypatch.setattr(runner, "execute", lambda *arguments: kept.update(arguments[5]) or 0)
+    _inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert _script("compress").main([*COMPRESS.split(), "--output", "out", "--tp", "2", "--cpu"]) == 0
+    assert kept["layout"] == {"tp": 2, "pp": 1, "cpu": True}
+    assert "warmup_steps" not in kept["distillation"]
+    assert _script("compress").main([*COMPRESS.split(), "--output", "out", "--devices", "1"]) == 0
+    assert kept["layout"]["devices"] == 1
+
+
+def test_a_training_that_has_seen_all_its_samples_says_so(tmp_path, monkeypatch, capsys):
+    _inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    last = tmp_path / "logs" / "n" / "checkpoints" / "n--val_loss=1.5-epoch=0-consumed_samples=8.0-last"
+    last.mkdir(parents=True)
+    assert _script("distill").main(RUNS["distill"].split()) == 0
+    assert f"nothing to do, n has seen all samples of --max_steps 2 x --gbs 4: {last.relative_to(tmp_path)}" in (
+        capsys.readouterr().err
+    )
+    more = _script("distill").resolve([*RUNS["distill"].split(), "--max_steps", "3"])
+    assert distill_checks.finished(more) is None
+
+
 def test_there_are_as_many_ranks_as_torchrun_started(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert command_line.default_devices(1, 2, 2) == 4
@@ -282,14 +325,13 @@ def test_a_distillation_ends_with_its_figures(cpu_backend):
 
     metrics = {"val_loss": 3.25, "reduced_train_loss": 0.5, "grad_norm": 1.0, "kd_top1_agreement": 0.75}
     first = progress.FirstFigures()
-    trainer = SimpleNamespace(callback_metrics=metrics, global_step=40, callbacks=[first], sanity_checking=True)
-    first.on_validation_end(trainer, None)  # Lightning's trial
+    trainer = SimpleNamespace(callback_metrics=metrics, global_step=40, callbacks=[first])
     first.on_train_batch_end(SimpleNamespace(callback_metrics={"reduced_train_loss": 0.9}), None, None, None, 0)
     first.on_train_batch_end(trainer, None, None, None, 1)
     rows = _script("distill").outcome(trainer, SimpleNamespace(last_model_path="logs/kd/x-last.ckpt"))
     assert list(aligned(rows)) == [
         "steps            40",
-        "training loss    0.5000 (first 0.9000)",
+        "training loss    0.5000 (this run began at 0.9000)",
         "top-1 agreement  0.7500",
         "validation loss  3.2500",
         "checkpoint       logs/kd/x-last",
@@ -417,6 +459,40 @@ def test_validation_takes_whole_global_batches(tmp_path, monkeypatch, limit, lay
             "there is no layer 'decoder.layers.2': the teacher has 2 layers, counted from 0",
         ),
         ("distill", RUNS["distill"] + " --lr -1", "--lr must not be negative, got -1.0"),
+        ("distill", RUNS["distill"] + " --min_lr 1", "--min_lr 1 is above --lr 1e-05"),
+        ("distill", RUNS["distill"] + " --cp 2", "--cp 2: context parallelism needs Transformer Engine"),
+        ("distill", RUNS["distill"] + " --ep 2", "--ep 2 is for models with experts; model has none"),
+        ("distill", RUNS["distill"] + " --teacher-topk teacher", "is not what --dump-teacher-topk wrote"),
+        ("distill", RUNS["distill"].replace("logs", "teacher"), "teacher/n lies inside of --teacher_path teacher"),
+        (
+            "distill",
+            RUNS["distill"] + " --distillation_config values.yaml",
+            "fused_logits must be auto, on or off, got 'maybe'",
+        ),
+        (
+            "distill",
+            RUNS["distill"] + " --distillation_config values.yaml",
+            "logit_kl_direction must be one of forward, reverse, jsd, got 'backward'",
+        ),
+        (
+            "compress",
+            COMPRESSION + " --target-num-layers 1 --distill-min-lr 1",
+            "distillation: min_lr 1 is above lr 0.0001",
+        ),
+        ("compress", COMPRESSION + " --target-num-layers 1 --output model", "model is --teacher itself"),
+        ("compress", COMPRESSION + " --target-num-layers 1 --output text.jsonl", "text.jsonl is a file; give a folder"),
+        (
+            "compress",
+            COMPRESSION + " --target-num-layers 1 --output teacher",
+            "teacher is a checkpoint; give a new folder",
+        ),
+        ("ptq", "-nc model -calib_ds text.jsonl --cpu -out model", "--export_path model is --nemo_checkpoint itself"),
+        ("ptq", "-nc model -calib_ds text.jsonl --cpu -out teacher", "holds a checkpoint of format nemo already"),
+        ("ptq", "-nc model -calib_ds empty.jsonl --cpu", "--calibration_dataset: empty.jsonl is empty"),
+        ("ptq", "-nc model -calib_ds text.jsonl --cpu --tp 4", "2 query groups of model cannot be split over tp 4"),
+        ("prune", IMPORTANCE.replace("out", "model"), "--save_path model is --restore_path itself"),
+        ("prune", IMPORTANCE.replace("text.jsonl", "teacher"), "--text teacher is a folder; give one file"),
+        ("prune", "--restore_path logs --save_path x --drop_layers 1", "did you mean logs/checkpoints/b-last?"),
         (
             "distill",
             RUNS["distill"] + " --distillation_config kd.yaml",
@@ -433,6 +509,9 @@ def test_what_does_not_fit_the_model_is_said_before_nemo_is_loaded(
         _checkpoint(tmp_path / name)
     (tmp_path / "kd.yaml").write_text("logit_kl_temprature: 2\n")
     (tmp_path / "pairs.yaml").write_text("intermediate_layer_pairs: [[decoder.layers.1, decoder.layers.2]]\n")
+    (tmp_path / "values.yaml").write_text("fused_logits: maybe\nlogit_kl_direction: backward\n")
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "logs" / "checkpoints" / "b-last").mkdir(parents=True)
     (tmp_path / "body.jsonl").write_text('{"body": "a"}\n')
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):

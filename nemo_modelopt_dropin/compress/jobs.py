@@ -12,7 +12,7 @@ from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
 
 from nemo import lightning as nl
 from nemo.collections import llm
-from nemo.collections.llm.modelopt import ExportConfig, PruningConfig, QuantizationConfig
+from nemo.collections.llm.modelopt import ExportConfig, ModelOptConfigError, PruningConfig, QuantizationConfig
 from nemo_modelopt_dropin import model_sizes, prune_layout, script_run
 from nemo_modelopt_dropin.compress import exported, heldout, importance, tokens, training
 from nemo_modelopt_dropin.compress.settings import TARGETS, Job, Layout, Training
@@ -36,7 +36,10 @@ def tokenize(folder: Path, job: Job) -> dict[str, Any]:
         for name, path in (("train", job.train_text), ("heldout", job.heldout_text)):
             ids = tokens.encode(path, tokenizer)
             if len(ids) <= job.seq_length + 1:
-                raise ValueError(f"{path} has {len(ids)} tokens; at least {job.seq_length + 2} are needed")
+                raise ModelOptConfigError(
+                    f"{path} has {len(ids)} tokens; at least {job.seq_length + 2} are needed for samples of "
+                    f"{job.seq_length}: give more text, or a smaller --seq-length"
+                )
             np.save(folder / f"{name}.npy", ids)
             counts[f"{name}_tokens"] = len(ids)
             counts[f"{name}_documents"] = len(tokens.read_documents(path))

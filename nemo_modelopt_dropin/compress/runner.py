@@ -52,9 +52,10 @@ def execute(
         verbose: let everything that libraries write through to the terminal.
         settings: of the run, saved as ``run.yaml`` in its folder.
     """
+    started, waiting = time.perf_counter(), pending(make_stages(sys.stderr), root)
     if layout.cpu:
         cpu_environment()
-    elif pending(make_stages(sys.stderr), root):
+    elif waiting:
         try:
             require_gpu()
         except StageError as error:  # before anything is made in the run's folder
@@ -62,13 +63,18 @@ def execute(
             return FAILED
     root.mkdir(parents=True, exist_ok=True)
     started_by_us = launch.STARTED_BY_US in os.environ
-    if not launch.is_rank() and (layout.devices > 1 and pending(make_stages(sys.stderr), root)):
+    if not launch.is_rank() and (layout.devices > 1 and waiting):
         code = launch.run_ranks(layout.devices)
     else:
         code = _as_rank(make_stages, root, layout, verbose, settings)
     if code == OK and not started_by_us and int(os.environ.get("RANK", "0")) == 0:
+        whole = time.perf_counter() - started
         records = {stage.name: read_record(root / stage.name) for stage in make_stages(sys.stderr)}
         code = finish({name: record for name, record in records.items() if record is not None})
+        if waiting:
+            from nemo_modelopt_dropin.report import duration
+
+            sys.stdout.write(f"All of it took {duration(whole)}: the stages, and loading NeMo on every rank.\n")
     return code
 
 

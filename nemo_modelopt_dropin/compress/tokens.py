@@ -19,6 +19,8 @@ from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
 from torch.utils.data import DataLoader, Dataset
 
+from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+
 # Passes over a text that a user should hear of.
 _REMARKABLE = 2
 
@@ -62,7 +64,10 @@ class Windows(Dataset):
 
     def __init__(self, ids: np.ndarray, seq_length: int, samples: int | None = None, seed: int = 0):
         if len(ids) <= seq_length:
-            raise ValueError(f"{len(ids)} tokens are too few for windows of {seq_length} + 1")
+            raise ModelOptConfigError(
+                f"A text of {len(ids)} tokens is too short for samples of {seq_length} and the next token: give more "
+                "text, or a smaller seq_length."
+            )
         self.ids, self.seq_length, self.seed = ids, seq_length, seed
         self.random = samples is not None
         self.samples = samples if samples is not None else (len(ids) - 1) // seq_length
@@ -168,15 +173,22 @@ class TextDataModule(TokenDataModule):
         super().__init__("", checkpoint_tokenizer(checkpoint), **sizes)
         self.texts = {"train": str(text), "heldout": str(heldout_text or text)}
         self.encoded: dict[str, np.ndarray] = {}
+        self._remarked = False
 
     def _ids(self, name: str) -> np.ndarray:
         path = self.texts[name]
         if path not in self.encoded:
             self.encoded[path] = encode(path, self.tokenizer)
-            times = self.train_samples * self.seq_length / len(self.encoded[path])
-            if name == "train" and times > _REMARKABLE and is_global_rank_zero():
-                logging.warning(
-                    f"{path} has {len(self.encoded[path]):,} tokens: {self.train_samples:,} samples of "
-                    f"{self.seq_length} tokens go over it {times:,.0f} times."
-                )
+        if name == "train":
+            self._remark(path, len(self.encoded[path]))
         return self.encoded[path]
+
+    def _remark(self, path: str, tokens: int) -> None:
+        """Warn once where the samples go over the text again and again."""
+        times = self.train_samples * self.seq_length / tokens
+        if times > _REMARKABLE and not self._remarked and is_global_rank_zero():
+            logging.warning(
+                f"{path} has {tokens:,} tokens: {self.train_samples:,} samples of {self.seq_length} tokens go over it "
+                f"{times:,.0f} times."
+            )
+        self._remarked = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -269,7 +270,12 @@ def table(report: dict[str, Any]) -> str:
     sizes = (report["weight_bytes_before"] / mib, report["weight_bytes_after"] / mib)
     rows.append(("weights in this format (MiB)", f"{sizes[0]:.2f}", f"{sizes[1]:.2f}"))
     rows += [(f"{kind} quantizers", "0", str(count)) for kind, count in report["quantizers"].items()]
+    if "effective_bits" in report:
+        rows.append(("bits of a weight", "16", f"{report['effective_bits']:.2f}"))
     lines = [f"  {name:<28}{first:>12}{second:>12}" for name, first, second in rows]
+    chosen = Counter((report.get("formats") or {}).values())
+    if chosen:
+        lines.append("  layers by format: " + ", ".join(f"{count} {name}" for name, count in chosen.most_common()))
     for row in report.get("layers", [])[:_SHOWN_LAYERS]:
         errors = [f"{row[key]:.1f} dB" if key in row else "" for key in ("weight_sqnr_db", "activation_sqnr_db")]
         lines.append(f"  {row['layer']:<44}{errors[0]:>12}{errors[1]:>12}")
@@ -277,6 +283,10 @@ def table(report: dict[str, Any]) -> str:
         lines.insert(
             -min(len(report["layers"]), _SHOWN_LAYERS), f"  {'layers, worst first':<44}{'weight':>12}{'input':>12}"
         )
+    costly = report.get("sensitivity", [])[:_SHOWN_LAYERS]
+    if costly:
+        lines.append(f"  {'alone quantized, costliest first':<44}{'KL (nats)':>12}")
+        lines += [f"  {row['group']:<44}{row['kl_to_original']:>12.2e}" for row in costly]
     return "\n".join(lines)
 
 
@@ -284,8 +294,9 @@ def log(report: dict[str, Any]) -> None:
     """Write the table to NeMo's log, on rank zero."""
     if not is_global_rank_zero():
         return
-    where = "held-out" if report.get("held_out") else "calibration"
-    tokens = f" on {report['evaluation_tokens']} {where} tokens" if "evaluation_tokens" in report else ""
+    where = "that did not calibrate" if report.get("held_out") else "that calibrated it"
+    count = report.get("evaluation_tokens")
+    tokens = "" if count is None else f", compared on {count} tokens of the calibration data {where}"
     logging.info(f"Quantization with {report.get('algorithm')}{tokens}:\n{table(report)}")
 
 
