@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import types
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -80,3 +82,12 @@ def pytest_testnodedown(node, error):
     count = getattr(node, "workeroutput", {}).get("deselected", 0)
     if reporter is not None and "deselected" not in reporter.stats and count:
         reporter.stats["deselected"] = [types.SimpleNamespace() for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def scripts_on_the_path():
+    """Let the scripts be imported as modules."""
+    folder = str(Path(__file__).resolve().parent.parent / "scripts")
+    sys.path.insert(0, folder)
+    yield
+    sys.path.remove(folder)

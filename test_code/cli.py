@@ -1,0 +1,51 @@
+"""Command lines and the files that they name, for the tests of the scripts."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+LLAMA = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "ffn_hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "vocab_size": 128,
+    "gated_linear_unit": True,
+    "normalization": "RMSNorm",
+}
+IMPORTANCE = "--restore_path model --save_path out --text text.jsonl --seq_length 8 --cpu --target_ffn_hidden_size 16"
+COMPRESSION = "--teacher model --train-text text.jsonl --heldout-text text.jsonl"
+COMPRESS = "--teacher model --train-text text.jsonl --heldout-text text.jsonl --target-num-layers 1 --distill-lr 1e-3"
+RUNS = {
+    "ptq": "-nc model -calib_ds text.jsonl --tp 2 --cpu --sq_alpha 1e-1 -algo int8 --disable_kv_cache -out here/q",
+    "prune": "--restore_path model --save_path here/p --text text.jsonl --seq_length 8 --target_num_layers 2 "
+    "--pp 2 --cpu",
+    "distill": "--name n --log_dir logs --model_path model --teacher_path teacher --text text.jsonl --seq_length 8 "
+    "--max_steps 2 --gbs 4 --mbs 2 --lr 1e-5 --tp 2 --cpu",
+}
+
+
+def script_of(name: str) -> ModuleType:
+    """Return a script as a module; the fixture ``scripts_on_the_path`` lets it be found."""
+    return importlib.import_module(name)
+
+
+def inputs(folder: Path) -> dict[str, str]:
+    """Make what the command lines name: folders that look like checkpoints, and a text."""
+    for name in ("model", "teacher"):
+        (folder / name / "context").mkdir(parents=True)
+    (folder / "text.jsonl").write_text('{"text": "a"}\n')
+    return {name: str(folder / name) for name in ("model", "teacher", "text.jsonl")}
+
+
+def checkpoint(folder: Path, **changed) -> Path:
+    """Write the configuration of a tiny Llama, all that sizes are told from."""
+    import yaml
+
+    (folder / "context").mkdir(parents=True)
+    content = {"_target_": "nemo.collections.llm.gpt.model.llama.LlamaModel", "config": {**LLAMA, **changed}}
+    (folder / "context" / "model.yaml").write_text(yaml.safe_dump(content))
+    return folder
