@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -47,8 +48,11 @@ def execute(script: Script, given: argparse.Namespace, work: Callable[[argparse.
     """
     from nemo_modelopt_dropin.compress import runner
 
+    after = f"interrupted; {'the same command goes on from here' if script.keeps_progress else 'nothing was written'}\n"
     code = run_local_ranks(given.devices, given.cpu)
     if code is not None:
+        if code == runner.INTERRUPTED:
+            sys.stderr.write(after)
         return code
     rank = int(os.environ.get("RANK", "0"))
     settings = saved_settings(given, script.paths)
@@ -70,15 +74,14 @@ def execute(script: Script, given: argparse.Namespace, work: Callable[[argparse.
             out.write(f"{script.name}: wrote {script.output} in {time.perf_counter() - started:.0f} s\n")
 
     log = None if given.verbose else _log_file(script.name, rank)
-    after = "the same command goes on from here" if script.keeps_progress else "nothing was written"
     made = not script.output.exists()
-    code = runner.guarded(on_this_rank, log, f"interrupted; {after}")
+    code = runner.guarded(on_this_rank, log, after.strip())
     if made and code == runner.USAGE and rank == 0:
         _unmake(script.output)
     kept = script.output / run_file.NAME
     if code != runner.OK and script.keeps_progress and rank == 0 and script.output.exists() and not kept.exists():
         save(script, settings)  # NeMo moves what lay there before
-    if log is not None and code in (runner.OK, runner.USAGE, runner.INTERRUPTED):
+    if log is not None and code in (runner.OK, runner.USAGE, runner.INTERRUPTED, runner.ENDED):
         log.unlink(missing_ok=True)
     return code
 

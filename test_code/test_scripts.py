@@ -191,10 +191,11 @@ def test_without_a_gpu_and_without_cpu_it_is_said_what_to_give(script, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "model"]
 
 
-def test_ctrl_c_ends_with_130_and_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("layout", [[], ["--tp", "2"]], ids=["one rank", "two ranks"])
+def test_ctrl_c_ends_with_130_and_leaves_nothing(layout, tmp_path):
     (tmp_path / "model" / "context").mkdir(parents=True)
     (tmp_path / "tmp").mkdir()
-    command = [sys.executable, str(ROOT / "scripts" / "ptq.py"), "--cpu", "-nc", "model", "-out", "out"]
+    command = [sys.executable, str(ROOT / "scripts" / "ptq.py"), "--cpu", "-nc", "model", "-out", "out", *layout]
     environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr.readline() == "ptq: loading NeMo\n"

@@ -27,7 +27,8 @@ from nemo_modelopt_dropin.compress.stages import (
     run_stages,
 )
 
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, USAGE, INTERRUPTED, ENDED = 0, 1, 2, 130, 143
+_GOES_ON = "interrupted; the same command goes on from here"
 _RANK_ZERO_FIRST_S = 3.0
 
 MakeStages = Callable[[TextIO], list[Stage]]
@@ -65,6 +66,8 @@ def execute(
     started_by_us = launch.STARTED_BY_US in os.environ
     if not launch.is_rank() and (layout.devices > 1 and waiting):
         code = launch.run_ranks(layout.devices)
+        if code == INTERRUPTED:
+            sys.stderr.write(f"{_GOES_ON}\n")
     else:
         code = _as_rank(make_stages, root, layout, verbose, settings)
     if code == OK and not started_by_us and int(os.environ.get("RANK", "0")) == 0:
@@ -100,7 +103,7 @@ def _as_rank(
             _run_all(make_stages(out), root, layout, console.Teller(out, len(make_stages(out)), rank))
 
     log = None if verbose else root / "log" / f"rank{rank}.txt"
-    return guarded(work, log, "interrupted; the same command goes on from here")
+    return guarded(work, log, _GOES_ON)
 
 
 def require_gpu() -> None:
@@ -135,7 +138,7 @@ def guarded(work: Callable[[TextIO], None], log: Path | None, on_interrupt: str)
             # Lightning turns Ctrl-C into SystemExit(1).
             if interrupted():
                 logging.disable(logging.CRITICAL)  # libraries complain at exit about what was not finished
-                if rank == 0:
+                if rank == 0 and launch.STARTED_BY_US not in os.environ:  # else the process that started it says so
                     out.write(f"{on_interrupt}\n")
                 return INTERRUPTED
             return stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else FAILED
@@ -190,8 +193,8 @@ def _signals() -> Iterator[Callable[[], bool]]:
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, handler)
-    # Comes after another rank failed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(FAILED))
+    # Comes after another rank failed, or the process that started this one was interrupted.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED))
     try:
         yield lambda: bool(seen)
     finally:
