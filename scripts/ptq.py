@@ -189,7 +189,8 @@ def data_problems(name: str, column: str | None = None) -> list[str]:
         return []
     if os.path.exists(name) or glob.glob(name, recursive=True):
         problem = data_files.problem(name, column)
-        return [f"--calibration_dataset: {problem} (--calibration_column)"] if problem else []
+        hint = " (--calibration_column)" if problem and "no column" in problem else ""
+        return [f"--calibration_dataset: {problem}{hint}"] if problem else []
     known = f"neither one of {', '.join(HUB)} nor a file, folder or pattern that is there"
     return [f"--calibration_dataset {name}: {known}{nearest(name, HUB)}"]
 
