@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 _screen: ContextVar[TextIO | None] = ContextVar("nemo_modelopt_screen", default=None)
 # Whose warnings a user can act on; the others stay in the log and are counted.
-_HEEDED = ("nemo_modelopt_dropin", "collections/llm/modelopt", "/modelopt/", "megatron/core/dist_checkpointing")
+_HEEDED = (
+    "nemo_modelopt_dropin",
+    "collections/llm/modelopt",
+    "/modelopt/",
+    "megatron/core/dist_checkpointing",
+    "pytorch/callbacks/model_checkpoint",
+)
 # What tells nothing: modelopt blocks what is not used, and telemetry that nobody asked for ends with an interruption.
 _UNHEEDED = (
     "DEPRECATED",

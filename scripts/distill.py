@@ -191,7 +191,8 @@ def make_trainer(given: argparse.Namespace):
         devices=given.devices,
         num_nodes=given.num_nodes,
         max_steps=given.max_steps,
-        logger=TensorBoardLogger(Path(given.log_dir) / given.name, name="tensorboard", version=""),
+        # A text: NeMo writes the arguments of all this into checkpoints, and cannot write a path.
+        logger=TensorBoardLogger(str(Path(given.log_dir) / given.name), name="tensorboard", version=""),
         log_every_n_steps=min(given.log_interval, given.max_steps),
         val_check_interval=min(given.val_check_interval, given.max_steps),
         limit_val_batches=validation_batches(given),
@@ -293,13 +294,23 @@ def remark(given: argparse.Namespace) -> None:
 
 
 def outcome(trainer: Any, checkpoints: Any) -> list[tuple[str, str]]:
-    """Return the figures of the training, and the checkpoint to go on with."""
+    """Return the figures of the training, and the checkpoint to go on with.
+
+    Raises:
+        RuntimeError: where that cannot be loaded; NeMo only warns when it fails to write what a checkpoint is of.
+    """
     from nemo.lightning.ckpt_utils import ckpt_to_dir
 
     from nemo_modelopt_dropin import progress
 
-    last = checkpoints.last_model_path
-    return [*progress.figures(trainer), ("checkpoint", str(ckpt_to_dir(last)) if last else "none was written")]
+    rows = progress.figures(trainer)
+    if not checkpoints.last_model_path:
+        return [*rows, ("checkpoint", "none was written")]
+    last = ckpt_to_dir(checkpoints.last_model_path)
+    context = last / "context" / "io.json"
+    if trainer.is_global_zero and not (context.is_file() and context.stat().st_size):
+        raise RuntimeError(f"{context} could not be written: NeMo cannot load {last}")
+    return [*rows, ("checkpoint", str(last))]
 
 
 def check_recorded_teacher(given: argparse.Namespace) -> None:

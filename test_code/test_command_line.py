@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import pytest
 
@@ -256,7 +257,7 @@ def test_a_plan_says_what_is_minimised(tmp_path, text, expected):
     assert expected in loss_file.describe(str(tmp_path / "kd.yaml"))
 
 
-def test_a_distillation_ends_with_its_figures(cpu_backend):
+def test_a_distillation_ends_with_its_figures(cpu_backend, tmp_path, monkeypatch):
     from types import SimpleNamespace
 
     from nemo_modelopt_dropin import progress
@@ -264,10 +265,15 @@ def test_a_distillation_ends_with_its_figures(cpu_backend):
 
     metrics = {"val_loss": 3.25, "reduced_train_loss": 0.5, "grad_norm": 1.0, "kd_top1_agreement": 0.75}
     first = progress.FirstFigures()
-    trainer = SimpleNamespace(callback_metrics=metrics, global_step=40, callbacks=[first])
+    trainer = SimpleNamespace(callback_metrics=metrics, global_step=40, callbacks=[first], is_global_zero=True)
     first.on_train_batch_end(SimpleNamespace(callback_metrics={"reduced_train_loss": 0.9}), None, None, None, 0)
     first.on_train_batch_end(trainer, None, None, None, 1)
-    rows = cli.script_of("distill").outcome(trainer, SimpleNamespace(last_model_path="logs/kd/x-last.ckpt"))
+    monkeypatch.chdir(tmp_path)
+    context = Path("logs/kd/x-last/context/io.json")
+    context.parent.mkdir(parents=True)
+    context.write_text("{}")
+    checkpoints = SimpleNamespace(last_model_path="logs/kd/x-last.ckpt")
+    rows = cli.script_of("distill").outcome(trainer, checkpoints)
     assert list(aligned(rows)) == [
         "steps            40",
         "training loss    0.5000 (this run began at 0.9000)",
@@ -275,6 +281,9 @@ def test_a_distillation_ends_with_its_figures(cpu_backend):
         "validation loss  3.2500",
         "checkpoint       logs/kd/x-last",
     ]
+    context.write_text("")  # NeMo goes on where it fails to write it
+    with pytest.raises(RuntimeError, match=r"io.json could not be written: NeMo cannot load logs/kd/x-last"):
+        cli.script_of("distill").outcome(trainer, checkpoints)
 
 
 def test_the_bar_of_a_validation_goes_with_it(cpu_backend, monkeypatch):

@@ -127,33 +127,41 @@ def guarded(work: Callable[[TextIO], None], log: Path | None, on_interrupt: str)
         on_interrupt: what rank zero says after Ctrl-C.
     """
     rank = int(os.environ.get("RANK", "0"))
-    with _signals() as interrupted, screen.quiet(log) as out:
+    with _signals() as seen, screen.quiet(log) as out:
         try:
             work(out)
             return OK
-        except StageError as error:
-            out.write(f"error: {error}\n")
-            return FAILED
-        except (KeyboardInterrupt, SystemExit) as stop:
-            # Lightning turns Ctrl-C into SystemExit(1).
-            if interrupted():
+        except BaseException as error:
+            # A signal decides, whatever came of it: Lightning turns Ctrl-C into SystemExit(1), and libraries may catch
+            # what stops them while they are imported, and raise something else.
+            if signal.SIGINT in seen:
                 logging.disable(logging.CRITICAL)  # libraries complain at exit about what was not finished
                 if rank == 0 and launch.STARTED_BY_US not in os.environ:  # else the process that started it says so
                     out.write(f"{on_interrupt}\n")
                 return INTERRUPTED
-            return stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else FAILED
-        except Exception as error:
-            if _is_users(error):
-                # All ranks check alike: the others speak up only where rank zero did not, and so did not end them.
-                time.sleep(0 if rank == 0 else _RANK_ZERO_FIRST_S)
-                out.write(f"error: {error}\n")
-                return USAGE
-            traceback.print_exc()
-            where = f"\nthe whole story is in {log}" if log else ""
-            # Fiddle, for one, adds all arguments of what it was building.
-            reason = (str(error).strip().splitlines() or [""])[0]
-            out.write(f"error on rank {rank}: {type(error).__name__}: {reason}{where}\n")
-            return FAILED
+            if signal.SIGTERM in seen:
+                return ENDED
+            return _code_of(error, rank, log, out)
+
+
+def _code_of(error: BaseException, rank: int, log: Path | None, out: TextIO) -> int:
+    """Say what went wrong, and return the exit code."""
+    if isinstance(error, StageError):
+        out.write(f"error: {error}\n")
+        return FAILED
+    if not isinstance(error, Exception):
+        return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else FAILED
+    if _is_users(error):
+        # All ranks check alike: the others speak up only where rank zero did not, and so did not end them.
+        time.sleep(0 if rank == 0 else _RANK_ZERO_FIRST_S)
+        out.write(f"error: {error}\n")
+        return USAGE
+    traceback.print_exception(error)
+    where = f"\nthe whole story is in {log}" if log else ""
+    # Fiddle, for one, adds all arguments of what it was building.
+    reason = (str(error).strip().splitlines() or [""])[0]
+    out.write(f"error on rank {rank}: {type(error).__name__}: {reason}{where}\n")
+    return FAILED
 
 
 def _is_users(error: Exception) -> bool:
@@ -183,20 +191,24 @@ def _run_all(stages: list[Stage], root: Path, layout: Layout, tell: console.Tell
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
-    """Yield whether Ctrl-C came, and end on the launcher's SIGTERM; what handled both before does so afterwards."""
+def _signals() -> Iterator[list[int]]:
+    """Yield the signals that came: Ctrl-C, and the launcher's SIGTERM. What handled both before does so afterwards."""
     seen: list[int] = []
 
-    def handler(number, frame):
+    def interrupt(number, frame):
         seen.append(number)
         signal.default_int_handler(number, frame)
 
+    def end(number, frame):
+        seen.append(number)
+        sys.exit(ENDED)
+
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGINT, interrupt)
     # Comes after another rank failed, or the process that started this one was interrupted.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED))
+    signal.signal(signal.SIGTERM, end)
     try:
-        yield lambda: bool(seen)
+        yield seen
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
