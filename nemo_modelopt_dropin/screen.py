@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class Relay(logging.Handler):
         if record.levelno < logging.WARNING:
             shown = heeded and record.levelno == logging.INFO and record.module in _RESULTS
         else:
-            shown = (heeded or record.levelno >= logging.ERROR) and not noise and not _importing()
+            shown = (heeded or record.levelno >= logging.ERROR) and not noise and not importing()
             self.withheld += not shown
         if shown and text not in self._shown:
             self._shown.add(text)
@@ -124,13 +125,13 @@ class Relay(logging.Handler):
             self.stream.write(f"{level}{text}\n")
 
 
-def _importing() -> bool:
-    """Return whether a module is being imported further up the stack."""
-    frame = sys._getframe(1)
+def importing(frame: FrameType | None = None) -> bool:
+    """Return whether a module is being imported further up the stack, the caller's by default."""
+    frame = frame or sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
             return True
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return False
 
 

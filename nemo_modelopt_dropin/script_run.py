@@ -75,7 +75,7 @@ def execute(script: Script, given: argparse.Namespace, work: Callable[[argparse.
 
     log = None if given.verbose else _log_file(script.name, rank)
     made = not script.output.exists()
-    code = runner.guarded(on_this_rank, log, after.strip())
+    code = runner.guarded(on_this_rank, log, after.strip(), keep_log=False)
     if made and code == runner.USAGE and rank == 0:
         _unmake(script.output)
     kept = script.output / run_file.NAME

@@ -118,16 +118,27 @@ def require_gpu() -> None:
         raise StageError("PyTorch sees no GPU on this machine; give --cpu to run on CPU ranks")
 
 
-def guarded(work: Callable[[TextIO], None], log: Path | None, on_interrupt: str) -> int:
+def guarded(work: Callable[[TextIO], None], log: Path | None, on_interrupt: str, keep_log: bool = True) -> int:
     """Do a script's work on this rank, with what libraries write in ``log``, and return the exit code.
 
     Args:
         work: called with the stream to the screen.
         log: file for everything else; None shows everything.
         on_interrupt: what rank zero says after Ctrl-C.
+        keep_log: whether the log stays where a signal ends this process while modules are imported.
     """
     rank = int(os.environ.get("RANK", "0"))
-    with _signals() as seen, screen.quiet(log) as out:
+    says = rank == 0 and launch.STARTED_BY_US not in os.environ  # else the process that started it says so
+    with screen.quiet(log) as out, contextlib.ExitStack() as stack:
+
+        def at_once(code: int) -> None:
+            if code == INTERRUPTED and says:
+                out.write(f"{on_interrupt}\n")
+            if log is not None and not keep_log:
+                log.unlink(missing_ok=True)
+            os._exit(code)
+
+        seen = stack.enter_context(_signals(at_once))
         try:
             work(out)
             return OK
@@ -136,7 +147,7 @@ def guarded(work: Callable[[TextIO], None], log: Path | None, on_interrupt: str)
             # what stops them while they are imported, and raise something else.
             if signal.SIGINT in seen:
                 logging.disable(logging.CRITICAL)  # libraries complain at exit about what was not finished
-                if rank == 0 and launch.STARTED_BY_US not in os.environ:  # else the process that started it says so
+                if says:
                     out.write(f"{on_interrupt}\n")
                 return INTERRUPTED
             if signal.SIGTERM in seen:
@@ -191,16 +202,25 @@ def _run_all(stages: list[Stage], root: Path, layout: Layout, tell: console.Tell
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Yield the signals that came: Ctrl-C, and the launcher's SIGTERM. What handled both before does so afterwards."""
+def _signals(at_once: Callable[[int], None]) -> Iterator[list[int]]:
+    """Yield the signals that came: Ctrl-C, and the launcher's SIGTERM. What handled both before does so afterwards.
+
+    Args:
+        at_once: ends the process with a code. Some libraries catch everything while they are imported, and would go on;
+            nothing of ours is under way then.
+    """
     seen: list[int] = []
 
     def interrupt(number, frame):
         seen.append(number)
+        if screen.importing(frame):
+            at_once(INTERRUPTED)
         signal.default_int_handler(number, frame)
 
     def end(number, frame):
         seen.append(number)
+        if screen.importing(frame):
+            at_once(ENDED)
         sys.exit(ENDED)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
