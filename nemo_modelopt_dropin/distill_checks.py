@@ -23,7 +23,7 @@ _NUMBERS = ("max_steps", "gbs", "mbs", "seq_length", "val_check_interval", "log_
 
 
 def problems(given: argparse.Namespace) -> list[str]:
-    """Return everything that is wrong with the arguments; what needs the models is told where nothing else is wrong."""
+    """Return everything that is wrong with the arguments."""
     models = {name: getattr(given, name) for name in ("model_path", "teacher_path")}
     found = no_checkpoints({f"--{name}": path for name, path in models.items()})
     if given.log_dir and given.name:
@@ -42,7 +42,7 @@ def problems(given: argparse.Namespace) -> list[str]:
     if given.use_chat_data and (len(given.data_paths or []) != 1 or not given.tokenizer):
         found.append("--use-chat-data needs one path in --data_paths, and --tokenizer")
     found += _teacher_problems(given) + _training_problems(given)
-    return found or _model_problems(given)
+    return found + _model_problems(given)
 
 
 def _training_problems(given: argparse.Namespace) -> list[str]:

@@ -96,7 +96,7 @@ def smallest(shape: Shape, targets: Targets) -> Shape:
 
 def budget_problems(shape: Shape | None, limit: Any, targets: Targets) -> list[str]:
     """Return why a model cannot be pruned to a number of parameters, ``target_params`` as it was given."""
-    if shape is None or limit is None:
+    if shape is None or limit is None or budget.problem("", limit):
         return []
     number = budget.parse(limit)
     most = int(number * shape.parameters if number < 1 else number)
@@ -114,6 +114,8 @@ def budget_problems(shape: Shape | None, limit: Any, targets: Targets) -> list[s
 
 def split_problems(path: str | Path | None, tp: int, pp: int) -> list[str]:
     """Return what of a model cannot be split over tensor-parallel ranks and pipeline stages."""
+    if min(tp, pp) < 1:
+        return []  # told with the layout
     shape, found = model_sizes.known(path), []
     if shape is not None and shape.num_attention_heads % tp:
         found.append(f"{shape.num_attention_heads} attention heads of {path} cannot be split over tp {tp}")

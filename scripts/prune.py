@@ -145,8 +145,7 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
         for name, size in sizes.items()
         if not (size >= 1 if isinstance(size, int) else 0 < size < 1)
     ]
-    if not problems and not line.problems:
-        problems += model_problems(arguments, sizes)
+    problems += model_problems(arguments, sizes)
     if arguments.drop_layers and given:
         problems.append(f"--drop_layers cannot be combined with --{', --'.join(given)}")
     if not arguments.drop_layers:

@@ -52,7 +52,7 @@ _FOLDERS = {"trtllm": "./qnemo_{algorithm}_tp{inference_tp}_pp{inference_pp}", "
 
 def parser() -> Parser:
     """Return the command line."""
-    found = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    found = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = found.add_argument_group("model")
     model.add_argument("-nc", "--nemo_checkpoint", required=True, help="NeMo 2 checkpoint")
     model.add_argument("--tokenizer", help="tokenizer to use in place of the checkpoint's")
@@ -174,11 +174,14 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
         problems.append(
             f"--algorithm {arguments.algorithm} needs CUDA kernels: leave --cpu out on a machine with a GPU"
         )
-    if not problems:
-        problems += split_problems(arguments.nemo_checkpoint, arguments.calibration_tp, arguments.calibration_pp)
-        block, shape = hf_block(arguments.algorithm, arguments.awq_block_size), known(arguments.nemo_checkpoint)
-        if arguments.export_format == "hf" and block and shape is not None:
-            problems += block_problems(shape, arguments.calibration_tp, block)
+    for name in arguments.auto_quantize_formats.split(","):
+        if name not in ALGORITHMS[2:] and not name.endswith("_CFG") and not os.path.isfile(name):
+            known_names = f"one of {', '.join(ALGORITHMS[2:])}, or a preset of modelopt (..._CFG)"
+            problems.append(f"--auto_quantize_formats: {name!r} is not {known_names}{nearest(name, ALGORITHMS[2:])}")
+    problems += split_problems(arguments.nemo_checkpoint, arguments.calibration_tp, arguments.calibration_pp)
+    block, shape = hf_block(arguments.algorithm, arguments.awq_block_size), known(arguments.nemo_checkpoint)
+    if arguments.export_format == "hf" and block and block > 0 and shape is not None and arguments.calibration_tp > 0:
+        problems += block_problems(shape, arguments.calibration_tp, block)
     line.refuse(problems)
     return arguments
 

@@ -61,6 +61,11 @@ def test_what_is_no_checkpoint_is_said_before_nemo_is_loaded(
     [
         ("ptq", "-nc model -calib_ds text.jsonl --cpu -algo nvfp4", "--algorithm nvfp4 needs CUDA kernels"),
         ("ptq", "-nc model -calib_ds text.jsonl --cpu --tp 3", "4 attention heads of model cannot be split over tp 3"),
+        (
+            "ptq",
+            "-nc model -calib_ds text.jsonl --cpu -algo auto --auto_quantize_bits 6 --auto_quantize_formats int8,fp9",
+            "--auto_quantize_formats: 'fp9' is not one of int8",
+        ),
         ("ptq", "-nc model -calib_ds text.jsonl --cpu --pp 3", "2 layers of model cannot be split over pp 3"),
         (
             "prune",
@@ -182,6 +187,23 @@ def test_what_does_not_fit_the_model_is_said_before_nemo_is_loaded(
     with pytest.raises(SystemExit, match="2"):
         cli.script_of(script).resolve(command.split())
     assert message in capsys.readouterr().err
+
+
+def test_what_does_not_fit_the_model_is_said_with_the_rest(tmp_path, monkeypatch, capsys):
+    cli.inputs(tmp_path)
+    shutil.rmtree(tmp_path / "model")
+    cli.checkpoint(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    for script, command, expected in (
+        ("prune", "--restore_path model --save_path x --target_num_attention_heads 3 --drop_layers 9", 3),
+        ("distill", cli.RUNS["distill"].replace("--tp 2", "--tp 3") + " --gbs 3 --lr -1", 3),
+        ("compress", cli.COMPRESSION + " --target-num-layers 9 --tp 3 --distill-lr 0 --target-params 3", 4),
+        ("ptq", "-nc model -calib_ds none.jsonl --cpu --tp 3 -bs 0", 3),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            cli.script_of(script).resolve(command.split())
+        found = capsys.readouterr().err.splitlines()
+        assert len(found) == expected + 1, found  # and "see --help"
 
 
 def test_the_settings_of_losses_are_those_of_the_configuration(cpu_backend):

@@ -200,7 +200,7 @@ class Job:
             found.append(f"seq_length must be at least 2, got {self.seq_length}")
         if not found and teacher_exists and self.teacher and not self.pruning.drop_layers:
             found += prune_layout.problems(self.teacher, self.layout.devices * self.layout.num_nodes)
-        if not found and teacher_exists and self.teacher:
+        if teacher_exists and self.teacher:
             found += model_checks.split_problems(self.teacher, self.layout.tp, self.layout.pp) + self._size_problems()
         return found
 
@@ -217,7 +217,7 @@ class Job:
         if left is not None and pruning.drop_layers:
             left -= len(pruning.drop_layers)
         found += model_checks.pair_problems(self.distill_config, {"student": left, "teacher": layers})
-        block = self.quantization.block_in_hf()
+        block = self.quantization.block_in_hf() if self.layout.tp > 0 and self.quantization.awq_block_size > 0 else None
         # Sizes that a search will choose are checked when the files are written.
         if not found and shape is not None and block and self.pruning.target_params is None:
             found += model_checks.block_problems(shape.pruned(targets), self.layout.tp, block)
