@@ -36,12 +36,15 @@ def run_ranks(count: int, argv: Sequence[str] | None = None) -> int:
         subprocess.Popen(command, env=_environment(rank, count, port), preexec_fn=_die_with_parent)
         for rank in range(count)
     ]
+    # A shell's background jobs start with Ctrl-C's signal ignored, and then one sent on purpose would be too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return _wait(children)
     except KeyboardInterrupt:
         return 130
     finally:
         _end(children)
+        signal.signal(signal.SIGINT, before)
 
 
 def free_port() -> int:
