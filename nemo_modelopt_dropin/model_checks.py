@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from nemo_modelopt_dropin import budget, loss_file, model_sizes
+from nemo_modelopt_dropin.command_line import derive
 from nemo_modelopt_dropin.model_sizes import Shape
 
 # Width hparams whose size GPU kernels want as a multiple of something.
 ROUNDED = ("hidden_size", "ffn_hidden_size", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
 TENSOR_CORE_MULTIPLE = 8
 _ROUND_TO = 64
+STAGES = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
 Targets = Mapping[str, int | float | None]
 
 
@@ -126,14 +130,16 @@ def split_problems(path: str | Path | None, tp: int, pp: int) -> list[str]:
     return found
 
 
-def unequal_or_nothing(path: str | Path | None, stages: int) -> dict[str, int]:
-    """Return what `model_sizes.unequal_stages` does; nothing where `split_problems` has something to tell."""
-    if not path or stages < 1:
-        return {}
-    try:
-        return model_sizes.unequal_stages(path, stages)
-    except ValueError:
-        return {}
+def derive_stages(given: argparse.Namespace, path: str | None, stages: int) -> None:
+    """Let first and last pipeline stage follow from the model's depth, unless one of them was given.
+
+    Nothing is set where `split_problems` has something to tell.
+    """
+    if not path or stages < 1 or any(getattr(given, name) for name in STAGES):
+        return
+    with contextlib.suppress(ValueError):
+        for name, layers in model_sizes.unequal_stages(path, stages).items():
+            derive(given, name, layers)
 
 
 def block_problems(shape: Shape, tp: int, block: int) -> list[str]:

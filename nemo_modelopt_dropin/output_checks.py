@@ -21,6 +21,11 @@ def formats_in(folder: Path) -> list[str]:
     return [name for name, marks in _MARKS.items() if any(any(folder.glob(mark)) for mark in marks)]
 
 
+def problems(flag: str, output: str | None, inputs: Mapping[str, str | None], wanted: str) -> list[str]:
+    """Return why a checkpoint of the format ``wanted`` cannot be written to a folder; see the two that follow."""
+    return place_problems(flag, output, inputs) or content_problems(flag, output, wanted)
+
+
 def place_problems(flag: str, output: str | None, inputs: Mapping[str, str | None]) -> list[str]:
     """Return why a folder cannot be written, or what of the inputs would be overwritten.
 

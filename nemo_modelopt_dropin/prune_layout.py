@@ -25,9 +25,8 @@ def for_importance(checkpoint: str | Path, ranks: int) -> dict[str, int | None]:
     Raises:
         ValueError: for more ranks than the model has layers.
     """
-    layers = model_sizes.layers(checkpoint)
-    first, last = (None, None) if layers is None else model_sizes.stage_layers(layers, ranks)
-    return {"tp_size": 1, "pp_size": ranks, FIRST: first, LAST: last}
+    even: dict[str, int | None] = {"tp_size": 1, "pp_size": ranks, FIRST: None, LAST: None}
+    return even | model_sizes.unequal_stages(checkpoint, ranks)
 
 
 def problems(checkpoint: str | Path, ranks: int) -> list[str]:

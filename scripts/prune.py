@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from nemo_modelopt_dropin import budget, model_sizes, prune_layout
+from nemo_modelopt_dropin import budget, model_sizes, output_checks, prune_layout
 from nemo_modelopt_dropin.command_line import (
     Parser,
     absolute_paths,
@@ -31,12 +31,11 @@ from nemo_modelopt_dropin.command_line import (
 )
 from nemo_modelopt_dropin.model_checks import (
     budget_problems,
+    derive_stages,
     drop_problems,
     split_problems,
     target_problems,
-    unequal_or_nothing,
 )
-from nemo_modelopt_dropin.output_checks import content_problems, place_problems
 
 PATHS = (
     "restore_path",
@@ -123,15 +122,12 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = line.read(argv)
     derive(arguments, "num_nodes", default_nodes(1))
     derive(arguments, "devices", default_devices(arguments.num_nodes, arguments.tp_size, arguments.pp_size))
-    if not arguments.num_layers_in_first_pipeline_stage and not arguments.num_layers_in_last_pipeline_stage:
-        for name, layers in unequal_or_nothing(arguments.restore_path, arguments.pp_size).items():
-            derive(arguments, name, layers)
+    derive_stages(arguments, arguments.restore_path, arguments.pp_size)
     derive(arguments, "report_path", f"{(arguments.save_path or '').rstrip('/')}.report")
     given = [name for name in (*TARGETS, *BUDGETS) if getattr(arguments, name) is not None]
     problems = no_checkpoints({"--restore_path": arguments.restore_path})
-    problems += place_problems(
-        "--save_path", arguments.save_path, {"--restore_path": arguments.restore_path}
-    ) or content_problems("--save_path", arguments.save_path, "nemo")
+    inputs = {"--restore_path": arguments.restore_path}
+    problems += output_checks.problems("--save_path", arguments.save_path, inputs, "nemo")
     problems += text_problems({"--text": arguments.text, "--heldout_text": arguments.heldout_text})
     problems += layout_problems(arguments.devices, arguments.num_nodes, arguments.tp_size, arguments.pp_size)
     problems += not_positive(arguments, ("max_candidates", "heldout_batches"))

@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from nemo_modelopt_dropin import data_files, model_checks
+from nemo_modelopt_dropin import data_files, output_checks
 from nemo_modelopt_dropin.command_line import (
     Parser,
     default_devices,
@@ -25,9 +25,8 @@ from nemo_modelopt_dropin.command_line import (
     no_checkpoints,
     not_positive,
 )
-from nemo_modelopt_dropin.model_checks import block_problems, hf_block, split_problems
+from nemo_modelopt_dropin.model_checks import STAGES, block_problems, derive_stages, hf_block, split_problems
 from nemo_modelopt_dropin.model_sizes import known
-from nemo_modelopt_dropin.output_checks import content_problems, place_problems
 
 ALGORITHMS = ("no_quant", "auto", "int8", "int8_sq", "fp8", "block_fp8", "int4_awq", "w4a8_awq", "int4", "nvfp4")
 PATHS = (
@@ -151,16 +150,12 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     if arguments.export_path is None:
         name = _FOLDERS.get(arguments.export_format, "./nemo_{algorithm}")
         arguments.export_path = name.format(**vars(arguments))
-    if not arguments.num_layers_in_first_pipeline_stage and not arguments.num_layers_in_last_pipeline_stage:
-        unequal = model_checks.unequal_or_nothing(arguments.nemo_checkpoint, arguments.calibration_pp)
-        for name, layers in unequal.items():
-            derive(arguments, name, layers)
+    derive_stages(arguments, arguments.nemo_checkpoint, arguments.calibration_pp)
     for option, ending in (("calibration_state", "calibration-state"), ("report_path", "report")):
         derive(arguments, option, f"{arguments.export_path.rstrip('/')}.{ending}")
     problems = no_checkpoints({"--nemo_checkpoint": arguments.nemo_checkpoint})
-    problems += place_problems(
-        "--export_path", arguments.export_path, {"--nemo_checkpoint": arguments.nemo_checkpoint}
-    ) or content_problems("--export_path", arguments.export_path, arguments.export_format)
+    inputs = {"--nemo_checkpoint": arguments.nemo_checkpoint}
+    problems += output_checks.problems("--export_path", arguments.export_path, inputs, arguments.export_format)
     if arguments.algorithm != "no_quant":
         problems += data_problems(arguments.calibration_dataset, arguments.calibration_column)
     problems += layout_problems(
@@ -232,13 +227,12 @@ def work(arguments: argparse.Namespace) -> list[tuple[str, str]]:
         report_path=None if arguments.no_report else arguments.report_path,
     )
     same_name = ("calibration_tp", "calibration_pp", "devices", "num_nodes", "legacy_ckpt", "trust_remote_code")
-    stages = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
     llm.ptq(
         model_path=arguments.nemo_checkpoint,
         export_config=export,
         quantization_config=quantization,
         tokenizer_path=arguments.tokenizer,
-        **{name: getattr(arguments, name) for name in same_name + stages},
+        **{name: getattr(arguments, name) for name in same_name + STAGES},
     )
     return outcome(arguments)
 

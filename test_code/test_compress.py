@@ -143,7 +143,7 @@ def test_a_text_that_is_gone_over_again_and_again_is_mentioned(teacher, monkeypa
     from nemo_modelopt_dropin.compress import tokens
 
     heard: list[str] = []
-    monkeypatch.setattr(tokens.logging, "warning", heard.append)
+    monkeypatch.setattr(tokens.screen, "warn", heard.append)
     count = len(tokens.encode(teacher / "train.jsonl", tokens.checkpoint_tokenizer(teacher / "checkpoint")))
     samples = round(passes * count / 32)
     sizes = {"seq_length": 32, "micro_batch_size": 1, "global_batch_size": 1, "train_samples": samples}

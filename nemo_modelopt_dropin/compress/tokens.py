@@ -15,11 +15,10 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
-from nemo.utils import logging
-from nemo.utils.get_rank import is_global_rank_zero
 from torch.utils.data import DataLoader, Dataset
 
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+from nemo_modelopt_dropin import screen
 
 # Passes over a text that a user should hear of.
 _REMARKABLE = 2
@@ -186,8 +185,8 @@ class TextDataModule(TokenDataModule):
     def _remark(self, path: str, tokens: int) -> None:
         """Warn once where the samples go over the text again and again."""
         times = self.train_samples * self.seq_length / tokens
-        if times > _REMARKABLE and not self._remarked and is_global_rank_zero():
-            logging.warning(
+        if times > _REMARKABLE and not self._remarked:
+            screen.warn(
                 f"{path} has {tokens:,} tokens: {self.train_samples:,} samples of {self.seq_length} tokens go over it "
                 f"{times:,.0f} times."
             )
