@@ -12,13 +12,12 @@ from typing import Any
 
 from nemo_modelopt_dropin import budget, loss_file, model_sizes
 from nemo_modelopt_dropin.command_line import derive
-from nemo_modelopt_dropin.model_sizes import Shape
+from nemo_modelopt_dropin.model_sizes import STAGES, Shape
 
 # Width hparams whose size GPU kernels want as a multiple of something.
 ROUNDED = ("hidden_size", "ffn_hidden_size", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
 TENSOR_CORE_MULTIPLE = 8
 _ROUND_TO = 64
-STAGES = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
 Targets = Mapping[str, int | float | None]
 
 

@@ -26,6 +26,10 @@ WEIGHT_BITS = {
 }
 
 
+# Settings of how many layers the outer pipeline stages hold.
+STAGES = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+
+
 class UnknownModel(ValueError):
     """A model whose sizes cannot be told from its configuration; the message says why."""
 
@@ -175,7 +179,7 @@ def unequal_stages(checkpoint: str | Path, stages: int) -> dict[str, int]:
     first, last = (None, None) if depth is None else stage_layers(depth, stages)
     if first is None or last is None:
         return {}
-    return {"num_layers_in_first_pipeline_stage": first, "num_layers_in_last_pipeline_stage": last}
+    return dict(zip(STAGES, (first, last), strict=True))
 
 
 def _from_nemo(name: str, config: Mapping[str, Any], folder: Path) -> Shape:

@@ -12,7 +12,7 @@ from typing import Any
 
 from nemo_modelopt_dropin import model_sizes
 
-FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
+FIRST, LAST = model_sizes.STAGES
 
 
 def for_importance(checkpoint: str | Path, ranks: int) -> dict[str, int | None]:

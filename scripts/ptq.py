@@ -25,8 +25,8 @@ from nemo_modelopt_dropin.command_line import (
     no_checkpoints,
     not_positive,
 )
-from nemo_modelopt_dropin.model_checks import STAGES, block_problems, derive_stages, hf_block, split_problems
-from nemo_modelopt_dropin.model_sizes import known
+from nemo_modelopt_dropin.model_checks import block_problems, derive_stages, hf_block, split_problems
+from nemo_modelopt_dropin.model_sizes import STAGES, known
 
 ALGORITHMS = ("no_quant", "auto", "int8", "int8_sq", "fp8", "block_fp8", "int4_awq", "w4a8_awq", "int4", "nvfp4")
 PATHS = (

@@ -163,16 +163,6 @@ def weight_errors(core: torch.nn.Module) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: (row["layer"], row["matrix"]))
 
 
-def model_bytes(checkpoint: str | Path) -> int:
-    """Return the bytes of a NeMo checkpoint's model on disk, those of an optimizer beside it left out."""
-    return report.bytes_on_disk(Path(checkpoint)) or 0
-
-
-def folder_bytes(path: str | Path) -> int:
-    """Return the size of all files below a folder."""
-    return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
-
-
 def shape(core: torch.nn.Module) -> dict[str, Any]:
     """Return the sizes that pruning changes."""
     names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
@@ -198,6 +188,6 @@ def measure(checkpoint: str | Path, tokens: Path, layout: Layout, seq_length: in
         f"heldout_{k}": v for k, v in heldout_loss(core, np.load(tokens), seq_length, batch_size).items()
     }
     found |= parameters(core) | {"weight_errors": weight_errors(core)}
-    found |= {"shape": shape(core), "bytes": model_bytes(checkpoint), "device": device_name()}
+    found |= {"shape": shape(core), "bytes": report.bytes_on_disk(Path(checkpoint)), "device": device_name()}
     training.release()
     return found

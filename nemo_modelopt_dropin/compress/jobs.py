@@ -13,6 +13,7 @@ from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
 from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.collections.llm.modelopt import ExportConfig, ModelOptConfigError, PruningConfig, QuantizationConfig
+from nemo.collections.llm.modelopt.quantization import report
 from nemo_modelopt_dropin import model_sizes, prune_layout, script_run
 from nemo_modelopt_dropin.compress import exported, heldout, importance, tokens, training
 from nemo_modelopt_dropin.compress.settings import TARGETS, Job, Layout, Training
@@ -227,7 +228,7 @@ def export(folder: Path, job: Job, quantized: Path, token_folder: Path) -> dict[
                     modelopt_export_kwargs={"verify": job.quantization.verify},
                 )
             beside.rename(path)
-        result[target] = {"path": str(path), "bytes": heldout.folder_bytes(path)}
+        result[target] = {"path": str(path), "bytes": report.bytes_on_disk(path)}
         if target == "hf":
             ids = np.load(token_folder / "heldout.npy")
             batch = job.distillation.micro_batch_size
