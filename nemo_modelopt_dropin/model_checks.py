@@ -141,8 +141,13 @@ def derive_stages(given: argparse.Namespace, path: str | None, stages: int) -> N
             derive(given, name, layers)
 
 
-def block_problems(shape: Shape, tp: int, block: int) -> list[str]:
-    """Return the inputs of a model's layers, on each of the tp ranks, that blocks of weights do not divide."""
+def block_problems(shape: Shape | None, tp: int, block: int | None) -> list[str]:
+    """Return the inputs of a model's layers, on each of the tp ranks, that blocks of weights do not divide.
+
+    Nothing for no blocks (None), and for numbers below 1, which are told by themselves.
+    """
+    if shape is None or block is None or min(tp, block) < 1:
+        return []
     widths = {
         "hidden_size": shape.hidden_size,
         "ffn_hidden_size": shape.ffn_hidden_size // tp,

@@ -174,9 +174,9 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
             known_names = f"one of {', '.join(ALGORITHMS[2:])}, or a preset of modelopt (..._CFG)"
             problems.append(f"--auto_quantize_formats: {name!r} is not {known_names}{nearest(name, ALGORITHMS[2:])}")
     problems += split_problems(arguments.nemo_checkpoint, arguments.calibration_tp, arguments.calibration_pp)
-    block, shape = hf_block(arguments.algorithm, arguments.awq_block_size), known(arguments.nemo_checkpoint)
-    if arguments.export_format == "hf" and block and block > 0 and shape is not None and arguments.calibration_tp > 0:
-        problems += block_problems(shape, arguments.calibration_tp, block)
+    if arguments.export_format == "hf":
+        block = hf_block(arguments.algorithm, arguments.awq_block_size)
+        problems += block_problems(known(arguments.nemo_checkpoint), arguments.calibration_tp, block)
     line.refuse(problems)
     return arguments
 

@@ -141,6 +141,11 @@ def test_what_is_no_checkpoint_is_said_before_nemo_is_loaded(
             "logit_kl_direction must be one of forward, reverse, jsd, got 'backward'",
         ),
         (
+            "distill",
+            cli.RUNS["distill"] + " --distillation_config lists.yaml",
+            "logit_kl_direction must be one of forward, reverse, jsd, got ['forward']",
+        ),
+        (
             "compress",
             cli.COMPRESSION + " --target-num-layers 1 --distill-min-lr 1",
             "distillation: min_lr 1 is above lr 0.0001",
@@ -180,6 +185,7 @@ def test_what_does_not_fit_the_model_is_said_before_nemo_is_loaded(
     (tmp_path / "kd.yaml").write_text("logit_kl_temprature: 2\n")
     (tmp_path / "pairs.yaml").write_text("intermediate_layer_pairs: [[decoder.layers.1, decoder.layers.2]]\n")
     (tmp_path / "values.yaml").write_text("fused_logits: maybe\nlogit_kl_direction: backward\n")
+    (tmp_path / "lists.yaml").write_text("logit_kl_direction: [forward]\n")
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "logs" / "checkpoints" / "b-last").mkdir(parents=True)
     (tmp_path / "body.jsonl").write_text('{"body": "a"}\n')

@@ -217,9 +217,9 @@ class Job:
         if left is not None and pruning.drop_layers:
             left -= len(pruning.drop_layers)
         found += model_checks.pair_problems(self.distill_config, {"student": left, "teacher": layers})
-        block = self.quantization.block_in_hf() if self.layout.tp > 0 and self.quantization.awq_block_size > 0 else None
         # Sizes that a search will choose are checked when the files are written.
-        if not found and shape is not None and block and self.pruning.target_params is None:
+        if not found and shape is not None and pruning.target_params is None:
+            block = self.quantization.block_in_hf()
             found += model_checks.block_problems(shape.pruned(targets), self.layout.tp, block)
         return found
 
