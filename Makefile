@@ -1,5 +1,6 @@
 # make demo   watch a GPT being pruned, distilled, quantized and exported on this machine's CPU
 # make test   lint, types, the documentation and every CPU test
+# make test-slow   the tests that take minutes: interruptions at random moments, many random models, an older processor's arithmetic
 # make docs   the documentation as a site, build/site/index.html
 # make test-compat   the tests on the other supported versions; ROW=nemo-2.6.2 TESTS="test_code/test_pruner.py" for a part
 PYTHON ?= python3
@@ -13,7 +14,7 @@ SOURCES := nemo nemo_modelopt_dropin scripts test_code benchmarks examples
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-compat lint types docs bench clean
+.PHONY: setup demo test test-slow test-compat lint types docs bench clean
 
 setup: $(READY)
 
@@ -47,6 +48,11 @@ docs: $(DOCS_VENV)/.ready
 
 test: lint types docs
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+# `SLOW_TIMEOUT` bounds one test, in seconds.
+SLOW_TIMEOUT ?= 3600
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'slow and not gpu' --timeout $(SLOW_TIMEOUT)
 
 test-compat: $(READY)
 	$(BIN)/python scripts/test_compat.py $(if $(ROW),--row $(ROW)) $(if $(TESTS),-- $(TESTS))
