@@ -26,6 +26,7 @@ from nemo_modelopt_dropin.compress.stages import (
     read_record,
     run_stages,
 )
+from nemo_modelopt_dropin.errors import InUseError, ModelOptConfigError
 
 OK, FAILED, USAGE, INTERRUPTED, ENDED = 0, 1, 2, 130, 143
 _GOES_ON = "interrupted; the same command goes on from here"
@@ -157,12 +158,12 @@ def guarded(work: Callable[[TextIO], None], log: Path | None, on_interrupt: str,
 
 def _code_of(error: BaseException, rank: int, log: Path | None, out: TextIO) -> int:
     """Say what went wrong, and return the exit code."""
-    if isinstance(error, StageError):
+    if isinstance(error, (StageError, InUseError)):
         out.write(f"error: {error}\n")
         return FAILED
     if not isinstance(error, Exception):
         return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else FAILED
-    if _is_users(error):
+    if isinstance(error, ModelOptConfigError):
         # All ranks check alike: the others speak up only where rank zero did not, and so did not end them.
         time.sleep(0 if rank == 0 else _RANK_ZERO_FIRST_S)
         out.write(f"error: {error}\n")
@@ -173,12 +174,6 @@ def _code_of(error: BaseException, rank: int, log: Path | None, out: TextIO) -> 
     reason = (str(error).strip().splitlines() or [""])[0]
     out.write(f"error on rank {rank}: {type(error).__name__}: {reason}{where}\n")
     return FAILED
-
-
-def _is_users(error: Exception) -> bool:
-    """Return whether this is our error for what a user can put right, without importing NeMo to know."""
-    errors = sys.modules.get("nemo.collections.llm.modelopt.errors")
-    return errors is not None and isinstance(error, errors.ModelOptConfigError)
 
 
 def _run_all(stages: list[Stage], root: Path, layout: Layout, tell: console.Teller) -> None:

@@ -1,12 +1,8 @@
 """The one error type for what a user can put right."""
 
+from nemo_modelopt_dropin.errors import ModelOptConfigError
 
-class ModelOptConfigError(ValueError, AssertionError):
-    """A setting or combination of settings that cannot work.
-
-    It is a ``ValueError``, and an ``AssertionError`` too because the stock subpackage asserted its checks and callers
-    may catch that. The message says what was given, what is allowed and what to do.
-    """
+__all__ = ["ModelOptConfigError", "one_of"]
 
 
 def one_of(name: str, value: object, allowed) -> None:

@@ -1,0 +1,273 @@
+"""Write and replace files and folders without losing what is not ours. Standard library only.
+
+Three rules hold for everything that this package writes:
+
+- It deletes or replaces only folders that carry its marker, and in them only the entries that the marker lists.
+- It writes beside the target and renames, so that readers see the old content or the new, never half of it.
+- One run at a time writes to an output (see `locks`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from nemo_modelopt_dropin.errors import ModelOptConfigError
+
+MARKER = ".nemo-modelopt.json"
+_SHOWN = 3
+_UNFINISHED = "unfinished "
+
+
+# --- whose folder it is -----------------------------------------------------------------------------------------------
+
+
+def mark(folder: Path, kind: str, entries: Iterable[str] | None = None) -> None:
+    """Mark a folder as written by this package.
+
+    Args:
+        folder: The folder; it must exist.
+        kind: What it holds, for example "calibration state".
+        entries: Names of the entries that are ours; by default everything that is in the folder now.
+    """
+    folder = Path(folder)
+    found = sorted(_names(folder)) if entries is None else sorted(set(entries))
+    write_json(folder / MARKER, {"kind": kind, "entries": found})
+
+
+def claim(folder: Path, *names: str) -> None:
+    """Add entries to a marked folder's own; do nothing if the folder has no marker."""
+    content = _marker(Path(folder))
+    if content is not None:
+        mark(folder, content["kind"], {*content["entries"], *names})
+
+
+def kind_of(folder: Path) -> str | None:
+    """Return the kind of content of a marked folder, or None if it carries no marker."""
+    content = _marker(Path(folder))
+    return content["kind"] if content else None
+
+
+def is_ours(folder: Path, kind: str) -> bool:
+    """Return whether this package wrote the folder, as content of this kind."""
+    return kind_of(folder) == kind
+
+
+def problem(path: Path, kind: str) -> str | None:
+    """Return why content of a kind cannot be written to a path without losing something there, or None if it can.
+
+    A path that does not exist, an empty folder and a folder of ours with this kind of content are free to use.
+    """
+    path = Path(path)
+    if not path.exists():
+        return f"{path} is a broken link; remove it or use another folder" if path.is_symlink() else None
+    if not path.is_dir():
+        return f"{path} is a file; use a folder"
+    names, found = _names(path), kind_of(path)
+    if found == kind or (not names and found is None):
+        return None
+    if found is not None:
+        return f"{path} holds a {found}, not a {kind}; use another folder, or remove it yourself"
+    return (
+        f"{path} holds {_listed(names)}, which this package did not write and will not replace; use another folder, "
+        "or move them away"
+    )
+
+
+def check(path: Path, kind: str, setting: str) -> None:
+    """Raise an error if writing content of a kind to a path would lose something.
+
+    Args:
+        path: The folder that is to be written.
+        kind: Its kind of content.
+        setting: Name of the setting or flag that holds the path, for the message.
+
+    Raises:
+        ModelOptConfigError: With what is there and what to do.
+    """
+    found = problem(path, kind)
+    if found:
+        raise ModelOptConfigError(f"{setting}: {found}.")
+
+
+def remove(folder: Path, kind: str) -> None:
+    """Remove our entries of a folder, and the folder if nothing else is in it; do nothing if it does not exist.
+
+    Raises:
+        ModelOptConfigError: If the folder is neither empty nor ours.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        return
+    check(folder, kind, "cannot remove")
+    for name in (_marker(folder) or {"entries": ()})["entries"]:
+        _delete(folder / name)
+    if _names(folder):
+        return  # what a user put there keeps the marker, so that the folder can be written again
+    (folder / MARKER).unlink(missing_ok=True)
+    if not folder.is_symlink():
+        folder.rmdir()
+
+
+def _marker(folder: Path) -> dict[str, Any] | None:
+    """Return the content of a folder's marker, or None if there is none that can be read."""
+    try:
+        content = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(content, dict) or not isinstance(content.get("kind"), str):
+        return None
+    entries = content.get("entries")
+    if not isinstance(entries, list):
+        return None
+    # A marker is a file that anybody may have written: it reaches nothing outside its folder.
+    return {"kind": content["kind"], "entries": [one for one in entries if isinstance(one, str) and _is_name(one)]}
+
+
+def _is_name(entry: str) -> bool:
+    return entry not in ("", ".", "..", MARKER) and "/" not in entry and "\0" not in entry
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.name != MARKER)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# --- write beside, then rename ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path to write a file to; it replaces the file at ``path`` if the context ends without an error."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside.unlink(missing_ok=True)  # a link that somebody put there must not be written through
+    try:
+        yield beside
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one step: readers see the old file or the new one."""
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any, default: Callable[[Any], Any] | None = None) -> None:
+    """Write a JSON file in one step.
+
+    Args:
+        path: The file.
+        content: What it holds.
+        default: Called for objects that JSON does not have, as for ``json.dump``.
+    """
+    write_text(path, json.dumps(content, indent=1, default=default))
+
+
+def staging(target: Path, kind: str) -> Path:
+    """Return an empty folder beside a target, to write its new content into; `publish` puts it into place.
+
+    What a killed run left there is removed, and what it left between the two renames of `publish` is put back.
+
+    Raises:
+        ModelOptConfigError: If the target or the folder beside it holds something that is not ours.
+    """
+    target = _resolved(target)
+    check(target, kind, "cannot write")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _recover(target, kind)
+    beside = target.with_name(f".{target.name}.partial")
+    discard(beside, kind)
+    beside.mkdir()
+    mark(beside, _UNFINISHED + kind)
+    return beside
+
+
+def discard(beside: Path, kind: str) -> None:
+    """Remove a folder that `staging` returned, with all that was written into it.
+
+    Raises:
+        ModelOptConfigError: If the folder is neither empty nor one that `staging` made.
+    """
+    if not os.path.lexists(beside):
+        return
+    if beside.is_symlink() or not is_ours(beside, kind):  # `publish` was killed between the mark and the rename
+        check(beside, _UNFINISHED + kind, "cannot remove")
+    _delete(beside)
+
+
+def publish(beside: Path, target: Path, kind: str) -> None:
+    """Move a finished folder from `staging` into place.
+
+    The target's earlier content is replaced as a whole; what a user added to it stays.
+
+    Raises:
+        ModelOptConfigError: If the target holds something that is not ours and is in the way.
+    """
+    target = _resolved(target)
+    check(target, kind, "cannot write")
+    new = _names(beside)
+    in_the_way = sorted({*_foreign(target)} & {*new})
+    if in_the_way:
+        raise ModelOptConfigError(
+            f"cannot write {target}: {_listed(in_the_way)} in it was not written by this package; move it away."
+        )
+    mark(beside, kind)
+    old = _old(target)
+    if target.exists():
+        target.rename(old)
+    beside.rename(target)
+    _recover(target, kind)
+
+
+def _resolved(target: Path) -> Path:
+    """Return a path without links, so that renames reach the folder and not the link to it."""
+    return Path(os.path.realpath(target))
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def _foreign(folder: Path) -> list[str]:
+    """Return the entries of a folder that are not ours."""
+    if not folder.is_dir():
+        return []
+    own = (_marker(folder) or {"entries": ()})["entries"]
+    return [name for name in _names(folder) if name not in own]
+
+
+def _recover(target: Path, kind: str) -> None:
+    """Finish the replacement of a folder: keep what a user added, remove the old content, or put it back."""
+    old = _old(target)
+    if not old.exists():
+        return
+    check(old, kind, "cannot remove")
+    if not target.exists():
+        old.rename(target)
+        return
+    for name in _foreign(old):
+        if not os.path.lexists(target / name):
+            (old / name).rename(target / name)
+    remove(old, kind)
