@@ -286,11 +286,11 @@ def missing_paths(paths: Mapping[str, str | None], folder: bool = True) -> list[
 
 
 def text_problems(paths: Mapping[str, str | None]) -> list[str]:
-    """Return a sentence for each text, JSON lines with a column text, that was given and cannot be read."""
+    """Return a sentence for each file of texts that was given and cannot be read; all of its rows are looked at."""
     found = missing_paths(paths, folder=False)
     for flag, path in paths.items():
         if path and Path(path).is_dir():
-            found.append(f"{flag} {path} is a folder; give one file of JSON lines")
+            found.append(f"{flag} {path} is a folder; pass one file (JSON, JSON lines, Parquet or text)")
         elif path and Path(path).exists():
             problem = data_files.problem(path)
             found += [f"{flag}: {problem}"] if problem else []

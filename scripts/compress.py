@@ -3,11 +3,11 @@ r"""Compress a NeMo GPT checkpoint: prune, distill, quantize, export and report,
     python scripts/compress.py --teacher CHECKPOINT --train-text train.jsonl --heldout-text heldout.jsonl \
         --target-ffn-hidden-size 4096 --target-num-layers 24 --distill-steps 2000 --output runs/mine
 
-The texts are JSON lines with a "text" column. Under torchrun every rank runs this command; without it, --devices N
-starts N local ranks. Run the same command again after an interruption and it goes on where it was; finished stages
-whose settings did not change are kept. The settings are saved as run.yaml in the run's folder; --config takes such a
-file, flags win over it. --compare A B puts two finished runs side by side. Exit codes: 0 done, 1 failed, 2 wrong
-arguments or settings, 130 interrupted.
+The texts are JSON, JSON-lines, Parquet or text files (also .gz and .zst) of texts or chats. Under torchrun every rank
+runs this command; without it, --devices N starts N local ranks. Run the same command again after an interruption to
+resume; finished stages whose settings did not change are kept. The settings are saved as run.yaml in the run's folder;
+--config takes such a file, flags win over it. --compare A B puts two finished runs side by side. Exit codes: 0 done,
+1 failed, 2 wrong arguments or settings, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def parser() -> Parser:
     job.add_argument("--config", type=Path, help="YAML file with the settings; flags win over it")
     job.add_argument("--output", type=Path, help="folder of the run (default: runs/compress)")
     job.add_argument("--teacher", help="NeMo 2 checkpoint folder")
-    job.add_argument("--train-text", help="JSON lines to distill and calibrate on")
-    job.add_argument("--heldout-text", help="JSON lines to measure on")
+    job.add_argument("--train-text", help="file of texts to distill and calibrate on")
+    job.add_argument("--heldout-text", help="file of texts to measure on")
     job.add_argument("--seq-length", type=int, help="tokens a sample (default: 128)")
     job.add_argument("--scratch", action="store_true", default=None, help="train a baseline student from scratch too")
     job.add_argument(

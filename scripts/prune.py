@@ -1,7 +1,7 @@
 """Prune a NeMo 2 GPT checkpoint. Flags as in NeMo's scripts/llm/gpt_prune.py, and --text and --cpu.
 
-Width and depth go by importance, which is measured on data (--data_paths: Megatron's tokenized files; --text: JSON
-lines with a column text); --drop_layers needs none. A target is a size or a share of the original's (0.5); with
+Width and depth go by importance, which is measured on data (--data_paths: Megatron's tokenized files; --text: a
+file of texts or chats); --drop_layers needs none. A target is a size or a share of the original's (0.5); with
 --target_params sizes are chosen among candidates by held-out loss. Importance is measured on whole layers, so
 ranks of --tp then work as pipeline stages; the result loads at any layout. Start it with torchrun for more than one
 GPU; with --cpu it starts its ranks itself. The settings are saved as run.yaml with the
@@ -91,8 +91,8 @@ def parser() -> Parser:
     found.add_run_options()
     data = found.add_argument_group("data for importance")
     data.add_argument("--data_paths", nargs="*", help="Megatron's files, or weights and files in turn")
-    data.add_argument("--text", help="JSON lines with a column text, tokenized with the checkpoint's tokenizer")
-    data.add_argument("--heldout_text", help="JSON lines to compare candidates on (default: --text)")
+    data.add_argument("--text", help="JSON, JSON-lines, Parquet or text file (also .gz, .zst) of texts or chats")
+    data.add_argument("--heldout_text", help="such a file to compare candidates on (default: --text)")
     data.add_argument("--scores_path", help="folder that keeps the measured importance for further targets")
     data.add_argument("--split", default="99,1,0", help="train, validation and test shares (default: 99,1,0)")
     data.add_argument("--index_mapping_dir", help="where index files are written")

@@ -157,7 +157,8 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     inputs = {"--nemo_checkpoint": arguments.nemo_checkpoint}
     problems += output_checks.problems("--export_path", arguments.export_path, inputs, arguments.export_format)
     if arguments.algorithm != "no_quant":
-        problems += data_problems(arguments.calibration_dataset, arguments.calibration_column)
+        limit = max(1, arguments.calibration_dataset_size)
+        problems += data_problems(arguments.calibration_dataset, arguments.calibration_column, limit)
     problems += layout_problems(
         arguments.devices, arguments.num_nodes, arguments.calibration_tp, arguments.calibration_pp
     )
@@ -181,12 +182,18 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def data_problems(name: str, column: str | None = None) -> list[str]:
-    """Return what is wrong with a data set in a list: it is on the hub, or here and can be read."""
+def data_problems(name: str, column: str | None = None, limit: int = 1) -> list[str]:
+    """Return what is wrong with a data set that must be on the hub, or here and readable.
+
+    Args:
+        name: the data set.
+        column: of the texts, None for the usual one.
+        limit: how many rows of files to look at.
+    """
     if name in HUB:
         return []
     if os.path.exists(name) or glob.glob(name, recursive=True):
-        problem = data_files.problem(name, column)
+        problem = data_files.problem(name, column, limit=limit)
         hint = " (--calibration_column)" if problem and "no column" in problem else ""
         return [f"--calibration_dataset: {problem}{hint}"] if problem else []
     known = f"neither one of {', '.join(HUB)} nor a file, folder or pattern that is there"

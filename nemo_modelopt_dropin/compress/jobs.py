@@ -43,7 +43,7 @@ def tokenize(folder: Path, job: Job) -> dict[str, Any]:
                 )
             np.save(folder / f"{name}.npy", ids)
             counts[f"{name}_tokens"] = len(ids)
-            counts[f"{name}_documents"] = len(tokens.read_documents(path))
+            counts[f"{name}_documents"] = sum(1 for _ in tokens.read_documents(path))
     return counts
 
 

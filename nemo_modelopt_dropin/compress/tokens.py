@@ -7,7 +7,8 @@ the seed and the sample's number alone: every layout and every resumed run sees 
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +19,46 @@ from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader, Dataset
 
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo_modelopt_dropin import screen
+from nemo.collections.llm.modelopt.quantization import calibration, data_sources
+from nemo.collections.llm.modelopt.quantization.data_sources import Row
+from nemo_modelopt_dropin import data_files, screen
 
+# Documents that are tokenized in one call.
+_CHUNK = 1024
 # Passes over a text that a user should hear of.
 _REMARKABLE = 2
 
 
-def read_documents(path: str | Path) -> list[str]:
-    """Return the ``text`` column of a JSON-lines file, without blank documents."""
-    with open(path, encoding="utf-8") as file:
-        texts = [json.loads(line)["text"] for line in file if line.strip()]
-    return [text for text in texts if text.strip()]
+def read_documents(path: str | Path) -> Iterator[Row]:
+    """Yield the rows of a file with content, as calibration reads them: texts, token ids and conversations.
+
+    Args:
+        path: a JSON, JSON-lines, Parquet or text file, compressed or not.
+
+    Raises:
+        ModelOptConfigError: If the file cannot be read; names the file and the line.
+    """
+    try:
+        yield from data_files.rows(data_files.expand(str(path)), None, data_sources.DEFAULT_COLUMN)
+    except data_files.DataFileError as error:
+        raise ModelOptConfigError(f"{error}.") from error
 
 
 def encode(path: str | Path, tokenizer) -> np.ndarray:
-    """Return the token ids of a JSON-lines file as one array, each document ended by ``tokenizer.eos_id``."""
-    ids: list[int] = []
-    for text in read_documents(path):
-        ids.extend(tokenizer.text_to_ids(text))
-        ids.append(tokenizer.eos_id)
-    return np.asarray(ids, dtype=np.int32)
+    """Return the token ids of a file as one array, each document ended by ``tokenizer.eos_id``.
+
+    Args:
+        path: what `read_documents` takes.
+        tokenizer: NeMo's tokenizer; conversations need one with a chat template.
+
+    Raises:
+        ModelOptConfigError: If the file cannot be read or tokenized.
+    """
+    documents, parts = read_documents(path), []
+    while chunk := list(islice(documents, _CHUNK)):
+        for ids in calibration.tokenize(chunk, tokenizer, None, str(path)):
+            parts.append(np.asarray([*ids, tokenizer.eos_id], dtype=np.int32))
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
 
 
 def checkpoint_tokenizer(checkpoint: str | Path) -> Any:
@@ -159,7 +180,7 @@ class TokenDataModule(pl.LightningDataModule):
 
 
 class TextDataModule(TokenDataModule):
-    """`TokenDataModule` straight over JSON-lines texts, encoded with a checkpoint's tokenizer when first needed.
+    """`TokenDataModule` straight over files of texts, encoded with a checkpoint's tokenizer when first needed.
 
     Args:
         text: training text.

@@ -15,7 +15,7 @@ from nemo.utils.get_rank import is_global_rank_zero
 
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization import data_sources
-from nemo_modelopt_dropin import screen
+from nemo_modelopt_dropin import chat_rows, screen
 
 # Long enough for `seq_len` tokens of any language's text; the rest of a document would be tokenized in vain.
 CHARACTERS_PER_TOKEN = 16
@@ -23,30 +23,46 @@ CHARACTERS_PER_TOKEN = 16
 _CPU_TOKENS = 2048
 
 
-def tokenize(rows: Iterable[str | list[int]], tokenizer: Any, seq_len: int) -> list[list[int]]:
+def tokenize(
+    rows: Iterable[str | list[int] | chat_rows.Chat],
+    tokenizer: Any,
+    seq_len: int | None,
+    name: str = "calibration_dataset",
+) -> list[list[int]]:
     """Return the first ``seq_len`` token ids of each row; rows without tokens are left out.
 
     Args:
-        rows: Texts, or lists of token ids.
-        tokenizer: NeMo's tokenizer; texts are encoded all at once where it wraps a fast one of Hugging Face.
-        seq_len: Token ids to keep.
+        rows: Texts, lists of token ids, or conversations.
+        tokenizer: NeMo's tokenizer; texts are encoded all at once if it wraps a fast one of Hugging Face.
+        seq_len: Token ids to keep, None for all.
+        name: What an error calls the rows.
 
     Raises:
-        ModelOptConfigError: For a token id that is not in the vocabulary.
+        ModelOptConfigError: For a token id that is not in the vocabulary, or a conversation and a tokenizer without a
+            chat template.
     """
     rows = list(rows)
     encoded = iter(_encode([row for row in rows if isinstance(row, str)], tokenizer))
     size = getattr(tokenizer, "vocab_size", None)
     found = []
     for row in rows:
-        ids = list((next(encoded) if isinstance(row, str) else row)[:seq_len])
-        if ids and not isinstance(row, str) and isinstance(size, int) and not 0 <= min(ids) <= max(ids) < size:
+        ids = list((next(encoded) if isinstance(row, str) else _ids(row, tokenizer, name))[:seq_len])
+        if ids and isinstance(row, list) and isinstance(size, int) and not 0 <= min(ids) <= max(ids) < size:
             raise ModelOptConfigError(
-                f"calibration_dataset holds the token id {max(ids) if max(ids) >= size else min(ids)}; the model's "
+                f"{name} holds the token id {max(ids) if max(ids) >= size else min(ids)}; the model's "
                 f"vocabulary has {size}, numbered from 0."
             )
         found.append(ids)
     return [ids for ids in found if ids]
+
+
+def _ids(row: list[int] | chat_rows.Chat, tokenizer: Any, name: str) -> list[int]:
+    if not isinstance(row, chat_rows.Chat):
+        return row
+    try:
+        return chat_rows.encode(row, tokenizer)
+    except chat_rows.ChatError as error:
+        raise ModelOptConfigError(f"{name}: {error}") from error
 
 
 def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:

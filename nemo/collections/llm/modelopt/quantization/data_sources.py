@@ -1,7 +1,7 @@
 """Where calibration rows come from: hub data sets, local files, `datasets` objects, iterables, Lightning data modules.
 
-Every source becomes one lazy iterator over rows with content, a row being a text or a list of token ids: a data set
-larger than memory costs no memory, and reading stops where enough rows were taken.
+Every source becomes one lazy iterator over rows with content, a row being a text, a list of token ids or a
+conversation: a data set larger than memory costs no memory, and reading stops when enough rows were taken.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Union
 
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo_modelopt_dropin import data_files
+from nemo_modelopt_dropin import chat_rows, data_files
 
-Row = Union[str, list[int]]  # noqa: UP007
+Row = Union[str, list[int], chat_rows.Chat]  # noqa: UP007
 
 # name -> (arguments of datasets.load_dataset, text column)
 HUB_DATASETS: dict[str, tuple[tuple, dict[str, Any], str]] = {
@@ -24,6 +23,7 @@ HUB_DATASETS: dict[str, tuple[tuple, dict[str, Any], str]] = {
     "cnn_dailymail": (("cnn_dailymail",), {"name": "3.0.0", "split": "train"}, "article"),
 }
 DEFAULT_COLUMN = "text"
+_COLUMNS = (DEFAULT_COLUMN, *chat_rows.COLUMNS)
 # What a data module's batches are looked through for, in this order.
 _BATCH_KEYS = ("tokens", "input_ids", "text")
 # Rows among which a stream is shuffled: the whole of it may not fit into memory, or never end.
@@ -43,7 +43,8 @@ def rows(data: Any, column: str | None, seed: int | None, load: Callable) -> Ite
         data: "cnn_dailymail" or "wikitext"; a JSON, JSON-lines, Parquet or text file, a folder or glob of such; a
             ``datasets.Dataset`` or ``IterableDataset``; an iterable of texts, of lists of token ids or of dictionaries;
             or a Lightning data module, whose training batches hold "tokens", "input_ids" or "text".
-        column: Which column or key holds the text or the token ids; None takes the usual one.
+        column: Which column or key holds the text, the token ids or the conversation; None takes "text", or else
+            "messages" or "conversations".
         seed: Shuffles, the same way each time: data sets of known length as a whole, streams in a window of
             `SHUFFLE_WINDOW` rows. None keeps the order.
         load: ``datasets.load_dataset``.
@@ -61,22 +62,25 @@ def batches(found: Iterator[Row], batch_size: int, limit: int, max_characters: i
         yield batch
 
 
-def check(data: Any, column: str | None) -> None:
+def check(data: Any, column: str | None, limit: int = 1) -> None:
     """Raise for data that cannot be used, without loading a model and without using an iterator up.
 
-    Files are looked at up to their first row; data sets by their columns; lists by their first item.
+    Args:
+        data: see `rows`.
+        column: see `rows`.
+        limit: how many rows with content of files and lists to look at. Of data sets the columns are looked at.
 
     Raises:
         ModelOptConfigError: Naming the data and what is wrong with it.
     """
-    if isinstance(data, (str, Path)):
-        if str(data) not in HUB_DATASETS:
-            next(_contents(_open(data, column, None, _no_load), label(data)), None)
+    if isinstance(data, (str, Path)) and str(data) in HUB_DATASETS:
         return
-    if isinstance(data, (list, tuple)):
-        if not data:
-            raise ModelOptConfigError("calibration_dataset is an empty list: give texts or lists of token ids.")
-        next(_contents(_open(data[:1], column, None, _no_load), label(data)), None)
+    if isinstance(data, (list, tuple)) and not data:
+        raise ModelOptConfigError("calibration_dataset is an empty list; pass texts or lists of token ids.")
+    if isinstance(data, (str, Path, list, tuple)):
+        found = _contents(_open(data, column, None, _no_load), label(data))
+        if not sum(1 for _ in islice(found, limit)):
+            raise ModelOptConfigError(f"calibration_dataset={label(data)!r} has no row with text: all rows are blank.")
         return
     if _is_table(data):
         _table(data, column)
@@ -161,10 +165,13 @@ def _table(data: Any, column: str | None) -> tuple[Any, str]:
         if "train" not in data and len(splits) != 1:
             raise ModelOptConfigError(f"calibration_dataset has the splits {splits}; give one of them.")
         data = data["train" if "train" in data else splits[0]]
-    name = column or DEFAULT_COLUMN
+    names = _COLUMNS if column is None else (column,)
     # A stream may not know its columns before it is read.
-    if isinstance(data.column_names, (list, tuple)) and name not in data.column_names:
-        raise _no_column(data_files.no_column(label(data), name, data.column_names))
+    if not isinstance(data.column_names, (list, tuple)):
+        return data, names[0]
+    name = next((name for name in names if name in data.column_names), None)
+    if name is None:
+        raise _no_column(data_files.no_column(label(data), names[0], data.column_names))
     return data, name
 
 
@@ -191,10 +198,10 @@ def _values(items: Iterable[Any], column: str | None) -> Iterator[Any]:
                 )
             yield item
             continue
-        name = column or DEFAULT_COLUMN
-        if index == 0 and name not in item:
-            raise _no_column(data_files.no_column("an iterable", name, item))
-        yield item.get(name)
+        names = _COLUMNS if column is None else (column,)
+        if index == 0 and not any(name in item for name in names):
+            raise _no_column(data_files.no_column("an iterable", names[0], item))
+        yield data_files.pick(item, names)
 
 
 def _of_module(module: Any, column: str | None) -> Iterator[Any]:
@@ -221,7 +228,7 @@ def _of_module(module: Any, column: str | None) -> Iterator[Any]:
                 f"{list(keys)}, but the first is {found}."
             )
         for row in fields[key]:
-            yield row if isinstance(row, str) else _without_padding(_ids(row))
+            yield row if isinstance(row, str) else _without_padding(data_files.content(row) or row)
 
 
 def _without_padding(row: Any) -> Any:
@@ -234,29 +241,27 @@ def _without_padding(row: Any) -> Any:
     return row[:end]
 
 
-def _ids(value: Any) -> Any:
-    """Return a list of ``int`` for anything that is one, and the value itself otherwise."""
-    items = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(items, (list, tuple)) and all(isinstance(i, Integral) and not isinstance(i, bool) for i in items):
-        return [int(item) for item in items]
-    return value
-
-
 def _contents(stored: Iterator[Any], name: str) -> Iterator[Row]:
-    """Yield texts and token ids, without empty rows.
+    """Yield texts, token ids and conversations, without empty rows.
 
     Raises:
-        ModelOptConfigError: For a row that is neither.
+        ModelOptConfigError: For a row that is none of these, or text that is not valid Unicode.
     """
-    for value in stored:
+    for number, value in enumerate(stored, 1):
         if value is None:
             continue
-        row = value if isinstance(value, str) else _ids(value)
-        if not isinstance(row, (str, list)) or (isinstance(row, list) and row and not isinstance(row[0], int)):
+        try:
+            row = data_files.content(value)
+            wrong = row is not None and data_files.not_unicode(row)
+        except chat_rows.ChatError as error:
+            raise ModelOptConfigError(f"calibration_dataset={name!r}, row {number}: {error}.") from None
+        if row is None:
             raise ModelOptConfigError(
                 f"calibration_dataset={name!r} holds a value of type {type(value).__name__} where a text or a list of "
-                f"token ids is expected: {str(value)[:60]}"
+                f"token ids (or a conversation) is expected: {str(value)[:60]}"
             )
+        if wrong:
+            raise ModelOptConfigError(f"calibration_dataset={name!r}, row {number}: {wrong}.")
         if row.strip() if isinstance(row, str) else row:
             yield row
 

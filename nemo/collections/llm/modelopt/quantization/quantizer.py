@@ -103,7 +103,11 @@ class Quantizer(flow.CalibrationFlow, state.StateKeeper):
         if quantization_config.algorithm == settings.AUTO:
             auto.check_supported()
         if planned:
-            data_sources.check(quantization_config.calibration_dataset, quantization_config.calibration_column)
+            data_sources.check(
+                quantization_config.calibration_dataset,
+                quantization_config.calibration_column,
+                quantization_config.calibration_dataset_size,
+            )
         for name, quant_cfg in planned.items():
             if not has_gpu and choices.needs_cuda(quant_cfg):
                 raise OSError(f"GPU is required for the quantization with {name}: CUDA kernels.")

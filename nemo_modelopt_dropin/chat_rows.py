@@ -1,0 +1,107 @@
+"""Conversations as rows of data: OpenAI's and ShareGPT's forms read as one. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# Columns that hold a conversation, in the order in which they are looked for.
+COLUMNS = ("messages", "conversations")
+# ShareGPT's names of speakers; every other name is a role that the chat template may know.
+_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "bard": "assistant", "observation": "tool"}
+_FORMS = '[{"role": "user", "content": "..."}, ...] or [{"from": "human", "value": "..."}, ...]'
+
+
+class ChatError(ValueError):
+    """A conversation that cannot be used; the message names the turn."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """One conversation.
+
+    Attributes:
+        messages: turns as chat templates expect them: ``role``, ``content``, and what else the file holds.
+    """
+
+    messages: tuple[dict[str, Any], ...]
+
+
+def is_chat(value: Any) -> bool:
+    """Return whether a value is a list of turns rather than a text or token ids."""
+    return isinstance(value, Sequence) and bool(value) and not isinstance(value, str) and isinstance(value[0], Mapping)
+
+
+def chat(turns: Sequence[Any], system: Any = None) -> Chat:
+    """Return a conversation from a list of turns.
+
+    Args:
+        turns: turns in OpenAI's form (``role``, ``content``) or ShareGPT's (``from``, ``value``).
+        system: system prompt that NeMo's chat files store beside the turns.
+
+    Raises:
+        ChatError: If a turn has neither form.
+    """
+    messages = [_message(turn, number) for number, turn in enumerate(turns, 1)]
+    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    return Chat(tuple(messages))
+
+
+def _message(turn: Any, number: int) -> dict[str, Any]:
+    if not isinstance(turn, Mapping):
+        raise ChatError(f"turn {number} of the conversation is a {type(turn).__name__}; expected {_FORMS}")
+    # Parquet and `datasets` fill fields that a turn does not have with None.
+    fields = {name: value for name, value in turn.items() if value is not None}
+    if "from" in fields and "role" not in fields:
+        speaker = str(fields.pop("from"))
+        fields = {"role": _ROLES.get(speaker.lower(), speaker.lower()), "content": fields.pop("value", None), **fields}
+    if not isinstance(fields.get("role"), str):
+        raise ChatError(f"turn {number} of the conversation has the fields {sorted(map(str, turn))}; expected {_FORMS}")
+    content = _text(fields.get("content"))
+    if content is None and "tool_calls" not in fields:
+        raise ChatError(f"turn {number} of the conversation has no text; expected {_FORMS}")
+    return {**fields, "content": content or ""}
+
+
+def _text(content: Any) -> str | None:
+    """Return a turn's text, joined where it is a list of parts; None where it has other content than text."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, (list, tuple)):
+        return None
+    parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+    texts = [part for part in parts if isinstance(part, str)]
+    return "".join(texts) if len(texts) == len(parts) else None
+
+
+def encode(conversation: Chat, tokenizer: Any) -> list[int]:
+    """Return the token ids of a conversation, laid out by the tokenizer's chat template.
+
+    Args:
+        conversation: the conversation.
+        tokenizer: NeMo's tokenizer.
+
+    Raises:
+        ChatError: If the tokenizer has no chat template, or the template rejects the conversation.
+    """
+    messages = [dict(message) for message in conversation.messages]
+    inner = getattr(tokenizer, "tokenizer", None)
+    has_template = bool(getattr(inner, "chat_template", None))
+    if not has_template and not getattr(tokenizer, "chat_template", None):
+        raise ChatError(
+            f"The data holds conversations ({' or '.join(COLUMNS)}), but the tokenizer has no chat template. Use the "
+            "tokenizer of an instruction-tuned model (--tokenizer), or data with a column text."
+        )
+    if not has_template or inner is None:  # NeMo's SentencePiece tokenizer applies its own
+        return list(tokenizer.text_to_ids(messages))
+    try:
+        return list(inner.apply_chat_template(messages, tokenize=True, return_dict=False))
+    except Exception as error:  # jinja2's errors, which templates raise for roles that they do not know
+        if type(error).__module__.partition(".")[0] != "jinja2":
+            raise
+        roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+        raise ChatError(
+            f"The tokenizer's chat template rejects a conversation with the roles {roles}: {error}"
+        ) from error
