@@ -54,9 +54,9 @@ def own_data(data_module: Any, **replaced: Any) -> Iterator[None]:
     """Set attributes of a data module, and put its own loader and tokenizer back on leaving."""
     own = {name: getattr(data_module, name) for name in ("val_dataloader", "tokenizer") if hasattr(data_module, name)}
     inherited = [name for name in own if name not in vars(data_module) and hasattr(type(data_module), name)]
-    for name, value in replaced.items():
-        setattr(data_module, name, value)
     try:
+        for name, value in replaced.items():
+            setattr(data_module, name, value)
         yield
     finally:
         for name, value in own.items():

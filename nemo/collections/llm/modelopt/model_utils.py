@@ -23,7 +23,7 @@ from nemo.utils.model_utils import unwrap_model
 import modelopt.torch.opt as mto
 from nemo import lightning as nl
 from nemo.collections import llm
-from nemo.collections.llm.modelopt import _moved, _saved_keys
+from nemo.collections.llm.modelopt import _functions, _moved, _saved_keys
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError, one_of
 
 _, HAVE_TE = safe_import("transformer_engine")
@@ -326,6 +326,7 @@ def restore_modelopt_state(
     from nemo.collections.llm.modelopt.quantization import gated_amax, kv_cache
 
     weights = ckpt_to_weights_subdir(path, is_saving=False)
+    _functions.always_put_back()
     _make_finite(core_model)
     # The teacher of a distillation model stays in full precision: only the student is converted.
     with _hidden_teacher(core_model), kv_cache.support_for(weights):

@@ -324,9 +324,9 @@ def _loss_step(data_iterator, model):
 @contextlib.contextmanager
 def _without_training_hooks(config) -> Iterator[None]:
     kept = {name: getattr(config, name, None) for name in _TRAINING_HOOKS}
-    for name in kept:
-        setattr(config, name, None)
     try:
+        for name in kept:
+            setattr(config, name, None)
         yield
     finally:
         for name, value in kept.items():

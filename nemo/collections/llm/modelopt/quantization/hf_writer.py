@@ -206,9 +206,9 @@ def _extended(layers: dict[int, hf_formats.Layer], total_layers: int, writes: bo
         to_quantized,
         save_flat if is_flat else save_layers,
     ]
-    for (owner, name), replacement in zip(names, replacements, strict=True):
-        setattr(owner, name, replacement)
     try:
+        for (owner, name), replacement in zip(names, replacements, strict=True):
+            setattr(owner, name, replacement)
         yield
     finally:
         for owner, name, original in originals:

@@ -117,11 +117,12 @@ def attention_support(wanted: bool = True) -> Iterator[None]:
     if not wanted or not is_supported() or DotProductAttention in QuantModuleRegistry:
         yield
         return
-    QuantModuleRegistry.register({DotProductAttention: "megatron_DotProductAttention"})(QuantDotProductAttention)
     try:
+        QuantModuleRegistry.register({DotProductAttention: "megatron_DotProductAttention"})(QuantDotProductAttention)
         yield
     finally:
-        QuantModuleRegistry.unregister(DotProductAttention)
+        if DotProductAttention in QuantModuleRegistry:
+            QuantModuleRegistry.unregister(DotProductAttention)
 
 
 def can_quantize(model: torch.nn.Module) -> bool:

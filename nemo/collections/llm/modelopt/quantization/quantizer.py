@@ -36,6 +36,7 @@ import modelopt.torch.export as mte  # noqa: F401
 import modelopt.torch.opt as mto  # noqa: F401
 import modelopt.torch.quantization as mtq
 from nemo.collections import llm
+from nemo.collections.llm.modelopt import _functions
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization import (
     auto,
@@ -178,6 +179,7 @@ class Quantizer(flow.CalibrationFlow, state.StateKeeper):
             return model
 
         logging.info(f"Quantizing model to {algorithm}...")
+        _functions.always_put_back()
         decoder_type = self._get_decoder_type(model, optional=True)
         quant_cfg = self._get_quant_cfg(model)
         formats.check_model(model, self.export_config, quant_cfg, self._planned_quant_cfgs())
