@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from nemo_modelopt_dropin import loss_file, model_sizes, prune_layout, run_file
+from nemo_modelopt_dropin import loss_file, model_sizes, pair_checks, prune_layout, run_file
 from nemo_modelopt_dropin.compress.settings import TARGETS, Job
 from nemo_modelopt_dropin.model_sizes import Memory, Shape, UnknownModel
 from nemo_modelopt_dropin.report import megabytes, millions
@@ -150,6 +150,8 @@ def distillation(given: argparse.Namespace) -> Rows:
     if given.teacher_path and not given.teacher_topk:
         more, teacher = model("teacher", given.teacher_path)
         rows += more
+        warning = pair_checks.larger_student(given.model_path, given.teacher_path)
+        rows += [("", f"warning: {warning}")] if warning else []
     if given.teacher_topk:
         rows.append(("teacher", f"recorded in {given.teacher_topk}; none is loaded"))
     if not given.teacher_path and not given.teacher_topk:
@@ -188,10 +190,16 @@ def distillation(given: argparse.Namespace) -> Rows:
     ]
 
 
-def compression(job: Job, output: Path, stages: Iterable[str], waiting: Iterable[str]) -> Rows:
-    """Return the plan of compress.py: its stages first, then as for the other scripts."""
-    waiting = set(waiting)
-    rows: Rows = [(name, "would run" if name in waiting else "finished") for name in stages]
+def compression(job: Job, output: Path, stages: Iterable[str], waiting: Mapping[str, str]) -> Rows:
+    """Return the plan of compress.py: its stages first, then as for the other scripts.
+
+    Args:
+        job: checked settings.
+        output: the run's folder.
+        stages: names of all stages, in order.
+        waiting: what would happen to each stage that is not finished.
+    """
+    rows: Rows = [(name, waiting.get(name, "finished")) for name in stages]
     more, shape = model("model", job.teacher)
     rows += more
     targets = {name: getattr(job.pruning, name) for name in TARGETS}

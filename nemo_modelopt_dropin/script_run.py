@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from nemo_modelopt_dropin import run_file
+from nemo_modelopt_dropin import run_file, signals
 from nemo_modelopt_dropin.command_line import saved_settings
 
 
@@ -26,7 +26,7 @@ class Script:
         name: as people call it.
         output: what the script writes, where the run file goes.
         paths: settings that are paths, or may be: the run file holds them so that they work from everywhere.
-        keeps_progress: True where the same command goes on after an interruption; the run file is then written first.
+        keeps_progress: True if the same command resumes after an interruption; the run file is then written first.
     """
 
     name: str
@@ -46,13 +46,19 @@ def execute(script: Script, given: argparse.Namespace, work: Callable[[argparse.
     With ``given.cpu`` this starts ``given.devices`` ranks itself unless it is one of them; on GPUs torchrun (or
     Lightning itself) does, as for NeMo's own scripts. Rank zero writes the run file once the work is done.
     """
+    after = signals.RESUMABLE if script.keeps_progress else signals.NOTHING_WRITTEN
+    return signals.guarded(lambda: _execute(script, given, work, after), after)
+
+
+def _execute(
+    script: Script, given: argparse.Namespace, work: Callable[[argparse.Namespace], Rows | None], after: str
+) -> int:
     from nemo_modelopt_dropin.compress import runner
 
-    after = f"interrupted; {'the same command goes on from here' if script.keeps_progress else 'nothing was written'}\n"
     code = run_local_ranks(given.devices, given.cpu)
     if code is not None:
-        if code == runner.INTERRUPTED:
-            sys.stderr.write(after)
+        if signals.is_ours(code):
+            sys.stderr.write(f"{after}\n")
         return code
     rank = int(os.environ.get("RANK", "0"))
     settings = saved_settings(given, script.paths)
@@ -75,13 +81,13 @@ def execute(script: Script, given: argparse.Namespace, work: Callable[[argparse.
 
     log = None if given.verbose else _log_file(script.name, rank)
     made = not script.output.exists()
-    code = runner.guarded(on_this_rank, log, after.strip(), keep_log=False)
+    code = runner.guarded(on_this_rank, log, after, keep_log=False)
     if made and code == runner.USAGE and rank == 0:
         _unmake(script.output)
     kept = script.output / run_file.NAME
     if code != runner.OK and script.keeps_progress and rank == 0 and script.output.exists() and not kept.exists():
         save(script, settings)  # NeMo moves what lay there before
-    if log is not None and code in (runner.OK, runner.USAGE, runner.INTERRUPTED, runner.ENDED):
+    if log is not None and (code in (runner.OK, runner.USAGE) or signals.is_ours(code)):
         log.unlink(missing_ok=True)
     return code
 

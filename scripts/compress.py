@@ -5,9 +5,10 @@ r"""Compress a NeMo GPT checkpoint: prune, distill, quantize, export and report,
 
 The texts are JSON, JSON-lines, Parquet or text files (also .gz and .zst) of texts or chats. Under torchrun every rank
 runs this command; without it, --devices N starts N local ranks. Run the same command again after an interruption to
-resume; finished stages whose settings did not change are kept. The settings are saved as run.yaml in the run's folder;
---config takes such a file, flags win over it. --compare A B puts two finished runs side by side. Exit codes: 0 done,
-1 failed, 2 wrong arguments or settings, 130 interrupted.
+resume; finished stages are kept. If the settings of a stage changed, the command prints which and stops; --redo STAGE
+runs it and those after it again. The settings are saved as run.yaml in the run's folder; --config takes such a file,
+flags win over it. --compare A B puts two finished runs side by side. Exit codes: 0 done, 1 failed, 2 wrong arguments
+or settings, 130 interrupted (Ctrl-C), 143 ended by SIGTERM.
 """
 
 from __future__ import annotations
@@ -94,6 +95,14 @@ def parser() -> Parser:
     job.add_argument("--train-text", help="file of texts to distill and calibrate on")
     job.add_argument("--heldout-text", help="file of texts to measure on")
     job.add_argument("--seq-length", type=int, help="tokens a sample (default: 128)")
+    job.add_argument(
+        "--redo",
+        nargs="+",
+        metavar="STAGE",
+        default=[],
+        help="stages to run again if their settings changed, with those after them; each old result is kept until the "
+        "new one is complete",
+    )
     job.add_argument("--scratch", action="store_true", default=None, help="train a baseline student from scratch too")
     job.add_argument(
         "--compare",
@@ -293,11 +302,19 @@ def main(argv: list[str] | None = None) -> int:
         from nemo_modelopt_dropin.compress import plan, stages
 
         planned = plan.compression_stages(job, output)
-        return dry_run.show(
-            dry_run.compression(job, output, [s.name for s in planned], stages.pending(planned, output))
-        )
+        waiting = dict.fromkeys(stages.pending(planned, output), "would run")
+        for change in stages.changed(planned, output):
+            waiting[change.name] = f"would run again: {'; '.join(change.settings)}"
+            waiting |= dict.fromkeys(change.also, f"would run again after {change.name}")
+        dry_run.show(dry_run.compression(job, output, [s.name for s in planned], waiting))
+        try:
+            stages.check_redo(planned, output, arguments.redo)
+        except stages.StageError as error:
+            sys.stderr.write(f"error: {error}\n")
+            return 2
+        return 0
 
-    return api.execute(job, output, arguments.verbose, arguments.derived)
+    return api.execute(job, output, arguments.verbose, arguments.derived, arguments.redo)
 
 
 if __name__ == "__main__":

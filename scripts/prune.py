@@ -6,7 +6,7 @@ file of texts or chats); --drop_layers needs none. A target is a size or a share
 ranks of --tp then work as pipeline stages; the result loads at any layout. Start it with torchrun for more than one
 GPU; with --cpu it starts its ranks itself. The settings are saved as run.yaml with the
 output; --config takes such a file, flags win over it. Exit codes: 0 done, 1 failed, 2 wrong arguments or settings,
-130 interrupted.
+130 interrupted, 143 ended by SIGTERM.
 """
 
 from __future__ import annotations

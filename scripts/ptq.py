@@ -3,7 +3,7 @@
 Start it with torchrun for more than one GPU; with --cpu it starts its ranks itself. The settings are saved as run.yaml
 with the output; --config takes such a file, flags win over it. Until the export has succeeded the calibrated state lies
 beside the output: the same command, run again after a failure, does not calibrate again. Exit codes: 0 done, 1 failed,
-2 wrong arguments or settings, 130 interrupted.
+2 wrong arguments or settings, 130 interrupted, 143 ended by SIGTERM.
 """
 
 from __future__ import annotations

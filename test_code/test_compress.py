@@ -259,8 +259,21 @@ def test_the_whole_job_killed_while_distilling(teacher, tmp_path):
 
     planned = _run([*command, "--dry-run", "--algorithm", "int8"])
     states = [line.split(maxsplit=1)[1] for line in planned.stdout.splitlines()[:7]]
-    assert states == ["finished"] * 5 + ["would run"] * 2
+    changed = "algorithm was fp8 and is now int8"
+    assert states == ["finished"] * 5 + [f"would run again: {changed}", "would run again after quantize"]
     assert "pruned    3 layers, hidden 64, ffn 64" in planned.stdout
+    for flags, code in (["--dry-run"], 2), ([], 2), (["--dry-run", "--redo", "quantize"], 0):
+        refused = _run([*command, "--algorithm", "int8", *flags])
+        assert refused.returncode == code
+        assert (f"quantize (finished): {changed}" in refused.stderr) is (code == 2)
+        assert "loading NeMo" not in refused.stderr
+    quantized = stages.read_record(tmp_path / "quantize")
+    redone = _run([*command, "--algorithm", "int8", "--redo", "quantize"])
+    assert redone.returncode == 0, redone.stderr + (tmp_path / "log" / "rank0.txt").read_text()[-3000:]
+    assert redone.stderr.count("running again; the old result is kept") == 2  # quantize and export
+    assert redone.stderr.count("finished before, kept") == 5
+    assert stages.read_record(tmp_path / "quantize") != quantized
+    assert not list(tmp_path.glob("*.new")) and not list(tmp_path.glob("*.old"))
 
 
 @pytest.mark.parametrize(("name", "value"), [("evaluate_every", 11), ("save_every", -1)])

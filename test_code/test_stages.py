@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from nemo_modelopt_dropin import locks
 from nemo_modelopt_dropin.compress import launch, stages
 from nemo_modelopt_dropin.compress.stages import Stage, StageError
+from nemo_modelopt_dropin.errors import InUseError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,15 +67,117 @@ def test_changed_settings_undo_the_stage_and_those_after_it(tmp_path, changed, r
     stages.run_stages(chain(Log(), 1), tmp_path)
     log = Log()
     assert stages.pending(chain(log, 2), tmp_path) == list(runs_again)
-    stages.run_stages(chain(log, 2), tmp_path)
+    with pytest.raises(StageError, match=f"{changed} .finished.: lr was 1 and is now 2"):
+        stages.run_stages(chain(log, 2), tmp_path)
+    assert log.ran == []
+    stages.run_stages(chain(log, 2), tmp_path, redo=[changed])
     assert log.ran == list(runs_again)
+    assert not list(tmp_path.glob("*.*"))
+    stages.run_stages(chain(log, 2), tmp_path)
+    assert log.ran == list(runs_again), "the same command again keeps what is finished"
 
 
-def test_a_stage_that_lost_its_record_undoes_those_after_it(tmp_path):
+def test_a_change_names_settings_stages_that_follow_and_the_way_out(tmp_path):
+    log = Log()
+    chain = [log.stage("a", text="0" * 64, kept=1), log.stage("b", ("a",)), log.stage("c", ("b",)), log.stage("d")]
+    stages.run_stages(chain, tmp_path)
+    other = [log.stage("a", text="1" * 64, kept=1, new=True), *chain[1:]]
+    with pytest.raises(StageError, match="Use --redo a to run them again") as caught:
+        stages.run_stages(other, tmp_path)
+    lines = str(caught.value).splitlines()
+    assert lines[1] == "  a (finished): new was null and is now true; the content of text changed"
+    assert lines[2] == "    would be run again too: b, c"
+    assert log.ran == list("abcd")
+    with pytest.raises(StageError, match="--redo x: there is no such stage; the stages are a, b, c, d"):
+        stages.run_stages(other, tmp_path, redo=["x"])
+
+
+def test_permission_covers_the_stages_that_build_on_one_and_no_others(tmp_path):
+    log = Log()
+    stages.run_stages([log.stage("a", lr=1), log.stage("b", ("a",), lr=1), log.stage("c", lr=1)], tmp_path)
+    other = [log.stage("a", lr=2), log.stage("b", ("a",), lr=2), log.stage("c", lr=2)]
+    with pytest.raises(StageError, match=r"was written:\n  c \(finished\): lr was 1 and is now 2\nUse --redo c "):
+        stages.run_stages(other, tmp_path, redo=["a"])
+    stages.run_stages(other, tmp_path, redo=["a", "c"])
+    assert log.ran == list("abcabc")
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_the_old_result_stays_until_the_new_one_is_complete(tmp_path, finished):
+    log = Log()
+    stages.run_stages([log.stage("a", lr=1)], tmp_path)
+    (tmp_path / "a" / "student").write_text("60 steps")
+    old = stages.read_record(tmp_path / "a")
+    with pytest.raises(OSError, match="disk full"):
+        stages.run_stages([log.stage("a", keeps_progress=True, fails=True, lr=2)], tmp_path, redo=["a"])
+    assert (tmp_path / "a" / "student").read_text() == "60 steps"
+    assert stages.read_record(tmp_path / "a") == old
+    if not finished:  # the old settings still find it finished
+        assert stages.run_stages([log.stage("a", lr=1)], tmp_path)["a"] == old
+        return
+    (tmp_path / "a.new" / "checkpoint").write_text("step 3")
+    record = stages.run_stages([log.stage("a", keeps_progress=True, lr=2)], tmp_path, redo=["a"])["a"]
+    assert "checkpoint" in record.result["left"]
+    assert record.attempts == 2
+    assert stages.read_record(tmp_path / "a") == record
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+def test_paths_in_a_result_are_those_of_the_final_folder(tmp_path):
+    def stage(lr):
+        return Stage("a", lambda folder, records: {"hf": {"path": str(folder / "hf")}, "at": [str(folder)]}, {"lr": lr})
+
+    stages.run_stages([stage(1)], tmp_path)
+    record = stages.run_stages([stage(2)], tmp_path, redo=["a"])["a"]
+    assert record.result == {"hf": {"path": str(tmp_path / "a" / "hf")}, "at": [str(tmp_path / "a")]}
+
+
+@pytest.mark.parametrize("killed_at", range(1, 13))
+def test_a_swap_killed_at_any_step_is_completed(tmp_path, monkeypatch, killed_at):
+    log = Log()
+    stages.run_stages([log.stage("a", lr=1)], tmp_path)
+    steps = []
+
+    class Killed(BaseException):
+        """Stands for kill -9: no handler of the code runs after it."""
+
+    def counted(function):
+        def call(*args, **kwargs):
+            steps.append(function)
+            if len(steps) == killed_at:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patched:
+        for name in ("rename", "unlink", "rmdir", "mkdir"):
+            patched.setattr(Path, name, counted(getattr(Path, name)))
+        try:
+            stages.run_stages([log.stage("a", lr=2)], tmp_path, redo=["a"])
+        except Killed:
+            pass
+    assert stages.read_record(tmp_path / "a") or stages.read_record(tmp_path / "a.old")
+    record = stages.run_stages([log.stage("a", lr=2)], tmp_path, redo=["a"])["a"]
+    assert record.settings == {"lr": 2}
+    assert stages.read_record(tmp_path / "a") == record
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+    assert len(log.ran) <= 3
+
+
+def test_a_folder_that_is_not_a_stages_is_not_removed(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.tex").write_text("years of work")
+    with pytest.raises(StageError, match="a holds files that this command did not write"):
+        stages.run_stages([Log().stage("a")], tmp_path)
+    assert (tmp_path / "a" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_stage_whose_folder_was_removed_undoes_those_after_it(tmp_path):
     log = Log()
     chain = [log.stage("a"), log.stage("b", ("a",))]
     stages.run_stages(chain, tmp_path)
-    (tmp_path / "a" / stages.DONE).unlink()
+    shutil.rmtree(tmp_path / "a")
     stages.run_stages(chain, tmp_path)
     assert log.ran == ["a", "b", "a", "b"]
 
@@ -94,7 +199,10 @@ def test_progress_under_other_settings_is_not_kept(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         stages.run_stages([log.stage("a", keeps_progress=True, fails=True, lr=1)], tmp_path)
     (tmp_path / "a" / "checkpoint").write_text("step 3")
-    record = stages.run_stages([log.stage("a", keeps_progress=True, lr=2)], tmp_path)["a"]
+    with pytest.raises(StageError, match=r"a \(interrupted\): lr was 1 and is now 2"):
+        stages.run_stages([log.stage("a", keeps_progress=True, lr=2)], tmp_path)
+    assert (tmp_path / "a" / "checkpoint").exists()
+    record = stages.run_stages([log.stage("a", keeps_progress=True, lr=2)], tmp_path, redo=["a"])["a"]
     assert "checkpoint" not in record.result["left"]
     assert record.attempts == 1
 
@@ -136,7 +244,8 @@ def test_events_tell_what_happens(tmp_path):
 _KILLED = """
     import sys, time
     from pathlib import Path
-    from nemo_modelopt_dropin.compress.stages import Stage, lock, run_stages
+    from nemo_modelopt_dropin.compress.stages import Stage, run_stages
+    from nemo_modelopt_dropin.locks import lock
     root = Path(sys.argv[1])
     def work(name, steps):
         def run(folder, records):
@@ -172,15 +281,15 @@ def test_kill_9_in_the_middle_and_the_next_run_goes_on(tmp_path):
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path):
-    held = "import sys, time; from pathlib import Path; from nemo_modelopt_dropin.compress.stages import lock\n"
+    held = "import sys, time; from pathlib import Path; from nemo_modelopt_dropin.locks import lock\n"
     held += "with lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", held, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"held\n"
-        with pytest.raises(StageError, match="in use by another run"), stages.lock(tmp_path, patience_s=0.1):
+        with pytest.raises(InUseError, match=f"process {process.pid}"), locks.lock(tmp_path):
             pass
         process.kill()
-    with stages.lock(tmp_path, patience_s=5):
+    with locks.lock(tmp_path):
         pass  # the lock died with its holder
 
 

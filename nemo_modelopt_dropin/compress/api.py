@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,13 @@ from nemo_modelopt_dropin.compress import launch
 from nemo_modelopt_dropin.compress.settings import Job, SettingsError
 
 
-def execute(job: Job, output: Path, verbose: bool = False, derived: Iterable[tuple[str, str]] = ()) -> int:
+def execute(
+    job: Job,
+    output: Path,
+    verbose: bool = False,
+    derived: Iterable[tuple[str, str]] = (),
+    redo: Collection[str] = (),
+) -> int:
     """Run the job on this rank, or on ranks that are started for it, and return the exit code.
 
     Args:
@@ -18,6 +24,7 @@ def execute(job: Job, output: Path, verbose: bool = False, derived: Iterable[tup
         output: the run's folder.
         verbose: show what the libraries write.
         derived: settings that follow from others, as section and name; the saved ones leave them out.
+        redo: names of stages whose results may be replaced if their settings changed.
     """
     from nemo_modelopt_dropin.compress import plan, runner, summary
 
@@ -35,16 +42,18 @@ def execute(job: Job, output: Path, verbose: bool = False, derived: Iterable[tup
         finish,
         verbose,
         saved,
+        redo,
     )
 
 
-def compress(job: Job, output: str, verbose: bool = False) -> str:
+def compress(job: Job, output: str, verbose: bool = False, redo: Collection[str] = ()) -> str:
     """Prune, distill, quantize and export a checkpoint, and write the report.
 
     Args:
         job: what to do.
-        output: the run's folder; the same job goes on there after an interruption.
+        output: the run's folder; the same job resumes there after an interruption.
         verbose: show what the libraries write.
+        redo: names of stages whose results may be replaced if their settings changed, with those that build on them.
 
     Returns:
         The path of the report.
@@ -60,7 +69,7 @@ def compress(job: Job, output: str, verbose: bool = False) -> str:
             f"run.LocalExecutor(launcher='torchrun', ntasks_per_node={job.layout.devices})"
         )
     folder = Path(output).resolve()
-    code = execute(job, folder, verbose)
+    code = execute(job, folder, verbose, redo=redo)
     if code:
         raise RuntimeError(f"The compression failed with code {code}; {folder / 'log'} holds the whole story.")
     return str(folder / "report.html")

@@ -26,6 +26,7 @@ class Teller:
             "kept": "finished before, kept",
             "start": "running",
             "again": "was interrupted, running again",
+            "redo": "running again; the old result is kept until this one is complete",
             "done": f"done in {record.seconds:.1f} s" if record else "done",
         }[event]
         loss = (record.result if record else {}).get("heldout_loss")

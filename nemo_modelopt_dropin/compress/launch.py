@@ -16,6 +16,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from nemo_modelopt_dropin import signals
+
 # Tells a rank that `run_ranks` started it, and so that a parent writes the report.
 STARTED_BY_US = "NEMO_MODELOPT_LOCAL_RANKS"
 # Below the range from which systems give out ports of outgoing connections.
@@ -32,19 +34,17 @@ def run_ranks(count: int, argv: Sequence[str] | None = None) -> int:
     """Run ``argv`` (this command by default) in ``count`` processes; return the first exit code that is not zero."""
     command = [sys.executable, *(argv if argv is not None else sys.argv)]
     port = free_port()
-    children = [
-        subprocess.Popen(command, env=_environment(rank, count, port), preexec_fn=_die_with_parent)
-        for rank in range(count)
-    ]
-    # A shell's background jobs start with Ctrl-C's signal ignored, and then one sent on purpose would be too.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return _wait(children)
-    except KeyboardInterrupt:
-        return 130
-    finally:
-        _end(children)
-        signal.signal(signal.SIGINT, before)
+    children: list[subprocess.Popen] = []
+    with signals.seen() as arrived:
+        try:
+            for rank in range(count):
+                environment = _environment(rank, count, port)
+                children.append(subprocess.Popen(command, env=environment, preexec_fn=_die_with_parent))
+            return _wait(children)
+        except (KeyboardInterrupt, signals.Stopped):
+            return signals.CODES[arrived[0]]
+        finally:
+            _end(children)
 
 
 def free_port() -> int:
@@ -97,6 +97,9 @@ def _wait(children: list[subprocess.Popen]) -> int:
 
 
 def _end(children: list[subprocess.Popen]) -> None:
+    """End the children that still run; more signals do not cut this short, and after the grace time it kills."""
+    for number in signals.CODES:
+        signal.signal(number, signal.SIG_IGN)
     alive = [child for child in children if child.poll() is None]
     for child in alive:
         child.terminate()

@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from nemo_modelopt_dropin import run_file, screen
+from nemo_modelopt_dropin import locks, run_file, screen, signals
 from nemo_modelopt_dropin.compress import console, launch
 from nemo_modelopt_dropin.compress.settings import Layout
 from nemo_modelopt_dropin.compress.stages import (
@@ -21,15 +20,14 @@ from nemo_modelopt_dropin.compress.stages import (
     Record,
     Stage,
     StageError,
-    lock,
+    check_redo,
     pending,
     read_record,
     run_stages,
 )
 from nemo_modelopt_dropin.errors import InUseError, ModelOptConfigError
 
-OK, FAILED, USAGE, INTERRUPTED, ENDED = 0, 1, 2, 130, 143
-_GOES_ON = "interrupted; the same command goes on from here"
+OK, FAILED, USAGE = 0, 1, 2
 _RANK_ZERO_FIRST_S = 3.0
 
 MakeStages = Callable[[TextIO], list[Stage]]
@@ -43,6 +41,7 @@ def execute(
     finish: Finish,
     verbose: bool = False,
     settings: Mapping[str, Any] | None = None,
+    redo: Collection[str] = (),
 ) -> int:
     """Run the stages on the layout's ranks, then ``finish`` on one process; return the exit code.
 
@@ -53,7 +52,27 @@ def execute(
         finish: writes the report and returns the exit code.
         verbose: let everything that libraries write through to the terminal.
         settings: of the run, saved as ``run.yaml`` in its folder.
+        redo: names of stages whose results may be replaced if their settings changed.
     """
+    return signals.guarded(
+        lambda: _execute(make_stages, root, layout, finish, verbose, settings, redo), signals.RESUMABLE
+    )
+
+
+def _execute(
+    make_stages: MakeStages,
+    root: Path,
+    layout: Layout,
+    finish: Finish,
+    verbose: bool,
+    settings: Mapping[str, Any] | None,
+    redo: Collection[str],
+) -> int:
+    try:
+        check_redo(make_stages(sys.stderr), root, redo)
+    except StageError as error:  # before anything is started or loaded
+        sys.stderr.write(f"error: {error}\n")
+        return USAGE
     started, waiting = time.perf_counter(), pending(make_stages(sys.stderr), root)
     if layout.cpu:
         cpu_environment()
@@ -67,10 +86,10 @@ def execute(
     started_by_us = launch.STARTED_BY_US in os.environ
     if not launch.is_rank() and (layout.devices > 1 and waiting):
         code = launch.run_ranks(layout.devices)
-        if code == INTERRUPTED:
-            sys.stderr.write(f"{_GOES_ON}\n")
+        if signals.is_ours(code):
+            sys.stderr.write(f"{signals.RESUMABLE}\n")
     else:
-        code = _as_rank(make_stages, root, layout, verbose, settings)
+        code = _as_rank(make_stages, root, layout, verbose, settings, redo)
     if code == OK and not started_by_us and int(os.environ.get("RANK", "0")) == 0:
         whole = time.perf_counter() - started
         records = {stage.name: read_record(root / stage.name) for stage in make_stages(sys.stderr)}
@@ -92,19 +111,24 @@ def cpu_environment() -> None:
 
 
 def _as_rank(
-    make_stages: MakeStages, root: Path, layout: Layout, verbose: bool, settings: Mapping[str, Any] | None
+    make_stages: MakeStages,
+    root: Path,
+    layout: Layout,
+    verbose: bool,
+    settings: Mapping[str, Any] | None,
+    redo: Collection[str],
 ) -> int:
     rank = int(os.environ.get("RANK", "0"))
 
     def work(out: TextIO) -> None:
-        with lock(root) if rank == 0 else contextlib.nullcontext():
+        with locks.lock(root) if rank == 0 else contextlib.nullcontext():
             if rank == 0 and settings is not None:
                 heading = f"python scripts/compress.py --config {run_file.NAME}"
                 run_file.write(root / run_file.NAME, settings, heading)
-            _run_all(make_stages(out), root, layout, console.Teller(out, len(make_stages(out)), rank))
+            _run_all(make_stages(out), root, layout, console.Teller(out, len(make_stages(out)), rank), redo)
 
     log = None if verbose else root / "log" / f"rank{rank}.txt"
-    return guarded(work, log, _GOES_ON)
+    return guarded(work, log, signals.RESUMABLE)
 
 
 def require_gpu() -> None:
@@ -125,34 +149,32 @@ def guarded(work: Callable[[TextIO], None], log: Path | None, on_interrupt: str,
     Args:
         work: called with the stream to the screen.
         log: file for everything else; None shows everything.
-        on_interrupt: what rank zero says after Ctrl-C.
-        keep_log: whether the log stays where a signal ends this process while modules are imported.
+        on_interrupt: what rank zero prints after Ctrl-C or SIGTERM.
+        keep_log: whether the log stays if a signal ends this process while modules are imported.
     """
     rank = int(os.environ.get("RANK", "0"))
-    says = rank == 0 and launch.STARTED_BY_US not in os.environ  # else the process that started it says so
+    says = signals.reports()
     with screen.quiet(log) as out, contextlib.ExitStack() as stack:
 
         def at_once(code: int) -> None:
-            if code == INTERRUPTED and says:
+            if says:
                 out.write(f"{on_interrupt}\n")
             if log is not None and not keep_log:
                 log.unlink(missing_ok=True)
             os._exit(code)
 
-        seen = stack.enter_context(_signals(at_once))
+        seen = stack.enter_context(signals.seen(at_once))
         try:
             work(out)
             return OK
         except BaseException as error:
             # A signal decides, whatever came of it: Lightning turns Ctrl-C into SystemExit(1), and libraries may catch
             # what stops them while they are imported, and raise something else.
-            if signal.SIGINT in seen:
+            if seen:
                 logging.disable(logging.CRITICAL)  # libraries complain at exit about what was not finished
                 if says:
                     out.write(f"{on_interrupt}\n")
-                return INTERRUPTED
-            if signal.SIGTERM in seen:
-                return ENDED
+                return signals.CODES[seen[0]]
             return _code_of(error, rank, log, out)
 
 
@@ -176,7 +198,7 @@ def _code_of(error: BaseException, rank: int, log: Path | None, out: TextIO) -> 
     return FAILED
 
 
-def _run_all(stages: list[Stage], root: Path, layout: Layout, tell: console.Teller) -> None:
+def _run_all(stages: list[Stage], root: Path, layout: Layout, tell: console.Teller, redo: Collection[str]) -> None:
     if not pending(stages, root):
         run_stages(stages, root, Alone(), tell)  # all finished: needs no NeMo and no other ranks
         return
@@ -192,38 +214,5 @@ def _run_all(stages: list[Stage], root: Path, layout: Layout, tell: console.Tell
     from nemo_modelopt_dropin.compress import training
 
     ranks = training.StoreRanks() if launch.is_rank() else Alone()
-    run_stages(stages, root, ranks, tell)
+    run_stages(stages, root, ranks, tell, redo)
     training.release()
-
-
-@contextlib.contextmanager
-def _signals(at_once: Callable[[int], None]) -> Iterator[list[int]]:
-    """Yield the signals that came: Ctrl-C, and the launcher's SIGTERM. What handled both before does so afterwards.
-
-    Args:
-        at_once: ends the process with a code. Some libraries catch everything while they are imported, and would go on;
-            nothing of ours is under way then.
-    """
-    seen: list[int] = []
-
-    def interrupt(number, frame):
-        seen.append(number)
-        if screen.importing(frame):
-            at_once(INTERRUPTED)
-        signal.default_int_handler(number, frame)
-
-    def end(number, frame):
-        seen.append(number)
-        if screen.importing(frame):
-            at_once(ENDED)
-        sys.exit(ENDED)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, interrupt)
-    # Comes after another rank failed, or the process that started this one was interrupted.
-    signal.signal(signal.SIGTERM, end)
-    try:
-        yield seen
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
