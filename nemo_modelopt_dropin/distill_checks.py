@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from nemo_modelopt_dropin import loss_file, model_sizes
+from nemo_modelopt_dropin import loss_file, model_sizes, pair_checks
 from nemo_modelopt_dropin.command_line import (
     layout_problems,
     missing_paths,
@@ -26,12 +26,15 @@ def problems(given: argparse.Namespace) -> list[str]:
     """Return everything that is wrong with the arguments."""
     models = {name: getattr(given, name) for name in ("model_path", "teacher_path")}
     found = no_checkpoints({f"--{name}": path for name, path in models.items()})
-    if given.log_dir and given.name:
+    named = pair_checks.name_problems("--name", given.name, given.log_dir)
+    found += named
+    if given.log_dir and given.name and not named:
         folder = str(Path(given.log_dir) / given.name)
         found += place_problems("--log_dir/--name", folder, {f"--{name}": path for name, path in models.items()})
     files = ("distillation_config", "chat_template_path")
     found += missing_paths({f"--{name}": getattr(given, name) for name in files}, folder=False)
     found += text_problems({"--text": given.text, "--heldout_text": given.heldout_text})
+    found += pair_checks.same_text(("--text", given.text), ("--heldout_text", given.heldout_text))
     found += layout_problems(
         given.devices, given.num_nodes, given.tp_size, given.pp_size, given.cp_size * given.ep_size
     )

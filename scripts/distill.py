@@ -3,7 +3,8 @@
 Flags as in NeMo's scripts/llm/gpt_train.py, and --distillation_config, --text, --heldout_text and --cpu. Intermediate
 checkpoints go below --log_dir, and the same command goes on from the last one. Start it with torchrun for more than one
 GPU; with --cpu it starts its ranks itself. The settings are saved as run.yaml with the output; --config takes such a
-file, flags win over it. Exit codes: 0 done, 1 failed, 2 wrong arguments or settings, 130 interrupted.
+file, flags win over it. Exit codes: 0 done, 1 failed, 2 wrong arguments or settings, 130 interrupted, 143 ended by
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nemo_modelopt_dropin import distill_checks, model_sizes
+from nemo_modelopt_dropin import distill_checks, model_sizes, pair_checks
 from nemo_modelopt_dropin.command_line import Parser, default_devices, default_nodes, derive, loading_options
 
 PATHS = (
@@ -281,9 +282,12 @@ def work(given: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def remark(given: argparse.Namespace) -> None:
-    """Warn of what is legal and seldom meant."""
+    """Warn about settings that are legal but rarely intended."""
     from nemo_modelopt_dropin import screen
 
+    larger = pair_checks.larger_student(given.model_path, given.teacher_path)
+    if larger:
+        screen.warn(larger)
     if not (given.teacher_topk or given.teacher_path):
         screen.warn("No --teacher_path: this is plain training on the next token, no distillation.")
     if given.warmup_steps >= given.max_steps > 1:

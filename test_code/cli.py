@@ -17,8 +17,8 @@ LLAMA = {
     "normalization": "RMSNorm",
 }
 IMPORTANCE = "--restore_path model --save_path out --text text.jsonl --seq_length 8 --cpu --target_ffn_hidden_size 16"
-COMPRESSION = "--teacher model --train-text text.jsonl --heldout-text text.jsonl"
-COMPRESS = "--teacher model --train-text text.jsonl --heldout-text text.jsonl --target-num-layers 1 --distill-lr 1e-3"
+COMPRESSION = "--teacher model --train-text text.jsonl --heldout-text heldout.jsonl"
+COMPRESS = f"{COMPRESSION} --target-num-layers 1 --distill-lr 1e-3"
 RUNS = {
     "ptq": "-nc model -calib_ds text.jsonl --tp 2 --cpu --sq_alpha 1e-1 -algo int8 --disable_kv_cache -out here/q",
     "prune": "--restore_path model --save_path here/p --text text.jsonl --seq_length 8 --target_num_layers 2 "
@@ -38,7 +38,8 @@ def inputs(folder: Path) -> dict[str, str]:
     for name in ("model", "teacher"):
         (folder / name / "context").mkdir(parents=True)
     (folder / "text.jsonl").write_text('{"text": "a"}\n')
-    return {name: str(folder / name) for name in ("model", "teacher", "text.jsonl")}
+    (folder / "heldout.jsonl").write_text('{"text": "b"}\n')
+    return {name: str(folder / name) for name in ("model", "teacher", "text.jsonl", "heldout.jsonl")}
 
 
 def checkpoint(folder: Path, **changed) -> Path:

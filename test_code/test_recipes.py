@@ -98,8 +98,9 @@ def test_the_job_as_a_function_refuses_what_cannot_work(tmp_path, monkeypatch):
     recipe = compress_recipe(str(tmp_path), "none", "none", str(tmp_path / "run"))
     with pytest.raises(SettingsError, match="nothing to prune(.|\n)*none: there is no such file"):
         fiddle.build(recipe)()
-    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
-    recipe.job.train_text = recipe.job.heldout_text = str(tmp_path / "text.jsonl")
+    for name in ("text", "heldout"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name}"}}\n')
+    recipe.job.train_text, recipe.job.heldout_text = str(tmp_path / "text.jsonl"), str(tmp_path / "heldout.jsonl")
     recipe.job.pruning.target_num_layers = 1
     recipe.job.distillation.global_batch_size = 32
     with pytest.raises(SettingsError, match="wants 8 ranks and this is one process: start it with torchrun"):

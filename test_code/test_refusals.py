@@ -74,18 +74,18 @@ def test_what_is_no_checkpoint_is_said_before_nemo_is_loaded(
         ),
         (
             "compress",
-            "--teacher model --train-text text.jsonl --heldout-text text.jsonl --target-num-layers 3",
+            "--teacher model --train-text text.jsonl --heldout-text heldout.jsonl --target-num-layers 3",
             "pruning: target_num_layers 3 is above the model's 2",
         ),
         (
             "compress",
-            "--teacher model --train-text text.jsonl --heldout-text text.jsonl --target-num-layers 1 --formats hf "
+            "--teacher model --train-text text.jsonl --heldout-text heldout.jsonl --target-num-layers 1 --formats hf "
             "--algorithm int4_awq",
             "blocks of 128 (awq_block_size) do not divide the 32 inputs on each rank of layers after hidden_size",
         ),
         (
             "compress",
-            "--teacher model --train-text text.jsonl --heldout-text text.jsonl --target-num-layers 1 "
+            "--teacher model --train-text text.jsonl --heldout-text heldout.jsonl --target-num-layers 1 "
             "--distill-config kd.yaml",
             "unknown setting 'logit_kl_temprature'; did you mean logit_kl_temperature?",
         ),
@@ -258,7 +258,7 @@ def test_more_ranks_than_layers_cannot_measure_importance(tmp_path, monkeypatch,
     with pytest.raises(SystemExit) as stopped:
         cli.script_of("prune").main([*cli.IMPORTANCE.split(), "--tp", "2", "--devices", "4", "--dry-run"])
     assert stopped.value.code == 2 and reason in capsys.readouterr().err
-    settings = {"teacher": "model", "train_text": "text.jsonl", "heldout_text": "text.jsonl"}
+    settings = {"teacher": "model", "train_text": "text.jsonl", "heldout_text": "heldout.jsonl"}
     layout = job_settings.Layout(devices=4, tp=4, cpu=True)
     pruning = job_settings.Pruning(target_ffn_hidden_size=16)
     job = job_settings.Job(**settings, pruning=pruning, layout=layout)

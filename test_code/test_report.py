@@ -169,8 +169,12 @@ def test_the_table_fits_80_columns_and_shows_the_same_rows(content):
     ("changed", "fails"),
     [
         ({}, set()),
-        ({"prune": 3.4}, {"pruning costs"}),
-        ({"distill": 3.7}, {"distillation recovers"}),
+        ({"prune": 3.4, "distill": 3.39, "quantize": 3.38}, set()),  # better is no fault
+        ({"prune": 3.4}, {"distillation"}),
+        ({"distill": 3.7}, {"distillation"}),
+        ({"distill": 3.9, "scratch": 4.0, "quantize": 3.9}, {"distillation"}),
+        ({"prune": math.nan}, {"pruning", "distillation"}),
+        ({"distill": math.nan}, {"distillation", "distilled beats from scratch", "quantization is cheap"}),
         ({"scratch": 3.5}, {"distilled beats from scratch"}),
         ({"quantize": 3.58}, {"quantization is cheap"}),
     ],
@@ -186,6 +190,9 @@ def test_checks_find_numbers_that_make_no_sense(changed, fails):
         ({}, "Distillation recovered 79% of the 0.3900 nats that pruning cost (at least 50% expected)."),
         ({"distill": 3.4}, "recovered all of the 0.3900 nats that pruning cost; the student is 0.0400 nats better"),
         ({"prune": 3.443}, "from 3.4400 to 3.4430. That is too little to judge distillation by"),
+        ({"prune": 3.4, "distill": 3.39}, "Pruning did not raise the held-out loss (3.4400 before, 3.4000 after)"),
+        ({"prune": 3.441, "distill": 3.6}, "Distillation changed the held-out loss by +0.1590 nats, from 3.4410 to"),
+        ({"distill": 3.9}, "Distillation changed the held-out loss by +0.0700 nats, from 3.8300 to 3.9000 (at most +0"),
         ({"quantize": 3.51997}, "changed the held-out loss by 0.0000 nats"),
     ],
 )

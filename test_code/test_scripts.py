@@ -175,20 +175,21 @@ def test_a_dry_run_imports_nothing_heavy(tmp_path):
 NO_GPU = {
     "ptq": "-nc model -calib_ds wikitext -out out",
     "distill": "--name n --log_dir out --model_path model --use_mock_data --seq_length 8 --max_steps 1 --gbs 1 --mbs 1",
-    "compress": "--teacher model --train-text a.jsonl --heldout-text a.jsonl --target-num-layers 1 --output out",
+    "compress": "--teacher model --train-text a.jsonl --heldout-text b.jsonl --target-num-layers 1 --output out",
 }
 
 
 @pytest.mark.parametrize("script", NO_GPU)
 def test_without_a_gpu_and_without_cpu_it_is_said_what_to_give(script, tmp_path):
     (tmp_path / "model" / "context").mkdir(parents=True)
-    (tmp_path / "a.jsonl").write_text('{"text": "a"}')
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name}"}}')
     command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *NO_GPU[script].split()]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert found.returncode == 1
     assert "error: PyTorch sees no GPU on this machine; give --cpu to run on CPU ranks" in found.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "model"]
 
 
 @pytest.mark.parametrize("layout", [[], ["--tp", "2"]], ids=["one rank", "two ranks"])

@@ -14,7 +14,7 @@ from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.collections.llm.modelopt import ExportConfig, ModelOptConfigError, PruningConfig, QuantizationConfig
 from nemo.collections.llm.modelopt.quantization import report
-from nemo_modelopt_dropin import model_sizes, prune_layout, script_run
+from nemo_modelopt_dropin import model_sizes, pair_checks, prune_layout, screen, script_run
 from nemo_modelopt_dropin.compress import exported, heldout, importance, tokens, training
 from nemo_modelopt_dropin.compress.settings import TARGETS, Job, Layout, Training
 
@@ -145,6 +145,8 @@ def distill(folder: Path, job: Job, student: Path, token_folder: Path, out: Text
     """Train the pruned student on the teacher's logits with llm.distill."""
     settings = job.distillation
     training.release()
+    if warning := pair_checks.larger_student(str(student), job.teacher):
+        screen.warn(warning)
     torch.manual_seed(settings.seed)
     run = fit_trainer(folder, "distill", settings, job.layout, out, student)
     llm.distill(

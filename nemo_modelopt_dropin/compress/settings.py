@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from nemo_modelopt_dropin import budget, loss_file, model_checks, model_sizes, prune_layout
+from nemo_modelopt_dropin import budget, loss_file, model_checks, model_sizes, pair_checks, prune_layout
 from nemo_modelopt_dropin.command_line import no_checkpoints, text_problems
 
 ALGORITHMS = ("fp8", "int8", "int8_sq", "int4", "int4_awq", "w4a8_awq", "nvfp4")
@@ -194,6 +194,7 @@ class Job:
             found.append(f"distill_config {self.distill_config}: there is no such file")
         if teacher_exists:
             found += text_problems({"train_text": self.train_text, "heldout_text": self.heldout_text})
+            found += pair_checks.same_text(("train_text", self.train_text), ("heldout_text", self.heldout_text))
             found += no_checkpoints({"teacher": self.teacher})
         found += loss_file.problems(self.distill_config)
         if self.seq_length < 2:

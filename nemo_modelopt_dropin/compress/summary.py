@@ -17,7 +17,7 @@ from nemo_modelopt_dropin.compress.stages import Record
 
 # What the demo promises; a run that misses one is not a good compression, whatever its exit code.
 RECOVERED_AT_LEAST = 0.5
-# Held-out losses differ by about this much for no reason: shares of less say nothing.
+# Held-out losses differ by about this much by chance: smaller differences are not judged.
 JUDGED_FROM = 0.005
 PTQ_COSTS_AT_MOST = 0.05
 # Read back with weights of the same 8 bits but activations that are not quantized.
@@ -126,30 +126,9 @@ def checks(losses: Mapping[str, float]) -> list[dict[str, Any]]:
         found.append({"name": name, "ok": bool(ok), "sentence": sentence})
 
     if {"teacher", "pruned"} <= losses.keys():
-        teacher, pruned = losses["teacher"], losses["pruned"]
-        lost = pruned - teacher
-        few = (
-            f" That is too little to judge distillation by: less than {JUDGED_FROM} nats." if lost < JUDGED_FROM else ""
-        )
-        check(
-            "pruning costs",
-            lost > 0,
-            f"Pruning raised the held-out loss from {teacher:.4f} to {pruned:.4f}.{few}"
-            if lost > 0
-            else f"Pruning did not raise the held-out loss ({teacher:.4f} before, {pruned:.4f} after): the teacher is "
-            "hardly trained, or there is too little held-out text to judge by.",
-        )
-        if lost >= JUDGED_FROM and "distilled" in losses:
-            share, better = (pruned - losses["distilled"]) / lost, teacher - losses["distilled"]
-            check(
-                "distillation recovers",
-                share >= RECOVERED_AT_LEAST,
-                f"Distillation recovered {share:.0%} of the {lost:.4f} nats that pruning cost "
-                f"(at least {RECOVERED_AT_LEAST:.0%} expected)."
-                if better <= 0
-                else f"Distillation recovered all of the {lost:.4f} nats that pruning cost; the student is "
-                f"{better:.4f} nats better than the teacher on this text.",
-            )
+        check(*_pruning(losses["teacher"], losses["pruned"]))
+    if {"teacher", "pruned", "distilled"} <= losses.keys():
+        check(*_distillation(losses["teacher"], losses["pruned"], losses["distilled"]))
     if {"distilled", "from scratch"} <= losses.keys():
         better = losses["from scratch"] - losses["distilled"]
         check(
@@ -174,6 +153,36 @@ def checks(losses: Mapping[str, float]) -> list[dict[str, Any]]:
             f"(at most {EXPORT_APART_AT_MOST} expected).",
         )
     return found
+
+
+def _pruning(teacher: float, pruned: float) -> tuple[str, bool, str]:
+    """Return the check of pruning: it may cost any amount, because distillation comes after it."""
+    lost = pruned - teacher
+    if lost > 0:
+        few = (
+            f" That is too little to judge distillation by: less than {JUDGED_FROM} nats." if lost < JUDGED_FROM else ""
+        )
+        return "pruning", True, f"Pruning raised the held-out loss from {teacher:.4f} to {pruned:.4f}.{few}"
+    sentence = f"Pruning did not raise the held-out loss ({teacher:.4f} before, {pruned:.4f} after): the teacher is "
+    sentence += "hardly trained, or there is too little held-out text to judge distillation by."
+    return "pruning", math.isfinite(pruned), sentence
+
+
+def _distillation(teacher: float, pruned: float, distilled: float) -> tuple[str, bool, str]:
+    """Return the check of distillation: it must not cost anything, and recover its share of what pruning cost."""
+    lost, change = pruned - teacher, distilled - pruned
+    if lost < JUDGED_FROM or not change <= JUDGED_FROM:
+        sentence = f"Distillation changed the held-out loss by {signed(change)} nats, from {pruned:.4f} to "
+        sentence += f"{distilled:.4f} (at most +{JUDGED_FROM} expected)."
+        return "distillation", change <= JUDGED_FROM, sentence
+    share, better = -change / lost, teacher - distilled
+    if better > 0:
+        sentence = f"Distillation recovered all of the {lost:.4f} nats that pruning cost; the student is "
+        sentence += f"{better:.4f} nats better than the teacher on this text."
+    else:
+        sentence = f"Distillation recovered {share:.0%} of the {lost:.4f} nats that pruning cost "
+        sentence += f"(at least {RECOVERED_AT_LEAST:.0%} expected)."
+    return "distillation", share >= RECOVERED_AT_LEAST, sentence
 
 
 def signed(change: float) -> str:
