@@ -18,7 +18,10 @@ def corpus(path, rows: int = 24, blank: int = 2) -> str:
 
 
 def make_checkpoint(path, llama: bool = False, steps: int = 3, **overrides) -> str:
-    """Train a tiny model for some steps and write it as a full NeMo checkpoint."""
+    """Train a tiny model for some steps and write it as a full NeMo checkpoint.
+
+    A Llama could come from Hugging Face, so its weights are numbers of bf16.
+    """
     from nemo.collections import llm
     from test_code import tiny
 
@@ -29,7 +32,7 @@ def make_checkpoint(path, llama: bool = False, steps: int = 3, **overrides) -> s
             name: getattr(config, name) for name in llm.LlamaConfig.__dataclass_fields__ if hasattr(config, name)
         }
         model = llm.LlamaModel(llm.LlamaConfig(**settings), optim=tiny.optim(), tokenizer=tiny.tokenizer())
-    tiny.fit(model, save_to=path, max_steps=steps)
+    tiny.fit(model, save_to=path, max_steps=steps, bf16_weights=llama)
     return str(path)
 
 
@@ -155,23 +158,16 @@ def export_error(nemo, hf) -> tuple[str, str]:
     raise AssertionError("the export did not fail")
 
 
-def hf_logits(folder, checkpoint) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logits of the dequantized Hugging Face checkpoint and of the fake-quantized NeMo checkpoint."""
+def hf_logits(folder, checkpoint) -> tuple:
+    """Return the `Logits` of the Hugging Face checkpoint and of the fake-quantized NeMo checkpoint."""
     from nemo.collections.llm.modelopt import setup_trainer_and_restore_model_with_modelopt_spec
     from nemo.collections.llm.modelopt.quantization import hf_check
     from test_code import tiny
 
     model, _ = setup_trainer_and_restore_model_with_modelopt_spec(str(checkpoint))
-    core = tiny.core(model).eval()
-    tokens = torch.arange(3, 35).unsqueeze(0)
-    import modelopt.torch.quantization as mtq
-
-    # A Hugging Face checkpoint leaves the KV cache to its reader.
-    mtq.disable_quantizer(core, lambda name: "bmm_quantizer" in name)
-    with torch.no_grad():
-        ours = core(tokens, torch.arange(32).unsqueeze(0), None)
-        theirs = hf_check.load(Path(folder))(tokens).logits
-    return theirs, ours
+    return hf_check.stored_logits(Path(folder), tiny.VOCABULARY), hf_check.quantized_logits(
+        tiny.core(model), tiny.VOCABULARY
+    )
 
 
 def ptq_twice(checkpoint, nemo, hf, algorithm, quant) -> None:

@@ -108,6 +108,7 @@ def test_export_to_hf_reloads_in_transformers(source, tmp_path, wrapper, algorit
 
     config = json.loads((target / "config.json").read_text())
     assert config["quantization_config"]["quant_algo"] == recorded
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
     assert AutoTokenizer.from_pretrained(target)("the model").input_ids
     del config["quantization_config"]
     plain = LlamaForCausalLM(LlamaConfig(**config)).float()
@@ -146,6 +147,8 @@ def test_a_model_that_was_not_quantized_is_written_as_it_is(source, tmp_path, wr
 
     quantize = quantizer(source, tmp_path / "plain", None)
     quantize.export(quantize.quantize(configured(wrapper)), str(source / "llama"))
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", torch_dtype="auto").state_dict()
     original = AutoModelForCausalLM.from_pretrained(source / "llama", torch_dtype="auto").state_dict()
     assert all(torch.equal(again[name], value) for name, value in original.items())

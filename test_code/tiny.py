@@ -253,6 +253,20 @@ class LossRecorder(pl.Callback):
             self.val_losses.append(float(trainer.callback_metrics["val_loss"]))
 
 
+class RoundAtEnd(pl.Callback):
+    """Round the trained weights to numbers of bf16, as those of a checkpoint from Hugging Face are."""
+
+    def on_train_end(self, trainer, pl_module):
+        round_weights(core(trainer.strategy.model))
+
+
+def round_weights(model: torch.nn.Module) -> None:
+    """Round the weights of a model to numbers of bf16 in place; their dtype stays."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+
+
 class SaveAtEnd(pl.Callback):
     """Write a full NeMo checkpoint while ``fit`` is still running (keys ``module.``), as ModelCheckpoint does."""
 
@@ -275,7 +289,9 @@ def save(trainer: nl.Trainer, path) -> Path:
     return Path(path)
 
 
-def fit(llm_model, data_module=None, save_to=None, restore=None, callbacks=(), **layout) -> list[float]:
+def fit(
+    llm_model, data_module=None, save_to=None, restore=None, callbacks=(), bf16_weights=False, **layout
+) -> list[float]:
     """Train and return the loss of each step.
 
     Args:
@@ -284,10 +300,12 @@ def fit(llm_model, data_module=None, save_to=None, restore=None, callbacks=(), *
         save_to: folder for a full checkpoint written at the end, inside of ``fit``.
         restore: checkpoint whose weights are loaded first.
         callbacks: further callbacks.
+        bf16_weights: round the trained weights to numbers of bf16 before they are saved.
         **layout: arguments of `trainer`.
     """
     recorder = LossRecorder()
-    extra = [SaveAtEnd(save_to)] if save_to else []
+    extra = [RoundAtEnd()] if bf16_weights else []
+    extra += [SaveAtEnd(save_to)] if save_to else []
     run = trainer(callbacks=[recorder, *extra, *callbacks], **layout)
     if restore:
         run.strategy.restore_config = nl.RestoreConfig(path=str(restore), load_optim_state=False)

@@ -30,10 +30,10 @@ def heldout_loss(folder: Path, ids: np.ndarray, seq_length: int, batch_size: int
     """
     from nemo.utils import logging
 
-    from nemo.collections.llm.modelopt.quantization import hf_check
+    from nemo.collections.llm.modelopt.quantization import hf_check, hf_files
 
-    hf_check.verify(folder)
-    if (reason := hf_check.obstacle(folder)) is not None:
+    hf_files.verify(folder)
+    if (reason := hf_files.obstacle(folder)) is not None:
         logging.warning(f"The loss of the exported checkpoint was not measured: {reason}")
         return None
     model = hf_check.load(folder)

@@ -14,7 +14,7 @@ import torch
 from nemo.utils import logging
 
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import decoders, export, hf_auto, hf_check, hf_writer
+from nemo.collections.llm.modelopt.quantization import decoders, export, hf_auto, hf_check, hf_files, hf_writer
 
 
 def check_planned(planned: dict[str, dict[str, Any]], export_config: Any) -> None:
@@ -114,6 +114,8 @@ def _write_plain_hf(tools: ModuleType, model, model_dir: str, folder: Path, dtyp
     architectures = getattr(exporter.config, "architectures", None) or [None]
     if architectures[0] not in export.known_architectures():
         exporter(output_path=Path(folder), overwrite=True)
+        if tools.is_global_rank_zero():
+            hf_files.name_dtype(folder)
         return
     writer = tools.mte.export_mcore_gpt_to_hf
     hf_writer.write(core, exporter.config, export.hf_tokenizer(model), folder, writer, dtype=dtype)
@@ -124,9 +126,10 @@ def _finish_hf(tools: ModuleType, model, core, folder: Path, level: str, dtype: 
     """Write what belongs beside the weights, and verify the checkpoint as far as asked for."""
     with export.together("The check of the checkpoint"):
         if tools.is_global_rank_zero():
+            hf_files.name_dtype(folder, dtype)
             hf_check.write_generation_config(model, folder)
             if level != "none":
-                hf_check.verify(folder)
+                hf_files.verify(folder)
     if level == "full":
         hf_check.check_logits(core, folder, dtype)
 

@@ -17,7 +17,7 @@ from nemo.utils.get_rank import is_global_rank_zero
 import modelopt.torch.opt as mto
 from nemo.collections import llm
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import export, settings
+from nemo.collections.llm.modelopt.quantization import export, hf_files, settings
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 
 _NAME = "HFAutoModelForCausalLM"
@@ -145,8 +145,10 @@ def write_hf(model: Any, export_dir: Path, write: Callable, **kwargs: Any) -> Pa
         return None
     with export.staged(Path(export_dir)) as folder, torch.inference_mode():
         write(model.model, export_dir=str(folder), **kwargs)
-        if is_global_rank_zero() and not (folder / "config.json").exists():
-            raise export.ExportError(f"modelopt wrote no config.json for {export_dir}.")
+        if is_global_rank_zero():
+            if not (folder / "config.json").exists():
+                raise export.ExportError(f"modelopt wrote no config.json for {export_dir}.")
+            hf_files.name_dtype(folder)
     return Path(export_dir)
 
 
@@ -156,3 +158,4 @@ def write_plain_hf(model: Any, folder: Path, dtype: torch.dtype) -> None:
         logging.info(f"The model was not quantized: writing it as it is, in {dtype}")
         weights = {name: value.to(dtype) for name, value in model.model.state_dict().items()}
         model.model.save_pretrained(str(folder), state_dict=weights)
+        hf_files.name_dtype(folder, dtype)

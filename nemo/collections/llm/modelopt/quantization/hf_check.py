@@ -1,193 +1,91 @@
-"""The check of a written Hugging Face checkpoint: names, shapes, dtypes, scales, and the logits it gives."""
+"""The check of a written Hugging Face checkpoint against the model in memory: codes, scales, and logits.
+
+The logits are compared twice. Without the rounding of inputs both sides do the same sums, and nothing but their order
+differs. With it, an input close to the edge between two codes may fall to either side, so the bound counts such flips.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from nemo.utils import logging
 
-from nemo.collections.llm.modelopt.quantization import hf_formats
+from modelopt.torch.quantization.nn import TensorQuantizer
+from nemo.collections.llm.modelopt.quantization import hf_contents, hf_files, hf_formats
 from nemo.collections.llm.modelopt.quantization.export import ExportError
 
 # Sequence of the comparison: long enough for rotary embeddings and masks to matter.
 _CHECKED_TOKENS = 32
-# Relative error of the logits by the dtypes of the checkpoint and of the model in memory, which is rounded to that of
-# the checkpoint for the comparison. Then only the order of sums differs, and 16-bit scales; where the model computes in
-# 16 bits itself, each layer adds to that. A lost scale or a wrong cut gives 0.3 or more.
-_TOLERANCE_FP32 = 0.01
-_TOLERANCE_WRITTEN_16 = 0.03
+# Relative error of the logits without the rounding of inputs, by the dtype that the model in memory computes in. What
+# is not quantized is rounded to the checkpoint's dtype for the comparison. In fp32 only the order of sums is left;
+# where the model computes in 16 bits, each layer adds to that.
+_TOLERANCE_FP32 = 1e-3
 _TOLERANCE_COMPUTED_16 = 0.08
-_SCALES = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "k_scale", "v_scale", "weight_scale_inv")
+# With rounded inputs the difference is at most this multiple of what the rounding itself changes: were every rounding
+# drawn anew, it would be the square root of two.
+_FLIPS = 2.0
 
 
-def verify(folder: Path) -> None:
-    """Reopen a Hugging Face checkpoint: every tensor is there with its shape and dtype, and every scale is positive.
+class Logits(NamedTuple):
+    """Logits `[1, s, v]` in fp32.
 
-    Raises:
-        ExportError: Listing what is wrong.
+    Attributes:
+        exact: With inputs as they are.
+        rounded: With inputs quantized.
     """
-    tensors = dict(read_tensors(folder))
-    problems = [f"{name} is not finite" for name, value in tensors.items() if _is_scale(name) and not _sound(value)]
-    expected = expected_shapes(folder)
-    for name, shape in expected.items():
-        if name not in tensors:
-            problems.append(f"{name} is missing")
-        elif _logical_shape(tensors[name]) not in (list(shape), None):
-            problems.append(f"{name} has shape {list(tensors[name].shape)}, not {list(shape)}")
-        problems += _scale_problems(name, tensors)
-    if expected:
-        problems += [f"{name} is unexpected" for name in tensors if name not in expected and not _is_scale(name)]
-    problems += [f"{name} belongs to no weight" for name in tensors if _is_orphan(name, tensors)]
-    if problems:
-        raise ExportError(f"The checkpoint that was written is wrong: {'; '.join(sorted(problems)[:10])}")
+
+    exact: torch.Tensor
+    rounded: torch.Tensor
 
 
-def _logical_shape(tensor: torch.Tensor) -> list[int] | None:
-    """Return a tensor's shape, or None where bytes hold several values."""
-    return None if tensor.dtype == torch.uint8 else list(tensor.shape)
-
-
-def _scale_problems(name: str, tensors: dict[str, torch.Tensor]) -> list[str]:
-    """Return what is wrong with the dtype of a weight and the shape of its scale."""
-    weight, scale = tensors.get(name), tensors.get(f"{name}_scale")
-    if weight is None or not name.endswith(".weight"):
-        return []
-    if scale is None:
-        plain = weight.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        return [] if plain else [f"{name}_scale is missing for {weight.dtype} codes"]
-    if weight.dtype == torch.int8 and list(scale.shape) != [weight.shape[0]]:
-        return [f"{name}_scale has shape {list(scale.shape)}, not [{weight.shape[0]}]"]
-    if weight.dtype in (torch.bfloat16, torch.float16, torch.float32):
-        return [f"{name} has dtype {weight.dtype}, but a scale"]
-    return []
-
-
-def _is_orphan(name: str, tensors: dict[str, torch.Tensor]) -> bool:
-    prefix, _, leaf = name.rpartition(".")
-    return leaf in _SCALES[:4] and f"{prefix}.weight" not in tensors
-
-
-def _is_scale(name: str) -> bool:
-    return name.rpartition(".")[2] in _SCALES
-
-
-def _sound(scale: torch.Tensor) -> bool:
-    value = scale.float()
-    return bool(torch.isfinite(value).all()) and bool((value >= 0).all())
-
-
-def _files(folder: Path) -> list[str]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    return ["model.safetensors"]
-
-
-def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield name and value of each tensor of a checkpoint."""
-    from safetensors import safe_open
-
-    for file in _files(folder):
-        with safe_open(str(folder / file), framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                yield name, opened.get_tensor(name)
-
-
-def stored_shapes(folder: Path) -> dict[str, list[int]]:
-    """Return name and shape of each tensor of a checkpoint, without reading the values."""
-    from safetensors import safe_open
-
-    shapes = {}
-    for file in _files(folder):
-        with safe_open(str(folder / file), framework="pt") as opened:
-            shapes.update({name: opened.get_slice(name).get_shape() for name in opened.keys()})  # noqa: SIM118
-    return shapes
-
-
-def _plain_config(folder: Path) -> Any:
-    """Return the ``transformers`` configuration without quantization; None for a class it does not know."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder)
-    config.__dict__.pop("quantization_config", None)
-    return config if type(config) in AutoModelForCausalLM._model_mapping else None
-
-
-def expected_shapes(folder: Path) -> dict[str, torch.Size]:
-    """Return name and shape of each tensor `transformers` will look for; nothing for a class it does not know."""
-    from transformers import AutoModelForCausalLM
-
-    config = _plain_config(folder)
-    if config is None:
-        return {}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
-    return {name: value.shape for name, value in model.state_dict().items() if name not in tied}
-
-
-def obstacle(folder: Path) -> str | None:
-    """Return why the logits of a checkpoint cannot be computed here, or None."""
-    import psutil
-
-    if _plain_config(folder) is None:
-        return "transformers does not know the architecture"
-    needed = 4 * sum(shape.numel() for shape in expected_shapes(folder).values())
-    # The tensors are read once more while the fp32 model stands.
-    if 1.5 * needed > psutil.virtual_memory().available:
-        return f"the model in fp32 takes {needed / 2**30:.0f} GiB of the host's memory"
-    algorithm = algorithm_of(folder)
-    if algorithm is not None and algorithm not in hf_formats.DECODABLE:
-        return f"the numbers of {algorithm} are not known here"
-    return None
-
-
-def algorithm_of(folder: Path) -> str | None:
-    """Return ``quant_algo`` of a checkpoint, None for a plain one."""
-    path = folder / "hf_quant_config.json"
-    return json.loads(path.read_text())["quantization"]["quant_algo"] if path.exists() else None
+# --- the checkpoint ---------------------------------------------------------------------------------------------------
 
 
 def load(folder: Path) -> torch.nn.Module:
     """Return the ``transformers`` model in fp32 on the CPU with the weights a checkpoint stands for.
 
-    Inputs of its linear layers are scaled and quantized as the checkpoint says.
+    Inputs of its linear layers are scaled and quantized as the checkpoint says, by modelopt's own quantizers.
     """
     from transformers import AutoModelForCausalLM
 
-    algorithm = algorithm_of(folder)
-    tensors = dict(read_tensors(folder))
-    model = AutoModelForCausalLM.from_config(_plain_config(folder), torch_dtype=torch.float32).eval()
-    weights = {}
-    for name in [name for name in tensors if not _is_scale(name)]:
+    algorithm = hf_files.algorithm_of(folder) or ""
+    tensors = dict(hf_files.read_tensors(folder))
+    model = AutoModelForCausalLM.from_config(hf_files.plain_config(folder), torch_dtype=torch.float32).eval()
+    weights, quantized = {}, {}
+    for name in [name for name in tensors if not hf_files.is_scale(name)]:
         prefix = name.removesuffix("weight")
         if name.endswith(".weight") and f"{name}_scale" in tensors:
-            parts = {leaf: tensors[prefix + leaf] for leaf in ("weight", *_SCALES) if prefix + leaf in tensors}
-            weights[name] = hf_formats.decode(algorithm or "", parts)
-            module = model.get_submodule(name.removesuffix(".weight"))
-            module.register_forward_pre_hook(_input_hook(algorithm or "", parts))
+            leaves = ("weight", *hf_files.SCALES)
+            parts = {leaf: tensors[prefix + leaf] for leaf in leaves if prefix + leaf in tensors}
+            weights[name] = hf_formats.decode(algorithm, parts, second_step=False)
+            quantized[prefix.removesuffix(".")] = parts
         else:
             weights[name] = tensors[name].float()
     model.load_state_dict(weights, strict=False)
+    for name, parts in quantized.items():
+        _quantize_like(model.get_submodule(name), algorithm, parts)
     return model
 
 
-def _input_hook(algorithm: str, parts: dict[str, torch.Tensor]):
-    """Return a hook that gives a layer's input on as its quantizers do."""
-    pre, scale = parts.get("pre_quant_scale"), parts.get("input_scale")
-
-    def hook(module, args):
-        value = args[0] if pre is None else args[0] * pre.float()
-        if scale is None or algorithm.startswith("NVFP4"):
-            return (value,)
-        return (hf_formats.quantize_input(algorithm, value, scale.float()),)
-
-    return hook
+def _quantize_like(module: torch.nn.Module, algorithm: str, parts: dict[str, torch.Tensor]) -> None:
+    """Let a layer scale and quantize its input, and round its weight to FP8 after INT4, as its stored tensors say."""
+    pre, scale, second = (parts.get(leaf) for leaf in ("pre_quant_scale", "input_scale", "weight_scale_2"))
+    if pre is not None:
+        module.register_forward_pre_hook(lambda _, args: (args[0] * pre.float(),))
+    if algorithm.startswith("NVFP4"):
+        return
+    if scale is not None:
+        module.input_quantizer = hf_formats.static_quantizer(algorithm, scale)
+        module.register_forward_pre_hook(lambda module, args: (module.input_quantizer(args[0]),))
+    if second is not None:
+        torch.nn.utils.parametrize.register_parametrization(
+            module, "weight", hf_formats.static_quantizer("FP8", second)
+        )
 
 
 def tokens(vocabulary: int) -> torch.Tensor:
@@ -196,13 +94,38 @@ def tokens(vocabulary: int) -> torch.Tensor:
     return torch.randint(0, vocabulary, (1, _CHECKED_TOKENS), generator=generator)
 
 
-def quantized_logits(core, vocabulary: int) -> torch.Tensor:
-    """Return the logits `[1, s, v]` of the quantized model in memory, in fp32, on every rank.
+def stored_logits(folder: Path, vocabulary: int) -> Logits:
+    """Return the logits of a checkpoint.
+
+    Args:
+        folder: The checkpoint.
+        vocabulary: Entries without padding.
+    """
+    model = load(folder)
+    ids = tokens(vocabulary)
+    with torch.no_grad():
+        rounded = model(ids).logits.float()
+        with switched_off(model, lambda name, quantizer: True):
+            return Logits(model(ids).logits.float(), rounded)
+
+
+# --- the model in memory ----------------------------------------------------------------------------------------------
+
+
+def quantized_logits(core, vocabulary: int) -> Logits:
+    """Return the logits of the quantized model in memory, on every rank.
 
     Args:
         core: This rank's Megatron-Core model; all ranks must call.
         vocabulary: Entries without padding.
     """
+    with _not_stored_disabled(core):
+        rounded = _logits(core, vocabulary)
+        with switched_off(core, _rounds_on_the_way):
+            return Logits(_logits(core, vocabulary), rounded)
+
+
+def _logits(core, vocabulary: int) -> torch.Tensor:
     from megatron.core import parallel_state
 
     from nemo.collections.llm.modelopt.quantization import calibration, hf_writer
@@ -211,8 +134,7 @@ def quantized_logits(core, vocabulary: int) -> torch.Tensor:
     device = next(core.parameters()).device
     was_training = core.training
     core.eval()
-    with _not_stored_disabled(core):
-        calibration.run_forward(core, [tokens(vocabulary).to(device)], outputs.append, "Logits of the export")
+    calibration.run_forward(core, [tokens(vocabulary).to(device)], outputs.append, "Logits of the export")
     core.train(was_training)
     logits = torch.zeros(1, _CHECKED_TOKENS, vocabulary, device=device)
     if outputs:
@@ -227,14 +149,17 @@ def quantized_logits(core, vocabulary: int) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _not_stored_disabled(core) -> Iterator[None]:
-    """Switch off, inside of the context, the quantizers that `load` does not imitate: the KV cache, dynamic inputs."""
-    from modelopt.torch.quantization.nn import TensorQuantizer
+def switched_off(model: torch.nn.Module, which: Callable[[str, TensorQuantizer], bool]) -> Iterator[None]:
+    """Let quantizers return their input inside the context; a ``pre_quant_scale`` still applies.
 
+    Args:
+        model: The model.
+        which: Chooses by a quantizer's name and itself.
+    """
     switched = [
         module
-        for name, module in core.named_modules()
-        if isinstance(module, TensorQuantizer) and module.is_enabled and _is_not_imitated(name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, TensorQuantizer) and module.is_enabled and which(name, module)
     ]
     for quantizer in switched:
         quantizer.disable_quant()
@@ -245,9 +170,23 @@ def _not_stored_disabled(core) -> Iterator[None]:
             quantizer.enable_quant()
 
 
+def _rounds_on_the_way(name: str, quantizer: TensorQuantizer) -> bool:
+    """Return whether a quantizer rounds something computed: an input, the KV cache, or INT4 values to FP8 (W4A8)."""
+    return not name.endswith(("weight_quantizer", "weight_quantizer.0"))
+
+
+def _not_stored_disabled(core) -> contextlib.AbstractContextManager[None]:
+    """Switch off, inside the context, the quantizers that `load` does not imitate: the KV cache, dynamic inputs."""
+    return switched_off(core, _is_not_imitated)
+
+
+def _is_not_imitated(name: str, quantizer: TensorQuantizer) -> bool:
+    return "bmm_quantizer" in name or (name.endswith("input_quantizer") and bool(quantizer.block_sizes))
+
+
 @contextlib.contextmanager
 def rounded(core: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Let a model compute, inside of the context, with what is not quantized as a checkpoint of this dtype holds it.
+    """Let a model compute, inside the context, with what is not quantized as a checkpoint of this dtype holds it.
 
     Otherwise every input that rounding moves to the neighbouring number of its format moves by a whole step, and the
     difference grows with the depth of the model.
@@ -267,24 +206,20 @@ def rounded(core: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
             parameter.data = data
 
 
-def _is_not_imitated(name: str, quantizer) -> bool:
-    return "bmm_quantizer" in name or (name.endswith("input_quantizer") and bool(quantizer.block_sizes))
+# --- the comparison ---------------------------------------------------------------------------------------------------
 
 
-def tolerance(written: torch.dtype, computed: torch.dtype) -> float:
-    """Return the relative error of logits that rounding explains.
+def tolerance(computed: torch.dtype) -> float:
+    """Return the relative error of logits without rounded inputs that the order of sums explains.
 
     Args:
-        written: The checkpoint's dtype, of what is not quantized.
         computed: The dtype of the model in memory.
     """
-    if computed != torch.float32:
-        return _TOLERANCE_COMPUTED_16
-    return _TOLERANCE_FP32 if written == torch.float32 else _TOLERANCE_WRITTEN_16
+    return _TOLERANCE_FP32 if computed == torch.float32 else _TOLERANCE_COMPUTED_16
 
 
-def compare(folder: Path, expected: torch.Tensor, limit: float) -> float:
-    """Return the relative error of a checkpoint's logits.
+def compare(folder: Path, expected: Logits, limit: float) -> float:
+    """Return the relative error of a checkpoint's logits without rounded inputs.
 
     Args:
         folder: The checkpoint.
@@ -292,23 +227,37 @@ def compare(folder: Path, expected: torch.Tensor, limit: float) -> float:
         limit: See `tolerance`.
 
     Raises:
-        ExportError: If it is larger than rounding explains.
+        ExportError: If the logits differ by more than rounding explains.
     """
-    with torch.no_grad():
-        found = load(folder)(tokens(expected.shape[-1])).logits.float()
-    error = float((found - expected).norm() / expected.norm())
-    if not error <= limit:
+    if not all(bool(torch.isfinite(logits).all()) for logits in expected):
         raise ExportError(
-            f"The checkpoint's logits are not those of the model in memory: relative error {error:.3g}, at most "
-            f"{limit:g} is rounding. It was not kept; please report it with the model's class and the algorithm. "
-            "ExportConfig(verify='files') writes without this comparison."
+            "The logits of the quantized model in memory are not finite, so the checkpoint cannot be compared with it. "
+            "Its weights or the statistics of the calibration hold NaN or infinity; the original model is at fault if "
+            "its logits are not finite either."
         )
+    found = stored_logits(folder, expected.exact.shape[-1])
+    error = _difference(found.exact, expected.exact)
+    flips = max(limit, _FLIPS * _difference(expected.rounded, expected.exact))
+    for value, bound, inputs in [
+        (error, limit, "without quantizing inputs"),
+        (_difference(found.rounded, expected.rounded), flips, "with quantized inputs"),
+    ]:
+        if not value <= bound:
+            raise ExportError(
+                f"The checkpoint's logits are not those of the model in memory: relative error {value:.3g} {inputs}, "
+                f"at most {bound:.3g} is rounding. It was not kept; please report it with the model's class and the "
+                "algorithm. ExportConfig(verify='files') writes without this comparison."
+            )
     logging.info(f"Logits of the written checkpoint agree with the model in memory: relative error {error:.2g}")
     return error
 
 
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
 def check_logits(core, folder: Path, dtype: torch.dtype) -> None:
-    """Compare a written checkpoint's logits with the model in memory; all ranks must call.
+    """Compare a written checkpoint's codes, scales and logits with the model in memory; all ranks must call.
 
     Args:
         core: This rank's Megatron-Core model.
@@ -320,10 +269,11 @@ def check_logits(core, folder: Path, dtype: torch.dtype) -> None:
     """
     from nemo.utils.get_rank import is_global_rank_zero
 
+    hf_contents.check(core, folder)
     facts: list[Any] = [None, 0]
     if is_global_rank_zero():
-        facts[0] = obstacle(folder)
-        facts[1] = 0 if facts[0] else _plain_config(folder).vocab_size
+        facts[0] = hf_files.obstacle(folder)
+        facts[1] = 0 if facts[0] else hf_files.plain_config(folder).vocab_size
     torch.distributed.broadcast_object_list(facts, src=0)
     reason, vocabulary = facts
     if reason is not None:
@@ -332,7 +282,7 @@ def check_logits(core, folder: Path, dtype: torch.dtype) -> None:
     with rounded(core, dtype):
         expected = quantized_logits(core, vocabulary)
     if is_global_rank_zero():
-        compare(folder, expected, tolerance(dtype, next(core.parameters()).dtype))
+        compare(folder, expected, tolerance(next(core.parameters()).dtype))
 
 
 def write_generation_config(model: Any, folder: Path) -> None:

@@ -13,15 +13,23 @@ from typing import Any
 
 import torch
 
+from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 
 _E4M3 = (4, 3)
 _E4M3_MAX = 448.0
+# The largest value of each format's codes, by which modelopt's fake quantizers divide amax.
+_MAXBOUND = {"FP8": _E4M3_MAX, "W8": 127.0, "W4": 7.0}
+# modelopt's quantizers treat an amax up to here as zero.
+_ZERO_AMAX = 2.0**-24
+# Readers divide by scales, and a GPU flushes smaller numbers to zero.
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 # The sixteen values of FP4 E2M1 by their code.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 # Values of ``quant_algo`` whose numbers `decode` knows.
-DECODABLE = frozenset({"FP8", "W4A16_AWQ", "W4A8_AWQ", "W8A16", "W8A8_SQ_PER_CHANNEL", "NVFP4"})
+_ENCODED_HERE = frozenset({"FP8", "W4A16_AWQ", "W4A8_AWQ", "W8A16", "W8A8_SQ_PER_CHANNEL"})
+DECODABLE = _ENCODED_HERE | {"NVFP4"}
 
 
 @dataclass
@@ -35,6 +43,7 @@ class Layer:
         input_scale: Of the input, a scalar.
         pre_quant_scale: `[i]`.
         facts: Further entries of the quantization configuration.
+        codes: Of the whole weight `[o, i]`, if they were put together from tensor-parallel parts; see `codes_of`.
     """
 
     algorithm: str
@@ -43,6 +52,7 @@ class Layer:
     input_scale: torch.Tensor | None = None
     pre_quant_scale: torch.Tensor | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    codes: torch.Tensor | None = None
 
 
 def algorithm_of(weight: list[dict[str, Any]], has_input: bool, has_pre_quant_scale: bool) -> str | None:
@@ -67,6 +77,11 @@ def algorithm_of(weight: list[dict[str, Any]], has_input: bool, has_pre_quant_sc
     if bits == [_E4M3] and not blocks and weight[0].get("axis") is None and has_input and not has_pre_quant_scale:
         return "FP8"
     return None
+
+
+def is_encoded_here(algorithm: str) -> bool:
+    """Return whether `encode` makes the codes of a ``quant_algo``, and not modelopt's writer."""
+    return algorithm in _ENCODED_HERE
 
 
 def settings_of(module: torch.nn.Module) -> tuple[list[dict[str, Any]], bool, bool] | None:
@@ -95,7 +110,7 @@ def read(module: torch.nn.Module) -> Layer | None:
     inputs: Any = getattr(module, "input_quantizer", None)
     has_input = settings[1]
     pre = getattr(inputs, "pre_quant_scale", None)
-    scale = steps[0].amax.detach().float() / steps[0].maxbound
+    scale = positive_scale(steps[0].amax, steps[0].maxbound)
     facts: dict[str, Any] = {}
     if algorithm.startswith("W4"):
         facts = {
@@ -109,8 +124,8 @@ def read(module: torch.nn.Module) -> Layer | None:
     return Layer(
         algorithm,
         scale.reshape(rows, -1) if scale.numel() > 1 else scale.reshape(()),
-        scale_2=_scalar(steps[1]) if len(steps) > 1 else None,
-        input_scale=_scalar(inputs) if has_input and inputs.amax is not None else None,
+        scale_2=_scalar(steps[1], steps[1].amax) if len(steps) > 1 else None,
+        input_scale=_scalar(inputs, _input_amax(inputs)) if has_input and inputs.amax is not None else None,
         pre_quant_scale=None if pre is None else pre.detach().float().reshape(-1),
         facts=facts,
     )
@@ -120,28 +135,79 @@ def _steps(quantizer: Any) -> list[Any]:
     return list(quantizer) if isinstance(quantizer, SequentialQuantizer) else [quantizer]
 
 
-def _scalar(quantizer: Any) -> torch.Tensor:
-    return (quantizer.amax.detach().float() / quantizer.maxbound).amax().reshape(())
+def _scalar(quantizer: Any, amax: torch.Tensor) -> torch.Tensor:
+    return positive_scale(amax, quantizer.maxbound).amax().reshape(())
+
+
+def _input_amax(quantizer: Any) -> torch.Tensor:
+    """Return the amax that an input quantizer applies: for FP8, modelopt replaces zero by one."""
+    amax = quantizer.amax.detach().float()
+    is_float = not isinstance(quantizer.num_bits, int)
+    return torch.where(amax <= _ZERO_AMAX, torch.ones_like(amax), amax) if is_float else amax
+
+
+def positive_scale(amax: torch.Tensor, maxbound: float) -> torch.Tensor:
+    """Return the fp32 scale for an amax; the smallest positive one for zero, whose codes are zero anyway."""
+    return (amax.detach().float() / maxbound).clamp_min(SMALLEST_SCALE)
+
+
+def codes_of(module: torch.nn.Module, layer: Layer) -> torch.Tensor:
+    """Return the codes `[o, i]` to which a layer's own weight quantizer rounds its weight, INT4 as one int8 each.
+
+    The quantizer returns code times scale. Dividing by the scale again restores the code exactly, whatever arithmetic
+    the quantizer uses on this device; rounding the weight here would put ties elsewhere. bf16 weights are full of ties.
+
+    Args:
+        module: The converted layer, with the weight of this rank.
+        layer: What `read` returned for it.
+    """
+    weight: Any = module.weight
+    quantizer = next(step for step in _steps(module.weight_quantizer) if step.is_enabled)
+    on_grid = quantizer(weight.detach().float())
+    return _nearest(layer.algorithm, on_grid / _per_element(layer.scale.to(on_grid.device), on_grid.shape[-1]))
+
+
+def values_of(layer: Layer, codes: torch.Tensor) -> torch.Tensor:
+    """Return the fp32 weight `[o, i]` for codes, which `encode` turns into the same codes."""
+    return codes.float() * _per_element(layer.scale.to(codes.device), codes.shape[-1])
+
+
+def _nearest(algorithm: str, scaled: torch.Tensor) -> torch.Tensor:
+    """Return the codes nearest to a weight in units of its scale."""
+    if algorithm == "FP8":
+        return scaled.clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
+    lowest, highest = (-128, 127) if algorithm.startswith("W8") else (-8, 7)
+    return scaled.round().clamp(lowest, highest).to(torch.int8)
 
 
 def encode(algorithm: str, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return the codes of a weight `[o, i]` for scales that are a scalar, `[o, 1]` or `[o, n]`."""
-    scaled = weight.float() / _per_element(scale.float(), weight.shape[-1])
-    if algorithm == "FP8":
-        return scaled.clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
-    if algorithm.startswith("W8"):
-        return scaled.round().clamp(-128, 127).to(torch.int8)
-    codes = scaled.round().clamp(-8, 7).to(torch.int8)
+    """Return the codes of a weight `[o, i]` as they are stored, for scales that are a scalar, `[o, 1]` or `[o, n]`."""
+    maxbound = next(bound for prefix, bound in _MAXBOUND.items() if algorithm.startswith(prefix))
+    # modelopt's quantizers multiply by the reciprocal: `w / (amax / maxbound)` breaks ties differently.
+    reciprocal = maxbound / (scale.float() * maxbound)
+    codes = _nearest(algorithm, weight.float() * _per_element(reciprocal, weight.shape[-1]))
+    if not algorithm.startswith("W4"):
+        return codes
     # Two neighbouring output rows share a byte, the lower one in the lower half.
     return ((codes[0::2] & 0x0F) | (codes[1::2] << 4)).view(torch.uint8).contiguous()
 
 
-def decode(algorithm: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+def unpack(algorithm: str, stored: torch.Tensor) -> torch.Tensor:
+    """Return stored codes one by one, as `codes_of` does."""
+    if not algorithm.startswith("W4"):
+        return stored
+    signed = stored.view(torch.int8)
+    # Shifting an int8 right keeps the sign: to the left first for the lower half.
+    return torch.stack(((signed << 4) >> 4, signed >> 4), dim=1).flatten(0, 1)
+
+
+def decode(algorithm: str, tensors: dict[str, torch.Tensor], second_step: bool = True) -> torch.Tensor:
     """Return the fp32 weight `[o, i]` that a layer's stored tensors stand for, without ``pre_quant_scale``.
 
     Args:
         algorithm: ``quant_algo``.
         tensors: The layer's tensors by the last part of their names.
+        second_step: Round to FP8 after INT4 if there is a ``weight_scale_2`` for it (W4A8).
 
     Raises:
         KeyError: For an algorithm whose numbers are not known here.
@@ -157,11 +223,11 @@ def decode(algorithm: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         return values * _per_element(scale * tensors["weight_scale_2"].float(), values.shape[-1])
     if not algorithm.startswith("W4A16") and not algorithm.startswith("W4A8_AWQ"):
         raise KeyError(algorithm)
-    signed = codes.view(torch.int8)
-    # Shifting an int8 right keeps the sign: to the left first for the lower half.
-    values = torch.stack(((signed << 4) >> 4, signed >> 4), dim=1).flatten(0, 1).float()
+    values = unpack(algorithm, codes).float()
     weight = values * _per_element(scale, values.shape[-1])
-    return round_to_e4m3(weight, tensors["weight_scale_2"].float()) if "weight_scale_2" in tensors else weight
+    if not second_step or "weight_scale_2" not in tensors:
+        return weight
+    return static_quantizer("FP8", tensors["weight_scale_2"])(weight)
 
 
 def _column(scale: torch.Tensor) -> torch.Tensor:
@@ -175,16 +241,17 @@ def _per_element(scale: torch.Tensor, width: int) -> torch.Tensor:
     return scale.repeat_interleave(width // scale.shape[-1], dim=-1)
 
 
-def round_to_e4m3(value: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return a value as FP8 E4M3 with a scale would hold it."""
-    return (value / scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).to(value.dtype) * scale
+def static_quantizer(algorithm: str, scale: torch.Tensor) -> TensorQuantizer:
+    """Return modelopt's own quantizer for a stored scale: its arithmetic decides which way a tie is rounded.
 
-
-def quantize_input(algorithm: str, value: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return a layer's input as its static input quantizer gives it on."""
-    if algorithm.startswith("W8"):
-        return (value / scale).round().clamp(-128, 127) * scale
-    return round_to_e4m3(value, scale)
+    Args:
+        algorithm: ``quant_algo``, or "FP8" for a second step.
+        scale: A scalar, of the input or of the second step.
+    """
+    is_integer = algorithm.startswith("W8")
+    settings = QuantizerAttributeConfig(num_bits=8 if is_integer else _E4M3)
+    maxbound = _MAXBOUND["W8" if is_integer else "FP8"]
+    return TensorQuantizer(settings, amax=scale.detach().float().reshape(()) * maxbound)
 
 
 def configuration(algorithm: str, facts: dict[str, Any], excluded: list[str], kv_cache: str | None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 from nemo.utils.get_rank import is_global_rank_zero
 
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import export, hf_formats
+from nemo.collections.llm.modelopt.quantization import export, hf_blocks, hf_files, hf_formats
 
 
 def write(model, hf_config, tokenizer, target: Path, write: Callable, **kwargs: Any) -> None:
@@ -43,7 +43,7 @@ def write(model, hf_config, tokenizer, target: Path, write: Callable, **kwargs: 
         stack.enter_context(torch.inference_mode())
         source = stack.enter_context(tempfile.TemporaryDirectory())
         hf_config.save_pretrained(source)
-        _name_dtype(Path(source) / "config.json", kwargs.get("dtype", torch.bfloat16))
+        hf_files.name_dtype(Path(source), kwargs.get("dtype", torch.bfloat16))
         # The writer asks transformers for a tokenizer there, and fails for some classes where there is none.
         if tokenizer is not None:
             tokenizer.save_pretrained(source)
@@ -58,13 +58,6 @@ def write(model, hf_config, tokenizer, target: Path, write: Callable, **kwargs: 
     with export.together("Writing the configuration"):
         if is_global_rank_zero() and isinstance(model, torch.nn.Module):
             _describe(target, layers)
-
-
-def _name_dtype(path: Path, dtype: torch.dtype) -> None:
-    """Name the type of what is not quantized, without which readers take fp32; both names, as readers differ."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content |= dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
-    path.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -102,9 +95,13 @@ def _whole_tensors(model, layers: dict[int, hf_formats.Layer], writes: bool) -> 
                 if not getattr(parameter, "tensor_model_parallel", False):
                     continue
                 axis = int(parameter.partition_dim)
-                whole = gather(parameter.data, axis, gated)
                 if id(module) in layers and parameter is module.weight:
-                    _gather_scales(layers[id(module)], axis, gated)
+                    layer = layers[id(module)]
+                    codes = gather(hf_formats.codes_of(module, layer), axis, gated)
+                    layer.codes = codes if writes else None
+                    _gather_scales(layer, axis, gated)
+                    continue
+                whole = gather(parameter.data, axis, gated)
                 if writes:
                     replaced.append((parameter, parameter.data))
                     parameter.data = whole
@@ -123,9 +120,11 @@ def gather(part: torch.Tensor, axis: int, gated: bool = False) -> torch.Tensor:
         gated: Each part holds its share of the gate and then its share of the other half.
     """
     size = parallel_state.get_tensor_model_parallel_world_size()
-    parts = [torch.empty_like(part.contiguous()) for _ in range(size)]
-    torch.distributed.all_gather(parts, part.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
-    parts = [p.cpu() for p in parts]
+    # Backends cannot send FP8: as bytes.
+    sent = part.contiguous().view(torch.uint8) if part.dtype == torch.float8_e4m3fn else part.contiguous()
+    parts = [torch.empty_like(sent) for _ in range(size)]
+    torch.distributed.all_gather(parts, sent, group=parallel_state.get_tensor_model_parallel_group())
+    parts = [p.cpu().view(part.dtype) for p in parts]
     if gated and axis == 0:
         halves = [p.chunk(2, dim=0) for p in parts]
         parts = [half[0] for half in halves] + [half[1] for half in halves]
@@ -190,7 +189,9 @@ def _extended(layers: dict[int, hf_formats.Layer], total_layers: int, writes: bo
     def quantized_state(*args, **kwargs):
         module, dtype = args[-2:]
         layer = layers.get(id(module))
-        return state_of(*args, **kwargs) if layer is None else (_stored(module, layer, dtype), layer.algorithm, None)
+        if layer is None:
+            return hf_blocks.state_of(state_of, *args, **kwargs)
+        return _stored(module, layer, dtype), layer.algorithm, None
 
     def to_quantized(weight, scale, algorithm, *args, **kwargs):
         if algorithm in {layer.algorithm for layer in layers.values()}:
@@ -217,8 +218,10 @@ def _extended(layers: dict[int, hf_formats.Layer], total_layers: int, writes: bo
 
 def _stored(module, layer: hf_formats.Layer, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Return what modelopt's writer cuts and names for a quantized layer."""
-    # The codes come from the weight as it is, not from one rounded to the export's dtype.
-    state = {"weight": module.weight.detach().float().cpu(), "weight_scale": layer.scale.cpu()}
+    # The codes come from the weight as it is, not from one rounded to the export's dtype. The writer cuts values and
+    # has `hf_formats.encode` make these codes of them again.
+    codes = hf_formats.codes_of(module, layer) if layer.codes is None else layer.codes
+    state = {"weight": hf_formats.values_of(layer, codes).cpu(), "weight_scale": layer.scale.cpu()}
     if getattr(module, "bias", None) is not None and module.bias.numel() > 0:
         state["bias"] = module.bias.detach().to(dtype).cpu()
     for name in ("weight_scale_2", "input_scale", "pre_quant_scale"):
@@ -295,8 +298,6 @@ def _describe(folder: Path, layers: dict[int, hf_formats.Layer]) -> None:
     modelopt names the parent of fused layers: with `linear_qkv` in 16 bits it excludes the whole ``self_attn``, and a
     reader would take the codes of its other layers for weights.
     """
-    from nemo.collections.llm.modelopt.quantization import hf_check
-
     path = folder / "hf_quant_config.json"
     named = json.loads(path.read_text())["quantization"]["quant_algo"] if path.exists() else None
     if named is None:
@@ -305,7 +306,7 @@ def _describe(folder: Path, layers: dict[int, hf_formats.Layer]) -> None:
     if not layers and named is None:
         return
     config = json.loads((folder / "config.json").read_text())
-    shapes = hf_check.stored_shapes(folder)
+    shapes = hf_files.stored_shapes(folder)
     linear = {name.removesuffix(".weight") for name, shape in shapes.items() if _is_matrix(name, shape)}
     excluded = sorted(name for name in linear if f"{name}.weight_scale" not in shapes and "embed" not in name)
     if named and ("quantization_config" in config or not layers):
