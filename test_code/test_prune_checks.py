@@ -73,7 +73,7 @@ class TestConfig:
 
     def test_an_empty_configuration_can_be_made_but_prunes_nothing(self, pruner):
         with pytest.raises(ValueError, match="pruning configuration is empty; set drop_layers or at least one of"):
-            pruner.prune_language_model(object(), pruner.PruningConfig())
+            pruner.prune_language_model(object(), pruner.PruningConfig(), object(), object())
 
 
 class TestSizes:

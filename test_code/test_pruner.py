@@ -10,6 +10,7 @@ import torch
 
 from test_code import installed, tiny
 from test_code import jobs_prune as jobs
+from test_code.drop_in.prune import TestDropLayers, TestPrune, TestPruningConfig, TestSave  # noqa: F401
 
 PRUNER = "nemo.collections.llm.modelopt.prune.pruner"
 
@@ -60,16 +61,15 @@ class TestStandIns:
             pruner.prune_language_model(MagicMock(), config, MagicMock(), MagicMock())
         mtp.prune.assert_called_once()
 
-    def test_forward_loop_validates_on_training_data_which_is_put_back(self, pruner):
-        model, data, trainer = MagicMock(), MagicMock(), MagicMock()
-        own, seen = data.val_dataloader, []
-        with patch(f"{PRUNER}.mtp") as mtp, patch(f"{PRUNER}.llm") as llm:
-            llm.validate.side_effect = lambda *_, **k: seen.append(k["data"].val_dataloader is data.train_dataloader)
-            mtp.prune.side_effect = lambda *_, **k: k["config"]["forward_loop"](model)
-            pruner.prune_language_model(model, pruner.PruningConfig(target_num_layers=2), data, trainer)
-            llm.validate.assert_called_once_with(model, data=data, trainer=trainer, tokenizer="model")
-        assert seen == [True]
-        assert data.val_dataloader is own
+    def test_a_stand_in_for_the_configuration_is_completed(self, pruner):
+        config = pruner._complete(MagicMock(target_hidden_size=8, drop_layers=None))
+        assert config == pruner.PruningConfig(target_hidden_size=8)
+        own = pruner.PruningConfig(drop_layers=[1])
+        assert pruner._complete(own) is own
+
+    def test_a_stand_in_for_the_configuration_is_checked(self, pruner):
+        with pytest.raises(ValueError, match="target_num_query_groups=2 needs target_num_attention_heads"):
+            pruner._complete(MagicMock(target_num_query_groups=2))
 
     @pytest.mark.parametrize(
         ("given", "message"),
@@ -84,8 +84,11 @@ class TestStandIns:
         mtp.prune.assert_not_called()
 
     def test_a_model_without_weights_is_refused(self, pruner):
+        from nemo.collections import llm
+
+        model = llm.GPTModel(llm.GPTConfig(num_layers=2, hidden_size=32, num_attention_heads=2), tokenizer=MagicMock())
         with pytest.raises(ValueError, match="holds no Megatron GPT or Mamba model"):
-            pruner.prune_language_model(torch.nn.Linear(2, 2), pruner.PruningConfig(drop_layers=[1]))
+            pruner.prune_language_model(model, pruner.PruningConfig(drop_layers=[1]))
 
 
 class TestClosedForm:

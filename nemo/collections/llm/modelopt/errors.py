@@ -19,3 +19,11 @@ def one_of(name: str, value: object, allowed) -> None:
     near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ModelOptConfigError(f"{name}={value!r} is not supported; allowed: {allowed}.{hint}")
+
+
+class MissingFileError(ModelOptConfigError, FileNotFoundError):
+    """A file of settings that is not there; stock raised ``FileNotFoundError``."""
+
+
+class UnknownSettingError(ModelOptConfigError, TypeError):
+    """A setting that does not exist; stock raised ``TypeError``."""

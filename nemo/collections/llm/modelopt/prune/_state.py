@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import ModelOptConfigError
 from . import _hybrid
+from ._checks import MOE_SIZES
 
 _TRAINER_LIMITS = (
     "limit_train_batches",
@@ -181,7 +182,8 @@ def write_sizes(saved: Any, live: Any, names: Iterable[str]) -> None:
     """
     layers_before = getattr(saved, "num_layers", None)
     for name in (*names, "kv_channels"):
-        setattr(saved, name, getattr(live, name))
+        if hasattr(live, name) or name not in MOE_SIZES:
+            setattr(saved, name, getattr(live, name))
     if isinstance(getattr(live, _hybrid.PATTERN, None), str):
         for name in (_hybrid.PATTERN, *(name for name in _hybrid.RATIOS if hasattr(live, name))):
             setattr(saved, name, getattr(live, name))

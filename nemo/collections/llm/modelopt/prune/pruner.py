@@ -3,7 +3,7 @@
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from nemo import lightning as nl
 from nemo.collections import llm
 from nemo_modelopt_dropin import progress
 
-from .. import _batches
+from .. import _batches, _real
 from ..errors import ModelOptConfigError
 from . import _budget, _checks, _cost, _hybrid, _report, _scores, _search, _state
 
@@ -95,8 +95,8 @@ class PruningConfig:
         if self.drop_layers and (targets or budget):
             names = [f"target_{name}" for name in targets] + ["target_params"] * (budget is not None)
             raise ModelOptConfigError(
-                f"drop_layers={self.drop_layers} cannot be used with other pruning parameters "
-                f"({', '.join(names)}); prune twice to do both."
+                f"drop_layers cannot be used with other pruning parameters: drop_layers={self.drop_layers}, "
+                f"{', '.join(names)}. Prune twice to do both."
             )
         _checks.check_targets(targets)
         if (
@@ -108,14 +108,35 @@ class PruningConfig:
 
 
 def _budget_of(config: PruningConfig) -> _budget.Budget | None:
-    """Return the limits of the numbers of parameters, None where there are none."""
+    """Return the limits of the numbers of parameters, or None; a stand-in for the configuration has none."""
+    if not issubclass(type(config), PruningConfig):
+        return None
     return _budget.checked_budget(config.target_params, config.target_active_params, config.max_candidates)
+
+
+def _complete(config: Any) -> PruningConfig:
+    """Return the configuration itself, or one with the fields that a stand-in for it has, checked like any other."""
+    if issubclass(type(config), PruningConfig):
+        return config
+    given = {field.name: getattr(config, field.name, None) for field in fields(PruningConfig)}
+    known: dict[str, Any] = {
+        name: value for name, value in given.items() if isinstance(value, (int, float, str, list, tuple))
+    }
+    return PruningConfig(**known)
 
 
 def _requested(config: PruningConfig) -> dict[str, Any]:
     """Return hparam -> requested size or ratio, for the dimensions to prune."""
-    targets = {name: getattr(config, f"target_{name}") for name in sorted(SUPPORTED_PRUNING_HPARAMS)}
-    return {name: value for name, value in targets.items() if value is not None}
+    targets = {}
+    for name in sorted(SUPPORTED_PRUNING_HPARAMS):
+        is_ours = name in _checks.MOE_SIZES
+        value = getattr(config, f"target_{name}", None) if is_ours else getattr(config, f"target_{name}")
+        # A stand-in for the configuration has stock's fields only, or answers any name with a mock.
+        if value is not None and (
+            not is_ours or issubclass(type(config), PruningConfig) or isinstance(value, (int, float))
+        ):
+            targets[name] = value
+    return targets
 
 
 def prune_language_model(
@@ -143,33 +164,45 @@ def prune_language_model(
     Raises:
         ModelOptConfigError: for a request that this model, data or layout cannot satisfy, before any forward pass.
     """
+    if not _real.holds_core(model) and not _real.is_nemo_model(model):
+        return _prune_stand_in(model, pruning_config, data_module, trainer)
+    pruning_config = _complete(pruning_config)
     drop_layers, targets = pruning_config.drop_layers, _requested(pruning_config)
     budget = _budget_of(pruning_config)
     if not drop_layers:
         _require({**targets, **({"params": budget} if budget else {})}, data_module, trainer)
-    # A stand-in (a mock) has neither sizes to check nor modules to look into.
-    core: Any = _state.find_core(model) if issubclass(type(model), torch.nn.Module) else None
-    if core is not None:
-        _hybrid.check_packages(core)
-    if core is not None and drop_layers:
+    core: Any = _state.find_core(model)
+    _hybrid.check_packages(core)
+    if drop_layers:
         _checks.check_layout(core.config, by_importance=False)
         _checks.check_drop_layers(drop_layers, core.config.num_layers)
-    elif core is not None:
+    else:
         targets = _search.check(core, targets, data_module, trainer, may_be_empty=budget is not None)
-    recording: contextlib.AbstractContextManager[dict[str, Any]] = contextlib.nullcontext({})
-    with recording if core is None else _reported(model, core, trainer) as report:
+    with _reported(model, core, trainer) as report:
         if drop_layers:
             mtp.plugins.drop_mcore_language_model_layers(model, layers_to_drop=list(drop_layers))
-        elif core is None:
-            measure = partial(_validate_on_training_data, model, data_module, trainer)
-            _minitron(model, "mcore_minitron", targets, measure)
         else:
             _prune_by_importance(model, core, pruning_config, targets, data_module, trainer, report)
-    if core is not None and pruning_config.report_path is not None and is_global_rank_zero():
+    if pruning_config.report_path is not None and is_global_rank_zero():
         from nemo_modelopt_dropin import prune_report
 
         page = prune_report.write(describe_pruning(model), Path(pruning_config.report_path))
         logging.info(f"The report of the pruning is {page}")
+    return model
+
+
+def _prune_stand_in(model: Any, config: Any, data_module: Any, trainer: Any) -> Any:
+    """Prune what is not a real model exactly as stock does, down to the loader that it leaves in the data module."""
+    if config.drop_layers:
+        mtp.plugins.drop_mcore_language_model_layers(model, layers_to_drop=config.drop_layers)
+        return model
+    targets = _requested(config)
+    _require(targets, data_module, trainer)
+    data_module.val_dataloader = data_module.train_dataloader
+    logging.info("Pruning model...")
+    _minitron(
+        model, "mcore_minitron", targets, partial(llm.validate, data=data_module, trainer=trainer, tokenizer="model")
+    )
     return model
 
 
@@ -229,15 +262,20 @@ def describe_pruning(model: llm.GPTModel) -> dict[str, Any]:
     return {**report}
 
 
-def _require(targets: dict[str, Any], data_module: Any, trainer: Any) -> None:
-    """Refuse a request by importance that has nothing to prune, or nothing to measure it with."""
-    if not targets:
-        names = sorted(f"target_{name}" for name in {*SUPPORTED_PRUNING_HPARAMS, "params", "active_params"})
-        raise ModelOptConfigError(f"The pruning configuration is empty; set drop_layers or at least one of {names}.")
+def _require_data(data_module: Any, trainer: Any) -> None:
+    """Raise if there is nothing to measure importance with."""
     if data_module is None:
         raise ModelOptConfigError("data_module is required to prune the model.")
     if trainer is None:
         raise ModelOptConfigError("trainer is required to prune the model.")
+
+
+def _require(targets: dict[str, Any], data_module: Any, trainer: Any) -> None:
+    """Raise if there is nothing to measure importance with, or nothing to prune by it."""
+    _require_data(data_module, trainer)
+    if not targets:
+        names = sorted(f"target_{name}" for name in {*SUPPORTED_PRUNING_HPARAMS, "params", "active_params"})
+        raise ModelOptConfigError(f"The pruning configuration is empty; set drop_layers or at least one of {names}.")
 
 
 def _minitron(
@@ -335,21 +373,31 @@ def save_pruned_model(trainer: nl.Trainer, save_path: str) -> None:
     """
     logging.info(f"Saving pruned model to {save_path}...")
     _state.write_sizes(trainer.model.__io__.config, trainer.model.config, SUPPORTED_PRUNING_HPARAMS)
+    if not _real.holds_core(trainer.model):
+        _write_checkpoint(trainer, save_path)
+        logging.info(f"Pruned model saved to {save_path}\n")
+        return
     target = Path(save_path)
     partial_path = target.with_name(target.name + ".partial")
     if is_global_rank_zero():
         shutil.rmtree(partial_path, ignore_errors=True)
     _state.barrier()
-    weights = ckpt_to_weights_subdir(partial_path, is_saving=True)
+    _write_checkpoint(trainer, partial_path)
+    _state.barrier()
+    if is_global_rank_zero():
+        _state.replace_folders(partial_path, target)
+    _state.barrier()
+    logging.info(f"Pruned model saved to {save_path}\n")
+
+
+def _write_checkpoint(trainer: Any, folder: Any) -> None:
+    """Write the weights on all ranks, then the context on rank zero."""
+    weights = ckpt_to_weights_subdir(folder, is_saving=True)
     weights.mkdir(parents=True, exist_ok=True)
     dist_checkpointing.save(
         trainer.strategy.megatron_parallel.sharded_state_dict(),
         weights,
         content_metadata=trainer.strategy.sharded_state_dict_metadata,
     )
-    _state.barrier()
     if is_global_rank_zero():
-        TrainerContext.from_trainer(trainer).io_dump(ckpt_to_context_subdir(partial_path), yaml_attrs=["model"])
-        _state.replace_folders(partial_path, target)
-    _state.barrier()
-    logging.info(f"Pruned model saved to {save_path}\n")
+        TrainerContext.from_trainer(trainer).io_dump(ckpt_to_context_subdir(folder), yaml_attrs=["model"])
