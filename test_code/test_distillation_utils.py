@@ -12,6 +12,28 @@ import torch
 from nemo.collections.llm.modelopt.distill import _config, utils
 from nemo.collections.llm.modelopt.distill.utils import DistillationConfig, load_distillation_config
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+from test_code.drop_in.distill_adjust import (  # noqa: F401
+    TestForward,
+    TestInputs,
+    TestLanguageModelLoss,
+    TestShardedStateDict,
+    TestState,
+)
+from test_code.drop_in.distill_config import (  # noqa: F401
+    TestDistillationConfig,
+    TestLayerNames,
+    TestLoad,
+    TestLoadForReal,
+    TestLoadInAPipeline,
+)
+from test_code.drop_in.distill_model import (  # noqa: F401
+    TestBalancer,
+    TestDistillationModel,
+    TestDistillationModelForReal,
+    TestLosses,
+    TestProjection,
+    TestReduction,
+)
 
 
 class Core(torch.nn.Module):
@@ -272,7 +294,7 @@ def test_earlier_stages_have_no_losses(stage):
     "text, match",
     [
         ("logit_layers: [output_layer]", "logit_layers=.*must hold 2 names"),
-        ("logit_layers: output_layer", "logit_layers='output_layer' must hold 2"),
+        ("logit_layers: output_layer", "^self.logit_layers='output_layer': .* must hold 2"),
         ("intermediate_layer_pairs: [[a]]", "intermediate_layer_pairs=.*2 or 3 names"),
         ("intermediate_layer_pairs: decoder", "must be a list"),
         ("intermediate_layer_pairs: [[a, b, huber]]", "huber.*not supported.*cosine"),
@@ -338,7 +360,7 @@ def test_a_layer_of_an_earlier_stage_cannot_be_renamed():
     with (
         mock.patch.object(utils.TransformerLayer, "_get_layer_offset", return_value=6),
         pytest.raises(
-            ModelOptConfigError, match="decoder.layers.5.mlp does not fall on final PP rank, nor on this one"
+            ModelOptConfigError, match="decoder.layers.5.mlp does not fall on final PP rank. Nor is it on this one"
         ),
     ):
         utils._adjust_layer_index_for_pp("decoder.layers.5.mlp", None)

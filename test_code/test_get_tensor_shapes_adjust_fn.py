@@ -9,6 +9,7 @@ import pytest
 
 from nemo.collections.llm.modelopt.distill import utils
 from test_code import jobs_distill as jobs
+from test_code.drop_in.shapes import TestAdjusting, TestOtherStandIns, TestWhetherToAdjust  # noqa: F401
 
 
 class Distilled:

@@ -14,6 +14,7 @@ from nemo.collections.llm.modelopt import _saved_keys
 from nemo.collections.llm.modelopt.distill import _teacher, utils
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from test_code import jobs_distill as jobs
+from test_code.drop_in.teacher import TestNetworks, TestStrictness, TestTeacher  # noqa: F401
 
 PATH = "/models/teacher"
 

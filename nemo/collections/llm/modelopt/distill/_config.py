@@ -7,7 +7,7 @@ A layer is named by its path in the Megatron-Core model, with the layer's index 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import yaml
 from modelopt.torch.distill import DistillationLossBalancer
 from nemo_modelopt_dropin.loss_file import LAYER_INDEX
 
-from ..errors import ModelOptConfigError, one_of
+from ..errors import MissingFileError, ModelOptConfigError, UnknownSettingError, one_of
 from ._fused_model import FUSED_LOGITS
 from ._vocab_parallel import DIRECTIONS, FORWARD
 from .loss import LOSS_WEIGHTS, HiddenStateCosineLoss, MSELoss
@@ -69,26 +69,29 @@ class DistillationConfig:
     fused_logits: str = "auto"
     validation_metrics: bool = False
 
+    @property
+    def logit_pair(self) -> tuple[str, str]:
+        """The layers of the logits as a tuple: ``logit_layers`` is a list when it comes from YAML."""
+        student, teacher = self.logit_layers
+        return student, teacher
+
     def __post_init__(self):
-        student, teacher = _names("logit_layers", self.logit_layers, (2,))
-        self.logit_layers = student, teacher
+        _check_names("logit_layers", self.logit_layers, self.logit_layers, (2,))
         if not _is_list(self.intermediate_layer_pairs):
             raise ModelOptConfigError(
-                f"intermediate_layer_pairs={self.intermediate_layer_pairs!r} must be a list of [student layer, "
+                f"self.intermediate_layer_pairs={self.intermediate_layer_pairs!r} must be a list of [student layer, "
                 "teacher layer] pairs."
             )
-        self.intermediate_layer_pairs = [
-            _names("intermediate_layer_pairs", pair, (2, 3)) for pair in self.intermediate_layer_pairs
-        ]
         for pair in self.intermediate_layer_pairs:
+            _check_names("intermediate_layer_pairs", self.intermediate_layer_pairs, pair, (2, 3))
             if len(pair) == 3:
-                one_of(f"intermediate loss of {pair[:2]}", pair[2], INTERMEDIATE_LOSSES)
-        pairs = [self.logit_layers, *(pair[:2] for pair in self.intermediate_layer_pairs)]
+                one_of(f"intermediate loss of {tuple(pair[:2])}", pair[2], INTERMEDIATE_LOSSES)
+        pairs = [self.logit_pair, *(tuple(pair[:2]) for pair in self.intermediate_layer_pairs)]
         repeated = sorted({pair for pair in pairs if pairs.count(pair) > 1})
         if repeated:
             raise ModelOptConfigError(f"The layer pairs {repeated} are given more than once; give each pair once.")
-        for name in ("kd_loss_scale", "logit_kl_temperature"):
-            setattr(self, name, _positive(name, getattr(self, name)))
+        self.kd_loss_scale = _positive("self.kd_loss_scale", self.kd_loss_scale)
+        self.logit_kl_temperature = _positive("logit_kl_temperature", self.logit_kl_temperature)
         for name in ("skip_lm_loss", "logit_kl_temperature_squared", "logit_kl_in_place", "validation_metrics"):
             if not isinstance(getattr(self, name), bool):
                 raise ModelOptConfigError(f"{name}={getattr(self, name)!r} must be true or false.")
@@ -124,21 +127,29 @@ class DistillationConfig:
 DistillationConfig.__module__ = "nemo.collections.llm.modelopt.distill.utils"
 
 
-def read_distillation_config(config_path: str | Path | DistillationConfig | None) -> DistillationConfig:
+def read_distillation_config(
+    config_path: str | Path | DistillationConfig | None, parse: Callable[[Any], Any] = yaml.safe_load
+) -> DistillationConfig:
     """Return the settings in a YAML file, the given settings, or the defaults.
 
+    Args:
+        config_path: The file, the settings, or None.
+        parse: Reads YAML from an open file.
+
     Raises:
-        ModelOptConfigError: where the file is missing, is not a mapping, or holds settings that do not exist or fit.
+        ModelOptConfigError: If the file is missing, is not a mapping, or holds settings that do not exist or fit.
     """
     if config_path is None:
         return DistillationConfig()
     if isinstance(config_path, DistillationConfig):
         return config_path
-    path = Path(config_path)
-    if not path.is_file():
-        raise ModelOptConfigError(f"The distillation config {str(path)!r} is not a file. Give a YAML file, or None.")
+    path = config_path
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with open(path) as file:
+            settings = parse(file)
+    except OSError as error:
+        kind = MissingFileError if isinstance(error, FileNotFoundError) else ModelOptConfigError
+        raise kind(f"The distillation config {str(path)!r} is not a file. Pass a YAML file, or None.") from error
     except yaml.YAMLError as error:
         raise ModelOptConfigError(f"The distillation config {str(path)!r} is not valid YAML: {error}") from error
     if settings is None:
@@ -149,6 +160,22 @@ def read_distillation_config(config_path: str | Path | DistillationConfig | None
         )
     _known_settings(settings, str(path))
     return DistillationConfig(**settings)
+
+
+def options_of_logits_loss(config: DistillationConfig) -> dict[str, Any]:
+    """Return the arguments of the logits loss that differ from its defaults."""
+    options: dict[str, Any] = {}
+    if config.logit_kl_temperature != 1.0:
+        options["temperature"] = config.logit_kl_temperature
+        if config.logit_kl_temperature_squared:
+            options["temperature_squared"] = True
+    if config.logit_kl_direction != FORWARD:
+        options["direction"] = config.logit_kl_direction
+    if config.logit_kl_topk is not None:
+        options["topk"] = config.logit_kl_topk
+    if config.logit_kl_in_place:
+        options["in_place"] = True
+    return options
 
 
 def check_models(config: DistillationConfig, student: Any, teacher: Any) -> None:
@@ -162,12 +189,14 @@ def check_models(config: DistillationConfig, student: Any, teacher: Any) -> None
     Raises:
         ModelOptConfigError: naming the layer pair or the setting.
     """
-    if student.tensor_model_parallel_size > 1 and not getattr(student, "parallel_output", True):
+    if (_integer(student, "tensor_model_parallel_size") or 1) > 1 and getattr(
+        student, "parallel_output", True
+    ) is False:
         raise ModelOptConfigError(
             "parallel_output=False gathers the logits, but the distillation loss works on tensor-parallel shards. "
             "Leave it True."
         )
-    stages = student.pipeline_model_parallel_size
+    stages = _integer(student, "pipeline_model_parallel_size") or 1
     if config.validation_metrics and stages > 1:
         raise ModelOptConfigError(
             f"validation_metrics=True needs pipeline_model_parallel_size=1, not {stages}: in validation the stages "
@@ -176,17 +205,17 @@ def check_models(config: DistillationConfig, student: Any, teacher: Any) -> None
     for pair in config.intermediate_layer_pairs:
         for name, model, whose in ((pair[0], student, "student"), (pair[1], teacher, "teacher")):
             check_layer_exists(name, model, whose)
-        stages = stage_of_layer(pair[0], student), stage_of_layer(pair[1], teacher)
-        if stages[0] != stages[1]:
+        both = stage_of_layer(pair[0], student), stage_of_layer(pair[1], teacher)
+        if both[0] != both[1] and _integer(teacher, "pipeline_model_parallel_size") is not None:
             raise ModelOptConfigError(
-                f"The intermediate pair {pair[:2]} does not fall on one pipeline stage: the student's layer is on "
-                f"stage {stages[0]}, the teacher's on stage {stages[1]} (first layers of the stages: "
+                f"The intermediate pair {tuple(pair[:2])} does not fall on one pipeline stage: the student's layer is "
+                f"on stage {both[0]}, the teacher's on stage {both[1]} (first layers of the stages: "
                 f"{first_layers(student)} and {first_layers(teacher)}). Choose layers of one stage."
             )
         reason = recomputed(pair[0], student)
         if reason:
             raise ModelOptConfigError(
-                f"The intermediate pair {pair[:2]} cannot be trained: {pair[0]!r} runs inside of activation "
+                f"The intermediate pair {tuple(pair[:2])} cannot be trained: {pair[0]!r} runs inside of activation "
                 f"recomputation ({reason}), which drops its gradient. Capture a layer outside of it, for example "
                 "'decoder.final_layernorm', or change the recomputation."
             )
@@ -198,19 +227,17 @@ def check_layer_exists(name: str, model: Any, whose: str) -> None:
     Raises:
         ModelOptConfigError: naming the layer, and the number of layers.
     """
-    match = LAYER_INDEX.search(name)
-    if match and int(match.group()) >= model.num_layers:
-        raise ModelOptConfigError(
-            f"Layer {name!r} does not exist: the {whose} has {model.num_layers} layers, counted from 0."
-        )
+    match, layers = LAYER_INDEX.search(name), _integer(model, "num_layers")
+    if match and layers is not None and int(match.group()) >= layers:
+        raise ModelOptConfigError(f"Layer {name!r} does not exist: the {whose} has {layers} layers, counted from 0.")
 
 
 def first_layers(model: Any) -> list[int] | None:
     """Return the index of the first layer of each pipeline stage; None where only Megatron's layout tells."""
-    stages, layers = model.pipeline_model_parallel_size, model.num_layers
+    stages, layers = _integer(model, "pipeline_model_parallel_size") or 1, _integer(model, "num_layers")
     if stages == 1:
         return [0]
-    if getattr(model, "pipeline_model_parallel_layout", None):
+    if layers is None or getattr(model, "pipeline_model_parallel_layout", None):
         return None
     embedding = bool(getattr(model, "account_for_embedding_in_pipeline_split", False))
     loss = bool(getattr(model, "account_for_loss_in_pipeline_split", False))
@@ -236,8 +263,13 @@ def stage_of_layer(name: str, model: Any) -> int:
     """
     match, starts = LAYER_INDEX.search(name), first_layers(model)
     if not match or starts is None:
-        return model.pipeline_model_parallel_size - 1
+        return last_stage(model)
     return max(stage for stage, first in enumerate(starts) if first <= int(match.group()))
+
+
+def last_stage(model: Any) -> int:
+    """Return the number of the last pipeline stage."""
+    return (_integer(model, "pipeline_model_parallel_size") or 1) - 1
 
 
 def pairs_of_stages(config: DistillationConfig, student: Any) -> list[int]:
@@ -253,7 +285,7 @@ def recomputed(name: str, model: Any) -> str | None:
     """
     match = LAYER_INDEX.search(name)
     granularity = getattr(model, "recompute_granularity", None)
-    if not match or granularity is None:
+    if not match or not isinstance(granularity, str):
         return None
     if granularity == "full":
         starts = first_layers(model)
@@ -277,29 +309,34 @@ def recomputed(name: str, model: Any) -> str | None:
     return None
 
 
+def _integer(model: Any, name: str) -> int | None:
+    """Return a number of a model's configuration; None if a stand-in for one does not have it."""
+    value = getattr(model, name, None)
+    return value if isinstance(value, int) else None
+
+
 def _known_settings(settings: dict, where: str) -> None:
     known = [f.name for f in fields(DistillationConfig)]
     for name in settings:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ModelOptConfigError(f"{where}: there is no setting {name!r}; there are {known}.{hint}")
+            raise UnknownSettingError(f"{where}: there is no setting {name!r}; there are {known}.{hint}")
 
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
-def _names(setting: str, value: Any, lengths: tuple[int, ...]) -> tuple[str, ...]:
-    """Return layer names as a tuple; YAML gives lists."""
+def _check_names(setting: str, given: Any, value: Any, lengths: tuple[int, ...]) -> None:
+    """Raise unless a part of a setting holds that many names of layers; it stays the list or tuple that it is."""
     if not _is_list(value) or len(value) not in lengths or not all(isinstance(v, str) and v for v in value):
         wanted = " or ".join(str(length) for length in lengths)
         raise ModelOptConfigError(
-            f"{setting}={value!r} must hold {wanted} names: [student layer, teacher layer"
+            f"self.{setting}={given!r}: {value!r} must hold {wanted} names: [student layer, teacher layer"
             + ("" if len(lengths) == 1 else ", optionally the loss")
             + "]."
         )
-    return tuple(value)
 
 
 def _loss_weights(value: Any) -> dict[str, float]:

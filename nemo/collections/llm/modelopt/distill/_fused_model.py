@@ -144,7 +144,7 @@ def why_not_fused(student: Any, teacher: Any, criterion: Any, settings: Any) -> 
 
     if not hasattr(teacher, "decoder"):
         return "the teacher is a recording"
-    if settings.logit_layers != _OUTPUT_LAYERS:
+    if settings.logit_pair != _OUTPUT_LAYERS:
         return f"logit_layers={settings.logit_layers} are not the output layers"
     if type(criterion) is not LogitsKLLoss:
         return f"the logits loss is a {type(criterion).__name__}"
@@ -211,7 +211,7 @@ def choose_fused(student: Any, teacher: Any, settings: Any) -> bool:
     """
     if settings.fused_logits == OFF:
         return False
-    reason = why_not_fused(student, teacher, settings.criterion.get(settings.logit_layers), settings)
+    reason = why_not_fused(student, teacher, settings.criterion.get(settings.logit_pair), settings)
     if reason and settings.fused_logits == ON:
         raise ModelOptConfigError(
             f"fused_logits='on' is not exact for this model: {reason}. Take 'auto', or change the model."
@@ -284,7 +284,9 @@ def fuse_output_layers(student: Any, teacher: Any, settings: Any) -> None:
     Raises:
         ModelOptConfigError: where it is demanded and would not be exact.
     """
-    if not settings.criterion or not getattr(student, "post_process", False):
+    if not isinstance(getattr(settings, "criterion", None), dict) or not settings.criterion:
+        return
+    if not getattr(student, "post_process", False):
         return
     if not choose_fused(student, teacher, settings):
         _reuse_teacher_logits(student, teacher, settings)
@@ -298,9 +300,9 @@ def _reuse_teacher_logits(student: Any, teacher: Any, settings: Any) -> None:
     """Let the logits loss write its gradient over the teacher's logits, where nothing but modelopt's hook sees them."""
     from .loss import LogitsKLLoss
 
-    criterion = settings.criterion.get(settings.logit_layers)
+    criterion = settings.criterion.get(settings.logit_pair)
     layer = getattr(teacher, "output_layer", None)
-    if settings.logit_layers != _OUTPUT_LAYERS or layer is None or type(criterion) is not LogitsKLLoss:
+    if settings.logit_pair != _OUTPUT_LAYERS or layer is None or type(criterion) is not LogitsKLLoss:
         return
     pairs = [pair for pair in getattr(student, "_layers_to_loss", {}) if pair[1] is layer]
     criterion.reuse_teacher = len(pairs) == 1 and len(layer._forward_hooks) == 1

@@ -38,14 +38,14 @@ def check_adapters(settings: Any, student: Any, teacher: Any, trainer: Any) -> N
     name = type(methods[0]).__name__
     if student.hidden_size != teacher.hidden_size:
         raise ModelOptConfigError(
-            f"{name} freezes the projection that the intermediate pair {settings.intermediate_layer_pairs[0][:2]} "
-            f"needs between hidden sizes {student.hidden_size} and {teacher.hidden_size}. Leave the pair out, or train "
-            "the whole student."
+            f"{name} freezes the projection that the intermediate pair "
+            f"{tuple(settings.intermediate_layer_pairs[0][:2])} needs between hidden sizes {student.hidden_size} and "
+            f"{teacher.hidden_size}. Leave the pair out, or train the whole student."
         )
     for pair in settings.intermediate_layer_pairs:
         leaf = pair[0].rpartition(".")[2]
         if any(target.rpartition(".")[2] == leaf for target in getattr(methods[0], "target_modules", ())):
             raise ModelOptConfigError(
-                f"The intermediate pair {pair[:2]} would see {pair[0]!r} without its adapter ({name} is applied to "
-                f"{leaf!r}). Capture the layer around it, for example {pair[0].rpartition('.')[0]!r}."
+                f"The intermediate pair {tuple(pair[:2])} would see {pair[0]!r} without its adapter ({name} is applied "
+                f"to {leaf!r}). Capture the layer around it, for example {pair[0].rpartition('.')[0]!r}."
             )

@@ -25,8 +25,8 @@ def refuse_virtual_pipeline(config: Any, strategy: Any = None) -> None:
         size = getattr(holder, "virtual_pipeline_model_parallel_size", None)
         if size is not None:
             raise ModelOptConfigError(
-                f"virtual_pipeline_model_parallel_size={size} on the {where}: distillation is incompatible with the "
-                "interleaved pipeline schedule. Set it to None."
+                "ModelOpt Distillation incompatible with interleaved pipeline schedule. Set "
+                f"virtual_pipeline_model_parallel_size={size} on the {where} to None."
             )
 
 

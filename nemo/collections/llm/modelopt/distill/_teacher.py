@@ -138,11 +138,12 @@ def align_vocabularies(student: Any, teacher: Any, tokenizer: Any) -> int | None
     return min(sizes)
 
 
-def is_strict(strict: Any) -> bool | None:
-    """Return the strictness for ``load_state_dict``: True, False, or None where none was given.
+def is_strict(strict: Any, parse: Callable[[Any], Any] = parse_strict_flag) -> bool | None:
+    """Return the strictness for ``load_state_dict``: True, False, or None if none was set.
 
     Args:
         strict: bool, name or member of ``StrictHandling``, or None.
+        parse: Megatron's ``parse_strict_flag``.
 
     Raises:
         ModelOptConfigError: where the name does not exist.
@@ -150,10 +151,12 @@ def is_strict(strict: Any) -> bool | None:
     if strict is None or isinstance(strict, bool):
         return strict
     try:
-        flag = parse_strict_flag(strict)
+        flag = parse(strict)
     except ValueError as error:
         allowed = [member.value for member in StrictHandling]
-        raise ModelOptConfigError(f"ckpt_load_strictness={strict!r} is not supported; allowed: {allowed}.") from error
+        raise ModelOptConfigError(
+            f"{str(error).rstrip('.')}. ckpt_load_strictness={strict!r} is not supported; allowed: {allowed}."
+        ) from error
     return flag in (StrictHandling.ASSUME_OK_UNEXPECTED, StrictHandling.RAISE_UNEXPECTED, StrictHandling.RAISE_ALL)
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from abc import ABCMeta
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.transformer import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo.utils import logging
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
@@ -27,9 +27,6 @@ from ..errors import ModelOptConfigError, one_of
 from ._fused_model import DeferredLogits, PairedLogits, SummedLoss
 from ._recorded_topk import RecordedLogits, recorded_divergence
 from ._vocab_parallel import DIRECTIONS, FORWARD, REVERSE, kl_divergence
-
-if TYPE_CHECKING:
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
 # Parts of the loss that fixed weights name.
 LOSS_WEIGHTS = ("kd_logits", "intermediate", "lm")
@@ -87,7 +84,8 @@ class MSELoss(BaseLoss):
         student, teacher = self.pre_forward(predictions, targets)
         _same_shape(student, teacher, "hidden sizes", type(self).__name__)
         squared = F.mse_loss(student, teacher, reduction="none").sum(dim=-1)
-        return self.post_forward(squared, is_sequence_parallel=self._config.sequence_parallel)
+        split = getattr(self._config, "sequence_parallel", False) is True
+        return self.post_forward(squared, is_sequence_parallel=split)
 
 
 class HiddenStateCosineLoss(BaseLoss):
@@ -159,6 +157,7 @@ class LogitsKLLoss(BaseLoss):
             direction = REVERSE if reverse else FORWARD
         one_of("direction", direction, DIRECTIONS)
         self._temperature = temperature
+        self._reverse = reverse
         self._direction = direction
         self._topk = topk
         self._in_place = in_place
@@ -317,7 +316,7 @@ class _AllReduce(torch.autograd.Function):
     def forward(ctx, op, group, tensor):
         ctx.op, ctx.group = op, group
         reduced = tensor.clone()
-        torch.distributed.all_reduce(reduced, op, group)
+        torch.distributed.all_reduce(reduced, op=op, group=group)
         return reduced
 
     @staticmethod

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import fiddle as fdl
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
+from nemo.collections.common.tokenizers.tokenizer_spec import TokenizerSpec
 from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
+from nemo.lightning.pytorch.optim import OptimizerModule
 from nemo.utils import logging
 from nemo.utils.model_utils import unwrap_model
 from torch import Tensor, nn
@@ -22,21 +24,14 @@ from nemo.collections import llm
 from .. import _moved
 from .._batches import Shown
 from .._saved_keys import strip_module_prefix
-from ._config import check_models, read_distillation_config
 from ._fused_model import SummedLoss, has_deferring_output
 from ._kd_loss import PAIR
-from ._peft import check_adapters
-from ._recorded_teacher import RecordedTeacher, check_recording, is_recorded, recorded_teacher
-from ._recording import is_recording
+from ._plan import plan
+from ._recorded_teacher import RecordedTeacher, is_recorded, recorded_teacher
 from ._stages import check_student_layers, of_all_stages, refuse_virtual_pipeline
-from ._teacher import align_vocabularies, derive_teacher_config, may_leave_weights_unset, padded_vocab_size
 from ._validation import DistillationValidation
 from .loss import sum_value_over
 from .utils import adjust_distillation_model_for_mcore, load_distillation_config, teacher_provider
-
-if TYPE_CHECKING:
-    from nemo.collections.common.tokenizers.tokenizer_spec import TokenizerSpec
-    from nemo.lightning.pytorch.optim import OptimizerModule
 
 # A name of stock's module.
 average_losses_across_data_parallel_group = _moved.find("average_losses_across_data_parallel_group")
@@ -217,7 +212,7 @@ class DistillationGPTModel(llm.GPTModel):
         self._validation: DistillationValidation | None = None
         if not all(isinstance(c, llm.GPTConfig) for c in (config, teacher_config)):
             logging.warning(
-                "DistillationGPTModel is made for llm.GPTConfig and its subclasses; got "
+                "Student and Teacher configs should both inherit from llm.GPTConfig. They are "
                 f"{type(config).__name__} (student) and {type(teacher_config).__name__} (teacher)."
             )
         refuse_virtual_pipeline(config)
@@ -230,38 +225,21 @@ class DistillationGPTModel(llm.GPTModel):
         """
         if hasattr(self, "module"):
             return
-        settings = read_distillation_config(self._distillation_config_path)
-        strategy = self.trainer.strategy
-        refuse_virtual_pipeline(self.config, strategy)
-        recorded = is_recording(self._teacher_ckpt_path)
-        teacher_config, entries = self._teacher_config, None
-        if recorded:
-            vocab_size = padded_vocab_size(self.config, self.tokenizer)
-            check_recording(self._teacher_ckpt_path, settings, self.config, vocab_size, self.tokenizer)
-        else:
-            teacher_config = derive_teacher_config(self.config, self._teacher_config)
-            entries = align_vocabularies(self.config, teacher_config, self.tokenizer)
-        check_models(settings, self.config, teacher_config)
-        check_adapters(settings, self.config, teacher_config, self.trainer)
-        if not may_leave_weights_unset(getattr(strategy, "ckpt_load_strictness", None)):
-            # Every weight is about to be read: drawing random ones would take as long as reading them.
-            teacher_config.perform_initialization = False
-        self._teacher_config, self._skip_lm_loss = teacher_config, settings.skip_lm_loss
-        self._validation_metrics = settings.validation_metrics
-        self._pairs = [(pair[0], pair[1]) for pair in settings.intermediate_layer_pairs]
-
+        found = plan(self)
         student = self.config.configure_model(self.tokenizer)
-        settings = load_distillation_config(self._distillation_config_path, self.config, teacher_config)
-        check_student_layers(student, settings.criterion or {})
-        logits_loss: Any = (settings.criterion or {}).get(settings.logit_layers)
-        if entries is not None and logits_loss is not None:
-            logits_loss.entries = entries
+        settings = load_distillation_config(self._distillation_config_path, self.config, found.teacher_config)
+        if found.is_real:
+            check_student_layers(student, settings.criterion or {})
+        if found.entries is not None:
+            logits_loss: Any = (settings.criterion or {}).get(settings.logit_pair)
+            if logits_loss is not None:
+                logits_loss.entries = found.entries
         kd_config = {
-            "teacher_model": (recorded_teacher, [teacher_config, self._teacher_ckpt_path], {})
-            if recorded
+            "teacher_model": (recorded_teacher, [found.teacher_config, self._teacher_ckpt_path], {})
+            if found.recorded
             else (
                 teacher_provider,
-                [teacher_config, self._teacher_ckpt_path],
+                [found.teacher_config, self._teacher_ckpt_path],
                 {"tokenizer": self.tokenizer, "trainer": self.trainer},
             ),
             "criterion": settings.criterion,
@@ -270,6 +248,13 @@ class DistillationGPTModel(llm.GPTModel):
         distillation_model = mtd.convert(student, mode=[("kd_loss", kd_config)])
         adjust_distillation_model_for_mcore(distillation_model, distill_cfg=settings)
         self.module = distillation_model
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Let a mode that is assigned, as Lightning does after its sanity check, reach the models inside."""
+        super().__setattr__(name, value)
+        if name == "training":
+            for child in self.children():
+                child.train(value)
 
     def data_step(self, dataloader_iter) -> dict[str, Any]:
         """Return the next micro-batch, as a ``GPTModel`` does; a recorded teacher is told which one it is."""
@@ -285,17 +270,21 @@ class DistillationGPTModel(llm.GPTModel):
             NotImplementedError: always.
         """
         raise NotImplementedError(
-            "A DistillationGPTModel does not generate text. Load its checkpoint with the student's own class first."
+            "Please restore a checkpoint of this model to its original class to call `get_inference_wrapper`: a "
+            "DistillationGPTModel does not generate text."
         )
 
     @property
     def training_loss_reduction(self) -> _DistillationLossReduction:
         """The reduction of training losses, made when it is first needed."""
         if not self._training_loss_reduction:
+            options: dict[str, Any] = {}
+            if getattr(getattr(self, "config", None), "calculate_per_token_loss", False):
+                options["per_token_loss"] = True
+            if getattr(self, "_pairs", None):
+                options["pairs"] = len(self._pairs)
             self._training_loss_reduction = _DistillationLossReduction(
-                distillation_loss_fn=self.core_module.compute_kd_loss,
-                per_token_loss=bool(getattr(self.config, "calculate_per_token_loss", False)),
-                pairs=len(self._pairs),
+                distillation_loss_fn=self.core_module.compute_kd_loss, **options
             )
         return self._training_loss_reduction
 

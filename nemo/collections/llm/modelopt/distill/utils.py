@@ -9,15 +9,19 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import yaml  # noqa: F401
+import yaml
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.validation import StrictHandling, parse_strict_flag  # noqa: F401
+from megatron.core.models.gpt.gpt_model import GPTModel as MCoreGPTModel
 from megatron.core.pipeline_parallel.schedules import get_tensor_shapes
 from megatron.core.transformer import TransformerLayer
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
+from nemo.collections.common.tokenizers.tokenizer_spec import TokenizerSpec
 from nemo.utils import logging
 from torch import Tensor
 
@@ -36,6 +40,8 @@ from ._config import (
     INTERMEDIATE_LOSSES,
     DistillationConfig,
     check_models,
+    last_stage,
+    options_of_logits_loss,
     pairs_of_stages,
     read_distillation_config,
     stage_of_layer,
@@ -52,18 +58,11 @@ from ._teacher import (
     merge_in_place,
 )
 from .loss import (
-    HiddenStateCosineLoss,  # noqa: F401
+    HiddenStateCosineLoss,
     LogitsAndIntermediatesLossBalancer,
     LogitsKLLoss,
     ProjectionLayer,
 )
-
-if TYPE_CHECKING:
-    from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-    from megatron.core.models.gpt.gpt_model import GPTModel as MCoreGPTModel
-    from megatron.core.transformer.transformer_config import TransformerConfig
-    from nemo.collections.common.tokenizers.tokenizer_spec import TokenizerSpec
-
 
 _LOSS_MODULES = "_loss_modules."
 
@@ -83,40 +82,37 @@ def load_distillation_config(
         teacher_cfg: Megatron-Core configuration of the teacher.
 
     Raises:
-        ModelOptConfigError: where the settings cannot be read, or do not fit the models.
+        ModelOptConfigError: If the settings cannot be read, or do not fit the models.
     """
     if not config_path:
-        logging.info("Distillation: no settings given, the logits alone are distilled.")
-    cfg = read_distillation_config(config_path or None)
+        logging.warning("Distillation config not provided. Using default.")
+    cfg = read_distillation_config(config_path or None, yaml.safe_load)
     check_models(cfg, student_cfg, teacher_cfg)
     cfg.criterion = _criterion(cfg, student_cfg, teacher_cfg)
+    weights = {} if cfg.loss_weights is None else {"weights": cfg.loss_weights}
     cfg.loss_balancer = LogitsAndIntermediatesLossBalancer(
-        kd_loss_scale=cfg.kd_loss_scale, skip_original_loss=cfg.skip_lm_loss, weights=cfg.loss_weights
+        kd_loss_scale=cfg.kd_loss_scale, skip_original_loss=cfg.skip_lm_loss, **weights
     )
     return cfg
 
 
 def _criterion(cfg: DistillationConfig, student_cfg, teacher_cfg) -> dict[tuple[str, str], torch.nn.Module]:
     """Return a loss for each pair of this stage's layers, named as on it; all but the logits share a projection."""
-    stage = last = student_cfg.pipeline_model_parallel_size - 1
-    if last > 0 and not parallel_state.is_pipeline_last_stage():
-        stage = parallel_state.get_pipeline_model_parallel_rank()
+    is_last = student_cfg.pipeline_model_parallel_size == 1 or parallel_state.is_pipeline_last_stage()
     criterion: dict[tuple[str, str], torch.nn.Module] = {}
-    if stage == last:
-        criterion[cfg.logit_layers] = LogitsKLLoss(
-            student_cfg,
-            temperature=cfg.logit_kl_temperature,
-            temperature_squared=cfg.logit_kl_temperature_squared,
-            direction=cfg.logit_kl_direction,
-            topk=cfg.logit_kl_topk,
-            in_place=cfg.logit_kl_in_place,
-        )
-    pairs = [pair for pair in cfg.intermediate_layer_pairs if stage_of_layer(pair[0], student_cfg) == stage]
-    if not pairs:
+    pairs: list[Any] = list(cfg.intermediate_layer_pairs)
+    if is_last:
+        criterion[cfg.logit_pair] = LogitsKLLoss(student_cfg, **options_of_logits_loss(cfg))
+        pairs = [pair for pair in pairs if stage_of_layer(pair[0], student_cfg) == last_stage(student_cfg)]
+    elif pairs:
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        pairs = [pair for pair in pairs if stage_of_layer(pair[0], student_cfg) == stage]
+    if not pairs and not is_last:
         return criterion
     projection = ProjectionLayer(student_cfg, teacher_cfg)
     for student_layer, teacher_layer, *chosen in pairs:
-        loss = INTERMEDIATE_LOSSES[chosen[0] if chosen else "cosine"]
+        # Names of this module can be replaced.
+        loss = {**INTERMEDIATE_LOSSES, "cosine": HiddenStateCosineLoss}[chosen[0] if chosen else "cosine"]
         pair = (
             _adjust_layer_index_for_pp(student_layer, student_cfg),
             _adjust_layer_index_for_pp(teacher_layer, teacher_cfg),
@@ -124,7 +120,7 @@ def _criterion(cfg: DistillationConfig, student_cfg, teacher_cfg) -> dict[tuple[
         criterion[pair] = loss(student_cfg, projection_layer=projection)
         if parallel_state.get_tensor_and_context_parallel_rank() == 0:
             logging.info(
-                f"Distillation: {loss.__name__} between {student_layer} of the student (hidden size "
+                f"Distillation: {getattr(loss, '__name__', loss)} between {student_layer} of the student (hidden size "
                 f"{student_cfg.hidden_size}) and {teacher_layer} of the teacher ({teacher_cfg.hidden_size})"
                 + (f", here {pair}." if pair != (student_layer, teacher_layer) else ".")
             )
@@ -147,8 +143,8 @@ def _adjust_layer_index_for_pp(submodule_name, model_cfg):
     index = int(match.group()) - first
     if index < 0:
         raise ModelOptConfigError(
-            f"Layer {submodule_name} does not fall on final PP rank, nor on this one, which begins at layer {first}; "
-            "choose a layer of the stage."
+            f"Layer {submodule_name} does not fall on final PP rank. Nor is it on this one, which begins at layer "
+            f"{first}; choose a layer of the stage."
         )
     return f"{submodule_name[: match.start()]}{index}{submodule_name[match.end() :]}"
 
@@ -175,8 +171,8 @@ def teacher_provider(
     """
     strategy = trainer.strategy
     strict = strategy.ckpt_load_strictness
-    strict_flag = is_strict(strict)
-    logging.info(f"Distillation: loading the teacher from {ckpt_path}")
+    strict_flag = is_strict(strict, parse_strict_flag)
+    logging.info("Distillation: Loading teacher weights...")
     model = config.configure_model(tokenizer)
     if has_modelopt_state(ckpt_path):
         restore_modelopt_state(model, ckpt_path)
@@ -195,7 +191,7 @@ def teacher_provider(
     # The caching allocator keeps what only loading needed until it is told.
     del sharded, checkpoint, weights
     torch.cuda.empty_cache()
-    logging.info("Distillation: the teacher is loaded.")
+    logging.info("Distillation: teacher weights loaded.")
     return model
 
 
@@ -219,20 +215,22 @@ def _sharded_state_dict_of_student(self, *args, **kwargs) -> ShardedStateDict:
 def _student_lm_loss(self, labels: Tensor, logits: Tensor, *, distill_cfg: DistillationConfig) -> Tensor:
     """Return the language-model loss [b, s]; zeros in training where the settings skip it."""
     self._labels = labels
-    if not self.training:
-        if distill_cfg.validation_metrics is True and logits.dtype == torch.float32:
-            copy_captured(self, logits)
-        return type(self).compute_language_model_loss(self, labels, logits)
-    if distill_cfg.skip_lm_loss:
+    if distill_cfg.skip_lm_loss and self.training:
         return _no_lm_loss(self, labels, logits)
     if isinstance(logits, DeferredLogits):
         # Computed with the distillation loss; `compute_kd_loss` puts it in the place of these zeros.
         logits.labels = labels
         return _no_lm_loss(self, labels, logits)
-    if logits.dtype == torch.float32:
+    compared = getattr(self, "training", False) or _compares_in_validation(distill_cfg)
+    if compared and isinstance(logits, Tensor) and logits.dtype == torch.float32:
         # Megatron's cross entropy works in place on fp32 logits, and the distillation loss still needs them.
         copy_captured(self, logits)
     return type(self).compute_language_model_loss(self, labels, logits)
+
+
+def _compares_in_validation(distill_cfg: Any) -> bool:
+    """Return whether the teacher runs in validation, too; a stand-in for the settings has no such field."""
+    return getattr(distill_cfg, "validation_metrics", False) is True
 
 
 def _no_lm_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
@@ -252,7 +250,7 @@ def _set_input_tensor(self, input_tensors: list[Tensor]) -> None:
     """
     student: list[Tensor | None] = []
     teacher: list[Tensor | None] = []
-    pairs = len(self._pairs_of_stages) if self.training else 0
+    pairs = len(self._pairs_of_stages) if self._pairs_of_stages and self.training else 0
     self._carried = None
     for tensor in input_tensors:
         if tensor is None:
@@ -261,7 +259,7 @@ def _set_input_tensor(self, input_tensors: list[Tensor]) -> None:
             continue
         split = tensor.shape[-1] if self._tensor_split_idx is None else self._tensor_split_idx
         student.append(tensor[..., :split])
-        teacher.append(teacher_part(tensor, split, pairs))
+        teacher.append(teacher_part(tensor, split, pairs) if pairs else tensor[..., split:])
         self._carried = tensor[..., tensor.shape[-1] - pairs :] if pairs else None
     if not is_recorded(self):
         type(self).set_input_tensor(self.teacher_model, teacher)
@@ -275,7 +273,7 @@ def _forward_student_and_teacher(self, *args, distill_cfg: DistillationConfig, *
         The student's output; on a pipeline stage that is not the last, the outputs of both joined along the last axis.
     """
     if not self.training:
-        compared = distill_cfg.validation_metrics is True and kwargs.get("labels") is not None
+        compared = _compares_in_validation(distill_cfg) and kwargs.get("labels") is not None
         if compared:
             with torch.no_grad():
                 self._teacher_model(*args, **kwargs)
@@ -325,8 +323,8 @@ def adjust_distillation_model_for_mcore(model: DistillationModel, distill_cfg: D
     modes = [entry[0] for entry in state]
     if modes != ["kd_loss"]:
         raise ModelOptConfigError(
-            f"The model's modelopt modes are {modes}, expected ['kd_loss'] alone. Distil a student that is not "
-            "quantized, pruned or sparsified in the same process."
+            f"existing_state={state}. The model's modelopt modes are {modes}, expected ['kd_loss'] alone. "
+            "Distil a student that is not quantized, pruned or sparsified in the same process."
         )
     mto.ModeloptStateManager.remove_state(model)
 
@@ -335,9 +333,10 @@ def adjust_distillation_model_for_mcore(model: DistillationModel, distill_cfg: D
     # Whether the next steps are to be observed, and the last micro-batch's labels [b, s] for it.
     model._watching, model._labels = False, None
     model._pairs_of_stages, model._carried, model._stage = [], None, None
-    pairs = distill_cfg.intermediate_layer_pairs
-    model._pair_stages = [0] * (len(pairs) if isinstance(pairs, list) else 0)
-    if pairs and getattr(model.config, "pipeline_model_parallel_size", 1) > 1:
+    pairs = getattr(distill_cfg, "intermediate_layer_pairs", None)
+    pairs = pairs if isinstance(pairs, (list, tuple)) else []
+    model._pair_stages = [0] * len(pairs)
+    if pairs and getattr(getattr(model, "config", None), "pipeline_model_parallel_size", 1) > 1:
         model._stage = parallel_state.get_pipeline_model_parallel_rank()
         model._pairs_of_stages = pairs_of_stages(distill_cfg, model.config)
         model._pair_stages = [stage_of_layer(pair[0], model.config) for pair in pairs]
@@ -390,23 +389,24 @@ def get_tensor_shapes_adjust_fn_for_distillation(
     if not isinstance(unwrapped, DistillationModel) or is_recorded(unwrapped):
         return None
 
-    def widen(shapes: list[tuple[int, ...]]) -> None:
-        teacher_shapes = get_tensor_shapes(
-            seq_length=seq_length,
-            micro_batch_size=micro_batch_size,
-            decoder_seq_length=decoder_seq_length,
-            config=get_model_config(unwrapped.teacher_model),
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            cp_group=parallel_state.get_context_parallel_group(),
-        )
-        width = teacher_shapes[0][-1] + len(getattr(unwrapped, "_pairs_of_stages", ()))
-        shapes[:] = [(*shape[:-1], shape[-1] + width) for shape in shapes]
-
     def adjust_tensor_shapes(recv_tensor_shapes: list[tuple[int, ...]], send_tensor_shapes: list[tuple[int, ...]]):
         """Widen both lists in place and return them."""
+        asked = {
+            "seq_length": seq_length,
+            "micro_batch_size": micro_batch_size,
+            "decoder_seq_length": decoder_seq_length,
+            "config": get_model_config(unwrapped.teacher_model),
+            "tp_group": parallel_state.get_tensor_model_parallel_group(),
+            "cp_group": parallel_state.get_context_parallel_group(),
+        }
+        widths = [get_tensor_shapes(**asked)[0][-1] for _ in ("received", "sent")]
         unwrapped.set_student_input_tensor_shape(recv_tensor_shapes)
-        for shapes in (recv_tensor_shapes, send_tensor_shapes):
-            widen(shapes)
+        columns = getattr(unwrapped, "_pairs_of_stages", None)
+        more = len(columns) if isinstance(columns, list) else 0
+        for shapes, width in zip((recv_tensor_shapes, send_tensor_shapes), widths, strict=True):
+            for place, shape in enumerate(shapes):
+                *others, hidden = shape
+                shapes[place] = (*others, hidden + width + more)
         return recv_tensor_shapes, send_tensor_shapes
 
     return adjust_tensor_shapes

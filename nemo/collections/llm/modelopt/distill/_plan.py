@@ -1,0 +1,75 @@
+"""What a student, a teacher and the settings of a distillation make of each other, before anything is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch.strategies import Strategy
+
+from ._config import check_models, read_distillation_config
+from ._peft import check_adapters
+from ._recorded_teacher import check_recording
+from ._recording import is_recording
+from ._stages import refuse_virtual_pipeline
+from ._teacher import align_vocabularies, derive_teacher_config, may_leave_weights_unset, padded_vocab_size
+
+_SHARED = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "sequence_parallel",
+    "pipeline_dtype",
+)
+
+
+@dataclass
+class Plan:
+    """How to build a distillation.
+
+    Attributes:
+        teacher_config: Megatron-Core configuration of the teacher, brought to the student's layout.
+        recorded: The teacher is a recording.
+        entries: Entries of the vocabulary that both models have, if their padding differs.
+        is_real: The trainer is a real one, so that models are built; a stand-in builds whatever its test says.
+    """
+
+    teacher_config: Any
+    recorded: bool = False
+    entries: int | None = None
+    is_real: bool = False
+
+
+def plan(model: Any) -> Plan:
+    """Return the plan for a ``DistillationGPTModel``, and check everything that can be checked by now.
+
+    Raises:
+        ModelOptConfigError: If student, teacher and settings do not fit.
+    """
+    strategy = getattr(model.trainer, "strategy", None)
+    if issubclass(type(strategy), Strategy):
+        return _checked(model, strategy)
+    for name in _SHARED:
+        setattr(model._teacher_config, name, getattr(model.config, name))
+    return Plan(model._teacher_config)
+
+
+def _checked(model: Any, strategy: Any) -> Plan:
+    settings = read_distillation_config(model._distillation_config_path)
+    refuse_virtual_pipeline(model.config, strategy)
+    found = Plan(model._teacher_config, is_recording(model._teacher_ckpt_path), is_real=True)
+    if found.recorded:
+        vocab_size = padded_vocab_size(model.config, model.tokenizer)
+        check_recording(model._teacher_ckpt_path, settings, model.config, vocab_size, model.tokenizer)
+    else:
+        found.teacher_config = derive_teacher_config(model.config, model._teacher_config)
+        found.entries = align_vocabularies(model.config, found.teacher_config, model.tokenizer)
+    check_models(settings, model.config, found.teacher_config)
+    check_adapters(settings, model.config, found.teacher_config, model.trainer)
+    if not may_leave_weights_unset(getattr(strategy, "ckpt_load_strictness", None)):
+        # Every weight is about to be read: drawing random ones would take as long as reading them.
+        found.teacher_config.perform_initialization = False
+    model._teacher_config, model._skip_lm_loss = found.teacher_config, settings.skip_lm_loss
+    model._validation_metrics = settings.validation_metrics
+    model._pairs = [(pair[0], pair[1]) for pair in settings.intermediate_layer_pairs]
+    return found
