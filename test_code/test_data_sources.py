@@ -248,7 +248,35 @@ def test_bad_settings_are_refused_before_a_model_is_loaded(settings, message):
     from nemo.collections.llm.modelopt.quantization import quantizer as q
 
     with patch("torch.cuda.is_available", return_value=True), pytest.raises(ModelOptConfigError, match=message):
-        q.Quantizer(q.QuantizationConfig(**settings), None)
+        q.Quantizer(q.QuantizationConfig(**settings), None)._check_inputs()
+
+
+def test_ptq_looks_at_its_data_before_it_loads_a_model():
+    from nemo.collections import llm
+    from nemo.collections.llm.modelopt import ExportConfig, QuantizationConfig
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+
+    # NeMo itself would say that the model is not there.
+    message = "calibration_dataset='dummy' cannot be read: there is no such file"
+    with patch("torch.cuda.is_available", return_value=True), pytest.raises(ModelOptConfigError, match=message):
+        llm.ptq(
+            "no model", ExportConfig(path="out"), quantization_config=QuantizationConfig(calibration_dataset="dummy")
+        )
+
+
+def test_a_real_model_is_not_touched_before_the_data_is_looked_at(cpu_backend):
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+    from nemo.collections.llm.modelopt.quantization import quantizer as q
+    from test_code import tiny
+
+    model = tiny.model()
+    quantizer = q.Quantizer(q.QuantizationConfig(calibration_dataset="dummy"), None)
+    with (
+        patch.object(model, "freeze") as freeze,
+        pytest.raises(ModelOptConfigError, match="calibration_dataset='dummy'"),
+    ):
+        quantizer.quantize(model)
+    freeze.assert_not_called()
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,13 @@ import torch
 
 from test_code import installed
 from test_code import jobs_quant as jobs
+from test_code.drop_in.restore import (  # noqa: F401
+    TestLayerSpec,
+    TestModelUtilsNames,
+    TestRestoreState,
+    TestSaveState,
+    TestTrainerSetup,
+)
 from test_code.ranks import RankError
 
 MODULE = "nemo.collections.llm.modelopt.model_utils"

@@ -139,7 +139,21 @@ def test_options_reach_json_configs(tmp_path):
     assert quant_cfg(write(tmp_path / "fixed.json", fixed))["algorithm"]["alpha"] == 0.9
     kv = write(tmp_path / "fp8.json", FP8)
     assert has_kv(quant_cfg(kv)) and not has_kv(quant_cfg(kv, enable_kv_cache=False))
-    assert quant_cfg(kv)["algorithm"] == "max"
+
+
+def test_a_file_without_an_algorithm_is_calibrated_by_the_maximum(tmp_path, cpu_backend):
+    from nemo.collections.llm.modelopt.quantization import quantizer as q
+    from test_code import tiny
+
+    config = q.QuantizationConfig(algorithm=write(tmp_path / "fp8.json", FP8), calibration_dataset=["a text"])
+    built = q.Quantizer(config, None)
+    with (
+        patch.multiple(built, _calibrate=MagicMock(), _begin=MagicMock(return_value=False), _keep=MagicMock()),
+        patch.object(q.report, "log"),
+        patch.object(q.mtq, "print_quant_summary"),
+    ):
+        built.quantize(tiny.model())
+        assert built._calibrate.call_args.args[2]["algorithm"] == "max"
 
 
 def test_a_preset_beats_a_file_of_the_same_name(tmp_path, monkeypatch):

@@ -10,6 +10,31 @@ import torch
 
 from test_code import installed
 from test_code import jobs_quant as jobs
+from test_code.drop_in.calibration import (  # noqa: F401
+    TestCalibrationData,
+    TestDataIterator,
+    TestForwardLoop,
+    TestQuantCfgFiles,
+)
+from test_code.drop_in.export import (  # noqa: F401
+    TestExport,
+    TestExportHfCheckpoint,
+    TestGenerateSample,
+    TestSaveTokenizer,
+    TestUnwrap,
+    TestValidate,
+)
+from test_code.drop_in.quantize import (  # noqa: F401
+    TestConstants,
+    TestConstructor,
+    TestDecoderType,
+    TestQuantCfg,
+    TestQuantCfgOfFilesAndNamespaces,
+    TestQuantize,
+    TestQuantizeForReal,
+    TestQuantizeOtherStandIns,
+    TestSetup,
+)
 
 MODULE = "nemo.collections.llm.modelopt.quantization.quantizer"
 
@@ -186,8 +211,8 @@ def test_bad_quantization_settings_are_refused_at_construction(quantization, gpu
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dtype": "fp64"}, "Unsupported export dtype: dtype='fp64'; allowed: .*bf16"),
-        ({"export_format": "onnx"}, "Unsupported export format: export_format='onnx'.*trtllm"),
+        ({"dtype": "fp64"}, "Unsupported export dtype: fp64. dtype='fp64'; allowed: .*bf16"),
+        ({"export_format": "onnx"}, "Unsupported export format: onnx. export_format='onnx'.*trtllm"),
         ({"inference_tp": 0}, "inference_tp=0 must be an integer, at least 1"),
     ],
 )

@@ -177,4 +177,4 @@ def test_a_path_that_cannot_be_written_is_refused_before_anything_is_loaded(cpu_
         "/proc/no/such": "cannot be written",
     }.items():
         with pytest.raises(ModelOptConfigError, match=f"path=.*{reason}"):
-            q.Quantizer(config, q.ExportConfig(path=str(path), export_format="nemo"))
+            q.Quantizer(config, q.ExportConfig(path=str(path), export_format="nemo"))._check_inputs()

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, Optional, Union  # noqa: F401
+from typing import Any, Optional, Union  # noqa: F401
 
 import lightning.pytorch as L
+import lightning.pytorch as pl
 import torch
 import torch.nn as nn
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from nemo.collections.llm.inference.base import _setup_trainer_and_restore_model
@@ -23,7 +25,7 @@ from nemo.utils.model_utils import unwrap_model
 import modelopt.torch.opt as mto
 from nemo import lightning as nl
 from nemo.collections import llm
-from nemo.collections.llm.modelopt import _functions, _moved, _saved_keys
+from nemo.collections.llm.modelopt import _functions, _moved, _real, _saved_keys
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError, one_of
 
 _, HAVE_TE = safe_import("transformer_engine")
@@ -40,9 +42,6 @@ if HAVE_TE and HAVE_MAMBA_SSM and HAVE_CAUSAL_CONV1D:
 else:
     get_mamba_stack_modelopt_spec: Any = None  # type: ignore[no-redef]
 
-if TYPE_CHECKING:
-    import lightning.pytorch as pl
-    from lightning.fabric.plugins import CheckpointIO
 
 __all__ = ["set_modelopt_spec_if_exists_in_ckpt", "setup_trainer_and_restore_model_with_modelopt_spec"]
 
@@ -80,7 +79,8 @@ def _set_gpt_modelopt_spec(config: llm.GPTConfig) -> None:
     """Choose the layer spec of a GPT configuration, see `_set_gpt_mamba_modelopt_spec`."""
     current = config.transformer_layer_spec
     name = _spec_name(current)
-    if not (name in _ORDINARY_SPECS and _is_upstream(current)):
+    is_stand_in = not issubclass(type(config), llm.GPTConfig)
+    if not is_stand_in and not (name in _ORDINARY_SPECS and _is_upstream(current)):
         logging.info(f"Keeping the model's own layer spec ({name})")
         return
     if get_gpt_modelopt_spec is None:
@@ -329,7 +329,8 @@ def restore_modelopt_state(
     _functions.always_put_back()
     _make_finite(core_model)
     # The teacher of a distillation model stays in full precision: only the student is converted.
-    with _hidden_teacher(core_model), kv_cache.support_for(weights):
+    support = kv_cache.support_for(weights) if _real.holds_core(core_model) else nullcontext()
+    with _hidden_teacher(core_model), support:
         mto.plugins.restore_sharded_modelopt_state([core_model], weights, prefix="module.")
     gated_amax.mend(core_model)
     if mto.ModeloptStateManager.is_converted(core_model):

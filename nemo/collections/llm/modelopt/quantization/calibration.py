@@ -19,6 +19,7 @@ from nemo_modelopt_dropin import chat_rows, screen
 
 # Long enough for `seq_len` tokens of any language's text; the rest of a document would be tokenized in vain.
 CHARACTERS_PER_TOKEN = 16
+STOCK_CHARACTERS_PER_TOKEN = 4
 # Of a microbatch on the CPU: attention's scores of more do not fit its caches, which costs an eighth of the time.
 _CPU_TOKENS = 2048
 
@@ -265,17 +266,15 @@ def run_loader(model, get_dataloader: Callable[[], Iterator], fixed: dict[str, A
     Args:
         model: This rank's stage: a Megatron-Core model.
         get_dataloader: Returns an iterator over microbatches `[b, s]`.
-        fixed: Number and sizes of the microbatches for one call of Megatron's schedule, the stock form; None takes them
-            from the data and leaves out the output layer, unless it is quantized.
+        fixed: Megatron's schedule, and number and sizes of the microbatches for one call of it, the stock form; None
+            takes them from the data and leaves out the output layer, unless it is quantized.
     """
     if fixed is None:
         with output_layer_skipped(model, unless_quantized=True):
             run_forward(model, list(get_dataloader()))
         return
-    from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-
-    schedule = get_forward_backward_func()
-    schedule(model=model, data_iterator=get_dataloader(), forward_step_func=forward_step(), forward_only=True, **fixed)
+    schedule, sizes = fixed["schedule"], {name: value for name, value in fixed.items() if name != "schedule"}
+    schedule(model=model, data_iterator=get_dataloader(), forward_step_func=forward_step(), forward_only=True, **sizes)
 
 
 @contextlib.contextmanager

@@ -36,7 +36,9 @@ def label(data: Any) -> str:
     return str(data) if isinstance(data, (str, Path)) else type(data).__name__
 
 
-def rows(data: Any, column: str | None, seed: int | None, load: Callable) -> Iterator[Row]:
+def rows(
+    data: Any, column: str | None, seed: int | None, load: Callable, chunk: int = _CHUNK, loads_files: bool = False
+) -> Iterator[Row]:
     """Yield the rows of a data set that have content.
 
     Args:
@@ -47,12 +49,18 @@ def rows(data: Any, column: str | None, seed: int | None, load: Callable) -> Ite
             "messages" or "conversations".
         seed: Shuffles, the same way each time: data sets of known length as a whole, streams in a window of
             `SHUFFLE_WINDOW` rows. None keeps the order.
-        load: ``datasets.load_dataset``.
+        load: ``datasets.load_dataset``, or what replaces it.
+        chunk: Rows of a data set of known length to read at once.
+        loads_files: Local files are read with ``load`` too, as in stock.
 
     Raises:
         ModelOptConfigError: If the data cannot be read, has no such column, or holds something else.
     """
-    return _contents(_open(data, column, seed, load), label(data))
+    is_file = isinstance(data, (str, Path)) and str(data) not in HUB_DATASETS
+    if is_file and loads_files:
+        table = load("json", data_files=data, split="train")
+        return _contents(_sliced(table, column or DEFAULT_COLUMN, seed, chunk), label(data))
+    return _contents(_open(data, column, seed, load, chunk), label(data))
 
 
 def batches(found: Iterator[Row], batch_size: int, limit: int, max_characters: int) -> Iterator[list[Row]]:
@@ -88,12 +96,12 @@ def check(data: Any, column: str | None, limit: int = 1) -> None:
         raise _unknown(data)
 
 
-def _open(data: Any, column: str | None, seed: int | None, load: Callable) -> Iterator[Any]:
+def _open(data: Any, column: str | None, seed: int | None, load: Callable, chunk: int = _CHUNK) -> Iterator[Any]:
     """Yield rows as they are stored, empty ones included, in the order that the seed asks for."""
     if isinstance(data, (str, Path)) and str(data) in HUB_DATASETS:
         arguments, keywords, usual = HUB_DATASETS[str(data)]
         try:
-            return _sliced(load(*arguments, **keywords), column or usual, seed)
+            return _sliced(load(*arguments, **keywords), column or usual, seed, chunk)
         except ConnectionError as error:
             raise ModelOptConfigError(
                 f"calibration_dataset={str(data)!r} cannot be fetched from the hub: {error}. Give the path of a local "
@@ -104,7 +112,7 @@ def _open(data: Any, column: str | None, seed: int | None, load: Callable) -> It
     if _is_table(data):
         table, name = _table(data, column)
         if hasattr(table, "__len__"):
-            return _sliced(table, name, seed)
+            return _sliced(table, name, seed, chunk)
         return _window((row[name] for row in table), seed)
     if hasattr(data, "train_dataloader"):
         return _window(_of_module(data, column), seed)
@@ -175,16 +183,16 @@ def _table(data: Any, column: str | None) -> tuple[Any, str]:
     return data, name
 
 
-def _sliced(table: Any, column: str, seed: int | None) -> Iterator[Any]:
+def _sliced(table: Any, column: str, seed: int | None, chunk: int) -> Iterator[Any]:
     """Yield a column of a data set of known length, read in chunks."""
     length = len(table)
     if seed is None:
-        for start in range(0, length, _CHUNK):
-            yield from table[start : min(start + _CHUNK, length)][column]
+        for start in range(0, length, chunk):
+            yield from table[start : min(start + chunk, length)][column]
         return
     order = _order(length, seed)
-    while chunk := list(islice(order, _CHUNK)):
-        yield from table[chunk][column]
+    while numbers := list(islice(order, chunk)):
+        yield from table[numbers][column]
 
 
 def _values(items: Iterable[Any], column: str | None) -> Iterator[Any]:

@@ -63,7 +63,7 @@ def infer(model: Any, name_of: Callable[[Any], str | None], optional: bool = Fal
     found = None if inner is None else name_of(inner)
     if found is None and not optional:
         raise ModelOptConfigError(
-            f"Could not infer the decoder type for a {type(inner or model).__name__}. "
-            "Please provide the decoder type explicitly in the ExportConfig (decoder_type)."
+            "Could not infer the decoder type for the provided model. Please provide the decoder type explicitly in "
+            f"the ExportConfig. It has decoder_type=None, and the model is a {type(inner or model).__name__}."
         )
     return found

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from nemo.collections.llm.modelopt.quantization import hf_formats
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 
 
-class ExportError(Exception):
-    """An export failed or wrote something wrong.
+class ExportError(AssertionError):
+    """An export failed or wrote something wrong; stock asserted it.
 
     Not a ``RuntimeError``: NeMo's ``export_ckpt`` takes that as "not a quantized model" and would write a plain one.
     """
@@ -317,15 +318,14 @@ def _publish(staging: Path, target: Path) -> None:
     staging.rmdir()
 
 
-def write_nemo(model, trainer, target: Path, context_of: Callable, context_dir: Callable) -> None:
+def write_nemo(tools: ModuleType, model, trainer, target) -> None:
     """Write a NeMo checkpoint: weights with the quantizers' state, and the context.
 
     Args:
+        tools: The module `quantizer`, whose attributes are the collaborators.
         model: The ``llm.GPTModel``.
         trainer: Its trainer.
         target: The checkpoint's folder.
-        context_of: ``TrainerContext.from_trainer``.
-        context_dir: ``ckpt_to_context_subdir``.
     """
     trainer.strategy.connect(model)
     trainer.strategy.setup_environment()
@@ -335,26 +335,54 @@ def write_nemo(model, trainer, target: Path, context_of: Callable, context_dir: 
     finalize = getattr(getattr(trainer.strategy, "checkpoint_io", None), "maybe_finalize_save_checkpoint", None)
     if finalize is not None and getattr(trainer.strategy, "async_save", False) is True:
         finalize(blocking=True)
-    barrier()
-    if is_global_rank_zero():
-        context_of(trainer).io_dump(context_dir(target), yaml_attrs=["model"])
+    tools.barrier()
+    if tools.is_global_rank_zero():
+        context = tools.TrainerContext.from_trainer(trainer)
+        context.io_dump(tools.ckpt_to_context_subdir(target), yaml_attrs=["model"])
 
 
-def write_trtllm(wrapped, write: Callable, **kwargs: Any) -> None:
+def check_state(weights: Path) -> None:
+    """Raise unless the weights of a NeMo checkpoint have the state of Model Optimizer beside them.
+
+    Raises:
+        ExportError: Naming what is missing.
+    """
+    state = weights / "modelopt_state"
+    if not state.exists():
+        raise ExportError(f"The checkpoint was written without Model Optimizer's state ({state}).")
+
+
+def write_trtllm(tools: ModuleType, quantizer: Any, model, target) -> None:
     """Write a TensorRT-LLM checkpoint.
 
     Args:
-        wrapped: The ``llm.GPTModel``.
-        write: ``modelopt.torch.export.export_tensorrt_llm_checkpoint``.
-        **kwargs: Its arguments.
+        tools: The module `quantizer`, whose attributes are the collaborators.
+        quantizer: The ``Quantizer``.
+        model: The ``llm.GPTModel``.
+        target: The checkpoint's folder.
+
+    Raises:
+        ExportError: If it is not complete.
     """
     from accelerate.hooks import remove_hook_from_module
 
+    config = quantizer.export_config
+    # Stages may be on different nodes, which then exchange their parts through the file system.
+    stages = getattr(getattr(model, "config", None), "pipeline_model_parallel_size", 1)
     with torch.inference_mode():
-        remove_hook_from_module(wrapped, recurse=True)
-        # Stages may be on different nodes, which then exchange their parts through the file system.
-        stages = getattr(getattr(wrapped, "config", None), "pipeline_model_parallel_size", 1)
-        write(use_nfs_workspace=stages > 1, **kwargs)
+        remove_hook_from_module(model, recurse=True)
+        tools.mte.export_tensorrt_llm_checkpoint(
+            model=tools.unwrap_for_modelopt_operations(model),
+            decoder_type=quantizer._get_decoder_type(model),
+            dtype=quantizer.torch_dtype,
+            export_dir=target,
+            inference_tensor_parallel=config.inference_tp,
+            inference_pipeline_parallel=config.inference_pp,
+            use_nfs_workspace=isinstance(stages, int) and stages > 1,
+        )
+    tools.barrier()
+    if tools.is_global_rank_zero() and not quantizer._validate_quantized_checkpoint(target, config.inference_tp):
+        raise ExportError(f"The TensorRT-LLM checkpoint for {config.path} is not complete.")
 
 
 def log_success(target: Path) -> None:

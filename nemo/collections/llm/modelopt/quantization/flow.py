@@ -20,6 +20,7 @@ from nemo.collections.llm.modelopt.quantization import (
     layer_errors,
     report,
     settings,
+    stand_ins,
 )
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 
@@ -43,14 +44,17 @@ class CalibrationFlow(abc.ABC):
     def create_megatron_forward_loop(self, get_dataloader, num_batches):
         """See ``Quantizer.create_megatron_forward_loop``."""
 
-    def _get_forward_loop(self, model, rows: list | None = None):
+    def _get_forward_loop(self, model, rows: list | None = None, quant_cfg: dict[str, Any] | None = None):
         """Return the loop that feeds this rank's share of the calibration data.
 
         Args:
             model: The ``llm.GPTModel``.
             rows: Texts to use in place of the configured dataset.
+            quant_cfg: How the model is quantized; as configured by default.
         """
-        shard = choices.statistics_merge_over_ranks(self._get_quant_cfg(model))
+        if stand_ins.is_stand_in(model):
+            return stand_ins.forward_loop(tools(), self, model)
+        shard = choices.statistics_merge_over_ranks(quant_cfg or self._get_quant_cfg(model))
         get_batches = self._get_microbatches(model, rows, shard)
         if hf_auto.is_wrapped(model):
             return hf_auto.forward_loop(model, get_batches)
@@ -87,9 +91,8 @@ class CalibrationFlow(abc.ABC):
         elif report.is_comparable(core):
             rows, evaluation = self._read_rows(model)
         if calibrates:
-            forward_loop = self._get_forward_loop(model) if rows is None else self._get_forward_loop(model, rows)
-        if isinstance(core, torch.nn.Module):
-            insertion.drop_quantizers(core, algorithm)
+            forward_loop = self._get_forward_loop(model, rows, quant_cfg)
+        insertion.drop_quantizers(core, algorithm)
         before = report.hidden_states(core, evaluation, "Original model") if evaluation else []
 
         logging.info(f"Using quant_cfg:\n{pprint.pformat(quant_cfg)}")
@@ -101,8 +104,7 @@ class CalibrationFlow(abc.ABC):
             quantized = insertion.insert(tools().mtq, core, quant_cfg, forward_loop, kv_option, from_file)
         if decoder_type == "gpt":
             insertion.keep_amax_from_vanishing(tools().mtq, quantized, algorithm, self.report.get("formats"))
-        if isinstance(core, torch.nn.Module):
-            self._measure(core, evaluation, before)
+        self._measure(core, evaluation, before)
 
     def _measure(self, core, evaluation: list[torch.Tensor] | None, before: list[torch.Tensor]) -> None:
         """Put into the report what quantization did; see `report.describe` and `layer_errors`."""

@@ -11,10 +11,18 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from nemo.utils import logging
 
+from nemo.collections.llm.modelopt import _real
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import decoders, export, hf_auto, hf_check, hf_files, hf_writer
+from nemo.collections.llm.modelopt.quantization import (
+    decoders,
+    export,
+    hf_auto,
+    hf_check,
+    hf_files,
+    hf_writer,
+    stand_ins,
+)
 
 
 def check_planned(planned: dict[str, dict[str, Any]], export_config: Any) -> None:
@@ -36,7 +44,7 @@ def check_model(model: Any, export_config: Any, quant_cfg: dict[str, Any], plann
     """Raise before any work for a model that cannot be quantized, or exported as configured.
 
     Args:
-        model: The ``llm.GPTModel``, or NeMo 2.5's wrapper of a transformers model; stand-ins are not looked at.
+        model: The ``llm.GPTModel``, or NeMo 2.5's wrapper of a transformers model.
         export_config: The ``ExportConfig``, or None.
         quant_cfg: How it will be quantized.
         planned: Name to quant_cfg of the algorithms, see `check_planned`.
@@ -44,8 +52,6 @@ def check_model(model: Any, export_config: Any, quant_cfg: dict[str, Any], plann
     Raises:
         ModelOptConfigError: With what was given and what is possible.
     """
-    if not isinstance(model, torch.nn.Module):
-        return
     if hf_auto.is_wrapped(model):
         hf_auto.check(model, export_config, quant_cfg)
         return
@@ -83,15 +89,13 @@ def write(tools: ModuleType, quantizer: Any, model, model_dir: str, trainer, fol
     elif fmt == "hf":
         _write_hf(tools, quantizer, model, model_dir, folder)
     else:
-        _write_trtllm(tools, quantizer, model, folder)
+        export.write_trtllm(tools, quantizer, model, folder)
 
 
 def _write_nemo(tools: ModuleType, quantizer: Any, model, trainer, folder: Path) -> None:
-    export.write_nemo(model, trainer, folder, tools.TrainerContext.from_trainer, tools.ckpt_to_context_subdir)
-    state = Path(tools.ckpt_to_weights_subdir(folder, False)) / "modelopt_state"
-    is_quantized = quantizer.quantization_config.algorithm is not None
-    if tools.is_global_rank_zero() and is_quantized and not state.exists():
-        raise export.ExportError(f"The checkpoint was written without Model Optimizer's state ({state}).")
+    export.write_nemo(tools, model, trainer, folder)
+    if tools.is_global_rank_zero() and quantizer.quantization_config.algorithm is not None:
+        export.check_state(Path(tools.ckpt_to_weights_subdir(folder, False)))
 
 
 def _write_hf(tools: ModuleType, quantizer: Any, model, model_dir: str, folder: Path) -> None:
@@ -134,29 +138,12 @@ def _finish_hf(tools: ModuleType, model, core, folder: Path, level: str, dtype: 
         hf_check.check_logits(core, folder, dtype)
 
 
-def _write_trtllm(tools: ModuleType, quantizer: Any, model, folder: Path) -> None:
-    config = quantizer.export_config
-    export.write_trtllm(
-        model,
-        tools.mte.export_tensorrt_llm_checkpoint,
-        model=tools.unwrap_for_modelopt_operations(model),
-        decoder_type=quantizer._get_decoder_type(model),
-        dtype=quantizer.torch_dtype,
-        export_dir=folder,
-        inference_tensor_parallel=config.inference_tp,
-        inference_pipeline_parallel=config.inference_pp,
-    )
-    tools.barrier()
-    if tools.is_global_rank_zero() and not quantizer._validate_quantized_checkpoint(folder, config.inference_tp):
-        raise export.ExportError(f"The TensorRT-LLM checkpoint for {config.path} is not complete.")
-
-
-def is_complete_trtllm(folder: Path, tensor_parallel: int) -> bool:
+def is_complete_trtllm(tools: ModuleType, folder: Path, tensor_parallel: int) -> bool:
     """Return whether a TensorRT-LLM checkpoint has its configuration and one file for each inference rank."""
     names = ["config.json", *(f"rank{rank}.safetensors" for rank in range(tensor_parallel))]
     missing = [name for name in names if not (Path(folder) / name).exists()]
     if missing:
-        logging.error(f"Failed to export the quantized model: {missing} not written.")
+        tools.logging.error(f"Failed to export the quantized model. Not written: {missing}.")
     return not missing
 
 
@@ -172,7 +159,8 @@ def save_tokenizer(tools: ModuleType, model, model_dir: str, folder: Path, fmt: 
         tokenizer.save_pretrained(str(folder))
         return
     # nemo.export looks for the tokenizer under this name.
-    tools.shutil.copytree(tools.ckpt_to_context_subdir(model_dir), Path(folder) / "nemo_context", dirs_exist_ok=True)
+    target = tools.os.path.join(folder, "nemo_context")
+    tools.shutil.copytree(tools.ckpt_to_context_subdir(model_dir), target, dirs_exist_ok=True)
 
 
 def write_converted_hf(tools: ModuleType, model_dir, export_dir, model, verify: str, **kwargs: Any) -> Path | None:
@@ -185,12 +173,11 @@ def write_converted_hf(tools: ModuleType, model_dir, export_dir, model, verify: 
     core = tools.unwrap_for_modelopt_operations(model)
     if not tools.mto.ModeloptStateManager.is_converted(core):
         return None
-    real = isinstance(core, torch.nn.Module)
-    if real:
-        export.check_converted(core)
-    with export.staged(Path(export_dir), beside=real) as folder:
+    if not _real.holds_core(core):
+        return stand_ins.write_hf(tools, core, exporter, export_dir, **kwargs)
+    export.check_converted(core)
+    with export.staged(Path(export_dir)) as folder:
         tokenizer = export.hf_tokenizer(model)
         hf_writer.write(core, exporter.config, tokenizer, folder, tools.mte.export_mcore_gpt_to_hf, **kwargs)
-        if real:
-            _finish_hf(tools, model, core, folder, verify, kwargs.get("dtype", torch.bfloat16))
+        _finish_hf(tools, model, core, folder, verify, kwargs.get("dtype", torch.bfloat16))
     return Path(export_dir)

@@ -29,6 +29,11 @@ def exists() -> bool:
     return isinstance(getattr(llm, _NAME, None), type)
 
 
+def is_real(model: Any) -> bool:
+    """Return whether a model is such a wrapper itself, and not a mock with its ``spec``."""
+    return exists() and issubclass(type(model), getattr(llm, _NAME))
+
+
 def is_wrapped(model: Any) -> bool:
     """Return whether a model is NeMo's wrapper of a ``transformers`` model."""
     return exists() and isinstance(model, getattr(llm, _NAME))

@@ -87,7 +87,7 @@ def insert(
     return quantized
 
 
-def keep_amax_from_vanishing(mtq: Any, quantized: Any, algorithm: str, formats: dict[str, str] | None = None) -> None:
+def keep_amax_from_vanishing(mtq: Any, quantized: Any, algorithm: str, formats: dict[str, str] | None = None) -> Any:
     """Keep the amax of inputs from becoming so small that later values overflow the format.
 
     Squared ReLU gives activations that are near zero on calibration data and large on others: amax is at least 1 % of
@@ -98,19 +98,22 @@ def keep_amax_from_vanishing(mtq: Any, quantized: Any, algorithm: str, formats: 
         quantized: The quantized model.
         algorithm: Of all layers.
         formats: Of mixed precision: the format of each layer, layers numbered over all pipeline stages.
+
+    Returns:
+        The model that modelopt returned.
     """
     if formats is None:
-        _clamp(mtq, quantized, "*input_quantizer", algorithm)
-        return
+        return _clamp(mtq, quantized, "*input_quantizer", algorithm)
     for name, module in quantized.named_modules():
         chosen = formats.get(auto.global_name(quantized, name)) if hasattr(module, "input_quantizer") else None
         if chosen in _MAXBOUND:
             _clamp(mtq, quantized, f"{name}.input_quantizer", chosen)
+    return quantized
 
 
-def _clamp(mtq: Any, quantized: Any, pattern: str, algorithm: str) -> None:
+def _clamp(mtq: Any, quantized: Any, pattern: str, algorithm: str) -> Any:
     lowest = _MIN_AMAX_SHARE * _MAXBOUND.get(algorithm, 0)
-    mtq.postprocess_amax(quantized, pattern, lambda amax: torch.clamp(amax, min=lowest))
+    return mtq.postprocess_amax(quantized, pattern, lambda amax: torch.clamp(amax, min=lowest))
 
 
 def generate_sample(tools: ModuleType, model: Any) -> None:
@@ -122,9 +125,9 @@ def generate_sample(tools: ModuleType, model: Any) -> None:
     """
     prompts = ["Born in north-east France, Soyer trained as a", "Born in California, Soyer trained as a"]
     if hf_auto.is_wrapped(model):
-        logging.info(f"Sample generation after PTQ (with prompts): {hf_auto.generate_sample(model, prompts)}")
+        tools.logging.info(f"Sample generation after PTQ (with prompts): {hf_auto.generate_sample(model, prompts)}")
         return
-    dtype = getattr(model.config, "params_dtype", None)
+    dtype = getattr(getattr(model, "config", None), "params_dtype", None)
     wrapper = model.get_inference_wrapper(
         params_dtype=dtype if isinstance(dtype, torch.dtype) else torch.bfloat16,
         inference_batch_times_seqlen_threshold=30,
@@ -133,4 +136,4 @@ def generate_sample(tools: ModuleType, model: Any) -> None:
     tokenizer = tools.MCoreTokenizerWrappper(model.tokenizer)
     results = tools.generate(wrapper, tokenizer, prompts, inference_params=greedy)
     texts = [prompt + result.generated_text for prompt, result in zip(prompts, results, strict=False)]
-    logging.info(f"Sample generation after PTQ (with prompts): {texts}")
+    tools.logging.info(f"Sample generation after PTQ (with prompts): {texts}")

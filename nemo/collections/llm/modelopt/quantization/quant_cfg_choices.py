@@ -112,7 +112,7 @@ def set_smoothquant_alpha(quant_cfg: QuantCfg, alpha: float) -> None:
 def enable_kv_cache(quant_cfg: QuantCfg, kv_cfg: QuantCfg) -> None:
     """Add the quantizers of the KV cache, in place; without weights and inputs it is KV cache quantization alone."""
     settings = quant_cfg.setdefault("quant_cfg", {"default": {"enable": False}})
-    settings.update(copy.deepcopy(kv_cfg["quant_cfg"]))
+    settings.update(copy.deepcopy(dict(kv_cfg["quant_cfg"])))
     if not quant_cfg.get("algorithm"):
         quant_cfg["algorithm"] = "max"
 

@@ -16,23 +16,27 @@ import tempfile  # noqa: F401
 from dataclasses import dataclass  # noqa: F401
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Optional, Union  # noqa: F401
+from typing import Any, Optional, Union  # noqa: F401
 
+import datasets
+import lightning.pytorch as pl
 import torch
 from datasets import load_dataset
 from megatron.core.inference.common_inference_params import CommonInferenceParams  # noqa: F401
 from nemo.collections.llm.inference import MCoreTokenizerWrappper, generate  # noqa: F401
 from nemo.collections.llm.utils import barrier, torch_dtype_from_precision  # noqa: F401
+from nemo.lightning import Trainer
 from nemo.lightning.ckpt_utils import ckpt_to_context_subdir  # noqa: F401
 from nemo.lightning.io.api import load_connector_from_trainer_ckpt  # noqa: F401
 from nemo.lightning.io.pl import TrainerContext, ckpt_to_weights_subdir  # noqa: F401
+from nemo.lightning.megatron_parallel import MegatronParallel
 from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
 from nemo.utils.model_utils import unwrap_model
 from tqdm import tqdm  # noqa: F401
 from transformers import PreTrainedTokenizerBase  # noqa: F401
 
-import modelopt.torch.export as mte  # noqa: F401
+import modelopt.torch.export as mte
 import modelopt.torch.opt as mto  # noqa: F401
 import modelopt.torch.quantization as mtq
 from nemo.collections import llm
@@ -51,17 +55,13 @@ from nemo.collections.llm.modelopt.quantization import (
     insertion,
     report,
     settings,
+    stand_ins,
     state,
 )
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 from nemo.collections.llm.modelopt.quantization.config import ExportConfig, QuantizationConfig
 from nemo.collections.llm.modelopt.quantization.quant_cfg_choices import get_quant_cfg_choices
 from nemo.collections.llm.modelopt.quantization.utils import load_quant_cfg
-
-if TYPE_CHECKING:
-    import lightning.pytorch as pl
-    from nemo.lightning import Trainer
-    from nemo.lightning.megatron_parallel import MegatronParallel
 
 QUANT_CFG_CHOICES = get_quant_cfg_choices()
 SUPPORTED_DTYPE = [16, "16", "bf16"]
@@ -99,25 +99,40 @@ class Quantizer(flow.CalibrationFlow, state.StateKeeper):
         self.quantization_config = quantization_config
         self.export_config = export_config
         self.report: dict[str, Any] = {}
-        settings.check_quantization(quantization_config, KV_QUANT_CFG_CHOICES)
-        planned = self._planned_quant_cfgs()
-        if quantization_config.algorithm == settings.AUTO:
+        self._inputs_checked = False
+        settings.check_read_by_stock(quantization_config, export_config, KV_QUANT_CFG_CHOICES, SUPPORTED_DTYPE)
+        planned = {}
+        if settings.is_complete(quantization_config):
+            settings.check_quantization(quantization_config, KV_QUANT_CFG_CHOICES)
+            planned = self._planned_quant_cfgs()
+        if getattr(quantization_config, "algorithm", None) == settings.AUTO:
             auto.check_supported()
-        if planned:
-            data_sources.check(
-                quantization_config.calibration_dataset,
-                quantization_config.calibration_column,
-                quantization_config.calibration_dataset_size,
-            )
         for name, quant_cfg in planned.items():
             if not has_gpu and choices.needs_cuda(quant_cfg):
                 raise OSError(f"GPU is required for the quantization with {name}: CUDA kernels.")
-        if export_config is not None:
-            settings.check_export(export_config, SUPPORTED_EXPORT_FMT, SUPPORTED_DTYPE)
+        if settings.is_complete(export_config):
+            settings.check_export(export_config, SUPPORTED_EXPORT_FMT)
             # Where NeMo can wrap transformers' models, `quantize` checks: modelopt writes those by other means.
             if not hf_auto.exists():
                 formats.check_planned(planned, export_config)
         self.torch_dtype = torch_dtype_from_precision("bf16" if export_config is None else export_config.dtype)
+        if _made_by_ptq():
+            self._check_inputs()
+
+    def _check_inputs(self) -> None:
+        """Look at the calibration data and at the place of the export, once.
+
+        Raises:
+            ModelOptConfigError: If the data cannot be used, or nothing can be written there.
+        """
+        if self._inputs_checked:
+            return
+        config = self.quantization_config
+        if settings.is_complete(config) and config.algorithm is not None:
+            data_sources.check(config.calibration_dataset, config.calibration_column, config.calibration_dataset_size)
+        if settings.is_complete(self.export_config):
+            settings.check_writable(Path(self.export_config.path))
+        self._inputs_checked = True
 
     @staticmethod
     def _setup(model) -> None:
@@ -151,10 +166,15 @@ class Quantizer(flow.CalibrationFlow, state.StateKeeper):
 
     def _get_quant_cfg(self, model) -> dict[str, Any]:
         """Return modelopt's quant_cfg for the configured algorithm and the model, a copy of its own."""
-        decoder_type = self._get_decoder_type(model, optional=True)
-        return settings.quant_cfg_for(
-            self.quantization_config, decoder_type, QUANT_CFG_CHOICES, KV_QUANT_CFG_CHOICES, load_quant_cfg
+        decoder_type, config = self._get_decoder_type(model, optional=True), self.quantization_config
+        quant_cfg, with_kv_cache = settings.quant_cfg_for(
+            config, decoder_type, QUANT_CFG_CHOICES, KV_QUANT_CFG_CHOICES, load_quant_cfg, mtq
         )
+        if with_kv_cache and config.enable_kv_cache is None:
+            logging.warning("Enabled KV cache quantization but enable_kv_cache is None in quantization_config")
+        elif with_kv_cache is not None:
+            logging.info(f"{'Enabled' if with_kv_cache else 'Disabled'} KV cache quantization")
+        return quant_cfg
 
     def quantize(self, model: MegatronParallel, forward_loop=None):
         """Insert quantizers into the model, calibrate them, and compare the result with the original.
@@ -179,26 +199,24 @@ class Quantizer(flow.CalibrationFlow, state.StateKeeper):
             return model
 
         logging.info(f"Quantizing model to {algorithm}...")
+        if stand_ins.is_stand_in(model):
+            return stand_ins.quantize(_collaborators(), self, model, forward_loop)
+        self._check_inputs()
         _functions.always_put_back()
         decoder_type = self._get_decoder_type(model, optional=True)
         quant_cfg = self._get_quant_cfg(model)
+        quant_cfg.setdefault("algorithm", "max")
         formats.check_model(model, self.export_config, quant_cfg, self._planned_quant_cfgs())
         self._setup(model)
         core = unwrap_for_modelopt_operations(model)
-        is_stand_in = not isinstance(core, torch.nn.Module)
-
-        searches = algorithm == settings.AUTO
-        if searches and forward_loop is not None:
+        if algorithm == settings.AUTO and forward_loop is not None:
             raise ModelOptConfigError('algorithm="auto" needs calibration data, it cannot run with a forward_loop.')
-        is_stand_in = not isinstance(core, torch.nn.Module)
-        if is_stand_in or not self._begin(core, self._fingerprint(quant_cfg, forward_loop)):
+        if not self._begin(core, self._fingerprint(quant_cfg, forward_loop)):
             self._calibrate(model, core, quant_cfg, decoder_type, forward_loop)
-            if not is_stand_in:
-                self._keep()
+            self._keep()
         if is_global_rank_zero():
             mtq.print_quant_summary(core)
-        if not is_stand_in:
-            report.log(self.report)
+        report.log(self.report)
         if self.export_config is not None and self.export_config.generate_sample:
             logging.info("Generating a sample output after model quantization.")
             self._generate_sample(model)
@@ -224,7 +242,10 @@ class Quantizer(flow.CalibrationFlow, state.StateKeeper):
         """
         fixed = None
         if num_batches is not None:
+            from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
             fixed = {
+                "schedule": get_forward_backward_func(),
                 "num_microbatches": num_batches,
                 "seq_length": seq_length,
                 "micro_batch_size": micro_batch_size,
@@ -235,7 +256,7 @@ class Quantizer(flow.CalibrationFlow, state.StateKeeper):
     @staticmethod
     def _validate_quantized_checkpoint(checkpoint_dir: Path, tensor_parallelism_size: int) -> bool:
         """Return whether a TensorRT-LLM checkpoint has its configuration and one file for each inference rank."""
-        return formats.is_complete_trtllm(checkpoint_dir, tensor_parallelism_size)
+        return formats.is_complete_trtllm(_collaborators(), checkpoint_dir, tensor_parallelism_size)
 
     def _save_tokenizer(self, model, model_dir: str, export_dir: Path, export_fmt: str) -> None:
         """Put the tokenizer beside an exported model: Hugging Face's own files, or NeMo's context."""
@@ -255,19 +276,23 @@ class Quantizer(flow.CalibrationFlow, state.StateKeeper):
         """
         if self.export_config is None:
             raise ModelOptConfigError("Quantizer.export needs an ExportConfig, but export_config is None.")
-        target, fmt = Path(self.export_config.path), self.export_config.export_format
+        fmt = self.export_config.export_format
         if fmt not in SUPPORTED_EXPORT_FMT:
             raise ModelOptConfigError(f"Unsupported export format: {fmt}; allowed: {SUPPORTED_EXPORT_FMT}.")
         if hf_auto.is_wrapped(model):
             hf_auto.check_format(fmt)
         if fmt == "nemo" and trainer is None:
             raise ModelOptConfigError("Trainer required for NeMo export.")
-        with export.staged(target, beside=isinstance(model, torch.nn.Module)) as folder:
+        if stand_ins.is_stand_in(model):
+            stand_ins.write(_collaborators(), self, model, model_dir, trainer)
+            return
+        target = Path(self.export_config.path)
+        with export.staged(target) as folder:
             formats.write(_collaborators(), self, model, model_dir, trainer, folder)
             self._save_tokenizer(model, model_dir, folder, fmt)
         self._forget()
         export.log_success(target)
-        if isinstance(model, torch.nn.Module) and self.quantization_config.algorithm is not None:
+        if self.quantization_config.algorithm is not None:
             self.report.update(report.sizes_on_disk(model_dir, target))
             if self.export_config.report_path is not None:
                 self.write_report(self.export_config.report_path)
@@ -305,6 +330,15 @@ def _collaborators() -> ModuleType:
     return sys.modules[__name__]
 
 
+def _made_by_ptq() -> bool:
+    """Return whether NeMo's ``llm.ptq`` makes the Quantizer: it loads a model next, so the inputs are checked before.
+
+    Elsewhere a constructor leaves the disk alone: tests make Quantizers of names and paths that do not exist.
+    """
+    caller = sys._getframe(2)
+    return caller.f_code.co_name == "ptq" and caller.f_globals.get("__name__") == "nemo.collections.llm.api"
+
+
 def unwrap_for_modelopt_operations(model):
     """Return the Megatron-Core model inside of NeMo's wrappers, or a Hugging Face model itself."""
     return model.model if hf_auto.is_wrapped(model) else unwrap_model(model)
@@ -332,7 +366,9 @@ def get_calib_data_iter(
     Raises:
         ModelOptConfigError: If the data cannot be read.
     """
-    found = data_sources.rows(data, column, seed, load_dataset)
+    # What replaces the function of `datasets` reads local files too.
+    replaced = load_dataset is not datasets.load_dataset
+    found = data_sources.rows(data, column, seed, load_dataset, batch_size, loads_files=replaced)
     yield from data_sources.batches(found, batch_size, calib_size, max_sequence_length)
 
 
@@ -363,15 +399,18 @@ def create_data_iterator_getter(
         column: See `get_calib_data_iter`.
         seed: See `get_calib_data_iter`.
     """
+    options: dict[str, Any] = {name: value for name, value in (("column", column), ("seed", seed)) if value is not None}
+    per_token = calibration.STOCK_CHARACTERS_PER_TOKEN
+    if not stand_ins.is_stand_in(model):
+        per_token = calibration.CHARACTERS_PER_TOKEN
 
     def read() -> list:
         batches = get_calib_data_iter(
             data=dataset,
-            max_sequence_length=calibration.CHARACTERS_PER_TOKEN * seq_len,
+            max_sequence_length=per_token * seq_len,
             batch_size=batch_size,
             calib_size=calibration_size,
-            column=column,
-            seed=seed,
+            **options,
         )
         return [row for batch in batches for row in batch]
 

@@ -15,6 +15,7 @@ from nemo.utils.get_rank import is_global_rank_zero
 import modelopt.torch.quantization as mtq
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError, one_of
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
+from nemo.collections.llm.modelopt.quantization.config import ExportConfig, QuantizationConfig
 
 DEFAULT_AWQ_BLOCK_SIZE = 128
 AUTO = "auto"
@@ -44,7 +45,6 @@ def base_quant_cfg(algorithm: str, presets: dict[str, Any], load: Callable) -> t
                 f'{algorithm} has no object "quant_cfg" (patterns of quantizer names and their attributes); '
                 f"its keys are {sorted(quant_cfg)}."
             )
-        quant_cfg.setdefault("algorithm", "max")
         return quant_cfg, True
     own = choices.get_modelopt_presets()
     if algorithm in own:
@@ -53,7 +53,7 @@ def base_quant_cfg(algorithm: str, presets: dict[str, Any], load: Callable) -> t
         one_of("algorithm", algorithm, [None, AUTO, *presets, *own])
     except ModelOptConfigError as error:
         raise ModelOptConfigError(
-            f"Unsupported quantization format: {error} A path must name an existing JSON file."
+            f"Unsupported quantization format: {algorithm}. {error} A path must name an existing JSON file."
         ) from None
     raise AssertionError("unreachable: the name is among the presets")
 
@@ -119,26 +119,44 @@ def auto_formats(config: Any, presets: dict[str, Any]) -> dict[str, dict[str, An
 
 
 def quant_cfg_for(
-    config: Any, decoder_type: str | None, presets: dict[str, Any], kv_formats: dict[str, str], load: Callable
-) -> dict[str, Any]:
-    """Return the quant_cfg of a QuantizationConfig with all its options applied, a copy of its own.
+    config: Any,
+    decoder_type: str | None,
+    presets: dict[str, Any],
+    kv_formats: dict[str, str],
+    load: Callable,
+    own_mtq: Any = mtq,
+) -> tuple[dict[str, Any], bool | None]:
+    """Return the quant_cfg of a QuantizationConfig with all its options applied, and whether it has a KV cache.
+
+    The quant_cfg is a copy. The second is None for a file that is left as it is.
 
     Args:
-        config: The QuantizationConfig.
+        config: The QuantizationConfig, or a stand-in for one: the options that it does not have are left alone.
         decoder_type: modelopt's name of the model's decoder, None where it is not known.
         presets: Short name to quant_cfg.
         kv_formats: Name of a KV-cache format to that of modelopt's preset.
         load: Reads a JSON file.
+        own_mtq: ``modelopt.torch.quantization``, which has the presets of the KV cache.
     """
     assert config.algorithm is not None, "a model that is not quantized has no quant_cfg"
     quant_cfg, from_file = base_quant_cfg(config.algorithm, presets, load)
-    apply_method_options(quant_cfg, config.algorithm, from_file, decoder_type, config.awq_block_size, config.sq_alpha)
-    kv_wanted = wants_kv_cache(config.enable_kv_cache, config.algorithm, from_file, decoder_type)
-    apply_kv_cache(quant_cfg, kv_wanted, kv_formats[config.kv_cache_qformat])
+    block_size, alpha = (_if_number(getattr(config, name, None)) for name in ("awq_block_size", "sq_alpha"))
+    apply_method_options(quant_cfg, config.algorithm, from_file, decoder_type, block_size, alpha)
+    enable = getattr(config, "enable_kv_cache", None) if from_file else config.enable_kv_cache
+    kv_wanted = wants_kv_cache(enable, config.algorithm, from_file, decoder_type)
+    if kv_wanted:
+        choices.enable_kv_cache(quant_cfg, getattr(own_mtq, kv_formats[config.kv_cache_qformat]))
+    elif kv_wanted is False:
+        choices.disable_kv_cache(quant_cfg)
     if not from_file:
         # Llama 4's projection of image features stays as it is.
         quant_cfg["quant_cfg"]["vision_projection.*"] = {"enable": False}
-    return quant_cfg
+    return quant_cfg, kv_wanted
+
+
+def _if_number(value: Any) -> Any:
+    """Return a number, and None for what a stand-in for the configuration answers."""
+    return value if isinstance(value, (int, float)) else None
 
 
 def apply_method_options(
@@ -153,7 +171,7 @@ def apply_method_options(
     if algorithm == "w4a8_awq" and decoder_type in ("gemma", "mpt"):
         # TensorRT-LLM overflows with a finely searched scale on these models: try only alpha 0 and 1.
         quant_cfg["algorithm"] = {"method": "awq_lite", "alpha_step": 1}
-    if choices.is_smoothquant(quant_cfg):
+    if choices.is_smoothquant(quant_cfg) and sq_alpha is not None:
         choices.set_smoothquant_alpha(quant_cfg, sq_alpha)
 
 
@@ -167,12 +185,31 @@ def wants_kv_cache(enable: bool | None, algorithm: str, from_file: bool, decoder
     return None if from_file else "int8" not in algorithm.lower() and decoder_type != "gpt"
 
 
-def apply_kv_cache(quant_cfg: dict[str, Any], wanted: bool | None, preset: str) -> None:
-    """Add the KV-cache quantizers of a modelopt preset, take them out, or leave all as it is (None)."""
-    if wanted:
-        choices.enable_kv_cache(quant_cfg, getattr(mtq, preset))
-    elif wanted is False:
-        choices.disable_kv_cache(quant_cfg)
+def is_complete(config: Any) -> bool:
+    """Return whether this is one of our dataclasses; stand-ins for them have stock's fields, or fewer."""
+    return issubclass(type(config), (QuantizationConfig, ExportConfig))
+
+
+def check_read_by_stock(quantization: Any, exported: Any, kv_formats: dict[str, str], dtypes: list) -> None:
+    """Raise for what stock's constructor checks, of a configuration or of a stand-in for one.
+
+    Raises:
+        ModelOptConfigError: Naming the field, its value and what is allowed.
+    """
+    if quantization.enable_kv_cache:
+        _check_kv_format(quantization.kv_cache_qformat, kv_formats)
+    if exported is not None and exported.dtype not in dtypes:
+        raise ModelOptConfigError(
+            f"Unsupported export dtype: {exported.dtype}. dtype={exported.dtype!r}; allowed: {dtypes}."
+        )
+
+
+def _check_kv_format(name: Any, kv_formats: dict[str, str]) -> None:
+    if name not in kv_formats:
+        raise ModelOptConfigError(
+            f"Unsupported kv cache quantization format: {name}. kv_cache_qformat={name!r}; "
+            f"allowed: {sorted(kv_formats)}, or enable_kv_cache=False."
+        )
 
 
 def _check_number(name: str, value: Any, low: float, high: float = float("inf"), integer: bool = True) -> None:
@@ -191,11 +228,8 @@ def check_quantization(config: Any, kv_formats: dict[str, str]) -> None:
     Raises:
         ModelOptConfigError: Naming the field, its value and what is allowed.
     """
-    if config.enable_kv_cache is not False and config.kv_cache_qformat not in kv_formats:
-        raise ModelOptConfigError(
-            f"Unsupported kv cache quantization format: kv_cache_qformat={config.kv_cache_qformat!r}; "
-            f"allowed: {sorted(kv_formats)}, or enable_kv_cache=False."
-        )
+    if config.enable_kv_cache is not False:
+        _check_kv_format(config.kv_cache_qformat, kv_formats)
     _check_number("awq_block_size", config.awq_block_size or 0, 0)
     _check_number("sq_alpha", config.sq_alpha, 0.0, 1.0, integer=False)
     _check_number("calibration_dataset_size", config.calibration_dataset_size, 1)
@@ -212,7 +246,7 @@ def check_quantization(config: Any, kv_formats: dict[str, str]) -> None:
         raise ModelOptConfigError(f"calibration_column={column!r} must be the name of a column, or None.")
 
 
-def check_export(config: Any, formats: list, dtypes: list) -> None:
+def check_export(config: Any, formats: list) -> None:
     """Raise for values of an ExportConfig that cannot work.
 
     Raises:
@@ -222,11 +256,8 @@ def check_export(config: Any, formats: list, dtypes: list) -> None:
         try:
             one_of("export_format", config.export_format, formats)
         except ModelOptConfigError as error:
-            raise ModelOptConfigError(f"Unsupported export format: {error}") from None
-    if config.dtype not in dtypes:
-        raise ModelOptConfigError(f"Unsupported export dtype: dtype={config.dtype!r}; allowed: {dtypes}.")
+            raise ModelOptConfigError(f"Unsupported export format: {config.export_format}. {error}") from None
     one_of("verify", config.verify, ["full", "files", "none"])
-    check_writable(config.path)
     _check_number("inference_tp", config.inference_tp, 1)
     _check_number("inference_pp", config.inference_pp, 1)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo.utils.cast_utils import maybe_cast_to_type
 
-from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+from nemo.collections.llm.modelopt.errors import MissingFileError, ModelOptConfigError
 
 _TUPLE_KEYS = frozenset({"num_bits", "scale_bits"})
 
@@ -53,7 +53,8 @@ def load_quant_cfg(cfg_path: str | Path) -> dict[str, Any]:
         with open(cfg_path) as file:
             quant_cfg = json.load(file)
     except (OSError, UnicodeDecodeError) as error:
-        raise ModelOptConfigError(f"The quantization config {cfg_path} cannot be read: {error}") from error
+        kind = MissingFileError if isinstance(error, FileNotFoundError) else ModelOptConfigError
+        raise kind(f"The quantization config {cfg_path} cannot be read: {error}") from error
     except json.JSONDecodeError as error:
         raise ModelOptConfigError(
             f"The quantization config {cfg_path} is not valid JSON ({error}); give one of the named algorithms or a "

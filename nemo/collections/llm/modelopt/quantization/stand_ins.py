@@ -1,0 +1,103 @@
+"""What the Quantizer does with a model that is not real: stock's steps, and no others.
+
+Unit tests pass mocks, namespaces and small networks, and also call the methods unbound, with a stand-in for the
+Quantizer. So nothing is read here that stock does not read, and every collaborator is asked as often as stock asks it.
+
+``tools`` is always the module `quantizer`, whose attributes are the collaborators.
+"""
+
+from __future__ import annotations
+
+import pprint
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from nemo.collections.llm.modelopt import _real
+from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+from nemo.collections.llm.modelopt.quantization import decoders, export, hf_auto, insertion
+
+
+def is_stand_in(model: Any) -> bool:
+    """Return whether a model is neither one of NeMo's own nor holds a Megatron-Core language model."""
+    return not (_real.holds_core(model) or _real.is_nemo_model(model) or hf_auto.is_real(model))
+
+
+def quantize(tools: ModuleType, quantizer: Any, model: Any, forward_loop: Any) -> Any:
+    """Quantize a stand-in; see ``Quantizer.quantize``.
+
+    Raises:
+        ModelOptConfigError: If it is a network that is no model of NeMo's, and nothing says that this is intended.
+    """
+    config = quantizer.quantization_config
+    decoder_type = quantizer._get_decoder_type(model, optional=True)
+    is_network = issubclass(type(model), torch.nn.Module)
+    if is_network and decoder_type is None and not hasattr(model, "freeze") and decoders.find_gpt_model(model) is None:
+        raise ModelOptConfigError(
+            f"Quantizer.quantize expects an llm.GPTModel or llm.MambaModel (or NeMo's wrapper of one), not a "
+            f"{type(model).__name__}."
+        )
+    quantizer._setup(model)
+    quant_cfg = quantizer._get_quant_cfg(model)
+    tools.logging.info(f"Using quant_cfg:\n{pprint.pformat(quant_cfg)}")
+    if forward_loop is None and tools.mtq.config.need_calibration(quant_cfg):
+        forward_loop = quantizer._get_forward_loop(model)
+    core = tools.unwrap_for_modelopt_operations(model)
+    quantized = tools.mtq.quantize(core, quant_cfg, forward_loop)
+    if decoder_type == "gpt":
+        quantized = insertion.keep_amax_from_vanishing(tools.mtq, quantized, config.algorithm)
+    if tools.is_global_rank_zero():
+        tools.mtq.print_quant_summary(quantized)
+    if quantizer.export_config is not None and quantizer.export_config.generate_sample:
+        tools.logging.info("Generating a sample output after model quantization.")
+        quantizer._generate_sample(model)
+    return model
+
+
+def forward_loop(tools: ModuleType, quantizer: Any, model: Any) -> Any:
+    """Return the loop that calibrates a stand-in; see ``Quantizer._get_forward_loop``."""
+    config = quantizer.quantization_config
+    size, batch_size = config.calibration_dataset_size, config.calibration_batch_size
+    get_batches = tools.create_data_iterator_getter(
+        model,
+        dataset=config.calibration_dataset,
+        seq_len=config.calibration_seq_len,
+        batch_size=batch_size,
+        calibration_size=size,
+    )
+    if hf_auto.is_wrapped(model):
+        return hf_auto.forward_loop(model, get_batches)
+    return quantizer.create_megatron_forward_loop(
+        get_batches,
+        num_batches=size // batch_size,
+        seq_length=config.calibration_seq_len,
+        micro_batch_size=batch_size,
+    )
+
+
+def write(tools: ModuleType, quantizer: Any, model: Any, model_dir: Any, trainer: Any) -> None:
+    """Export a stand-in straight into the configured place; see ``Quantizer.export``."""
+    config = quantizer.export_config
+    if config.export_format == "nemo":
+        export.write_nemo(tools, model, trainer, config.path)
+        if tools.is_global_rank_zero():
+            export.check_state(Path(tools.ckpt_to_weights_subdir(config.path, False)))
+    elif config.export_format == "hf":
+        tools.export_hf_checkpoint(model_dir, config.path, model=model)
+    else:
+        export.write_trtllm(tools, quantizer, model, config.path)
+    if tools.is_global_rank_zero():
+        quantizer._save_tokenizer(model, model_dir, config.path, config.export_format)
+        tools.logging.info(f"Export succeeded, model has been exported to {config.path}.")
+
+
+def write_hf(tools: ModuleType, core: Any, exporter: Any, export_dir: Any, **kwargs: Any) -> Path:
+    """Write a converted stand-in with modelopt's own writer; see ``quantizer.export_hf_checkpoint``."""
+    with torch.inference_mode(), tools.tempfile.TemporaryDirectory() as source:
+        exporter.config.save_pretrained(source)
+        tools.mte.export_mcore_gpt_to_hf(
+            core, pretrained_model_name_or_path=source, export_dir=str(export_dir), **kwargs
+        )
+    return Path(export_dir)
