@@ -13,7 +13,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from nemo_modelopt_dropin import entry, processes
 from nemo_modelopt_dropin.command_line import Parser
 from nemo_modelopt_dropin.compress.settings import (
     Job,
@@ -182,6 +181,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.run(main))
-elif __name__ == "__mp_main__":  # imported by multiprocessing in a spawned child
-    processes.spawned_child()
+    sys.exit(main())

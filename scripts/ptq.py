@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from nemo_modelopt_dropin import data_files, entry, output_checks, processes
+from nemo_modelopt_dropin import data_files, output_checks
 from nemo_modelopt_dropin.command_line import (
     Parser,
     default_devices,
@@ -82,6 +82,9 @@ def parser() -> Parser:
     quantization.add_argument("--sq_alpha", type=float, default=0.5, help="SmoothQuant's alpha")
     quantization.add_argument("--enable_kv_cache", action="store_true", default=None, help="quantize the KV cache")
     quantization.add_argument("--disable_kv_cache", dest="enable_kv_cache", action="store_false")
+    quantization.add_argument(
+        "--kv_cache_qformat", default="fp8", choices=("fp8", "nvfp4"), help="format of the KV cache (default: fp8)"
+    )
     quantization.add_argument(
         "-dt", "--dtype", default="bf16", choices=("16", "bf16"), help="of what stays unquantized"
     )
@@ -210,6 +213,7 @@ def work(arguments: argparse.Namespace) -> list[tuple[str, str]]:
         awq_block_size=arguments.awq_block_size,
         sq_alpha=arguments.sq_alpha,
         enable_kv_cache=arguments.enable_kv_cache,
+        kv_cache_qformat=arguments.kv_cache_qformat,
         calibration_dataset=arguments.calibration_dataset,
         calibration_dataset_size=arguments.calibration_dataset_size,
         calibration_batch_size=arguments.batch_size,
@@ -271,6 +275,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.run(main))
-elif __name__ == "__mp_main__":  # imported by multiprocessing in a spawned child
-    processes.spawned_child()
+    sys.exit(main())

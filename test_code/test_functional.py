@@ -1,4 +1,4 @@
-"""NeMo's functional tests of pruning, distillation and PTQ through our scripts, and all flags of NeMo's scripts."""
+"""NeMo's functional tests of pruning, distillation and PTQ through our scripts."""
 
 from __future__ import annotations
 
@@ -9,114 +9,6 @@ import torch
 
 from test_code import jobs_checkpoints, jobs_functional, jobs_prune
 
-# Flags of NeMo 2.7's scripts and their defaults; None: no default, "required": must be given.
-PTQ_FLAGS = {
-    "-nc": "required",
-    "--nemo_checkpoint": "required",
-    "--tokenizer": None,
-    "--decoder_type": None,
-    "-ctp": 1,
-    "--calibration_tp": 1,
-    "--calib_tp": 1,
-    "-cpp": 1,
-    "--calibration_pp": 1,
-    "--calib_pp": 1,
-    "--num_layers_in_first_pipeline_stage": None,
-    "--num_layers_in_last_pipeline_stage": None,
-    "-itp": 1,
-    "--inference_tp": 1,
-    "--tensor_parallelism_size": 1,
-    "-ipp": 1,
-    "--inference_pp": 1,
-    "--pipeline_parallelism_size": 1,
-    "--devices": None,
-    "-nodes": None,
-    "--num_nodes": None,
-    "-out": None,
-    "--export_path": None,
-    "--output_path": None,
-    "--export_format": "trtllm",
-    "-algo": "fp8",
-    "--algorithm": "fp8",
-    "-awq_bs": 128,
-    "--awq_block_size": 128,
-    "--sq_alpha": 0.5,
-    "--enable_kv_cache": None,
-    "--disable_kv_cache": None,
-    "-dt": "bf16",
-    "--dtype": "bf16",
-    "-bs": 64,
-    "--batch_size": 64,
-    "-sl": 128,
-    "--seq_len": 128,
-    "-calib_size": 512,
-    "--calibration_dataset_size": 512,
-    "-calib_ds": "cnn_dailymail",
-    "--calibration_dataset": "cnn_dailymail",
-    "--generate_sample": False,
-    "--trust_remote_code": False,
-    "--legacy_ckpt": False,
-}
-PRUNE_FLAGS = {
-    # 1 where neither torchrun nor the layout says more.
-    "--devices": None,
-    "--num_nodes": None,
-    "--tp_size": 1,
-    "--pp_size": 1,
-    "--num_layers_in_first_pipeline_stage": None,
-    "--num_layers_in_last_pipeline_stage": None,
-    "--seq_length": None,
-    "--restore_path": "required",
-    "--legacy_ckpt": False,
-    "--save_path": "required",
-    "--tokenizer": None,
-    "--data_paths": None,
-    "--split": "99,1,0",
-    "--index_mapping_dir": None,
-    "--mbs": 1,
-    "--num_train_samples": 1024,
-    "--target_ffn_hidden_size": None,
-    "--target_hidden_size": None,
-    "--target_num_attention_heads": None,
-    "--target_num_query_groups": None,
-    "--target_num_layers": None,
-    "--target_mamba_num_heads": None,
-    "--target_mamba_head_dim": None,
-    "--drop_layers": None,
-}
-TRAIN_FLAGS = {
-    "--name": "required",
-    "--model_path": "required",
-    "--teacher_path": None,
-    "--tp_size": 1,
-    "--cp_size": 1,
-    "--pp_size": 1,
-    "--ep_size": 1,
-    # bf16-mixed where neither it nor --cpu is given.
-    "--precision": None,
-    # 1 where neither torchrun nor the layout says more.
-    "--devices": None,
-    "--num_nodes": None,
-    "--log_dir": "required",
-    "--max_steps": "required",
-    "--gbs": "required",
-    "--mbs": "required",
-    "--data_paths": None,
-    "--use-chat-data": False,
-    "--chat-template-path": None,
-    "--split": "99,1,0",
-    "--index_mapping_dir": None,
-    "--seq_length": "required",
-    "--tokenizer": None,
-    "--lr": 3e-5,
-    "--min_lr": 2e-7,
-    "--warmup_steps": 50,
-    "--val_check_interval": 100,
-    "--limit_val_batches": 32,
-    "--log_interval": 10,
-    "--legacy_ckpt": False,
-    "--use_mock_data": False,
-}
 PRUNED = {"hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4, "num_query_groups": 4, "num_layers": 2}
 
 
@@ -127,21 +19,6 @@ intermediate_layer_pairs:
 skip_lm_loss: false
 kd_loss_scale: 10.0
 """
-
-
-@pytest.mark.parametrize(
-    "script, flags",
-    [("ptq", PTQ_FLAGS), ("prune", PRUNE_FLAGS), ("distill", TRAIN_FLAGS)],
-    ids=lambda value: str(value)[:8],
-)
-def test_flags_and_defaults_are_those_of_nemos_script(script, flags):
-    parser = jobs_functional.load_script(script).parser()
-    known = {name: action for action in parser._actions for name in action.option_strings}
-    assert flags.keys() <= known.keys()
-    needed = [action.option_strings[0] for action in parser._actions if action.required]
-    parsed = parser.parse_args([word for flag in needed for word in (flag, "1")])
-    for name, default in flags.items():
-        assert ("required" if known[name].required else getattr(parsed, known[name].dest)) == default, name
 
 
 @pytest.fixture(scope="module")
