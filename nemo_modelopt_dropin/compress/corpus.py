@@ -96,7 +96,6 @@ def pretrain(
     from nemo.collections.common.tokenizers import AutoTokenizer
 
     from nemo.collections import llm
-    from nemo_modelopt_dropin import interim
     from nemo_modelopt_dropin.compress import jobs, tokens, training
 
     training.release()
@@ -123,6 +122,5 @@ def pretrain(
         resume=jobs.resume(run),
         optim=training.optimizer(settings, layout),
     )
-    interim.Steps(folder / training.STEPS).remove()
     training.release()
     return {"curve": training.read_curve(folder / "losses.jsonl")}
