@@ -21,6 +21,10 @@ with warnings.catch_warnings():
     warnings.filterwarnings("error", module=r"nemo\.collections\.llm\.modelopt")
     import nemo.collections.llm  # noqa: F401
 
+from test_code import other_sums  # noqa: E402
+
+other_sums.enable_if_asked()
+
 
 def _pools(tmp_path_factory, label: str, env: dict[str, str]):
     """Yield a function that gives the pool of so many live ranks, and close all pools at the end."""

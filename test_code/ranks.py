@@ -244,7 +244,9 @@ def _set_up() -> None:
     cpu_backend.enable()
     warnings.filterwarnings("error", module=r"nemo\.collections\.llm\.modelopt")
     import nemo.collections.llm  # noqa: F401
+    from test_code import other_sums
 
+    other_sums.enable_if_asked()
     # What is imported stays; without this, collecting garbage after a job would look through all of it, half a second.
     gc.collect()
     gc.freeze()
