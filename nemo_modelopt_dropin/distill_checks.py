@@ -51,7 +51,7 @@ def problems(given: argparse.Namespace) -> list[str]:
 def _training_problems(given: argparse.Namespace) -> list[str]:
     found = [
         f"--{name} must not be negative, got {getattr(given, name)}"
-        for name in ("lr", "min_lr", "limit_val_batches", "warmup_steps")
+        for name in ("lr", "min_lr", "limit_val_batches", "warmup_steps", "save_minutes")
         if getattr(given, name) < 0
     ]
     if given.min_lr > given.lr >= 0:

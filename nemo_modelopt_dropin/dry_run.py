@@ -187,6 +187,7 @@ def distillation(given: argparse.Namespace) -> Rows:
         layout(given.devices, given.num_nodes, given.cpu, **sizes),
         memory(estimate),
         ("writes", f"{Path(given.log_dir) / given.name}: checkpoints/ (two, with optimizer), logs, {run_file.NAME}"),
+        *([("", "interim/: a checkpoint every few minutes, until the end")] if given.save_minutes else []),
     ]
 
 

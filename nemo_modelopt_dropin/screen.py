@@ -64,9 +64,10 @@ def quiet(log: Path | None) -> Iterator[TextIO]:
             yield stream
     finally:
         _screen.reset(token)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        stream.close()
+        # The log's disk may be full, and the screen's reader gone.
+        for output in (sys.stdout.flush, sys.stderr.flush, stream.close):
+            with contextlib.suppress(OSError):
+                output()
         for number, saved in zip((1, 2), kept, strict=True):
             os.dup2(saved, number)
             os.close(saved)
@@ -89,6 +90,16 @@ def bar(items: Iterable[Any] | None = None, **options) -> tqdm:
         "dynamic_ncols": stream.isatty(),
     }
     return tqdm(items, **{**settings, **options})
+
+
+def close_bars() -> None:
+    """End the lines of bars that an exception left open, so that what is written next has a line of its own."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        for one in list(getattr(tqdm, "_instances", ())):
+            with contextlib.suppress(Exception):
+                one.close()
 
 
 def warn(text: str) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from nemo_modelopt_dropin import run_file, signals
+from nemo_modelopt_dropin import entry, run_file, signals
 from nemo_modelopt_dropin.command_line import saved_settings
 
 
@@ -81,13 +81,13 @@ def _execute(
 
     log = None if given.verbose else _log_file(script.name, rank)
     made = not script.output.exists()
-    code = runner.guarded(on_this_rank, log, after, keep_log=False)
+    code = runner.guarded(on_this_rank, log, after, keep_log=False, output=script.output)
     if made and code == runner.USAGE and rank == 0:
         _unmake(script.output)
     kept = script.output / run_file.NAME
     if code != runner.OK and script.keeps_progress and rank == 0 and script.output.exists() and not kept.exists():
         save(script, settings)  # NeMo moves what lay there before
-    if log is not None and (code in (runner.OK, runner.USAGE) or signals.is_ours(code)):
+    if log is not None and (code in (runner.OK, runner.USAGE, entry.CLOSED_SCREEN) or signals.is_ours(code)):
         log.unlink(missing_ok=True)
     return code
 

@@ -19,7 +19,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from nemo_modelopt_dropin import run_file
+from nemo_modelopt_dropin import entry, processes, run_file
 from nemo_modelopt_dropin.command_line import Parser, default_devices, default_nodes
 from nemo_modelopt_dropin.compress.settings import (
     ALGORITHMS,
@@ -65,7 +65,7 @@ _HELP = {
     "lr": "highest learning rate",
     "min-lr": "last learning rate",
     "evaluate-every": "steps between held-out losses, 0: none on the way",
-    "save-every": "steps between checkpoints to go on from, 0: none",
+    "save-every": "steps between checkpoints to resume from, 0: none (default: every few minutes)",
     "size": "rows of --train-text to calibrate on",
     "seq-len": "tokens of a row",
 }
@@ -318,4 +318,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(entry.run(main))
+elif __name__ == "__mp_main__":  # imported by multiprocessing in a spawned child
+    processes.spawned_child()

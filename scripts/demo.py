@@ -13,6 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from nemo_modelopt_dropin import entry, processes
 from nemo_modelopt_dropin.command_line import Parser
 from nemo_modelopt_dropin.compress.settings import (
     Job,
@@ -181,4 +182,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(entry.run(main))
+elif __name__ == "__mp_main__":  # imported by multiprocessing in a spawned child
+    processes.spawned_child()

@@ -1,10 +1,10 @@
 """Train a NeMo 2 GPT checkpoint, from a teacher's logits where one is given.
 
-Flags as in NeMo's scripts/llm/gpt_train.py, and --distillation_config, --text, --heldout_text and --cpu. Intermediate
-checkpoints go below --log_dir, and the same command goes on from the last one. Start it with torchrun for more than one
-GPU; with --cpu it starts its ranks itself. The settings are saved as run.yaml with the output; --config takes such a
-file, flags win over it. Exit codes: 0 done, 1 failed, 2 wrong arguments or settings, 130 interrupted, 143 ended by
-SIGTERM.
+Flags as in NeMo's scripts/llm/gpt_train.py, and --distillation_config, --text, --heldout_text and --cpu. Checkpoints go
+below --log_dir, one every few minutes (--save_minutes), and the same command resumes from the last one. Start it with
+torchrun for more than one GPU; with --cpu it starts its ranks itself. The settings are saved as run.yaml with the
+output; --config takes such a file, flags win over it. Exit codes: 0 done, 1 failed, 2 wrong arguments or settings, 130
+interrupted, 143 ended by SIGTERM.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nemo_modelopt_dropin import distill_checks, model_sizes, pair_checks
+from nemo_modelopt_dropin import distill_checks, entry, model_sizes, pair_checks, processes
 from nemo_modelopt_dropin.command_line import Parser, default_devices, default_nodes, derive, loading_options
 
 PATHS = (
@@ -87,6 +87,12 @@ def parser() -> Parser:
     training.add_argument(
         "--val_check_interval", type=int, default=100, help="steps between validations and checkpoints"
     )
+    training.add_argument(
+        "--save_minutes",
+        type=float,
+        default=5.0,
+        help="minutes between checkpoints to resume from; only the last is kept, until the end (0: none)",
+    )
     training.add_argument("--limit_val_batches", type=int, default=32, help="micro-batches of a validation")
     training.add_argument("--log_interval", type=int, default=10, help="steps between logged figures")
     return found
@@ -153,7 +159,7 @@ def make_trainer(given: argparse.Namespace):
     from megatron.core.distributed import DistributedDataParallelConfig
 
     from nemo import lightning as nl
-    from nemo_modelopt_dropin import progress
+    from nemo_modelopt_dropin import interim, progress
 
     overlap = not given.cpu
     strategy = nl.MegatronStrategy(
@@ -184,6 +190,8 @@ def make_trainer(given: argparse.Namespace):
         grad_reduce_in_fp32=True,
     )
     callbacks: list[Any] = [progress.FirstFigures()]
+    if given.save_minutes and not given.dump_teacher_topk:
+        callbacks.append(interim.Interim(interim_folder(given), given.save_minutes))
     if not given.verbose:  # else NeMo's own lines of progress are on the screen
         callbacks.append(progress.TrainingBar("distill" if given.teacher_path or given.teacher_topk else "train"))
     return nl.Trainer(
@@ -237,6 +245,7 @@ def work(given: argparse.Namespace) -> list[tuple[str, str]]:
 
     from nemo import lightning as nl
     from nemo.collections import llm
+    from nemo_modelopt_dropin import interim
 
     checkpoints = ModelCheckpoint(
         monitor="val_loss",
@@ -258,7 +267,9 @@ def work(given: argparse.Namespace) -> list[tuple[str, str]]:
             use_datetime_version=False,
             update_logger_directory=False,  # else all experiments below --log_dir share one curve
         ),
-        "resume": nl.AutoResume(
+        "resume": interim.Resume(
+            interim_folder(given),
+            str(Path(given.log_dir) / given.name),
             resume_if_exists=True,
             resume_ignore_no_checkpoint=True,
             restore_config=nl.RestoreConfig(path=given.model_path),
@@ -278,7 +289,14 @@ def work(given: argparse.Namespace) -> list[tuple[str, str]]:
         )
     else:
         llm.train(model=given.model_path, tokenizer="data", **common)
-    return outcome(common["trainer"], checkpoints)
+    rows = outcome(common["trainer"], checkpoints)
+    interim.Steps(interim_folder(given)).remove()
+    return rows
+
+
+def interim_folder(given: argparse.Namespace) -> str:
+    """Return the folder of the checkpoints that are kept until the end of the training."""
+    return str(Path(given.log_dir) / given.name / "interim")
 
 
 def remark(given: argparse.Namespace) -> None:
@@ -366,4 +384,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(entry.run(main))
+elif __name__ == "__mp_main__":  # imported by multiprocessing in a spawned child
+    processes.spawned_child()

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from nemo_modelopt_dropin import budget, model_sizes, output_checks, prune_layout
+from nemo_modelopt_dropin import budget, entry, model_sizes, output_checks, processes, prune_layout
 from nemo_modelopt_dropin.command_line import (
     Parser,
     absolute_paths,
@@ -256,4 +256,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(entry.run(main))
+elif __name__ == "__mp_main__":  # imported by multiprocessing in a spawned child
+    processes.spawned_child()

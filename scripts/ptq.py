@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from nemo_modelopt_dropin import data_files, output_checks
+from nemo_modelopt_dropin import data_files, entry, output_checks, processes
 from nemo_modelopt_dropin.command_line import (
     Parser,
     default_devices,
@@ -275,4 +275,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(entry.run(main))
+elif __name__ == "__mp_main__":  # imported by multiprocessing in a spawned child
+    processes.spawned_child()

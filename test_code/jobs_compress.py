@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from nemo import lightning as nl
+from nemo.collections import llm
 from nemo_modelopt_dropin.compress import heldout, jobs, tokens, training
 from nemo_modelopt_dropin.compress.settings import Job, Layout, Pruning
 from test_code import tiny
 
 
-def make_teacher(folder: str, in_bf16: bool = False) -> None:
+def make_teacher(folder: str, in_bf16: bool = False, llama: bool = False) -> None:
     """Write a tiny trained checkpoint, training and held-out texts, and the held-out tokens."""
     here = Path(folder)
     texts = tiny.texts(120)
@@ -27,6 +28,10 @@ def make_teacher(folder: str, in_bf16: bool = False) -> None:
         kind = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
         options["plugins"] = nl.MegatronMixedPrecision("bf16-mixed", params_dtype=torch.bfloat16)
     model = tiny.model(vocab_size=tiny.VOCABULARY, **kind)
+    if llama:  # a kind of model that has a Hugging Face format
+        names = llm.LlamaConfig.__dataclass_fields__
+        settings = {name: getattr(model.config, name) for name in names if hasattr(model.config, name)}
+        model = llm.LlamaModel(llm.LlamaConfig(**settings), optim=tiny.optim(), tokenizer=tiny.tokenizer())
     tiny.fit(model, max_steps=4, save_to=here / "checkpoint", **options)
     training.release()
 

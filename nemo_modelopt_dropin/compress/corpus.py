@@ -96,6 +96,7 @@ def pretrain(
     from nemo.collections.common.tokenizers import AutoTokenizer
 
     from nemo.collections import llm
+    from nemo_modelopt_dropin import interim
     from nemo_modelopt_dropin.compress import jobs, tokens, training
 
     training.release()
@@ -122,5 +123,6 @@ def pretrain(
         resume=jobs.resume(run),
         optim=training.optimizer(settings, layout),
     )
+    interim.Steps(folder / training.STEPS).remove()
     training.release()
     return {"curve": training.read_curve(folder / "losses.jsonl")}

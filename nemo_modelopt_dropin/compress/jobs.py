@@ -14,7 +14,7 @@ from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.collections.llm.modelopt import ExportConfig, ModelOptConfigError, PruningConfig, QuantizationConfig
 from nemo.collections.llm.modelopt.quantization import report
-from nemo_modelopt_dropin import model_sizes, pair_checks, prune_layout, screen, script_run
+from nemo_modelopt_dropin import interim, model_sizes, pair_checks, prune_layout, screen, script_run
 from nemo_modelopt_dropin.compress import exported, heldout, importance, tokens, training
 from nemo_modelopt_dropin.compress.settings import TARGETS, Job, Layout, Training
 
@@ -129,7 +129,7 @@ def fit_data(token_folder: Path, tokenizer, settings: Training, seq_length: int)
 
 
 def resume(run: nl.Trainer, start_from: str | None = None) -> nl.AutoResume:
-    """Go on from the newest intermediate checkpoint of the trainer's `Keeper`, else from ``start_from``'s weights."""
+    """Resume from the newest intermediate checkpoint of the trainer's `Keeper`, else start from other weights."""
     latest = next(c for c in run.callbacks if isinstance(c, training.Keeper)).latest()
     # The tokenizer is the student's anyway; AutoResume does not find the artifacts of a path that it is told.
     restore = nl.RestoreConfig(path=start_from, load_artifacts=False) if start_from else None
@@ -142,7 +142,15 @@ def logger(folder: Path) -> nl.NeMoLogger:
 
 
 def distill(folder: Path, job: Job, student: Path, token_folder: Path, out: TextIO | None) -> dict[str, Any]:
-    """Train the pruned student on the teacher's logits with llm.distill."""
+    """Train the pruned student on the teacher's logits with llm.distill; a training that is complete is kept."""
+    if not (folder / _CHECKPOINT).exists():
+        _train_student(folder, job, student, token_folder, out)
+    interim.Steps(folder / training.STEPS).remove()  # a kill may have left them beside the complete checkpoint
+    found = measure(folder / _CHECKPOINT, token_folder, job)
+    return found | {"curve": training.read_curve(folder / "losses.jsonl")}
+
+
+def _train_student(folder: Path, job: Job, student: Path, token_folder: Path, out: TextIO | None) -> None:
     settings = job.distillation
     training.release()
     if warning := pair_checks.larger_student(str(student), job.teacher):
@@ -159,12 +167,18 @@ def distill(folder: Path, job: Job, student: Path, token_folder: Path, out: Text
         resume=resume(run, str(student)),
         optim=training.optimizer(settings, job.layout),
     )
-    found = measure(folder / _CHECKPOINT, token_folder, job)
-    return found | {"curve": training.read_curve(folder / "losses.jsonl")}
 
 
 def from_scratch(folder: Path, job: Job, student: Path, token_folder: Path, out: TextIO | None) -> dict[str, Any]:
     """Train a model of the student's shape from random weights: same steps, same samples, no teacher."""
+    if not (folder / _CHECKPOINT).exists():
+        _train_from_scratch(folder, job, student, token_folder, out)
+    interim.Steps(folder / training.STEPS).remove()
+    found = measure(folder / _CHECKPOINT, token_folder, job)
+    return found | {"curve": training.read_curve(folder / "losses.jsonl")}
+
+
+def _train_from_scratch(folder: Path, job: Job, student: Path, token_folder: Path, out: TextIO | None) -> None:
     settings = job.distillation
     training.release()
     torch.manual_seed(settings.seed)
@@ -178,8 +192,6 @@ def from_scratch(folder: Path, job: Job, student: Path, token_folder: Path, out:
         resume=resume(run),
         optim=training.optimizer(settings, job.layout),
     )
-    found = measure(folder / _CHECKPOINT, token_folder, job)
-    return found | {"curve": training.read_curve(folder / "losses.jsonl")}
 
 
 def quantize(folder: Path, job: Job, student: Path, token_folder: Path) -> dict[str, Any]:

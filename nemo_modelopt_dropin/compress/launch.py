@@ -6,7 +6,7 @@ imports no torch: the parent stays at a few megabytes.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import os
 import random
 import signal
@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from nemo_modelopt_dropin import signals
+from nemo_modelopt_dropin import processes, signals
 
 # Tells a rank that `run_ranks` started it, and so that a parent writes the report.
 STARTED_BY_US = "NEMO_MODELOPT_LOCAL_RANKS"
@@ -39,7 +39,8 @@ def run_ranks(count: int, argv: Sequence[str] | None = None) -> int:
         try:
             for rank in range(count):
                 environment = _environment(rank, count, port)
-                children.append(subprocess.Popen(command, env=environment, preexec_fn=_die_with_parent))
+                end = functools.partial(processes.end_with, os.getpid())
+                children.append(subprocess.Popen(command, env=environment, preexec_fn=end))
             return _wait(children)
         except (KeyboardInterrupt, signals.Stopped):
             return signals.CODES[arrived[0]]
@@ -74,14 +75,6 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_MAX_RESTARTS": "0",
     }
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to end this child when its parent dies, so that ``kill -9`` of the parent leaves no ranks behind."""
-    with contextlib.suppress(OSError, AttributeError):
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
 
 
 def _wait(children: list[subprocess.Popen]) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from nemo_modelopt_dropin import locks, run_file, screen, signals
+from nemo_modelopt_dropin import entry, locks, run_file, screen, signals
 from nemo_modelopt_dropin.compress import console, launch
 from nemo_modelopt_dropin.compress.settings import Layout
 from nemo_modelopt_dropin.compress.stages import (
@@ -128,7 +128,7 @@ def _as_rank(
             _run_all(make_stages(out), root, layout, console.Teller(out, len(make_stages(out)), rank), redo)
 
     log = None if verbose else root / "log" / f"rank{rank}.txt"
-    return guarded(work, log, signals.RESUMABLE)
+    return guarded(work, log, signals.RESUMABLE, output=root)
 
 
 def require_gpu() -> None:
@@ -143,7 +143,9 @@ def require_gpu() -> None:
         raise StageError("PyTorch sees no GPU on this machine; give --cpu to run on CPU ranks")
 
 
-def guarded(work: Callable[[TextIO], None], log: Path | None, on_interrupt: str, keep_log: bool = True) -> int:
+def guarded(
+    work: Callable[[TextIO], None], log: Path | None, on_interrupt: str, keep_log: bool = True, output: Path = Path()
+) -> int:
     """Do a script's work on this rank, with what libraries write in ``log``, and return the exit code.
 
     Args:
@@ -151,6 +153,7 @@ def guarded(work: Callable[[TextIO], None], log: Path | None, on_interrupt: str,
         log: file for everything else; None shows everything.
         on_interrupt: what rank zero prints after Ctrl-C or SIGTERM.
         keep_log: whether the log stays if a signal ends this process while modules are imported.
+        output: where the work writes.
     """
     rank = int(os.environ.get("RANK", "0"))
     says = signals.reports()
@@ -173,24 +176,33 @@ def guarded(work: Callable[[TextIO], None], log: Path | None, on_interrupt: str,
             if seen:
                 logging.disable(logging.CRITICAL)  # libraries complain at exit about what was not finished
                 if says:
+                    screen.close_bars()
                     out.write(f"{on_interrupt}\n")
                 return signals.CODES[seen[0]]
-            return _code_of(error, rank, log, out)
+            if isinstance(error, BrokenPipeError) and entry.is_closed(out.fileno()):
+                entry.silence(out.fileno())
+                return entry.CLOSED_SCREEN
+            screen.close_bars()
+            return _code_of(error, rank, log, out, output)
 
 
-def _code_of(error: BaseException, rank: int, log: Path | None, out: TextIO) -> int:
-    """Say what went wrong, and return the exit code."""
+def _code_of(error: BaseException, rank: int, log: Path | None, out: TextIO, output: Path) -> int:
+    """Report what went wrong, and return the exit code."""
     if isinstance(error, (StageError, InUseError)):
         out.write(f"error: {error}\n")
         return FAILED
-    if not isinstance(error, Exception):
-        return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else FAILED
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else FAILED
     if isinstance(error, ModelOptConfigError):
         # All ranks check alike: the others speak up only where rank zero did not, and so did not end them.
         time.sleep(0 if rank == 0 else _RANK_ZERO_FIRST_S)
         out.write(f"error: {error}\n")
         return USAGE
-    traceback.print_exception(error)
+    with contextlib.suppress(OSError):  # the log may lie on the disk that is full
+        traceback.print_exception(error)
+    if problem := entry.storage_problem(error, output):
+        out.write(f"error: {problem}\n")
+        return FAILED
     where = f"\nthe whole story is in {log}" if log else ""
     # Fiddle, for one, adds all arguments of what it was building.
     reason = (str(error).strip().splitlines() or [""])[0]

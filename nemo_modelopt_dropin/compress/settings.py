@@ -66,7 +66,7 @@ class Training:
     clip_grad: float = 1.0
     seed: int = 1234
     evaluate_every: int = 0  # steps between held-out losses during training; 0: none
-    save_every: int = 0  # steps between intermediate checkpoints; 0: none
+    save_every: int | None = None  # steps between intermediate checkpoints; None: every few minutes, 0: none
 
     def problems(self, name: str, layout: Layout) -> list[str]:
         """Return what is wrong with the run called ``name``."""
@@ -80,7 +80,7 @@ class Training:
             )
         for setting in ("evaluate_every", "save_every"):
             every = getattr(self, setting)
-            if not found and not 0 <= every <= self.steps:
+            if not found and every is not None and not 0 <= every <= self.steps:
                 found.append(f"{name}: {setting} {every} must be between 0 (never) and the {self.steps} steps")
         if not found and self.warmup_steps >= self.steps:
             found.append(

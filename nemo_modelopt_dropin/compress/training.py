@@ -8,7 +8,6 @@ import gc
 import json
 import os
 import pickle
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,15 +19,13 @@ from lightning.pytorch.callbacks import Checkpoint
 from megatron.core import num_microbatches_calculator, parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
-from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
-from nemo.lightning.io.pl import TrainerContext
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
 from nemo.utils import AppState
 from nemo.utils.metaclasses import Singleton
 from tqdm import tqdm
 
 from nemo import lightning as nl
-from nemo_modelopt_dropin import screen
+from nemo_modelopt_dropin import interim, screen
 from nemo_modelopt_dropin.compress import launch
 from nemo_modelopt_dropin.compress.settings import Layout, Training
 
@@ -196,52 +193,50 @@ def optimizer(training: Training, layout: Layout) -> nl.MegatronOptimizerModule:
     return nl.MegatronOptimizerModule(config, schedule)
 
 
-def save_checkpoint(run: nl.Trainer, path: Path, weights_only: bool = False) -> None:
-    """Write a NeMo checkpoint beside ``path`` and rename it, so that a checkpoint which exists is whole."""
-    beside = path.with_name(f"{path.name}.part")
-    if rank() == 0:
-        shutil.rmtree(beside, ignore_errors=True)
-    run.strategy.barrier()
-    run.save_checkpoint(beside, weights_only=weights_only)
-    if rank() == 0:
-        TrainerContext.from_trainer(run).io_dump(ckpt_to_context_subdir(beside), yaml_attrs=["model"])
-        shutil.rmtree(path, ignore_errors=True)
-        beside.rename(path)
-    run.strategy.barrier()
+# Folder of a training's intermediate checkpoints, below that of its stage.
+STEPS = "steps"
 
 
 class Keeper(Checkpoint):
-    """Save an intermediate checkpoint every so many steps, the final one at the end, and remember where to go on.
+    """Save intermediate checkpoints, the final one at the end, and remember where to resume.
 
     A subclass of Lightning's ``Checkpoint`` so that NeMo's ``AutoResume`` finds it; NeMo's own ModelCheckpoint marks a
-    checkpoint whose saving was killed as unfinished and then refuses to resume until a person removes it.
+    checkpoint whose saving was killed as unfinished and then raises an error until a person removes it.
+
+    Args:
+        folder: of the stage.
+        save_every: steps between intermediate checkpoints; None saves every few minutes, 0 never.
     """
 
-    def __init__(self, folder: Path, save_every: int = 0):
+    def __init__(self, folder: Path, save_every: int | None = None):
         self.folder, self.save_every = Path(folder), save_every
+        self.steps = interim.Steps(self.folder / STEPS)
+        self.timed: interim.Timed | None = None
         self.last_model_path = ""
+
+    def __getstate__(self):
+        """Leave the running schedule out of copies."""
+        return {**self.__dict__, "timed": None}
 
     def latest(self) -> Path | None:
         """Return the newest whole intermediate checkpoint."""
-        found = [p for p in (self.folder / "steps").glob("step-*") if p.suffix != ".part"]
-        return max(found, default=None)
+        return self.steps.latest()
+
+    def on_train_start(self, trainer, pl_module):
+        """Start the clock if checkpoints go by time."""
+        self.timed = interim.Timed(self.steps, interim.MINUTES) if self.save_every is None else None
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        """Save after every ``save_every`` steps and drop the checkpoint before."""
+        """Save if it is time, or after every ``save_every`` steps, and drop the checkpoint before."""
         step = trainer.global_step
-        if not self.save_every or step % self.save_every or step >= trainer.max_steps:
-            return
-        before = self.latest()
-        save_checkpoint(trainer, self.folder / "steps" / f"step-{step:08d}")
-        if before is not None and rank() == 0:
-            shutil.rmtree(before, ignore_errors=True)
+        if self.timed is not None:
+            self.timed.after_step(trainer)
+        elif self.save_every and step % self.save_every == 0 and step < trainer.max_steps:
+            self.steps.save(trainer)
 
     def on_train_end(self, trainer, pl_module):
         """Save the weights while ``fit`` still runs: keys then start with ``module.`` as in NeMo's checkpoints."""
-        save_checkpoint(trainer, self.folder / "checkpoint", weights_only=True)
-        if rank() == 0:
-            shutil.rmtree(self.folder / "steps", ignore_errors=True)
-        trainer.strategy.barrier()
+        interim.save_checkpoint(trainer, self.folder / "checkpoint", weights_only=True)
 
 
 class Curve(pl.Callback):

@@ -1,0 +1,70 @@
+"""Let child processes end with their parent, so that a killed run leaves nothing behind. Standard library only.
+
+Megatron writes checkpoints in forked processes, which wait for ever if their parent is killed, and keeps a queue in a
+spawned one. Linux can send a child a signal when the thread that started it ends; elsewhere this does nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+_state: dict[str, Any] = {"prctl": None, "parent": None}
+
+
+def _prctl() -> Callable[..., int] | None:
+    """Return the system's prctl, or None if there is none."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        return ctypes.CDLL(None).prctl
+    except (OSError, AttributeError):
+        return None
+
+
+def children_end_with_this_process() -> None:
+    """Let every process that is forked from now on end when this one does, also by ``kill -9``; call it once.
+
+    Only forks of the main thread are covered: the signal comes when the thread that forked ends, and a worker of a
+    thread that has done its work must not be killed.
+    """
+    if _state["prctl"] is not None:
+        return
+    _state["prctl"] = _prctl()
+    if _state["prctl"] is not None:
+        os.register_at_fork(before=_remember, after_in_child=_in_child)
+
+
+def _remember() -> None:
+    main = threading.current_thread() is threading.main_thread()
+    _state["parent"] = os.getpid() if main else None
+
+
+def _in_child() -> None:
+    if _state["parent"] is not None:
+        end_with(_state["parent"])
+
+
+def end_with(parent: int) -> None:
+    """End this process when its parent does, or now if the parent has already ended.
+
+    Args:
+        parent: process number of the parent.
+    """
+    prctl = _state["prctl"] or _prctl()
+    if prctl is None:
+        return
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the signal was set
+        os._exit(128 + signal.SIGKILL)
+
+
+def spawned_child() -> None:
+    """End this process with its parent; called by scripts when multiprocessing imports them in a spawned child."""
+    end_with(os.getppid())
