@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_modelopt_dropin import data_files, run_file
+from nemo_modelopt_dropin import checkpoint_files, data_files, run_file
 
 USAGE = 2
 EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 wrong arguments or settings, 130 interrupted."
@@ -298,11 +298,14 @@ def text_problems(paths: Mapping[str, str | None]) -> list[str]:
 
 
 def no_checkpoints(paths: Mapping[str, str | None]) -> list[str]:
-    """Return a sentence for each path that was given and is not the folder of a NeMo 2 checkpoint."""
+    """Return a sentence for each path that was given and is not the folder of a whole NeMo 2 checkpoint."""
     found = missing_paths(paths)
     for flag, path in paths.items():
         folder = Path(path or "")
-        if not path or not folder.is_dir() or any((folder / name).exists() for name in ("context", "io.json")):
+        if not path or not folder.is_dir():
+            continue
+        if any((folder / name).exists() for name in ("context", "io.json")):
+            found += [f"{flag} {one}" for one in checkpoint_files.problems(path)]
             continue
         hint = "it has no folder context"
         last = sorted(folder.glob("checkpoints/*-last"))
@@ -311,7 +314,13 @@ def no_checkpoints(paths: Mapping[str, str | None]) -> list[str]:
         if (folder / "config.json").is_file():
             hint = "it looks like Hugging Face's format: import it first (llm.import_ckpt)"
         found.append(f"{flag} {path} is no NeMo 2 checkpoint: {hint}")
+        found += [f"{flag} {one}" for one in checkpoint_files.problems(path)]
     return found
+
+
+def tokenizer_problems(given: argparse.Namespace) -> list[str]:
+    """Return what is wrong with the folder of --tokenizer."""
+    return [f"--tokenizer {one}" for one in checkpoint_files.tokenizer_problems(given.tokenizer)]
 
 
 def not_positive(given: argparse.Namespace, names: Iterable[str]) -> list[str]:

@@ -13,6 +13,7 @@ from nemo_modelopt_dropin.command_line import (
     no_checkpoints,
     not_positive,
     text_problems,
+    tokenizer_problems,
 )
 from nemo_modelopt_dropin.model_checks import pair_problems, split_problems
 from nemo_modelopt_dropin.output_checks import place_problems
@@ -35,6 +36,7 @@ def problems(given: argparse.Namespace) -> list[str]:
     found += missing_paths({f"--{name}": getattr(given, name) for name in files}, folder=False)
     found += text_problems({"--text": given.text, "--heldout_text": given.heldout_text})
     found += pair_checks.same_text(("--text", given.text), ("--heldout_text", given.heldout_text))
+    found += tokenizer_problems(given)
     found += layout_problems(
         given.devices, given.num_nodes, given.tp_size, given.pp_size, given.cp_size * given.ep_size
     )

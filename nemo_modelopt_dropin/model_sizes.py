@@ -124,27 +124,37 @@ def read(checkpoint: str | Path) -> Shape:
     """
     folder = Path(checkpoint)
     content = _context(folder)
-    if content is not None:
-        return _from_nemo(str(content.get("_target_", "")).rpartition(".")[2], content.get("config") or {}, folder)
-    if (folder / "config.json").is_file():
-        return _from_hugging_face(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    try:
+        if content is not None:
+            return _from_nemo(str(content.get("_target_", "")).rpartition(".")[2], content.get("config") or {}, folder)
+        if (folder / "config.json").is_file():
+            return _from_hugging_face(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except UnknownModel:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise UnknownModel(f"its configuration cannot be read ({type(error).__name__}: {error})") from None
     raise UnknownModel(f"{checkpoint} holds neither context/model.yaml nor config.json")
 
 
 def _context(folder: Path) -> Any:
-    """Return what a NeMo 2 checkpoint says of its model, None where the folder is no such checkpoint."""
+    """Return the description of the model in a NeMo 2 checkpoint, None if there is none or it is broken."""
     file = folder / "context" / "model.yaml"
     if not file.is_file():
         return None
     import yaml
 
-    return yaml.load(file.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    try:
+        found = yaml.load(file.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None  # `checkpoint_files` reports it
+    return found if isinstance(found, dict) else None
 
 
 def layers(checkpoint: str | Path) -> int | None:
     """Return the number of layers of a NeMo 2 checkpoint of any kind, None where its configuration has none."""
-    content = _context(Path(checkpoint)) or {}
-    return (content.get("config") or {}).get("num_layers")
+    config = (_context(Path(checkpoint)) or {}).get("config")
+    number = config.get("num_layers") if isinstance(config, dict) else None
+    return number if isinstance(number, int) else None
 
 
 def stage_layers(layers: int, stages: int) -> tuple[int, int] | tuple[None, None]:

@@ -28,6 +28,7 @@ from nemo_modelopt_dropin.command_line import (
     no_checkpoints,
     not_positive,
     text_problems,
+    tokenizer_problems,
 )
 from nemo_modelopt_dropin.model_checks import (
     budget_problems,
@@ -129,6 +130,7 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     inputs = {"--restore_path": arguments.restore_path}
     problems += output_checks.problems("--save_path", arguments.save_path, inputs, "nemo")
     problems += text_problems({"--text": arguments.text, "--heldout_text": arguments.heldout_text})
+    problems += tokenizer_problems(arguments)
     problems += layout_problems(arguments.devices, arguments.num_nodes, arguments.tp_size, arguments.pp_size)
     problems += not_positive(arguments, ("max_candidates", "heldout_batches"))
     for name in BUDGETS:

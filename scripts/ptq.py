@@ -24,6 +24,7 @@ from nemo_modelopt_dropin.command_line import (
     nearest,
     no_checkpoints,
     not_positive,
+    tokenizer_problems,
 )
 from nemo_modelopt_dropin.model_checks import block_problems, derive_stages, hf_block, split_problems
 from nemo_modelopt_dropin.model_sizes import STAGES, known
@@ -162,6 +163,7 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     if arguments.algorithm != "no_quant":
         limit = max(1, arguments.calibration_dataset_size)
         problems += data_problems(arguments.calibration_dataset, arguments.calibration_column, limit)
+    problems += tokenizer_problems(arguments)
     problems += layout_problems(
         arguments.devices, arguments.num_nodes, arguments.calibration_tp, arguments.calibration_pp
     )

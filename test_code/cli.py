@@ -33,10 +33,19 @@ def script_of(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
+def shell(folder: Path) -> Path:
+    """Make the files that identify a checkpoint, of an older kind whose shards are not checked; they hold nothing."""
+    (folder / "context").mkdir(parents=True)
+    (folder / "context" / "io.json").write_text("{}")
+    (folder / "weights").mkdir()
+    (folder / "weights" / "metadata.json").write_text('{"sharded_backend": "zarr", "sharded_backend_version": 1}')
+    return folder
+
+
 def inputs(folder: Path) -> dict[str, str]:
     """Make what the command lines name: folders that look like checkpoints, and a text."""
     for name in ("model", "teacher"):
-        (folder / name / "context").mkdir(parents=True)
+        shell(folder / name)
     (folder / "text.jsonl").write_text('{"text": "a"}\n')
     (folder / "heldout.jsonl").write_text('{"text": "b"}\n')
     return {name: str(folder / name) for name in ("model", "teacher", "text.jsonl", "heldout.jsonl")}
@@ -46,7 +55,7 @@ def checkpoint(folder: Path, **changed) -> Path:
     """Write the configuration of a tiny Llama, all that sizes are told from."""
     import yaml
 
-    (folder / "context").mkdir(parents=True)
+    shell(folder)
     content = {"_target_": "nemo.collections.llm.gpt.model.llama.LlamaModel", "config": {**LLAMA, **changed}}
     (folder / "context" / "model.yaml").write_text(yaml.safe_dump(content))
     return folder

@@ -14,6 +14,7 @@ from nemo.collections.llm.modelopt.recipes import compress_recipe, distillation_
 from nemo.collections.llm.modelopt.recipes.distillation_recipe import trainer
 from nemo_modelopt_dropin.compress import api
 from nemo_modelopt_dropin.compress.settings import Job, Layout, SettingsError
+from test_code import cli
 
 
 def test_distillation_recipe():
@@ -94,7 +95,7 @@ def test_recipes_travel_to_a_cluster(recipe):
 def test_the_job_as_a_function_refuses_what_cannot_work(tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    (tmp_path / "context").mkdir()
+    cli.shell(tmp_path)
     recipe = compress_recipe(str(tmp_path), "none", "none", str(tmp_path / "run"))
     with pytest.raises(SettingsError, match="nothing to prune(.|\n)*none: there is no such file"):
         fiddle.build(recipe)()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from nemo_modelopt_dropin import run_file
+from test_code import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("compress", "demo", "distill", "prune", "ptq")
@@ -164,7 +165,7 @@ def test_dashes_and_underscores_are_the_same(script, module, other):
 
 
 def test_a_dry_run_imports_nothing_heavy(tmp_path):
-    (tmp_path / "model" / "context").mkdir(parents=True)
+    cli.shell(tmp_path / "model")
     (tmp_path / "model" / "context" / "model.yaml").write_text("_target_: a.B\nconfig: {num_layers: 2}\n")
     found = _run("ptq", "-nc", "model", "--dry-run", cwd=tmp_path)
     assert found.returncode == 0, found.stderr
@@ -181,7 +182,7 @@ NO_GPU = {
 
 @pytest.mark.parametrize("script", NO_GPU)
 def test_without_a_gpu_and_without_cpu_it_is_said_what_to_give(script, tmp_path):
-    (tmp_path / "model" / "context").mkdir(parents=True)
+    cli.shell(tmp_path / "model")
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name}"}}')
     command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *NO_GPU[script].split()]
@@ -194,7 +195,7 @@ def test_without_a_gpu_and_without_cpu_it_is_said_what_to_give(script, tmp_path)
 
 @pytest.mark.parametrize("layout", [[], ["--tp", "2"]], ids=["one rank", "two ranks"])
 def test_ctrl_c_ends_with_130_and_leaves_nothing(layout, tmp_path):
-    (tmp_path / "model" / "context").mkdir(parents=True)
+    cli.shell(tmp_path / "model")
     (tmp_path / "tmp").mkdir()
     command = [sys.executable, str(ROOT / "scripts" / "ptq.py"), "--cpu", "-nc", "model", "-out", "out", *layout]
     environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
