@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -159,7 +160,10 @@ class Parser(argparse.ArgumentParser):
 
     def _get_value(self, action, arg_string):
         try:
-            return super()._get_value(action, arg_string)
+            found = super()._get_value(action, arg_string)
+            if isinstance(found, float) and not math.isfinite(found):
+                raise argparse.ArgumentError(action, f"must be a finite number, got {arg_string}")
+            return found
         except argparse.ArgumentError as error:
             self.problems.append(str(error).removeprefix("argument "))
             self.told.add(action.dest)
@@ -273,7 +277,7 @@ def _absolute(name: str, value: str) -> str:
     here = os.path.exists(value) or os.path.exists(f"{value}.idx")  # Megatron's files are named without their ending
     # Of the hub, a tokenizer has the name owner/name, a data set a word.
     may_be_name = name == "tokenizer" or (name in _MAYBE_NAMES and os.sep not in value)
-    return value if may_be_name and not here else os.path.abspath(value)
+    return value if (may_be_name and not here) or "://" in value else os.path.abspath(value)
 
 
 def missing_paths(paths: Mapping[str, str | None], folder: bool = True) -> list[str]:

@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from nemo_modelopt_dropin import loss_file, model_sizes, pair_checks
+from nemo_modelopt_dropin import data_paths, loss_file, model_sizes, pair_checks, tokenizer_files
 from nemo_modelopt_dropin.command_line import (
     layout_problems,
     missing_paths,
@@ -36,7 +36,7 @@ def problems(given: argparse.Namespace) -> list[str]:
     found += missing_paths({f"--{name}": getattr(given, name) for name in files}, folder=False)
     found += text_problems({"--text": given.text, "--heldout_text": given.heldout_text})
     found += pair_checks.same_text(("--text", given.text), ("--heldout_text", given.heldout_text))
-    found += tokenizer_problems(given)
+    found += tokenizer_problems(given) + data_paths.problems(given)
     found += layout_problems(
         given.devices, given.num_nodes, given.tp_size, given.pp_size, given.cp_size * given.ep_size
     )
@@ -46,7 +46,7 @@ def problems(given: argparse.Namespace) -> list[str]:
         found.append("give exactly one of --data_paths, --text and --use_mock_data")
     if given.use_chat_data and (len(given.data_paths or []) != 1 or not given.tokenizer):
         found.append("--use-chat-data needs one path in --data_paths, and --tokenizer")
-    found += _teacher_problems(given) + _training_problems(given)
+    found += _teacher_problems(given) + _training_problems(given) + _tokenizer_problems(given)
     return found + _model_problems(given)
 
 
@@ -83,6 +83,18 @@ def _teacher_problems(given: argparse.Namespace) -> list[str]:
             "alone; take them out of the file"
         )
     return found
+
+
+def _tokenizer_problems(given: argparse.Namespace) -> list[str]:
+    """Return how the student's tokenizer differs from the teacher's, as far as files tell."""
+    path = given.distillation_config
+    if loss_file.problems(path) or (
+        path and Path(path).is_file() and loss_file.read(path).get(tokenizer_files.OVERRIDE)
+    ):
+        return []
+    student = tokenizer_files.of_folder(given.tokenizer or given.model_path)
+    found = tokenizer_files.difference(student, tokenizer_files.of_folder(given.teacher_path))
+    return [f"--teacher_path {given.teacher_path}: {tokenizer_files.message(found)}"] if found else []
 
 
 def _model_problems(given: argparse.Namespace) -> list[str]:

@@ -150,9 +150,9 @@ def _context(folder: Path) -> Any:
     return found if isinstance(found, dict) else None
 
 
-def layers(checkpoint: str | Path) -> int | None:
+def layers(checkpoint: str | Path | None) -> int | None:
     """Return the number of layers of a NeMo 2 checkpoint of any kind, None where its configuration has none."""
-    config = (_context(Path(checkpoint)) or {}).get("config")
+    config = (_context(Path(checkpoint)) or {}).get("config") if checkpoint else None
     number = config.get("num_layers") if isinstance(config, dict) else None
     return number if isinstance(number, int) else None
 

@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from nemo_modelopt_dropin import data_files, entry, output_checks, processes
+from nemo_modelopt_dropin import data_files, entry, output_checks, processes, quant_file
 from nemo_modelopt_dropin.command_line import (
     Parser,
     default_devices,
@@ -167,8 +167,11 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     problems += layout_problems(
         arguments.devices, arguments.num_nodes, arguments.calibration_tp, arguments.calibration_pp
     )
-    sizes = ("batch_size", "seq_len", "calibration_dataset_size", "awq_block_size", "inference_tp", "inference_pp")
+    sizes = ("batch_size", "calibration_dataset_size", "awq_block_size", "inference_tp", "inference_pp")
     problems += not_positive(arguments, sizes)
+    problems += number_problems(arguments)
+    if arguments.algorithm not in ALGORITHMS and os.path.isfile(arguments.algorithm):
+        problems += [f"--algorithm {one}" for one in quant_file.problems(arguments.algorithm)]
     if (arguments.algorithm == "auto") is (arguments.auto_quantize_bits is None):
         problems.append("--algorithm auto and --auto_quantize_bits go together: give both or neither")
     if arguments.cpu and arguments.algorithm in CUDA_ONLY:
@@ -185,6 +188,23 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
         problems += block_problems(known(arguments.nemo_checkpoint), arguments.calibration_tp, block)
     line.refuse(problems)
     return arguments
+
+
+def number_problems(arguments: argparse.Namespace) -> list[str]:
+    """Return a sentence for each number outside of its range."""
+    ranges = {
+        "sq_alpha": (0, 1),
+        "auto_quantize_bits": (1, 16),
+        "calibration_shuffle_seed": (0, float("inf")),
+        "seq_len": (2, float("inf")),
+    }
+    found = []
+    for name, (least, most) in ranges.items():
+        value = getattr(arguments, name)
+        if value is not None and not least <= value <= most:
+            allowed = f"at least {least}" if most == float("inf") else f"from {least} to {most}"
+            found.append(f"--{name} must be {allowed}, got {value:g}")
+    return found
 
 
 def data_problems(name: str, column: str | None = None, limit: int = 1) -> list[str]:

@@ -166,7 +166,7 @@ def test_what_is_no_checkpoint_is_said_before_nemo_is_loaded(
         ("ptq", "-nc model -calib_ds empty.jsonl --cpu", "--calibration_dataset: empty.jsonl is empty"),
         ("ptq", "-nc model -calib_ds text.jsonl --cpu --tp 4", "2 query groups of model cannot be split over tp 4"),
         ("prune", cli.IMPORTANCE.replace("out", "model"), "--save_path model is --restore_path itself"),
-        ("prune", cli.IMPORTANCE.replace("text.jsonl", "teacher"), "--text teacher is a folder; give one file"),
+        ("prune", cli.IMPORTANCE.replace("text.jsonl", "teacher"), "--text teacher is a folder; pass one file"),
         ("prune", "--restore_path logs --save_path x --drop_layers 1", "did you mean logs/checkpoints/b-last?"),
         (
             "distill",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -71,6 +72,11 @@ class Training:
     def problems(self, name: str, layout: Layout) -> list[str]:
         """Return what is wrong with the run called ``name``."""
         found = _positive(self, ("steps", "global_batch_size", "micro_batch_size", "lr"), name)
+        found += [
+            f"{name}: {setting} must not be negative, got {getattr(self, setting)}"
+            for setting in ("min_lr", "warmup_steps", "weight_decay", "clip_grad", "seed")
+            if getattr(self, setting) < 0
+        ]
         data_parallel = max(1, layout.devices * layout.num_nodes // (layout.tp * layout.pp or 1))
         unit = self.micro_batch_size * data_parallel
         if not found and self.global_batch_size % unit:
@@ -301,9 +307,12 @@ def _typed(value: Any, annotation: str) -> Any:
         raise ValueError("takes one value")
     convert, name = {"int": (int, "a whole number"), "float": (float, "a number")}.get(kind, (str, "a text"))
     try:
-        return convert(str(value))
+        found = convert(str(value))
     except ValueError:
         raise ValueError(f"must be {name}") from None
+    if isinstance(found, float) and not math.isfinite(found):
+        raise ValueError("must be a finite number")
+    return found
 
 
 def file_digest(path: str | Path) -> str:

@@ -1,0 +1,93 @@
+"""Comparison of two tokenizers by vocabulary and merges rather than size. Standard library only.
+
+Only ids that both have are compared; if one vocabulary is longer, that shows in its size. Special tokens that were
+added to a vocabulary may have different names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+OVERRIDE = "allow_other_tokenizer"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What decides which ids a text gets.
+
+    Attributes:
+        tokens: by id.
+        merges: of byte-pair encoding, in order; None if unknown.
+    """
+
+    tokens: Mapping[int, str]
+    merges: tuple[str, ...] | None = None
+
+
+def of_json(content: Any) -> Vocabulary | None:
+    """Return the vocabulary of a ``tokenizer.json``, None if its form is not known."""
+    model = content.get("model") if isinstance(content, dict) else None
+    stored = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(stored, dict):
+        tokens = {number: token for token, number in stored.items() if isinstance(number, int)}
+    elif isinstance(stored, list) and all(isinstance(one, (list, tuple)) and one for one in stored):
+        tokens = {number: str(one[0]) for number, one in enumerate(stored)}  # pieces and their scores
+    else:
+        return None
+    merges = model.get("merges") if isinstance(model, dict) else None
+    if not isinstance(merges, list):
+        return Vocabulary(tokens)
+    # Newer versions store a pair as a list.
+    return Vocabulary(tokens, tuple(one if isinstance(one, str) else " ".join(one) for one in merges))
+
+
+def of_folder(path: str | Path | None) -> Vocabulary | None:
+    """Return the vocabulary of a NeMo 2 checkpoint or a tokenizer's folder, None if it cannot be told from files.
+
+    Args:
+        path: the folder; None for none.
+    """
+    if not path or not Path(path).is_dir():
+        return None
+    context = Path(path) / "context"
+    files = sorted((context if context.is_dir() else Path(path)).rglob("tokenizer.json"))
+    if len(files) != 1:
+        return None
+    try:
+        return of_json(json.loads(files[0].read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None  # `checkpoint_files` reports it
+
+
+def difference(student: Vocabulary | None, teacher: Vocabulary | None) -> str | None:
+    """Return in words how two vocabularies differ; None if they agree or one is not known."""
+    if student is None or teacher is None:
+        return None
+    both = student.tokens.keys() & teacher.tokens.keys()
+    other = sorted(number for number in both if student.tokens[number] != teacher.tokens[number])
+    if other:
+        shown = (
+            f"{number} is {student.tokens[number]!r} and {teacher.tokens[number]!r}" for number in islice(other, 3)
+        )
+        return f"{len(other):,} of {len(both):,} entries of the vocabulary differ ({', '.join(shown)})"
+    for place, (one, two) in enumerate(zip(student.merges or (), teacher.merges or (), strict=False), 1):
+        if one != two:
+            return f"the vocabularies agree, but merge {place:,} is {one!r} and {two!r}"
+    return None
+
+
+def message(found: str) -> str:
+    """Return the error for a difference.
+
+    Args:
+        found: what `difference` returned.
+    """
+    return (
+        f"Student and teacher have different tokenizers: {found}. The teacher's logits belong to other tokens, so the "
+        f"student would learn noise. Use models of one tokenizer, or set {OVERRIDE}: true in the distillation config."
+    )
