@@ -141,28 +141,36 @@ def derive_stages(given: argparse.Namespace, path: str | None, stages: int) -> N
             derive(given, name, layers)
 
 
-def block_problems(shape: Shape | None, tp: int, block: int | None) -> list[str]:
+def block_problems(shape: Shape | None, tp: int, block: int | None, to_hf: bool = True) -> list[str]:
     """Return the inputs of a model's layers, on each of the tp ranks, that blocks of weights do not divide.
 
-    Nothing for no blocks (None), and for numbers below 1, which are told by themselves.
+    Nothing for no blocks (None), and for numbers below 1, which are reported elsewhere.
+
+    Args:
+        shape: The model's sizes, None if unknown.
+        tp: Tensor-parallel size.
+        block: Weights that share a scale.
+        to_hf: Whether hf files are written, which hold whole blocks only. Elsewhere a row may end with a shorter block,
+            unless ranks cut the row there: no other tensor-parallel size could restore the scales.
     """
     if shape is None or block is None or min(tp, block) < 1:
         return []
-    widths = {
-        "hidden_size": shape.hidden_size,
+    cut = {
         "ffn_hidden_size": shape.ffn_hidden_size // tp,
         "attention heads x channels": shape.num_attention_heads * shape.kv_channels // tp,
     }
+    whole = {"hidden_size": shape.hidden_size} if to_hf else {}
+    smaller = f", or a smaller tp than {tp}" if tp > 1 else ""
     return [
         f"blocks of {block} (awq_block_size) do not divide the {width} inputs on each rank of layers after {name}; "
-        f"give a block size that does, such as {math.gcd(width, block)}"
-        for name, width in widths.items()
+        f"use a block size that does, such as {math.gcd(width, block)}{smaller}"
+        for name, width in {**whole, **(cut if to_hf or tp > 1 else {})}.items()
         if width % block
     ]
 
 
-def hf_block(algorithm: str, awq_block_size: int) -> int | None:
-    """Return how many weights share a scale in the hf files of an algorithm, None where it has no blocks."""
+def block_size(algorithm: str, awq_block_size: int) -> int | None:
+    """Return how many weights share a scale, None if the algorithm has no blocks."""
     if algorithm not in ("int4", "int4_awq", "w4a8_awq"):
         return None
     return 128 if algorithm == "int4" else awq_block_size  # plain INT4 has its preset's

@@ -26,7 +26,7 @@ from nemo_modelopt_dropin.command_line import (
     not_positive,
     tokenizer_problems,
 )
-from nemo_modelopt_dropin.model_checks import block_problems, derive_stages, hf_block, split_problems
+from nemo_modelopt_dropin.model_checks import block_problems, block_size, derive_stages, split_problems
 from nemo_modelopt_dropin.model_sizes import STAGES, known
 
 ALGORITHMS = ("no_quant", "auto", "int8", "int8_sq", "fp8", "block_fp8", "int4_awq", "w4a8_awq", "int4", "nvfp4")
@@ -183,9 +183,9 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
             known_names = f"one of {', '.join(ALGORITHMS[2:])}, or a preset of modelopt (..._CFG)"
             problems.append(f"--auto_quantize_formats: {name!r} is not {known_names}{nearest(name, ALGORITHMS[2:])}")
     problems += split_problems(arguments.nemo_checkpoint, arguments.calibration_tp, arguments.calibration_pp)
-    if arguments.export_format == "hf":
-        block = hf_block(arguments.algorithm, arguments.awq_block_size)
-        problems += block_problems(known(arguments.nemo_checkpoint), arguments.calibration_tp, block)
+    block = block_size(arguments.algorithm, arguments.awq_block_size)
+    shape = known(arguments.nemo_checkpoint)
+    problems += block_problems(shape, arguments.calibration_tp, block, to_hf=arguments.export_format == "hf")
     line.refuse(problems)
     return arguments
 

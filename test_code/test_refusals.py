@@ -97,6 +97,12 @@ def test_what_is_no_checkpoint_is_said_before_nemo_is_loaded(
         ),
         (
             "ptq",
+            "-nc model -calib_ds text.jsonl --cpu -algo int4_awq -awq_bs 64 --tp 2 --export_format nemo",
+            "blocks of 64 (awq_block_size) do not divide the 32 inputs on each rank of layers after ffn_hidden_size; "
+            "use a block size that does, such as 32, or a smaller tp than 2",
+        ),
+        (
+            "ptq",
             "-nc model -calib_ds text.jsonl --cpu --calibration_column body",
             "has no column \"body\"; its columns are ['text'] (--calibration_column)",
         ),

@@ -164,9 +164,9 @@ class Quantization:
             )
         return found
 
-    def block_in_hf(self) -> int | None:
-        """Return how many weights share a scale in hf files, None where there are none or no blocks."""
-        return model_checks.hf_block(self.algorithm, self.awq_block_size) if "hf" in self.formats else None
+    def block(self) -> int | None:
+        """Return how many weights share a scale, None if the algorithm has no blocks."""
+        return model_checks.block_size(self.algorithm, self.awq_block_size)
 
 
 @dataclass(frozen=True)
@@ -226,8 +226,8 @@ class Job:
         found += model_checks.pair_problems(self.distill_config, {"student": left, "teacher": layers})
         # Sizes that a search will choose are checked when the files are written.
         if not found and shape is not None and pruning.target_params is None:
-            block = self.quantization.block_in_hf()
-            found += model_checks.block_problems(shape.pruned(targets), self.layout.tp, block)
+            block, to_hf = self.quantization.block(), "hf" in self.quantization.formats
+            found += model_checks.block_problems(shape.pruned(targets), self.layout.tp, block, to_hf)
         return found
 
     def as_dict(self) -> dict[str, Any]:
