@@ -323,7 +323,7 @@ def restore_modelopt_state(
         logging.info("Model Optimizer state already restored from checkpoint. Skipping.")
         return None
 
-    from nemo.collections.llm.modelopt.quantization import gated_amax, kv_cache
+    from nemo.collections.llm.modelopt.quantization import gated_amax, kv_cache, row_blocks
 
     weights = ckpt_to_weights_subdir(path, is_saving=False)
     _functions.always_put_back()
@@ -332,6 +332,7 @@ def restore_modelopt_state(
     support = kv_cache.support_for(weights) if _real.holds_core(core_model) else nullcontext()
     with _hidden_teacher(core_model), support:
         mto.plugins.restore_sharded_modelopt_state([core_model], weights, prefix="module.")
+    row_blocks.check_restorable(core_model, weights)
     gated_amax.mend(core_model)
     if mto.ModeloptStateManager.is_converted(core_model):
         logging.info("Restored Model Optimizer state from checkpoint.")

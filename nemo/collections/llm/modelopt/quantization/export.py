@@ -14,8 +14,9 @@ from nemo.collections.llm.utils import barrier
 from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
 
+from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import hf_formats
+from nemo.collections.llm.modelopt.quantization import hf_formats, input_scales, kv_export, row_blocks
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 
 
@@ -65,12 +66,88 @@ def hf_obstacle_of(model: torch.nn.Module) -> str | None:
         if settings is None:
             continue
         algorithms.add(hf_formats.algorithm_of(*settings))
-        obstacle = _weight_obstacle(*settings) or _uneven_blocks(name, module, _int4_block(settings[0]))
+        obstacle = _weight_obstacle(*settings) or row_blocks.uneven(name, module, row_blocks.int4_block(settings[0]))
         if obstacle:
             return obstacle
     if len(algorithms) > 1:
         return f"layers of different formats ({sorted(map(str, algorithms))}) have no common description"
+    scaled = any(input_scales.scale_of(module) is not None for module in model.modules())
+    return (
+        (scaled and input_scales.obstacle(model))
+        or _tied_head(model, None)
+        or _lost_quantizers(model, None)
+        or kv_export.obstacle(model)
+    )
+
+
+def _tied_head(core: torch.nn.Module, quant_cfg: dict[str, Any] | None) -> str | None:
+    """Return what is wrong if the output layer is, or will be, quantized but has no weight of its own, or None."""
+    head = getattr(core, "output_layer", None)
+    if head is None or not getattr(core, "share_embeddings_and_output_weights", False):
+        return None
+    if quant_cfg is None:
+        enabled = hf_formats.settings_of(head) is not None
+    else:
+        enabled = bool(choices.enabled_quantizers(quant_cfg, "output_layer", ("weight_quantizer",)))
+    return "the output layer shares the embedding's weight, so its quantized weight has no place" if enabled else None
+
+
+def _lost_quantizers(core: torch.nn.Module, quant_cfg: dict[str, Any] | None) -> str | None:
+    """Return which quantizers of linear layers a checkpoint has no place for, or None.
+
+    Readers quantize no outputs, and inputs only together with weights.
+    """
+    names = ("weight_quantizer", "input_quantizer", "output_quantizer")
+    for name, module in core.named_modules():
+        if quant_cfg is None:
+            found = {leaf for leaf in names if is_enabled(getattr(module, leaf, None))}
+        elif name.rpartition(".")[2].startswith(("linear_", "output_layer")):
+            found = set(choices.enabled_quantizers(quant_cfg, name, names))
+        else:
+            continue
+        if "output_quantizer" in found:
+            return f"readers do not quantize outputs, such as those of {name}"
+        if found == {"input_quantizer"}:
+            return f"readers quantize inputs only together with weights, and {name} has no weight quantizer"
     return None
+
+
+def is_enabled(quantizer: Any) -> bool:
+    """Return whether a quantizer, or any step of one, is there and enabled."""
+    steps = quantizer if isinstance(quantizer, SequentialQuantizer) else [quantizer]
+    return any(isinstance(step, TensorQuantizer) and step.is_enabled for step in steps)
+
+
+def check_contents(export_format: str, quant_cfg: dict[str, Any], model: Any, core: torch.nn.Module) -> None:
+    """Refuse what a Hugging Face checkpoint cannot hold of a model, by its structure, before it is calibrated.
+
+    Args:
+        export_format: Format asked for.
+        quant_cfg: How the model will be quantized.
+        model: The ``llm.GPTModel``.
+        core: Its Megatron-Core model on this rank.
+
+    Raises:
+        ModelOptConfigError: With the reason and what to do.
+    """
+    if export_format != "hf":
+        return
+    scaled = input_scales.scales_inputs(quant_cfg)
+    packed = packs_experts(hf_architecture(model))
+    obstacle = (
+        (scaled and input_scales.obstacle(core, packed))
+        or _tied_head(core, quant_cfg)
+        or _lost_quantizers(core, quant_cfg)
+    )
+    if obstacle:
+        raise ModelOptConfigError(f'export_format="hf": {obstacle}. {_REMEDY}.')
+
+
+def packs_experts(architecture: str | None) -> bool:
+    """Return whether modelopt writes all experts of a layer of this transformers class into one tensor."""
+    from modelopt.torch.export.plugins.mcore_common import all_mcore_hf_export_mapping
+
+    return bool(all_mcore_hf_export_mapping.get(architecture, {}).get("use_packed_local_experts", False))
 
 
 def check_format(quant_cfg: dict[str, Any] | None, algorithm: str | None, export_format: str) -> None:
@@ -133,40 +210,6 @@ def check_layout(export_format: str, config: Any, tensor_parallel: int) -> None:
             f'export_format="hf" of a {"Mamba" if is_mamba else "mixture-of-experts"} model needs tensor parallel size '
             f"1, not {tensor_parallel}: calibrate with calibration_tp=1 (any pipeline parallel size). {_REMEDY}."
         )
-
-
-def check_blocks(export_format: str, quant_cfg: dict[str, Any], model: torch.nn.Module) -> None:
-    """Refuse blocks of INT4 that do not divide the inputs of this rank's part of a layer.
-
-    The rest of a row would make a block of its own, which no reader expects.
-
-    Raises:
-        ModelOptConfigError: Naming the first such layer.
-    """
-    if export_format != "hf":
-        return
-    steps = [a for pattern, a in choices.quantizer_settings(quant_cfg) if "weight_quantizer" in pattern]
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2].startswith("linear_"):
-            found = _uneven_blocks(name, module, _int4_block(steps))
-            if found:
-                raise ModelOptConfigError(f'export_format="hf": {found}.')
-
-
-def _int4_block(steps: list[dict[str, Any]]) -> int:
-    """Return the size of INT4 blocks along a row, 0 where there are none."""
-    return max(((step.get("block_sizes") or {}).get(-1) or 0 for step in steps if step["num_bits"] == 4), default=0)
-
-
-def _uneven_blocks(name: str, module: torch.nn.Module, size: int) -> str | None:
-    """Return what is wrong where blocks do not divide a layer's inputs, or None."""
-    weight = getattr(module, "weight", None)
-    if not size or not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.shape[-1] % size == 0:
-        return None
-    return (
-        f"blocks of {size} do not divide the {weight.shape[-1]} inputs of {name} on each rank. Choose an "
-        "awq_block_size that does, or a smaller calibration_tp"
-    )
 
 
 def check_converted(model: torch.nn.Module) -> None:

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from nemo.utils.model_utils import unwrap_model
 
 from nemo.collections.llm.modelopt import _real
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
@@ -21,6 +22,8 @@ from nemo.collections.llm.modelopt.quantization import (
     hf_check,
     hf_files,
     hf_writer,
+    kv_export,
+    row_blocks,
     stand_ins,
 )
 
@@ -40,14 +43,21 @@ def check_planned(planned: dict[str, dict[str, Any]], export_config: Any) -> Non
     export.check_mixture(planned, export_config.export_format)
 
 
-def check_model(model: Any, export_config: Any, quant_cfg: dict[str, Any], planned: dict[str, dict[str, Any]]) -> None:
+def check_model(
+    model: Any,
+    export_config: Any,
+    quant_cfg: dict[str, Any],
+    planned: dict[str, dict[str, Any]],
+    enable_kv_cache: bool | None = None,
+) -> None:
     """Raise before any work for a model that cannot be quantized, or exported as configured.
 
     Args:
         model: The ``llm.GPTModel``, or NeMo 2.5's wrapper of a transformers model.
         export_config: The ``ExportConfig``, or None.
-        quant_cfg: How it will be quantized.
+        quant_cfg: How it will be quantized; see `kv_export.settle` for what may be taken out.
         planned: Name to quant_cfg of the algorithms, see `check_planned`.
+        enable_kv_cache: The user's option.
 
     Raises:
         ModelOptConfigError: With what was given and what is possible.
@@ -66,7 +76,10 @@ def check_model(model: Any, export_config: Any, quant_cfg: dict[str, Any], plann
         check_planned(planned, export_config)
         export.check_layout(export_config.export_format, inner.config, inner.config.tensor_model_parallel_size)
         export.check_model(export_config.export_format, inner)
-        export.check_blocks(export_config.export_format, quant_cfg, inner)
+        row_blocks.check(export_config.export_format, quant_cfg, inner)
+        core = unwrap_model(model)
+        kv_export.settle(export_config.export_format, quant_cfg, core, enable_kv_cache)
+        export.check_contents(export_config.export_format, quant_cfg, inner, core)
 
 
 def write(tools: ModuleType, quantizer: Any, model, model_dir: str, trainer, folder: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from nemo.utils import logging
 
 from modelopt.torch.quantization.nn import TensorQuantizer
-from nemo.collections.llm.modelopt.quantization import hf_contents, hf_files, hf_formats
+from nemo.collections.llm.modelopt.quantization import hf_contents, hf_files, hf_formats, input_scales, kv_export
 from nemo.collections.llm.modelopt.quantization.export import ExportError
 
 # Sequence of the comparison: long enough for rotary embeddings and masks to matter.
@@ -69,6 +69,7 @@ def load(folder: Path) -> torch.nn.Module:
     model.load_state_dict(weights, strict=False)
     for name, parts in quantized.items():
         _quantize_like(model.get_submodule(name), algorithm, parts)
+    kv_export.attach(model, tensors, hf_files.kv_cache_of(folder))
     return model
 
 
@@ -176,12 +177,14 @@ def _rounds_on_the_way(name: str, quantizer: TensorQuantizer) -> bool:
 
 
 def _not_stored_disabled(core) -> contextlib.AbstractContextManager[None]:
-    """Switch off, inside the context, the quantizers that `load` does not imitate: the KV cache, dynamic inputs."""
+    """Switch off, inside the context, the quantizers that `load` does not imitate: NVFP4 caches and dynamic inputs."""
     return switched_off(core, _is_not_imitated)
 
 
 def _is_not_imitated(name: str, quantizer: TensorQuantizer) -> bool:
-    return "bmm_quantizer" in name or (name.endswith("input_quantizer") and bool(quantizer.block_sizes))
+    if "bmm_quantizer" in name:
+        return not kv_export.is_imitated(name, quantizer)
+    return name.endswith("input_quantizer") and bool(quantizer.block_sizes)
 
 
 @contextlib.contextmanager
@@ -189,18 +192,24 @@ def rounded(core: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Let a model compute, inside the context, with what is not quantized as a checkpoint of this dtype holds it.
 
     Otherwise every input that rounding moves to the neighbouring number of its format moves by a whole step, and the
-    difference grows with the depth of the model.
+    difference grows with the depth of the model. A norm that a checkpoint holds multiplied by the input scale of the
+    next layer is rounded as multiplied.
     """
     kept = []
+    norms = input_scales.norms_as_stored(core, dtype)
     for module in core.modules():
         quantizer = getattr(module, "weight_quantizer", None)
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dtype == dtype or (name == "weight" and getattr(quantizer, "is_enabled", False)):
-                continue
+            value = norms.get(id(parameter))
+            if value is None:
+                if parameter.dtype == dtype or (name == "weight" and getattr(quantizer, "is_enabled", False)):
+                    continue
+                value = parameter.data.to(dtype)
             kept.append((parameter, parameter.data))
-            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+            parameter.data = value.to(parameter.dtype)
     try:
-        yield
+        with input_scales.rounded(core, dtype), kv_export.as_stored(core):
+            yield
     finally:
         for parameter, data in kept:
             parameter.data = data

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nemo.collections.llm.modelopt.quantization import hf_formats
+from nemo.collections.llm.modelopt.quantization import hf_formats, kv_export
 from nemo.collections.llm.modelopt.quantization.export import ExportError
 
 SCALES = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "k_scale", "v_scale", "weight_scale_inv")
@@ -33,6 +33,7 @@ def verify(folder: Path) -> None:
     if expected:
         problems += [f"{name} is unexpected" for name in tensors if name not in expected and not is_scale(name)]
     problems += [f"{name} belongs to no weight" for name in tensors if _is_orphan(name, tensors)]
+    problems += kv_export.problems(kv_cache_of(folder), set(tensors), set(expected))
     if problems:
         raise ExportError(f"The checkpoint that was written is wrong: {'; '.join(sorted(problems)[:10])}")
 
@@ -131,6 +132,18 @@ def plain_config(folder: Path) -> Any:
     return config if type(config) in AutoModelForCausalLM._model_mapping else None
 
 
+def linear_layers(folder: Path) -> set[str]:
+    """Return the names of the layers that `transformers` builds as linear ones; none for a class it does not know."""
+    from transformers import AutoModelForCausalLM
+
+    config = plain_config(folder)
+    if config is None:
+        return set()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
 def expected_shapes(folder: Path) -> dict[str, torch.Size]:
     """Return name and shape of each tensor `transformers` will look for; nothing for a class it does not know."""
     from transformers import AutoModelForCausalLM
@@ -164,3 +177,9 @@ def algorithm_of(folder: Path) -> str | None:
     """Return ``quant_algo`` of a checkpoint, None for a plain one."""
     path = folder / "hf_quant_config.json"
     return json.loads(path.read_text())["quantization"]["quant_algo"] if path.exists() else None
+
+
+def kv_cache_of(folder: Path) -> str | None:
+    """Return ``kv_cache_quant_algo`` of a checkpoint, None if its KV cache is not quantized."""
+    path = folder / "hf_quant_config.json"
+    return json.loads(path.read_text())["quantization"].get("kv_cache_quant_algo") if path.exists() else None

@@ -254,8 +254,10 @@ def static_quantizer(algorithm: str, scale: torch.Tensor) -> TensorQuantizer:
     return TensorQuantizer(settings, amax=scale.detach().float().reshape(()) * maxbound)
 
 
-def configuration(algorithm: str, facts: dict[str, Any], excluded: list[str], kv_cache: str | None) -> dict[str, Any]:
-    """Return the content of ``hf_quant_config.json``."""
+def configuration(
+    algorithm: str | None, facts: dict[str, Any], excluded: list[str], kv_cache: str | None
+) -> dict[str, Any]:
+    """Return the content of ``hf_quant_config.json``; without an algorithm only the KV cache is quantized."""
     import modelopt
 
     quantization = {"quant_algo": algorithm, "exclude_modules": sorted(excluded), **facts}
@@ -267,6 +269,22 @@ def configuration(algorithm: str, facts: dict[str, Any], excluded: list[str], kv
 def config_section(quant_config: dict[str, Any]) -> dict[str, Any]:
     """Return the section ``quantization_config`` of ``config.json`` for a content of ``hf_quant_config.json``."""
     details = dict(quant_config["quantization"])
+    section: dict[str, Any] = {"ignore": details.pop("exclude_modules")}
+    cache = details.pop("kv_cache_quant_algo", None)
+    if details["quant_algo"] is not None:
+        section["config_groups"] = {"group_0": _config_group(details)}
+    if cache:
+        section["kv_cache_scheme"] = kv_cache_scheme(cache)
+    return {**section, **details, "producer": quant_config["producer"], "quant_method": "modelopt"}
+
+
+def kv_cache_scheme(cache: str) -> dict[str, Any] | str:
+    """Return the entry of ``config.json`` for a ``kv_cache_quant_algo``."""
+    return {"dynamic": False, "num_bits": 8, "type": "float"} if cache == "FP8" else cache
+
+
+def _config_group(details: dict[str, Any]) -> dict[str, Any]:
+    """Return how weights and inputs of all layers are quantized, by the entries of ``hf_quant_config.json``."""
     is_fp8 = details["quant_algo"] == "FP8"
     bits = 4 if details["quant_algo"].startswith("W4") else 8
     weights = {"dynamic": False, "num_bits": bits, "type": "float" if is_fp8 else "int"}
@@ -280,7 +298,4 @@ def config_section(quant_config: dict[str, Any]) -> dict[str, Any]:
     if "A8" in details["quant_algo"]:
         kind = "float" if bits == 4 else "int"
         group["input_activations"] = {"dynamic": False, "num_bits": 8, "type": kind}
-    section = {"config_groups": {"group_0": group}, "ignore": details.pop("exclude_modules"), **details}
-    if section.pop("kv_cache_quant_algo", None) == "FP8":
-        section["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
-    return {**section, "producer": quant_config["producer"], "quant_method": "modelopt"}
+    return group

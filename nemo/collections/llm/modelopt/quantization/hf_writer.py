@@ -20,7 +20,15 @@ from megatron.core import parallel_state
 from nemo.utils.get_rank import is_global_rank_zero
 
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import export, hf_blocks, hf_files, hf_formats
+from nemo.collections.llm.modelopt.quantization import (
+    export,
+    hf_blocks,
+    hf_describe,
+    hf_files,
+    hf_formats,
+    input_scales,
+    kv_export,
+)
 
 
 def write(model, hf_config, tokenizer, target: Path, write: Callable, **kwargs: Any) -> None:
@@ -34,6 +42,7 @@ def write(model, hf_config, tokenizer, target: Path, write: Callable, **kwargs: 
         write: ``modelopt.torch.export.export_mcore_gpt_to_hf``.
         **kwargs: Further arguments of ``write``.
     """
+    hf_config = hf_describe.with_architecture(hf_config)
     parallel = parallel_state.model_parallel_is_initialized()
     # Data-parallel replicas and the other tensor-parallel ranks hold nothing that the first one does not write.
     writes = not parallel or (
@@ -44,20 +53,46 @@ def write(model, hf_config, tokenizer, target: Path, write: Callable, **kwargs: 
         source = stack.enter_context(tempfile.TemporaryDirectory())
         hf_config.save_pretrained(source)
         hf_files.name_dtype(Path(source), kwargs.get("dtype", torch.bfloat16))
+        hf_describe.name_tied(Path(source) / "config.json", model)
         # The writer asks transformers for a tokenizer there, and fails for some classes where there is none.
         if tokenizer is not None:
             tokenizer.save_pretrained(source)
         folder = str(target) if writes else stack.enter_context(tempfile.TemporaryDirectory())
         Path(folder).mkdir(parents=True, exist_ok=True)
         layers = {id(module): layer for module in model.modules() if (layer := hf_formats.read(module)) is not None}
+        cache = _kv_cache(model)
+        if isinstance(model, torch.nn.Module):
+            input_scales.complete(model, layers)
         stack.enter_context(_whole_tensors(model, layers, writes))
         stack.enter_context(_without_padding(model, hf_config.vocab_size))
         if isinstance(model, torch.nn.Module):
-            stack.enter_context(_extended(layers, model.config.num_layers, writes))
+            stack.enter_context(input_scales.settled(model, layers, kwargs.get("dtype", torch.bfloat16)))
+            names = hf_describe.names_of(hf_config)
+            extra = kv_export.scales(model, names.attention) if cache else {}
+            stack.enter_context(_extended(layers, extra, model.config.num_layers, writes))
         write(model, pretrained_model_name_or_path=source, export_dir=folder, **kwargs)
     with export.together("Writing the configuration"):
         if is_global_rank_zero() and isinstance(model, torch.nn.Module):
-            _describe(target, layers)
+            hf_describe.describe(target, layers, cache, names.head)
+
+
+def _kv_cache(model) -> str | None:
+    """Return ``kv_cache_quant_algo`` of a model; all ranks must call.
+
+    Raises:
+        ExportError: If layers have different ones.
+    """
+    own = kv_export.formats(model) if isinstance(model, torch.nn.Module) else set()
+    parts: list[Any] = [own]
+    if torch.distributed.is_initialized():
+        parts = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, own)
+    found = set().union(*parts)
+    if len(found) > 1:
+        raise export.ExportError(
+            f"A Hugging Face checkpoint has one format for the KV cache of all layers, not {sorted(map(str, found))}."
+        )
+    return found.pop() if found else None
 
 
 @contextlib.contextmanager
@@ -162,8 +197,16 @@ def _check_common(value: torch.Tensor, what: str) -> None:
 
 
 @contextlib.contextmanager
-def _extended(layers: dict[int, hf_formats.Layer], total_layers: int, writes: bool) -> Iterator[None]:
-    """Let modelopt's writer store all formats of `hf_formats`, inside of the context.
+def _extended(
+    layers: dict[int, hf_formats.Layer], extra: dict[int, dict[str, torch.Tensor]], total_layers: int, writes: bool
+) -> Iterator[None]:
+    """Let modelopt's writer store all formats of `hf_formats` and scales of the KV cache, inside the context.
+
+    Args:
+        layers: What is stored for each layer, by the module's id.
+        extra: Number of a layer, from 1, to the scales of its KV cache by name.
+        total_layers: Layers of the whole model.
+        writes: Whether this rank writes.
 
     Raises:
         ModelOptConfigError: If this modelopt's writer is built differently.
@@ -198,14 +241,17 @@ def _extended(layers: dict[int, hf_formats.Layer], total_layers: int, writes: bo
             return hf_formats.encode(algorithm, weight, scale)
         return quantize(weight, scale, algorithm, *args, **kwargs)
 
+    def save(layer_state_dicts, *args, **kwargs):
+        save_layers(_with_cache(layer_state_dicts, extra), *args, **kwargs)
+
     def save_flat(state, folder):
-        save_layers(by_layer(state, total_layers), total_layers, folder, "model-{:05d}-of-{:05d}")
+        save(by_layer(state, total_layers), total_layers, folder, "model-{:05d}-of-{:05d}")
 
     replacements = [
         quantized_state,
         all_states if writes else lambda self: None,
         to_quantized,
-        save_flat if is_flat else save_layers,
+        save_flat if is_flat else save,
     ]
     try:
         for (owner, name), replacement in zip(names, replacements, strict=True):
@@ -227,8 +273,22 @@ def _stored(module, layer: hf_formats.Layer, dtype: torch.dtype) -> dict[str, to
     for name in ("weight_scale_2", "input_scale", "pre_quant_scale"):
         value = getattr(layer, name.removeprefix("weight_"))
         if value is not None:
-            state[name] = value.cpu()
+            state[name] = (value.to(dtype) if name == "pre_quant_scale" else value).cpu()
     return state
+
+
+def _with_cache(
+    layer_state_dicts: dict[int, dict[str, torch.Tensor]], extra: dict[int, dict[str, torch.Tensor]]
+) -> dict[int, dict[str, torch.Tensor]]:
+    """Return the layers' tensors with the scales of the KV cache under the names that readers know.
+
+    modelopt's Megatron writer stores them under other names, and for some architectures not at all.
+    """
+    found = {}
+    for number, state in layer_state_dicts.items():
+        kept = {name: value for name, value in state.items() if not name.endswith((".k_scale", ".v_scale"))}
+        found[number] = {**kept, **extra.get(number, {})}
+    return found
 
 
 def by_layer(state: dict[str, torch.Tensor], total_layers: int) -> dict[int, dict[str, torch.Tensor]]:
@@ -290,47 +350,3 @@ def tidy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             value = value.squeeze(-1)
         tensors[name] = value.clone(memory_format=torch.contiguous_format)
     return tensors
-
-
-def _describe(folder: Path, layers: dict[int, hf_formats.Layer]) -> None:
-    """Record the format where modelopt's writer did not, and which layers it does not hold for.
-
-    modelopt names the parent of fused layers: with `linear_qkv` in 16 bits it excludes the whole ``self_attn``, and a
-    reader would take the codes of its other layers for weights.
-    """
-    path = folder / "hf_quant_config.json"
-    named = json.loads(path.read_text())["quantization"]["quant_algo"] if path.exists() else None
-    if named is None:
-        # modelopt 0.37 writes one for each model, also where it knows no name for the format or there is none.
-        path.unlink(missing_ok=True)
-    if not layers and named is None:
-        return
-    config = json.loads((folder / "config.json").read_text())
-    shapes = hf_files.stored_shapes(folder)
-    linear = {name.removesuffix(".weight") for name, shape in shapes.items() if _is_matrix(name, shape)}
-    excluded = sorted(name for name in linear if f"{name}.weight_scale" not in shapes and "embed" not in name)
-    if named and ("quantization_config" in config or not layers):
-        _exclude(path, folder / "config.json", excluded)
-        return
-    first = next(iter(layers.values()))
-    kv_cache = "FP8" if any(name.endswith(".k_scale") for name in shapes) else None
-    content = hf_formats.configuration(first.algorithm, first.facts, excluded, kv_cache)
-    path.write_text(json.dumps(content, indent=4))
-    config["quantization_config"] = hf_formats.config_section(content)
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-
-
-def _exclude(quant_config: Path, config: Path, names: list[str]) -> None:
-    """Put the names of the layers without quantization into both files that modelopt wrote."""
-    content = json.loads(quant_config.read_text())
-    content["quantization"]["exclude_modules"] = names
-    quant_config.write_text(json.dumps(content, indent=4))
-    content = json.loads(config.read_text())
-    section = content.get("quantization_config", {})
-    if "ignore" in section:
-        section["ignore"] = names
-        config.write_text(json.dumps(content, indent=2))
-
-
-def _is_matrix(name: str, shape: list[int]) -> bool:
-    return name.endswith(".weight") and len(shape) == 2

@@ -6,6 +6,7 @@ Every function returns or changes a copy: modelopt's presets are shared by the w
 from __future__ import annotations
 
 import copy
+import fnmatch
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,6 +55,27 @@ def quantizer_settings(quant_cfg: QuantCfg) -> Iterator[tuple[str, dict[str, Any
         for attributes in setting if isinstance(setting, list) else [setting]:
             if isinstance(attributes, dict) and "num_bits" in attributes and attributes.get("enable", True):
                 yield pattern, attributes
+
+
+def enabled_quantizers(quant_cfg: QuantCfg, module: str, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Return which quantizers of a module a quant_cfg will enable, with their attributes (of the first step).
+
+    Args:
+        quant_cfg: Its later patterns win over earlier ones.
+        module: Name of the module in the model.
+        names: Of the quantizers to look at.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for pattern, setting in quant_cfg.get("quant_cfg", {}).items():
+        for name in names:
+            if pattern == "default" or not fnmatch.fnmatch(f"{module}.{name}", pattern):
+                continue
+            first = setting[0] if isinstance(setting, list) else setting
+            if not first.get("enable", True):
+                found.pop(name, None)
+            elif "num_bits" in first:
+                found[name] = first
+    return found
 
 
 def is_awq(quant_cfg: QuantCfg) -> bool:

@@ -206,7 +206,8 @@ class Quantizer(flow.CalibrationFlow, state.StateKeeper):
         decoder_type = self._get_decoder_type(model, optional=True)
         quant_cfg = self._get_quant_cfg(model)
         quant_cfg.setdefault("algorithm", "max")
-        formats.check_model(model, self.export_config, quant_cfg, self._planned_quant_cfgs())
+        kv_option = self.quantization_config.enable_kv_cache
+        formats.check_model(model, self.export_config, quant_cfg, self._planned_quant_cfgs(), kv_option)
         self._setup(model)
         core = unwrap_for_modelopt_operations(model)
         if algorithm == settings.AUTO and forward_loop is not None:
