@@ -27,6 +27,8 @@ def run(main: Callable[[], int]) -> int:
     Its children end with it, and if the reader of its output has gone (``| head``) it ends without a traceback.
     """
     processes.children_end_with_this_process()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, which does not end its ranks if it is killed
+        processes.end_with(os.getppid())
     try:
         try:
             return main()

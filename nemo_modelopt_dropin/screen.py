@@ -98,8 +98,10 @@ def close_bars() -> None:
         from tqdm import tqdm
 
         for one in list(getattr(tqdm, "_instances", ())):
-            with contextlib.suppress(Exception):
+            try:
                 one.close()
+            except AttributeError:  # interrupted in its constructor, with its first line on the screen
+                one.fp.write("\n")
 
 
 def warn(text: str) -> None:

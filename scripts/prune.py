@@ -16,7 +16,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-from nemo_modelopt_dropin import budget, data_paths, entry, model_sizes, output_checks, processes, prune_layout
+from nemo_modelopt_dropin import (
+    budget,
+    data_paths,
+    entry,
+    model_sizes,
+    output_checks,
+    pair_checks,
+    processes,
+    prune_layout,
+)
 from nemo_modelopt_dropin.command_line import (
     Parser,
     absolute_paths,
@@ -131,6 +140,7 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     problems += output_checks.problems("--save_path", arguments.save_path, inputs, "nemo")
     problems += text_problems({"--text": arguments.text, "--heldout_text": arguments.heldout_text})
     problems += tokenizer_problems(arguments) + data_paths.problems(arguments)
+    problems += pair_checks.same_text(("--text", arguments.text), ("--heldout_text", arguments.heldout_text))
     problems += layout_problems(arguments.devices, arguments.num_nodes, arguments.tp_size, arguments.pp_size)
     problems += not_positive(arguments, ("max_candidates", "heldout_batches"))
     for name in BUDGETS:

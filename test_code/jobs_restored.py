@@ -124,3 +124,33 @@ def fail_then_train(kind: str, error: str, **given: str) -> dict:
     left = _differences(before)
     ranks.reset()
     return {"failed": failed, "left": left, "before": first, "after": _train()}
+
+
+def train_with_interim(folder: str, asynchronous: bool) -> tuple[list[float], list[float], list[str]]:
+    """Train with a checkpoint after each step, resume from the last one; return both curves and what was saved."""
+    import os
+    from pathlib import Path
+
+    from nemo_modelopt_dropin import interim
+    from test_code import jobs_checkpoints, ranks, tiny
+
+    here = Path(folder) / f"async {asynchronous}"
+    layout = {"max_steps": 6, "strategy_kwargs": {"ckpt_async_save": asynchronous}}
+
+    # Else the time that saving takes puts off the next checkpoint.
+    share, interim._LONGEST_SHARE = interim._LONGEST_SHARE, 1e9
+
+    def train(resume=None) -> list[float]:
+        recorder = tiny.LossRecorder()
+        run = tiny.trainer(callbacks=[recorder, interim.Interim(str(here), 1e-9)], **layout)
+        torch.manual_seed(1234)
+        run.fit(tiny.model(), jobs_checkpoints.CountedData(masked=False), ckpt_path=resume)
+        return recorder.losses
+
+    try:
+        first = train()
+        saved = sorted(os.listdir(here))
+        ranks.reset()
+        return first, train(str(here / saved[-1] / "weights")), saved
+    finally:
+        interim._LONGEST_SHARE = share

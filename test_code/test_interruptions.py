@@ -81,6 +81,33 @@ def test_forked_and_spawned_children_end_with_a_killed_parent(tmp_path):
     _wait_for(lambda: not any(_runs(pid) for pid in pids), 10, "the end of the children")
 
 
+_RANK = """
+    import os, sys, time
+    from pathlib import Path
+    from nemo_modelopt_dropin import entry
+
+    def main():
+        Path(sys.argv[1], str(os.getpid())).touch()
+        time.sleep(100)
+
+    sys.exit(entry.run(main))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux signals a child when its parent ends")
+def test_ranks_end_with_a_killed_torchrun(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(textwrap.dedent(_RANK))
+    (tmp_path / "pids").mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([*command, str(tmp_path / "pids")], env=environment, stderr=subprocess.DEVNULL) as process:
+        _wait_for(lambda: len(list((tmp_path / "pids").iterdir())) == 2, 120)
+        process.kill()
+    pids = [int(path.name) for path in (tmp_path / "pids").iterdir()]
+    _wait_for(lambda: not any(_runs(pid) for pid in pids), 10, "the end of the ranks")
+
+
 def _runs(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -270,6 +297,17 @@ def test_the_newest_whole_checkpoint_is_resumed_from(cpu_backend, tmp_path):
     assert newest(checkpoints, steps) is None
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_intermediate_checkpoints_are_whole(ranks, tmp_path, asynchronous):
+    from test_code import jobs_restored
+
+    found = ranks(2).run(jobs_restored.train_with_interim, str(tmp_path), asynchronous, timeout=300)
+    for first, second, saved in found:
+        assert saved == ["step-00000005"], "the last step is left to the final checkpoint, earlier ones are removed"
+        assert second == first[-len(second) :], "the resumed steps repeat those of the first run"
+        assert len(second) == 1
+
+
 # --- kill -9 in the middle of compress.py -----------------------------------------------------------------------------
 
 
@@ -292,10 +330,15 @@ def _compress(teacher: Path, output: Path, *more: str) -> list[str]:
 
 
 def _finish(command: list[str], output: Path) -> dict:
-    """Run the command to its end and return what the report says of the models."""
+    """Run the command to its end and return its figures."""
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
     log = output / "log" / "rank0.txt"
     assert done.returncode == 0, done.stderr + (log.read_text()[-3000:] if log.exists() else "")
+    return _figures(output)
+
+
+def _figures(output: Path) -> dict:
+    """Return what the report says of the models."""
     report = json.loads((output / "report.json").read_text())
     names = ("heldout_loss", "parameters", "bytes", "shape")
     found = {model["name"]: {name: model[name] for name in names} for model in report["models"]}
@@ -318,10 +361,17 @@ def _assert_same_figures(found: dict, expected: dict) -> None:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(teacher, tmp_path_factory) -> dict:
-    """Return the figures of a run that nothing interrupts."""
+def whole(teacher, tmp_path_factory) -> Path:
+    """Make a run that nothing interrupts, and return its folder."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    return _finish(_compress(teacher, output), output)
+    _finish(_compress(teacher, output), output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(whole) -> dict:
+    """Return the figures of that run."""
+    return _figures(whole)
 
 
 # While what is written: the pruned checkpoint, one of the training, the quantized checkpoint, the exported files.
@@ -370,19 +420,29 @@ def _wait_for_file(process: subprocess.Popen, folder: Path, files: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_kill_9_at_random_moments(teacher, uninterrupted, tmp_path):
-    output = tmp_path / "run"
-    command = _compress(teacher, output)
     seed = random.SystemRandom().randrange(1 << 30)
-    moments = random.Random(seed)
-    for _ in range(20):
+    moments, kills, runs = random.Random(seed), 0, 0
+    while kills < 20:
+        output = tmp_path / f"run{runs:02d}"
+        command = _compress(teacher, output)
         with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL) as process:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 # Most of the time goes into importing NeMo: half of the kills come once a stage has started.
                 _wait_for_start(process, output) if moments.random() < 0.5 else None
                 process.wait(moments.uniform(0, 25))
             process.kill()
-        _wait_for(lambda: not _alive(str(output)), 10, f"seed {seed}: the end of {_alive(str(output))}")
+        _wait_for_end(output, f"seed {seed}")
+        if process.returncode == -signal.SIGKILL:
+            kills += 1
+        else:  # the run has come to its end between two kills
+            assert process.returncode == 0, f"seed {seed}"
+            _assert_same_figures(_finish(command, output), uninterrupted)
+            runs += 1
     _assert_same_figures(_finish(command, output), uninterrupted)
+
+
+def _wait_for_end(output: Path, what: str) -> None:
+    _wait_for(lambda: not _alive(str(output)), 10, f"{what}: the end of {_alive(str(output))}")
 
 
 def _wait_for_start(process: subprocess.Popen, output: Path) -> None:
@@ -400,20 +460,20 @@ def _wait_for_start(process: subprocess.Popen, output: Path) -> None:
 
 
 @pytest.mark.timeout(1800)
-def test_a_distillation_resumes_between_validations(teacher, tmp_path):
+def test_a_distillation_resumes_between_validations(teacher, whole, tmp_path):
     model, text = f"{teacher}/checkpoint", f"{teacher}/train.jsonl"
-    flags = f"--cpu --model_path {model} --teacher_path {model} --text {text} --seq_length 32 --max_steps 60 --gbs 4 "
-    flags += f"--mbs 2 --lr 1e-3 --warmup_steps 5 --limit_val_batches 2 --val_check_interval 60 --log_dir {tmp_path}"
+    flags = f"--cpu --model_path {whole}/prune/checkpoint --teacher_path {model} --text {text} --log_dir {tmp_path} "
+    flags += "--seq_length 32 --max_steps 100 --gbs 4 --mbs 2 --lr 1e-3 --warmup_steps 5 --limit_val_batches 2"
     command = [sys.executable, str(ROOT / "scripts" / "distill.py"), *flags.split(), "--name"]
     output = tmp_path / "killed"
     resumed = [*command, "killed", "--save_minutes", "0.002"]
-    with subprocess.Popen(resumed, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
-        # In the middle of a checkpoint, when there is a whole one before it.
-        _wait_for_file(process, output / "interim", "step-????????/weights")
-        _wait_for_file(process, output / "interim", "step-*.part/**/*.distcp")
-        process.kill()
-        assert process.wait() == -signal.SIGKILL, process.stderr.read()
-    _wait_for(lambda: not _alive(str(output)), 10, f"the end of {_alive(str(output))}")
+    # While the first one is written, and once it is whole.
+    for files in ("step-*.part/**/*.distcp", "step-????????/weights"):
+        with subprocess.Popen(resumed, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
+            _wait_for_file(process, output / "interim", files)
+            process.kill()
+            assert process.wait() == -signal.SIGKILL, process.stderr.read()
+        _wait_for_end(tmp_path, files)
     assert not list(output.glob("checkpoints/*")), "nothing was validated yet"
     done = {
         name: subprocess.run([*command, name, *more], env=ENVIRONMENT, capture_output=True, text=True, timeout=600)

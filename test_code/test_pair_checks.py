@@ -33,11 +33,13 @@ def _refused(script: str, line: str, capsys) -> str:
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", ["compress", "distill"])
+@pytest.mark.parametrize("script", ["compress", "distill", "prune"])
 def test_the_training_text_is_no_held_out_text(script, tmp_path, monkeypatch, capsys, scripts_on_the_path):
     cli.inputs(tmp_path)
     monkeypatch.chdir(tmp_path)
     line = COMPRESS if script == "compress" else DISTILL.format("n") + " --heldout_text {}"
+    if script == "prune":
+        line = f"{cli.IMPORTANCE} --heldout_text {{}}"
     for name, problem in _other_names(tmp_path).items():
         assert f"{problem} " in _refused(script, line.format(name), capsys), name
     assert pair_checks.same_text(("--a", "text.jsonl"), ("--b", "heldout.jsonl")) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import fiddle
 import nemo_run as run
 import pytest
@@ -12,7 +14,7 @@ from nemo.collections import llm
 from nemo.collections.llm.modelopt import ExportConfig, PruningConfig, QuantizationConfig
 from nemo.collections.llm.modelopt.recipes import compress_recipe, distillation_recipe, prune_recipe, ptq_recipe
 from nemo.collections.llm.modelopt.recipes.distillation_recipe import trainer
-from nemo_modelopt_dropin.compress import api
+from nemo_modelopt_dropin.compress import api, plan, stages
 from nemo_modelopt_dropin.compress.settings import Job, Layout, SettingsError
 from test_code import cli
 
@@ -107,3 +109,23 @@ def test_the_job_as_a_function_refuses_what_cannot_work(tmp_path, monkeypatch):
     with pytest.raises(SettingsError, match="wants 8 ranks and this is one process: start it with torchrun"):
         fiddle.build(recipe)()
     assert not (tmp_path / "run").exists()
+
+
+def test_the_job_as_a_function_keeps_finished_stages(tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "context").mkdir()
+    for name in ("text", "heldout"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name}"}}\n')
+    texts = [str(tmp_path / f"{name}.jsonl") for name in ("text", "heldout")]
+    recipe = compress_recipe(str(tmp_path), *texts, str(tmp_path / "run"), num_gpus_per_node=1)
+    recipe.job.pruning.target_num_layers = 1
+    job = fiddle.build(recipe.job)
+    for stage in plan.compression_stages(job, tmp_path / "run"):
+        record = stages.Record(stage.name, "", "", {**stage.settings}, {}, 1.0)
+        (tmp_path / "run" / stage.name).mkdir(parents=True)
+        stages.write_json(tmp_path / "run" / stage.name / stages.DONE, dataclasses.asdict(record))
+    recipe.job.distillation.steps = 20
+    recipe.job.distillation.warmup_steps = 2
+    with pytest.raises(SettingsError, match=r"distill .finished.: steps was 1000 and is now 20"):
+        fiddle.build(recipe)()

@@ -82,7 +82,7 @@ def test_a_change_names_settings_stages_that_follow_and_the_way_out(tmp_path):
     chain = [log.stage("a", text="0" * 64, kept=1), log.stage("b", ("a",)), log.stage("c", ("b",)), log.stage("d")]
     stages.run_stages(chain, tmp_path)
     other = [log.stage("a", text="1" * 64, kept=1, new=True), *chain[1:]]
-    with pytest.raises(StageError, match="Use --redo a to run them again") as caught:
+    with pytest.raises(StageError, match=r"Use --redo a \(redo=\[...\] in Python\) to run them again") as caught:
         stages.run_stages(other, tmp_path)
     lines = str(caught.value).splitlines()
     assert lines[1] == "  a (finished): new was null and is now true; the content of text changed"

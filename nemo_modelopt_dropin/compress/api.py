@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from nemo_modelopt_dropin.compress import launch
+from nemo_modelopt_dropin.compress import launch, plan, stages
 from nemo_modelopt_dropin.compress.settings import Job, SettingsError
 
 
@@ -26,7 +26,7 @@ def execute(
         derived: settings that follow from others, as section and name; the saved ones leave them out.
         redo: names of stages whose results may be replaced if their settings changed.
     """
-    from nemo_modelopt_dropin.compress import plan, runner, summary
+    from nemo_modelopt_dropin.compress import runner, summary
 
     saved: dict[str, Any] = {"output": str(output), **job.as_dict()}
     for section, name in derived:
@@ -59,8 +59,9 @@ def compress(job: Job, output: str, verbose: bool = False, redo: Collection[str]
         The path of the report.
 
     Raises:
-        SettingsError: listing everything that is wrong with the job, or where its ranks are not there.
-        RuntimeError: where a stage fails.
+        SettingsError: listing everything that is wrong with the job, or if its ranks are not there, or if finished
+            stages would run again that ``redo`` does not name.
+        RuntimeError: if a stage fails.
     """
     job.check()
     if job.layout.devices > 1 and not launch.is_rank():
@@ -69,6 +70,10 @@ def compress(job: Job, output: str, verbose: bool = False, redo: Collection[str]
             f"run.LocalExecutor(launcher='torchrun', ntasks_per_node={job.layout.devices})"
         )
     folder = Path(output).resolve()
+    try:
+        stages.check_redo(plan.compression_stages(job, folder), folder, redo)
+    except stages.StageError as error:
+        raise SettingsError(str(error)) from None
     code = execute(job, folder, verbose, redo=redo)
     if code:
         raise RuntimeError(f"The compression failed with code {code}; {folder / 'log'} holds the whole story.")

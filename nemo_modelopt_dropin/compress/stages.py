@@ -194,8 +194,8 @@ def check_redo(stages: Sequence[Stage], root: Path, redo: Collection[str]) -> No
         if change.also:
             lines.append(f"    would be run again too: {', '.join(change.also)}")
     lines.append(
-        f"Use --redo {' '.join(change.name for change in found)} to run them again (a finished result is kept until "
-        "the new one is complete), or the old settings, or another --output."
+        f"Use --redo {' '.join(change.name for change in found)} (redo=[...] in Python) to run them again; a finished "
+        "result is kept until the new one is complete. Or use the old settings, or another --output."
     )
     raise StageError("\n".join(lines))
 
