@@ -59,6 +59,11 @@ class Steps:
                 if other != path:
                     shutil.rmtree(other, ignore_errors=True)
 
+    def remove_before(self, checkpoints: Path) -> None:
+        """Remove all of them, unless the newest is newer than NeMo's last checkpoint: then it holds the training."""
+        if newest(checkpoints, self) != self.latest():
+            self.remove()
+
     def remove(self) -> None:
         """Remove all of them, on rank zero."""
         if os.environ.get("RANK", "0") == "0":
@@ -105,20 +110,36 @@ class Schedule:
         self.start()
 
 
-class Timed:
-    """Save a trainer's steps by a `Schedule`."""
+class Saver:
+    """Save a training between two steps, every few minutes or every so many steps.
 
-    def __init__(self, steps: Steps, minutes: float):
-        self.steps, self.schedule = steps, Schedule(60 * minutes)
+    Call `between_steps` when a batch starts: at the end of a batch, Lightning does not count it yet, and a resumed
+    training would validate one step late, or never. The last step is left to the final checkpoint.
 
-    def after_step(self, trainer: pl.Trainer) -> None:
-        """Save if the time has come, but not the last step, which is saved anyway."""
-        agree = trainer.strategy.broadcast
-        if trainer.global_step >= trainer.max_steps or not self.schedule.is_due(agree):
+    Args:
+        steps: where the checkpoints go.
+        first: the step at which this training starts; it has its checkpoint already if it is not 0.
+        minutes: time between checkpoints.
+        every: steps between checkpoints, instead of the time.
+    """
+
+    def __init__(self, steps: Steps, first: int, minutes: float = MINUTES, every: int | None = None):
+        self.steps, self.seen, self.every = steps, first, every
+        self.schedule = Schedule(60 * minutes)
+
+    def between_steps(self, trainer: pl.Trainer) -> None:
+        """Save if it is time."""
+        step, agree = trainer.global_step, trainer.strategy.broadcast
+        if step <= self.seen:
             return
-        began = time.monotonic()
-        self.steps.save(trainer)
-        self.schedule.saved(time.monotonic() - began, agree)
+        self.seen = step
+        if self.every is not None:
+            if self.every and step % self.every == 0:
+                self.steps.save(trainer)
+        elif self.schedule.is_due(agree):
+            began = time.monotonic()
+            self.steps.save(trainer)
+            self.schedule.saved(time.monotonic() - began, agree)
 
 
 class Interim(pl.Callback):
@@ -131,20 +152,20 @@ class Interim(pl.Callback):
 
     def __init__(self, folder: str, minutes: float = MINUTES):
         self.folder, self.minutes = folder, minutes
-        self.timed: Timed | None = None
+        self.saver: Saver | None = None
 
     def __getstate__(self):
         """Leave the running schedule out of copies."""
-        return {**self.__dict__, "timed": None}
+        return {**self.__dict__, "saver": None}
 
     def on_train_start(self, trainer, pl_module):
         """Start the clock."""
-        self.timed = Timed(Steps(self.folder), self.minutes)
+        self.saver = Saver(Steps(self.folder), trainer.global_step, self.minutes)
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         """Save if the time has come."""
-        if self.timed is not None:
-            self.timed.after_step(trainer)
+        if self.saver is not None:
+            self.saver.between_steps(trainer)
 
 
 class Resume(nl.AutoResume):

@@ -290,7 +290,7 @@ def work(given: argparse.Namespace) -> list[tuple[str, str]]:
     else:
         llm.train(model=given.model_path, tokenizer="data", **common)
     rows = outcome(common["trainer"], checkpoints)
-    interim.Steps(interim_folder(given)).remove()
+    interim.Steps(interim_folder(given)).remove_before(Path(given.log_dir) / given.name / "checkpoints")
     return rows
 
 

@@ -211,28 +211,25 @@ class Keeper(Checkpoint):
     def __init__(self, folder: Path, save_every: int | None = None):
         self.folder, self.save_every = Path(folder), save_every
         self.steps = interim.Steps(self.folder / STEPS)
-        self.timed: interim.Timed | None = None
+        self.saver: interim.Saver | None = None
         self.last_model_path = ""
 
     def __getstate__(self):
         """Leave the running schedule out of copies."""
-        return {**self.__dict__, "timed": None}
+        return {**self.__dict__, "saver": None}
 
     def latest(self) -> Path | None:
         """Return the newest whole intermediate checkpoint."""
         return self.steps.latest()
 
     def on_train_start(self, trainer, pl_module):
-        """Start the clock if checkpoints go by time."""
-        self.timed = interim.Timed(self.steps, interim.MINUTES) if self.save_every is None else None
+        """Start the clock."""
+        self.saver = interim.Saver(self.steps, trainer.global_step, every=self.save_every)
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        """Save if it is time, or after every ``save_every`` steps, and drop the checkpoint before."""
-        step = trainer.global_step
-        if self.timed is not None:
-            self.timed.after_step(trainer)
-        elif self.save_every and step % self.save_every == 0 and step < trainer.max_steps:
-            self.steps.save(trainer)
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        """Save if it is time, and drop the checkpoint before."""
+        if self.saver is not None:
+            self.saver.between_steps(trainer)
 
     def on_train_end(self, trainer, pl_module):
         """Save the weights while ``fit`` still runs: keys then start with ``module.`` as in NeMo's checkpoints."""
@@ -297,12 +294,16 @@ class Curve(pl.Callback):
 
 
 def read_curve(path: Path) -> list[dict[str, float]]:
-    """Return the points of a ``losses.jsonl``; a last line cut by a kill is left out."""
-    points = []
+    """Return the points of a ``losses.jsonl``, without a last line that a kill has cut and without repetitions.
+
+    A training that resumes right before a validation may validate the same step again.
+    """
+    points: dict[tuple, dict[str, float]] = {}
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                points.append(json.loads(line))
+                point = json.loads(line)
             except ValueError:
                 continue
-    return points
+            points[(point["step"], *sorted(point))] = point
+    return list(points.values())
