@@ -22,6 +22,7 @@ FILES = (
     "test_teacher_provider.py",
     "test_get_tensor_shapes_adjust_fn.py",
     "test_model_utils.py",
+    "test_speculative.py",
 )
 # The child writes what became of each test; its own conftest.py and markers apply.
 CHILD = """

@@ -9,6 +9,7 @@ from unittest.mock import MagicMock, patch
 import pytest
 
 from test_code import jobs_prune as jobs
+from test_code.drop_in.speculative import TestSpeculativeDecoding  # noqa: F401
 
 MODULE = "nemo.collections.llm.modelopt.speculative.model_transform"
 
@@ -91,8 +92,12 @@ def test_a_model_without_config_is_refused(transform, stand_in):
 @pytest.mark.parametrize(
     ("model", "algorithm", "message"),
     [
-        (MagicMock(), "eagle", r"algorithm='eagle' is not supported; allowed.*eagle3.*Did you mean 'eagle3'"),
-        (MagicMock(), "eagle3", r"for llm.GPTModel and its subclasses, got MagicMock"),
+        (
+            MagicMock(),
+            "eagle",
+            r"^Invalid algorithm: eagle. algorithm='eagle' is not supported; allowed.*eagle3.*Did you mean 'eagle3'",
+        ),
+        (MagicMock(), "eagle3", r"^Speculative Decoding currently only supported for GPT models. .*not a MagicMock"),
     ],
 )
 def test_refused(transform, model, algorithm, message):

@@ -12,6 +12,7 @@ import modelopt.torch.opt as mto
 import modelopt.torch.speculative as mtsp
 from nemo.collections.llm import GPTModel
 
+from .. import _real
 from ..errors import ModelOptConfigError, one_of
 
 _, HAVE_TE = safe_import("transformer_engine")
@@ -40,7 +41,10 @@ def apply_speculative_decoding(model: nn.Module, algorithm: str = "eagle3") -> n
         ModelOptConfigError: for an unknown or unavailable algorithm, another kind of model, a model without weights,
             one with virtual pipeline stages, or one that has draft heads of another method.
     """
-    one_of("algorithm", algorithm, ALGORITHMS)
+    try:
+        one_of("algorithm", algorithm, ALGORITHMS)
+    except ModelOptConfigError as error:
+        raise ModelOptConfigError(f"Invalid algorithm: {algorithm}. {error}") from None
     preset = ALGORITHMS[algorithm]
     if preset is None:
         raise ModelOptConfigError(
@@ -49,17 +53,18 @@ def apply_speculative_decoding(model: nn.Module, algorithm: str = "eagle3") -> n
         )
     if not isinstance(model, GPTModel):
         raise ModelOptConfigError(
-            f"Speculative decoding is for llm.GPTModel and its subclasses, got {type(model).__name__}."
+            "Speculative Decoding currently only supported for GPT models. Pass an llm.GPTModel, not a "
+            f"{type(model).__name__}."
         )
     core: Any = unwrap_model(model)
     mode, settings = preset["algorithm"], copy.deepcopy(preset["config"])
     if _has_same_speculative_decoding_state(core, mode):
-        logging.info(f"The model has {algorithm} draft heads already; nothing to do.")
+        logging.info("Model has already been transformed with Speculative Decoding. Skipping transformation.")
         return model
     _check(core, mode)
     if "eagle_architecture_config" in settings:
         settings["eagle_architecture_config"].update(_draft_sizes(core))
-    logging.info(f"Adding draft heads: mode {mode!r} with {settings}")
+    logging.info(f"Converting to Speculative Decoding model with mode: {mode!r} and config:\n{settings}")
     mtsp.convert(core, [(mode, settings)])
     return model
 
@@ -67,15 +72,15 @@ def apply_speculative_decoding(model: nn.Module, algorithm: str = "eagle3") -> n
 def _check(core: Any, mode: str) -> None:
     """Refuse a model that modelopt cannot convert, before it is touched."""
     if not hasattr(core, "config"):
-        raise ModelOptConfigError("The model must have a config attached: pass an llm.GPTModel that has its weights.")
+        raise ModelOptConfigError("Model must have a config attached. Pass an llm.GPTModel that has its weights.")
     if core.config.virtual_pipeline_model_parallel_size is not None:
         raise ModelOptConfigError(
-            "Speculative decoding is incompatible with virtual pipeline parallelism "
-            f"(virtual_pipeline_model_parallel_size={core.config.virtual_pipeline_model_parallel_size}); "
-            "set it to None."
+            "Speculative decoding is incompatible with virtual pipeline parallelism. Set "
+            f"virtual_pipeline_model_parallel_size={core.config.virtual_pipeline_model_parallel_size} to None."
         )
     # A stand-in has no class that a registry could know.
-    if issubclass(type(core), nn.Module) and not _is_convertible(core, mode):
+    is_real = _real.is_core(core) or _real.is_nemo_model(core)
+    if is_real and not _is_convertible(core, mode):
         raise ModelOptConfigError(
             f"The installed modelopt cannot add {mode!r} draft heads to {type(core).__name__}: it needs a model with "
             "its weights in place and, for EAGLE, Transformer Engine (its draft layers are built of it)."
