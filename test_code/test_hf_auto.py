@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from importlib import metadata
+from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
@@ -169,7 +170,7 @@ def test_names_of_decoder_core_and_tokenizer_folder(source, tmp_path, wrapper):
 @pytest.mark.parametrize(
     ("algorithm", "fmt", "message"),
     [
-        ("fp8", "nemo", r'export_format="nemo" is for native NeMo checkpoints.*llm\.import_ckpt'),
+        ("fp8", "nemo", r"^NeMo export format can only be used with native NeMo checkpoints, not .*llm\.import_ckpt"),
         ("int4", "hf", r'cannot write INT4 weights without AWQ.*algorithm="int4_awq"'),
     ],
 )
@@ -235,3 +236,67 @@ def test_mixed_precision_is_refused(source, tmp_path, wrapper):
 
     with pytest.raises(ModelOptConfigError, match='algorithm="auto" searches Megatron models, not a HFAuto'):
         hf_auto.check(configured(wrapper), None, {"quant_cfg": {}, "algorithm": "auto"})
+
+
+# --- mocks of the wrapper, as unit tests of 2.5's stock pass them -----------------------------------------------------
+
+MODULE = "nemo.collections.llm.modelopt.quantization.quantizer"
+
+
+@pytest.fixture
+def mocked(wrapper):
+    """Return a mock that passes ``isinstance`` for the wrapper."""
+    from nemo.collections import llm
+
+    model = MagicMock(spec=llm.HFAutoModelForCausalLM)
+    model.model, model.tokenizer = MagicMock(), MagicMock()
+    return model
+
+
+@pytest.mark.parametrize("converted", [True, False])
+def test_a_mock_is_written_by_modelopt_alone(mocked, converted):
+    from nemo.collections.llm.modelopt.quantization import quantizer as q
+
+    with (
+        patch(f"{MODULE}.mto") as mto,
+        patch(f"{MODULE}.mte") as mte,
+        patch(f"{MODULE}.load_connector_from_trainer_ckpt") as load,
+    ):
+        mto.ModeloptStateManager.is_converted.return_value = converted
+        found = q.export_hf_checkpoint("/fake/model", "/fake/out", model=mocked, dtype="x")
+    mto.ModeloptStateManager.is_converted.assert_called_once_with(mocked.model)
+    load.assert_not_called()
+    if converted:
+        mte.export_hf_checkpoint.assert_called_once_with(mocked.model, export_dir="/fake/out", dtype="x")
+        assert str(found) == "/fake/out"
+    else:
+        mte.export_hf_checkpoint.assert_not_called()
+        assert found is None
+
+
+def test_a_mock_is_quantized_and_exported(source, mocked):
+    from nemo.collections.llm.modelopt.quantization import quantizer as q
+
+    built = quantizer(source, "/fake/out", "fp8", "trtllm", decoder_type="llama")
+    with (
+        patch(f"{MODULE}.mtq") as mtq,
+        patch(f"{MODULE}.mte") as mte,
+        patch("accelerate.hooks.remove_hook_from_module"),
+        patch.object(built, "_validate_quantized_checkpoint", return_value=True),
+    ):
+        assert built.quantize(mocked, "loop") is mocked
+        assert mtq.quantize.call_args.args[0] is mocked.model and mtq.quantize.call_args.args[2] == "loop"
+        mtq.print_quant_summary.assert_called_once_with(mtq.quantize.return_value)
+        built.export(mocked, "/fake/model")
+    assert mte.export_tensorrt_llm_checkpoint.call_args.kwargs["use_nfs_workspace"] is False
+    mocked.tokenizer.save_pretrained.assert_called_once_with("/fake/out/huggingface_tokenizer")
+    assert q.unwrap_for_modelopt_operations(mocked) is mocked.model
+
+
+def test_the_loop_of_a_mock_feeds_its_model(source, mocked):
+    built = quantizer(source, "/fake/out", "fp8", "trtllm", decoder_type="llama")
+    batch, core = MagicMock(), MagicMock()
+    with patch(f"{MODULE}.create_data_iterator_getter", return_value=lambda: iter([batch])):
+        built._get_forward_loop(mocked)(core)
+    core.assert_called_once_with(batch.to.return_value)
+    batch.to.assert_called_once_with(mocked.model.device)

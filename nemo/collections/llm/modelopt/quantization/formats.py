@@ -179,7 +179,7 @@ def save_tokenizer(tools: ModuleType, model, model_dir: str, folder: Path, fmt: 
 def write_converted_hf(tools: ModuleType, model_dir, export_dir, model, verify: str, **kwargs: Any) -> Path | None:
     """Write a converted model as a Hugging Face checkpoint and verify it; see ``quantizer.export_hf_checkpoint``."""
     if hf_auto.is_wrapped(model):
-        return hf_auto.write_hf(model, Path(export_dir), tools.mte.export_hf_checkpoint, **kwargs)
+        return hf_auto.write_hf(tools, model, Path(export_dir), **kwargs)
     exporter = tools.load_connector_from_trainer_ckpt(model_dir, "hf")
     if model is None:
         model, _ = exporter.nemo_load(model_dir)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
 
-import modelopt.torch.opt as mto
 from nemo.collections import llm
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization import export, hf_files, settings
@@ -77,8 +77,9 @@ def check_format(export_format: str) -> None:
     """
     if export_format == "nemo":
         raise ModelOptConfigError(
-            f'export_format="nemo" is for native NeMo checkpoints, not for {_NAME}: use "hf" or "trtllm", or import '
-            "the model with llm.import_ckpt first."
+            "NeMo export format can only be used with native NeMo checkpoints, not HuggingFace models: "
+            f'export_format="nemo" does not fit a {_NAME}. Use "hf" or "trtllm", or import the model with '
+            "llm.import_ckpt first."
         )
 
 
@@ -134,22 +135,28 @@ def save_tokenizer(model: Any, export_dir: Path, export_format: str) -> None:
     model.tokenizer.save_pretrained(str(folder))
 
 
-def write_hf(model: Any, export_dir: Path, write: Callable, **kwargs: Any) -> Path | None:
-    """Write a wrapped model that was quantized as a Hugging Face checkpoint; None where it was not.
+def write_hf(tools: ModuleType, model: Any, export_dir: Path, **kwargs: Any) -> Path | None:
+    """Write a wrapped model that was quantized as a Hugging Face checkpoint; return None if it was not.
 
     Args:
+        tools: The module `quantizer`, whose attributes are the collaborators.
         model: The wrapper.
         export_dir: Where to write to.
-        write: ``modelopt.torch.export.export_hf_checkpoint``.
-        **kwargs: Its further arguments.
+        **kwargs: Further arguments of ``modelopt.torch.export.export_hf_checkpoint``.
 
     Raises:
         ExportError: If what was written is not complete.
     """
-    if not mto.ModeloptStateManager.is_converted(model.model):
+    core = tools.unwrap_for_modelopt_operations(model)
+    if not tools.mto.ModeloptStateManager.is_converted(core):
         return None
+    write = tools.mte.export_hf_checkpoint
+    if not is_real(model):
+        with torch.inference_mode():
+            write(core, export_dir=str(export_dir), **kwargs)
+        return Path(export_dir)
     with export.staged(Path(export_dir)) as folder, torch.inference_mode():
-        write(model.model, export_dir=str(folder), **kwargs)
+        write(core, export_dir=str(folder), **kwargs)
         if is_global_rank_zero():
             if not (folder / "config.json").exists():
                 raise export.ExportError(f"modelopt wrote no config.json for {export_dir}.")

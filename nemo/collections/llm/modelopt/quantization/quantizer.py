@@ -52,6 +52,7 @@ from nemo.collections.llm.modelopt.quantization import (
     flow,
     formats,
     hf_auto,
+    inputs,
     insertion,
     report,
     settings,
@@ -70,7 +71,7 @@ KV_QUANT_CFG_CHOICES = {"fp8": "FP8_KV_CFG", "nvfp4": "NVFP4_KV_CFG"}
 AnyPath = Union[Path, str]  # noqa: UP007
 
 
-class Quantizer(flow.CalibrationFlow, state.StateKeeper):
+class Quantizer(flow.CalibrationFlow, inputs.InputChecks, state.StateKeeper):
     """Quantizes a NeMo model after training and exports it.
 
     Attributes:
@@ -99,7 +100,6 @@ class Quantizer(flow.CalibrationFlow, state.StateKeeper):
         self.quantization_config = quantization_config
         self.export_config = export_config
         self.report: dict[str, Any] = {}
-        self._inputs_checked = False
         settings.check_read_by_stock(quantization_config, export_config, KV_QUANT_CFG_CHOICES, SUPPORTED_DTYPE)
         planned = {}
         if settings.is_complete(quantization_config):
@@ -116,23 +116,8 @@ class Quantizer(flow.CalibrationFlow, state.StateKeeper):
             if not hf_auto.exists():
                 formats.check_planned(planned, export_config)
         self.torch_dtype = torch_dtype_from_precision("bf16" if export_config is None else export_config.dtype)
-        if _made_by_ptq():
+        if inputs.made_by_ptq():
             self._check_inputs()
-
-    def _check_inputs(self) -> None:
-        """Look at the calibration data and at the place of the export, once.
-
-        Raises:
-            ModelOptConfigError: If the data cannot be used, or nothing can be written there.
-        """
-        if self._inputs_checked:
-            return
-        config = self.quantization_config
-        if settings.is_complete(config) and config.algorithm is not None:
-            data_sources.check(config.calibration_dataset, config.calibration_column, config.calibration_dataset_size)
-        if settings.is_complete(self.export_config):
-            settings.check_writable(Path(self.export_config.path))
-        self._inputs_checked = True
 
     @staticmethod
     def _setup(model) -> None:
@@ -329,15 +314,6 @@ def export_hf_checkpoint(
 def _collaborators() -> ModuleType:
     """Return this module: those who replace one of its attributes reach the functions that moved elsewhere too."""
     return sys.modules[__name__]
-
-
-def _made_by_ptq() -> bool:
-    """Return whether NeMo's ``llm.ptq`` makes the Quantizer: it loads a model next, so the inputs are checked before.
-
-    Elsewhere a constructor leaves the disk alone: tests make Quantizers of names and paths that do not exist.
-    """
-    caller = sys._getframe(2)
-    return caller.f_code.co_name == "ptq" and caller.f_globals.get("__name__") == "nemo.collections.llm.api"
 
 
 def unwrap_for_modelopt_operations(model):
