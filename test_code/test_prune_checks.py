@@ -56,8 +56,7 @@ class TestConfig:
             ),
             (
                 {"drop_layers": [1], "target_num_layers": 2},
-                r"drop_layers cannot be used with other pruning parameters|"
-                r"drop_layers=\[1\] cannot be used with other pruning parameters \(target_num_layers\)",
+                r"^drop_layers cannot be used with other pruning parameters: drop_layers=\[1\], target_num_layers",
             ),
         ],
     )
