@@ -14,6 +14,7 @@ from nemo.utils.get_rank import is_global_rank_zero
 
 import modelopt.torch.quantization as mtq
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError, one_of
+from nemo.collections.llm.modelopt.quantization import quant_cfg_check
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 from nemo.collections.llm.modelopt.quantization.config import ExportConfig, QuantizationConfig
 
@@ -45,6 +46,7 @@ def base_quant_cfg(algorithm: str, presets: dict[str, Any], load: Callable) -> t
                 f'{algorithm} has no object "quant_cfg" (patterns of quantizer names and their attributes); '
                 f"its keys are {sorted(quant_cfg)}."
             )
+        quant_cfg_check.check(quant_cfg, algorithm)
         return quant_cfg, True
     own = choices.get_modelopt_presets()
     if algorithm in own:

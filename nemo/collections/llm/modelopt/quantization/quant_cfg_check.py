@@ -1,0 +1,96 @@
+"""Check of a quant_cfg that a user wrote, by modelopt's own definitions of its fields, before a model is loaded."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from modelopt.torch.quantization import config as definitions
+from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+
+_TOP = ("quant_cfg", "algorithm")
+
+
+def check(quant_cfg: Mapping[str, Any], where: str) -> None:
+    """Raise for a field that modelopt does not have, or a value that it does not take.
+
+    Args:
+        quant_cfg: holds "quant_cfg" (patterns and attributes of quantizers) and optionally "algorithm".
+        where: what an error calls it.
+
+    Raises:
+        ModelOptConfigError: Naming the pattern and the field.
+    """
+    _check_names(quant_cfg, _TOP, where)
+    for path, attributes in _quantizers(quant_cfg["quant_cfg"], where):
+        _check_model(definitions.QuantizerAttributeConfig, attributes, path)
+    algorithms = quant_cfg.get("algorithm")
+    for algorithm in algorithms if isinstance(algorithms, list) else [algorithms]:
+        _check_algorithm(algorithm, where)
+
+
+def _quantizers(patterns: Mapping[str, Any], where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the attributes of every quantizer, each with its place in words."""
+    for pattern, value in patterns.items():
+        path = f"{where}: {pattern!r}"
+        if isinstance(value, Mapping) and _is_by_class(value):
+            yield from _quantizers(value, path)
+            continue
+        for attributes in value if isinstance(value, list) else [value]:
+            if not isinstance(attributes, Mapping):
+                raise ModelOptConfigError(
+                    f"{path} is {attributes!r}; expected attributes of a quantizer, such as "
+                    '{"num_bits": 8, "axis": 0} or {"enable": false}.'
+                )
+            yield path, attributes
+
+
+def _is_by_class(value: Mapping[str, Any]) -> bool:
+    """Return whether a mapping holds patterns for the layers of one class, such as ``{"nn.Linear": {"*": ...}}``."""
+    known = set(definitions.QuantizerAttributeConfig.model_fields)
+    return bool(value) and not known & set(value) and all(isinstance(one, (Mapping, list)) for one in value.values())
+
+
+def _check_algorithm(algorithm: Any, where: str) -> None:
+    methods = {
+        kind.model_fields["method"].default: kind for kind in _with_subclasses(definitions.QuantizeAlgorithmConfig)
+    }
+    method = algorithm.get("method") if isinstance(algorithm, Mapping) else algorithm
+    if isinstance(algorithm, Mapping) and "method" not in algorithm:
+        raise ModelOptConfigError(f'{where}: "algorithm" has no "method"; its fields are {sorted(algorithm)}.')
+    if method is not None and method not in methods:
+        names = sorted(name for name in methods if name)
+        hint = _nearest(method, names)
+        raise ModelOptConfigError(f'{where}: unknown "algorithm" {method!r}; allowed: {names}.{hint}')
+    if isinstance(algorithm, Mapping):
+        _check_model(methods[method], algorithm, f'{where}: "algorithm"')
+
+
+def _with_subclasses(kind: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    yield kind
+    for one in kind.__subclasses__():
+        yield from _with_subclasses(one)
+
+
+def _check_model(kind: type[BaseModel], values: Mapping[str, Any], where: str) -> None:
+    _check_names(values, kind.model_fields, where)
+    try:
+        kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"][:1])) or "its fields"
+        raise ModelOptConfigError(f"{where}: {field}={values.get(field)!r} is not valid: {first['msg']}.") from None
+
+
+def _check_names(values: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    names = list(known)
+    for name in values:
+        if name not in names:
+            raise ModelOptConfigError(f"{where}: unknown field {name!r}; allowed: {names}.{_nearest(name, names)}")
+
+
+def _nearest(name: Any, known: list[str]) -> str:
+    return "".join(f" Did you mean {one!r}?" for one in difflib.get_close_matches(str(name), known, n=1))
