@@ -26,6 +26,7 @@ SETTINGS = (
     "loss_weights",
     "fused_logits",
     "validation_metrics",
+    "allow_other_tokenizer",
 )
 # The index of a layer in a path of modules: the first number that is a whole component.
 LAYER_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -93,6 +94,7 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "logit_kl_temperature_squared": _SWITCH,
     "logit_kl_in_place": _SWITCH,
     "validation_metrics": _SWITCH,
+    "allow_other_tokenizer": _SWITCH,
     "logit_kl_direction": (lambda value: value in [*_DIVERGENCES], f"one of {', '.join(_DIVERGENCES)}"),
     "logit_kl_topk": (lambda value: value is None or (type(value) is int and value > 0), "a positive whole number"),
     "fused_logits": (lambda value: value in ("auto", "on", "off", True, False), "auto, on or off"),

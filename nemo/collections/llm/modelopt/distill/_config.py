@@ -23,6 +23,13 @@ from ._fused_model import FUSED_LOGITS
 from ._vocab_parallel import DIRECTIONS, FORWARD
 from .loss import LOSS_WEIGHTS, HiddenStateCosineLoss, MSELoss
 
+_SWITCHES = (
+    "skip_lm_loss",
+    "logit_kl_temperature_squared",
+    "logit_kl_in_place",
+    "validation_metrics",
+    "allow_other_tokenizer",
+)
 INTERMEDIATE_LOSSES = {"cosine": HiddenStateCosineLoss, "mse": MSELoss}
 
 
@@ -49,6 +56,7 @@ class DistillationConfig:
         fused_logits: make logits and logits loss in one, chunk by chunk, without holding the logits of a micro-batch.
             ``auto``: where that is exact for the model; ``on``: refuse where it is not; ``off``.
         validation_metrics: run the teacher in validation, too, and log what training logs, as ``val_...``.
+        allow_other_tokenizer: distill from a teacher whose tokenizer differs from the student's.
 
     Raises:
         ModelOptConfigError: where a setting cannot be used.
@@ -68,6 +76,7 @@ class DistillationConfig:
     loss_weights: dict[str, float] | None = None
     fused_logits: str = "auto"
     validation_metrics: bool = False
+    allow_other_tokenizer: bool = False
 
     @property
     def logit_pair(self) -> tuple[str, str]:
@@ -92,7 +101,7 @@ class DistillationConfig:
             raise ModelOptConfigError(f"The layer pairs {repeated} are given more than once; give each pair once.")
         self.kd_loss_scale = _positive("self.kd_loss_scale", self.kd_loss_scale)
         self.logit_kl_temperature = _positive("logit_kl_temperature", self.logit_kl_temperature)
-        for name in ("skip_lm_loss", "logit_kl_temperature_squared", "logit_kl_in_place", "validation_metrics"):
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ModelOptConfigError(f"{name}={getattr(self, name)!r} must be true or false.")
         one_of("logit_kl_direction", self.logit_kl_direction, DIRECTIONS)

@@ -13,6 +13,7 @@ from ._recorded_teacher import check_recording
 from ._recording import is_recording
 from ._stages import refuse_virtual_pipeline
 from ._teacher import align_vocabularies, derive_teacher_config, may_leave_weights_unset, padded_vocab_size
+from ._tokenizers import check_tokenizers
 
 _SHARED = (
     "tensor_model_parallel_size",
@@ -64,6 +65,8 @@ def _checked(model: Any, strategy: Any) -> Plan:
     else:
         found.teacher_config = derive_teacher_config(model.config, model._teacher_config)
         found.entries = align_vocabularies(model.config, found.teacher_config, model.tokenizer)
+        if not settings.allow_other_tokenizer:
+            check_tokenizers(model._teacher_ckpt_path, model.tokenizer)
     check_models(settings, model.config, found.teacher_config)
     check_adapters(settings, model.config, found.teacher_config, model.trainer)
     if not may_leave_weights_unset(getattr(strategy, "ckpt_load_strictness", None)):

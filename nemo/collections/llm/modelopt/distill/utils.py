@@ -34,7 +34,7 @@ from nemo_modelopt_dropin.loss_file import LAYER_INDEX
 from .._saved_keys import saved_keys, saved_prefix, strip_module_prefix
 from ..errors import ModelOptConfigError
 from ..model_utils import restore_modelopt_state
-from ._captured import copy_captured, forget_captured_outputs
+from ._captured import captured_layers, copy_captured, forget_captured_outputs
 from ._carried import message, teacher_part
 from ._config import (
     INTERMEDIATE_LOSSES,
@@ -46,6 +46,7 @@ from ._config import (
     read_distillation_config,
     stage_of_layer,
 )
+from ._finite import check_outputs, check_weights
 from ._fused_model import DeferredLogits, fuse_output_layers, set_deferring
 from ._kd_loss import compute_kd_loss
 from ._peft import stay_as_loaded
@@ -167,7 +168,7 @@ def teacher_provider(
         trainer: its strategy reads the checkpoint.
 
     Raises:
-        ModelOptConfigError: where the strictness does not exist, or weights are missing.
+        ModelOptConfigError: where the strictness does not exist, or weights are missing or not finite.
     """
     strategy = trainer.strategy
     strict = strategy.ckpt_load_strictness
@@ -187,6 +188,7 @@ def teacher_provider(
     checkpoint = strategy.checkpoint_io.load_checkpoint(ckpt_path, {"state_dict": sharded}, strict=strict)
     weights = {strip_module_prefix(key): value for key, value in checkpoint["state_dict"].items()}
     load_weights(model, weights, strict_flag)
+    check_weights(model, ckpt_path)
 
     # The caching allocator keeps what only loading needed until it is told.
     del sharded, checkpoint, weights
@@ -284,7 +286,8 @@ def _forward_student_and_teacher(self, *args, distill_cfg: DistillationConfig, *
         return output
 
     models = (self, self._teacher_model)
-    if not self._chose_fusing:
+    first_step = not self._chose_fusing
+    if first_step:
         # Only now are both as they will be trained: a checkpoint's quantizers come after the model is built.
         fuse_output_layers(*models, distill_cfg)
         self._chose_fusing = True
@@ -296,6 +299,8 @@ def _forward_student_and_teacher(self, *args, distill_cfg: DistillationConfig, *
             # Whoever calls `train()` reaches the teacher too.
             self._teacher_model.eval()
             teacher_output = self._teacher_model(*args, **kwargs)
+        if first_step:
+            check_outputs(teacher for _, teacher in captured_layers(self))
         with self.only_student_forward():
             student_output = type(self).forward(self, *args, **kwargs)
     finally:

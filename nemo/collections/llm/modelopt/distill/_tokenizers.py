@@ -1,0 +1,69 @@
+"""Comparison of the student's tokenizer with the one in the teacher's checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from nemo.lightning import io
+from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
+from nemo.utils import logging
+
+from nemo_modelopt_dropin import tokenizer_files
+from nemo_modelopt_dropin.tokenizer_files import Vocabulary
+
+from ..errors import ModelOptConfigError
+
+
+def check_tokenizers(teacher_path: Any, tokenizer: Any) -> None:
+    """Raise if the teacher's checkpoint holds another tokenizer than the student's.
+
+    Args:
+        teacher_path: NeMo checkpoint of the teacher. Without a context, or with a tokenizer that cannot be loaded or is
+            of a kind that cannot be compared, nothing is checked.
+        tokenizer: of the student.
+
+    Raises:
+        ModelOptConfigError: Naming entries that differ.
+    """
+    own = vocabulary(tokenizer)
+    if own is None or not isinstance(teacher_path, (str, os.PathLike)):
+        return
+    context = Path(ckpt_to_context_subdir(teacher_path))
+    if not (context / "io.json").is_file():
+        return
+    try:
+        other = vocabulary(io.load_context(context, subpath="model.tokenizer"))
+    except Exception as error:  # a hub out of reach, a class of another version: NeMo's loaders judge that
+        logging.warning(f"Distillation: the teacher's tokenizer is not compared with the student's: {error}")
+        return
+    found = tokenizer_files.difference(own, other)
+    if found:
+        raise ModelOptConfigError(tokenizer_files.message(found))
+
+
+def vocabulary(tokenizer: Any) -> Vocabulary | None:
+    """Return the vocabulary of one of NeMo's tokenizers, None for a kind that is not known."""
+    from nemo.collections.common.tokenizers import AutoTokenizer, SentencePieceTokenizer, TiktokenTokenizer
+
+    inner: Any = getattr(tokenizer, "tokenizer", None)
+    if isinstance(tokenizer, AutoTokenizer):
+        backend = getattr(inner, "backend_tokenizer", None)
+        text = backend.to_str() if backend is not None else None
+        if isinstance(text, str):
+            return tokenizer_files.of_json(json.loads(text))
+        entries = inner.get_vocab() if hasattr(inner, "get_vocab") else None
+        if not isinstance(entries, dict):
+            return None
+        return Vocabulary({number: token for token, number in entries.items()})
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        size = inner.get_piece_size() if hasattr(inner, "get_piece_size") else None
+        return Vocabulary({i: inner.id_to_piece(i) for i in range(size)}) if isinstance(size, int) else None
+    if isinstance(tokenizer, TiktokenTokenizer):
+        entries = getattr(tokenizer, "token2id", None)
+        ranks = entries if isinstance(entries, dict) else {}
+        # Not comparable with the byte-level spelling of Hugging Face: these are Python's bytes.
+        return Vocabulary({number: repr(token) for token, number in ranks.items()}) if ranks else None
+    return None
