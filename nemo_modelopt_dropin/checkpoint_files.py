@@ -57,6 +57,24 @@ def tokenizer_problems(name: str | None) -> list[str]:
     return [f"{name} holds no tokenizer: none of {', '.join(_TOKENIZER_FILES[:3])}"]
 
 
+def has_chat_template(path: str | Path | None) -> bool | None:
+    """Return whether the tokenizer in a checkpoint or a folder has a chat template, None if files do not tell.
+
+    Args:
+        path: the folder; None for none.
+    """
+    folder = Path(path or "")
+    if not path or not folder.is_dir():
+        return None
+    context = folder / "context"
+    found = list((context if context.is_dir() else folder).rglob("tokenizer_config.json"))
+    if len(found) != 1:
+        return None
+    content, _ = _json_object(found[0])
+    beside = any(found[0].parent.glob("chat_template*")) or (found[0].parent / "additional_chat_templates").is_dir()
+    return bool(content.get("chat_template")) or beside
+
+
 # --- NeMo -------------------------------------------------------------------------------------------------------------
 
 

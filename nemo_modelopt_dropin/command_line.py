@@ -296,9 +296,28 @@ def text_problems(paths: Mapping[str, str | None]) -> list[str]:
         if path and Path(path).is_dir():
             found.append(f"{flag} {path} is a folder; pass one file (JSON, JSON lines, Parquet or text)")
         elif path and Path(path).exists():
-            problem = data_files.problem(path)
+            # Reading all of a large file once is enough.
+            problem = data_files.problem(path, limit=None if os.environ.get("RANK", "0") == "0" else 1)
             found += [f"{flag}: {problem}"] if problem else []
     return found
+
+
+def template_problems(paths: Mapping[str, str | None], tokenizer: str | None, column: str | None = None) -> list[str]:
+    """Return a sentence for each text that holds conversations although the tokenizer has no chat template.
+
+    Args:
+        paths: flag -> text.
+        tokenizer: checkpoint or folder that holds the tokenizer; None or a name on a hub are not checked.
+        column: of the texts, None for the usual one.
+    """
+    if checkpoint_files.has_chat_template(tokenizer) is not False:
+        return []
+    return [
+        f"{flag} {path} holds conversations, but the tokenizer in {tokenizer} has no chat template; use one that "
+        "does, or rows with a column text"
+        for flag, path in paths.items()
+        if path and data_files.holds_chats(path, column)
+    ]
 
 
 def no_checkpoints(paths: Mapping[str, str | None]) -> list[str]:

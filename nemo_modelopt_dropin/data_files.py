@@ -118,6 +118,19 @@ def problem(name: str, column: str | None = None, usual: str = "text", limit: in
     return None
 
 
+def holds_chats(name: str, column: str | None = None) -> bool:
+    """Return whether the first row with content is a conversation; False if files cannot be read.
+
+    Args:
+        name: what `expand` takes.
+        column: the column asked for, None for the usual one.
+    """
+    try:
+        return isinstance(next(rows(expand(name), column, "text"), None), Chat)
+    except DataFileError:
+        return False
+
+
 def _content(value: Any, place: str) -> str | list[int] | Chat | None:
     """Return a row's text, token ids or conversation; None if there is none.
 

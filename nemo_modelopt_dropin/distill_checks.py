@@ -12,6 +12,7 @@ from nemo_modelopt_dropin.command_line import (
     missing_paths,
     no_checkpoints,
     not_positive,
+    template_problems,
     text_problems,
     tokenizer_problems,
 )
@@ -34,7 +35,8 @@ def problems(given: argparse.Namespace) -> list[str]:
         found += place_problems("--log_dir/--name", folder, {f"--{name}": path for name, path in models.items()})
     files = ("distillation_config", "chat_template_path")
     found += missing_paths({f"--{name}": getattr(given, name) for name in files}, folder=False)
-    found += text_problems({"--text": given.text, "--heldout_text": given.heldout_text})
+    texts = {"--text": given.text, "--heldout_text": given.heldout_text}
+    found += text_problems(texts) + template_problems(texts, given.model_path)
     found += pair_checks.same_text(("--text", given.text), ("--heldout_text", given.heldout_text))
     found += tokenizer_problems(given) + data_paths.problems(given)
     found += layout_problems(

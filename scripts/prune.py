@@ -36,6 +36,7 @@ from nemo_modelopt_dropin.command_line import (
     loading_options,
     no_checkpoints,
     not_positive,
+    template_problems,
     text_problems,
     tokenizer_problems,
 )
@@ -138,7 +139,8 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     problems = no_checkpoints({"--restore_path": arguments.restore_path})
     inputs = {"--restore_path": arguments.restore_path}
     problems += output_checks.problems("--save_path", arguments.save_path, inputs, "nemo")
-    problems += text_problems({"--text": arguments.text, "--heldout_text": arguments.heldout_text})
+    texts = {"--text": arguments.text, "--heldout_text": arguments.heldout_text}
+    problems += text_problems(texts) + template_problems(texts, arguments.restore_path)
     problems += tokenizer_problems(arguments) + data_paths.problems(arguments)
     problems += pair_checks.same_text(("--text", arguments.text), ("--heldout_text", arguments.heldout_text))
     problems += layout_problems(arguments.devices, arguments.num_nodes, arguments.tp_size, arguments.pp_size)

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import shutil
 from pathlib import Path
 
 import pyarrow
@@ -206,3 +207,21 @@ def test_rows_in_memory_are_checked_alike(cpu_backend):
         data_sources.check(["a", "\ud800"], None, 10)
     with pytest.raises(ModelOptConfigError, match="has no row with text: all rows are blank"):
         data_sources.check(["", " \n", None], None)
+
+
+@pytest.mark.parametrize("script", ["prune", "distill", "compress", "ptq"])
+def test_a_missing_template_is_reported_before_nemo_is_imported(
+    tmp_path, monkeypatch, scripts_on_the_path, capsys, script
+):
+    cli.inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "teacher"):
+        shutil.copytree(tiny.tokenizer_folder(), tmp_path / name / "context" / "tokenizer")
+    (tmp_path / "text.jsonl").write_text(lines(OPENAI))
+    command = (cli.COMPRESS if script == "compress" else cli.RUNS[script]).split()
+    with pytest.raises(SystemExit, match="2"):
+        cli.script_of(script).resolve(command)
+    assert "text.jsonl holds conversations, but the tokenizer in" in capsys.readouterr().err
+    for name in ("model", "teacher"):
+        (tmp_path / name / "context" / "tokenizer" / "chat_template.jinja").write_text(TEMPLATE)
+    cli.script_of(script).resolve(command)
