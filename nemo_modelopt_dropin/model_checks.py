@@ -79,16 +79,52 @@ def drop_problems(layers: int | None, dropped: Sequence[int] | None) -> list[str
     return found
 
 
-def smallest(shape: Shape, targets: Targets) -> Shape:
-    """Return the smallest shape that a search of sizes reaches; what ``targets`` give stays."""
+def size_multiples(shape: Shape | None, tp: int, block: int | None, to_hf: bool = True) -> dict[str, int]:
+    """Return the numbers that sizes must be multiples of so that each rank's layers hold whole blocks of weights.
+
+    Args:
+        shape: the original model, None if unknown.
+        tp: tensor-parallel ranks.
+        block: weights that share a scale along a layer's inputs; None for formats without blocks.
+        to_hf: see `block_problems`.
+    """
+    if shape is None or min(tp, block or 1) < 1:
+        return {}
+    unit = (block or 1) if to_hf or tp > 1 else 1
+    heads = math.lcm(tp, unit * tp // math.gcd(unit * tp, shape.kv_channels))
+    found = {"hidden_size": unit if to_hf else 1, "ffn_hidden_size": unit * tp, "num_attention_heads": heads}
+    if shape.experts:
+        found["moe_ffn_hidden_size"] = unit * tp
+    return {name: multiple for name, multiple in found.items() if multiple > 1}
+
+
+def _least(step: int, multiple: int, size: int) -> int:
+    """Return the smallest size that a search tries, the original one if there is none below it."""
+    return min(math.lcm(step, multiple), size)
+
+
+def smallest(shape: Shape, targets: Targets, multiples: Mapping[str, int] | None = None) -> Shape:
+    """Return the smallest shape that a search of sizes reaches; what ``targets`` give stays.
+
+    Args:
+        shape: the original model.
+        targets: sizes or shares that are given.
+        multiples: what `size_multiples` returned.
+    """
+    need = multiples or {}
+    joint = shape.num_query_groups == shape.num_attention_heads
     # Without query groups every head is a group of its own.
-    groups = 1 if shape.num_query_groups == shape.num_attention_heads else shape.num_query_groups
+    groups = 1 if joint else shape.num_query_groups
+    heads = _least(groups, need.get("num_attention_heads", 1), shape.num_attention_heads)
+    widths = {
+        name: _least(size_step(name, getattr(shape, name)), need.get(name, 1), getattr(shape, name))
+        for name in ("hidden_size", "ffn_hidden_size")
+    }
     least: dict[str, Any] = {
-        "hidden_size": size_step("hidden_size", shape.hidden_size),
-        "ffn_hidden_size": size_step("ffn_hidden_size", shape.ffn_hidden_size),
+        **widths,
         "num_layers": 1,
-        "num_attention_heads": groups,
-        "num_query_groups": groups,
+        "num_attention_heads": heads,
+        "num_query_groups": heads if joint else groups,
         "experts": min(1, shape.experts),
         "shared_expert_size": 0,
     }
@@ -97,19 +133,29 @@ def smallest(shape: Shape, targets: Targets) -> Shape:
     return replace(shape, **{name: getattr(wanted, name) if name in fixed else size for name, size in least.items()})
 
 
-def budget_problems(shape: Shape | None, limit: Any, targets: Targets) -> list[str]:
-    """Return why a model cannot be pruned to a number of parameters, ``target_params`` as it was given."""
+def budget_problems(
+    shape: Shape | None, limit: Any, targets: Targets, multiples: Mapping[str, int] | None = None
+) -> list[str]:
+    """Return why a model cannot be pruned to a number of parameters.
+
+    Args:
+        shape: the model, None if unknown.
+        limit: ``target_params`` as it was given.
+        targets: sizes or shares that are given.
+        multiples: what `size_multiples` returned.
+    """
     if shape is None or limit is None or budget.problem("", limit):
         return []
     number = budget.parse(limit)
     most = int(number * shape.parameters if number < 1 else number)
     if most >= shape.parameters:
         return [f"target_params {limit} is {most:,} parameters, not fewer than the model's {shape.parameters:,}"]
-    least = smallest(shape, targets).parameters
+    least = smallest(shape, targets, multiples).parameters
     if most < least:
         return [
             f"target_params {limit} is {most:,} of the model's {shape.parameters:,} parameters; below {least:,} no "
             "sizes reach, because embedding and output layer keep the whole vocabulary"
+            + "".join(f"; {name} must be a multiple of {number}" for name, number in (multiples or {}).items())
             + ("; give fewer target_* sizes" if any(size is not None for size in targets.values()) else "")
         ]
     return []
@@ -141,10 +187,17 @@ def derive_stages(given: argparse.Namespace, path: str | None, stages: int) -> N
             derive(given, name, layers)
 
 
-def block_problems(shape: Shape | None, tp: int, block: int | None, to_hf: bool = True) -> list[str]:
+def block_problems(
+    shape: Shape | None,
+    tp: int,
+    block: int | None,
+    to_hf: bool = True,
+    option: str | None = "--awq_block_size",
+    chosen: bool = False,
+) -> list[str]:
     """Return the inputs of a model's layers, on each of the tp ranks, that blocks of weights do not divide.
 
-    Nothing for no blocks (None), and for numbers below 1, which are reported elsewhere.
+    Returns [] for no blocks (None), and for numbers below 1, which are reported elsewhere.
 
     Args:
         shape: The model's sizes, None if unknown.
@@ -152,21 +205,45 @@ def block_problems(shape: Shape | None, tp: int, block: int | None, to_hf: bool 
         block: Weights that share a scale.
         to_hf: Whether hf files are written, which hold whole blocks only. Elsewhere a row may end with a shorter block,
             unless ranks cut the row there: no other tensor-parallel size could restore the scales.
+        option: Flag that sets the block; None if the algorithm's is fixed.
+        chosen: Whether a search will choose the sizes: then only a model that is too small is a problem.
     """
     if shape is None or block is None or min(tp, block) < 1:
         return []
-    cut = {
-        "ffn_hidden_size": shape.ffn_hidden_size // tp,
-        "attention heads x channels": shape.num_attention_heads * shape.kv_channels // tp,
+    widths = {
+        "hidden_size": (shape.hidden_size, 1),
+        "ffn_hidden_size": (shape.ffn_hidden_size, tp),
+        "attention heads x channels": (shape.num_attention_heads * shape.kv_channels, tp),
     }
-    whole = {"hidden_size": shape.hidden_size} if to_hf else {}
+    if not to_hf:
+        widths = {name: size for name, size in widths.items() if size[1] > 1}
+    fitting = _searched(shape, size_multiples(shape, tp, block, to_hf)) if chosen else {}
     smaller = f", or a smaller tp than {tp}" if tp > 1 else ""
-    return [
-        f"blocks of {block} (awq_block_size) do not divide the {width} inputs on each rank of layers after {name}; "
-        f"use a block size that does, such as {math.gcd(width, block)}{smaller}"
-        for name, width in {**whole, **(cut if to_hf or tp > 1 else {})}.items()
-        if width % block
-    ]
+    found = []
+    for name, (width, parts) in widths.items():
+        if width % (block * parts) and not fitting.get(name):
+            start = f"blocks of {block} ({(option or 'fixed for int4').lstrip('-')})"
+            common = math.gcd(width // parts, block)
+            advice = f"use {option} {common}" if option else f"use int4_awq with a block size of {common}"
+            found.append(
+                f"{start} do not divide the {width // parts} inputs on each rank of layers after {name}; {advice}"
+                f"{smaller}"
+            )
+    return found
+
+
+def _searched(shape: Shape, multiples: Mapping[str, int]) -> dict[str, bool]:
+    """Return whether a search finds any size that is a multiple of what is needed, by the names of `block_problems`."""
+    groups = 1 if shape.num_query_groups == shape.num_attention_heads else shape.num_query_groups
+    steps = {
+        "hidden_size": ("hidden_size", size_step("hidden_size", shape.hidden_size)),
+        "ffn_hidden_size": ("ffn_hidden_size", size_step("ffn_hidden_size", shape.ffn_hidden_size)),
+        "attention heads x channels": ("num_attention_heads", groups),
+    }
+    return {
+        name: math.lcm(step, multiples.get(hparam, 1)) <= getattr(shape, hparam)
+        for name, (hparam, step) in steps.items()
+    }
 
 
 def block_size(algorithm: str, awq_block_size: int) -> int | None:

@@ -24,6 +24,7 @@ from nemo_modelopt_dropin.command_line import (
     nearest,
     no_checkpoints,
     not_positive,
+    template_problems,
     tokenizer_problems,
 )
 from nemo_modelopt_dropin.model_checks import block_problems, block_size, derive_stages, split_problems
@@ -163,6 +164,10 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     if arguments.algorithm != "no_quant":
         limit = max(1, arguments.calibration_dataset_size)
         problems += data_problems(arguments.calibration_dataset, arguments.calibration_column, limit)
+        if arguments.calibration_dataset not in HUB:
+            texts = {"--calibration_dataset": arguments.calibration_dataset}
+            tokenizer = arguments.tokenizer or arguments.nemo_checkpoint
+            problems += template_problems(texts, tokenizer, arguments.calibration_column)
     problems += tokenizer_problems(arguments)
     problems += layout_problems(
         arguments.devices, arguments.num_nodes, arguments.calibration_tp, arguments.calibration_pp
@@ -185,7 +190,8 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     problems += split_problems(arguments.nemo_checkpoint, arguments.calibration_tp, arguments.calibration_pp)
     block = block_size(arguments.algorithm, arguments.awq_block_size)
     shape = known(arguments.nemo_checkpoint)
-    problems += block_problems(shape, arguments.calibration_tp, block, to_hf=arguments.export_format == "hf")
+    flag = None if arguments.algorithm == "int4" else "--awq_block_size"
+    problems += block_problems(shape, arguments.calibration_tp, block, arguments.export_format == "hf", flag)
     line.refuse(problems)
     return arguments
 

@@ -10,9 +10,12 @@ import torch
 
 from nemo import lightning as nl
 from nemo.collections import llm
+from nemo.collections.llm.modelopt import ModelOptConfigError
 from nemo_modelopt_dropin.compress import heldout, jobs, tokens, training
-from nemo_modelopt_dropin.compress.settings import Job, Layout, Pruning
+from nemo_modelopt_dropin.compress.settings import Job, Layout, Pruning, Quantization
 from test_code import tiny
+
+_AWQ_HF = {"algorithm": "int4_awq", "formats": ("nemo", "hf")}
 
 
 def make_teacher(folder: str, in_bf16: bool = False, llama: bool = False) -> None:
@@ -36,10 +39,11 @@ def make_teacher(folder: str, in_bf16: bool = False, llama: bool = False) -> Non
     training.release()
 
 
-def _pruning(here: Path, layout: dict, pruning: dict) -> Job:
+def _pruning(here: Path, layout: dict, pruning: dict, quantization: dict | None = None) -> Job:
     texts = {f"{name}_text": str(here / f"{name}.jsonl") for name in ("train", "heldout")}
     settings = Pruning(num_samples=8, **pruning)
-    return Job(str(here / "checkpoint"), **texts, seq_length=32, layout=Layout(cpu=True, **layout), pruning=settings)
+    return Job(str(here / "checkpoint"), **texts, seq_length=32, layout=Layout(cpu=True, **layout), pruning=settings,
+        quantization=Quantization(**(quantization or {})))  # fmt: skip
 
 
 def tokenize(folder: str) -> None:
@@ -49,10 +53,22 @@ def tokenize(folder: str) -> None:
     jobs.tokenize(here / "pruned", _pruning(here, {}, {}))
 
 
-def prune(folder: str, layout: dict, pruning: dict) -> dict:
+def prune(folder: str, layout: dict, pruning: dict, quantization: dict | None = None) -> dict:
     """Return what the stage that prunes reports of the tiny teacher, pruned below ``folder``/pruned."""
     here = Path(folder)
-    return jobs.prune(here / "pruned", _pruning(here, layout, pruning), here / "pruned")
+    return jobs.prune(here / "pruned", _pruning(here, layout, pruning, quantization), here / "pruned")
+
+
+def quantize_too_wide(folder: str, blocks: int) -> tuple[str, str]:
+    """Return the errors with which distillation and quantization start for a student that blocks do not divide."""
+    here, found = Path(folder), []
+    job = _pruning(here, {}, {"target_num_layers": 2}, {**_AWQ_HF, "awq_block_size": blocks})
+    for work, more in ((jobs.distill, (here, None)), (jobs.quantize, (here,))):
+        try:
+            work(here / "no such stage", job, here / "checkpoint", *more)
+        except ModelOptConfigError as error:
+            found.append(str(error))
+    return found[0], found[1]
 
 
 def measure(folder: str, layout: dict) -> dict:

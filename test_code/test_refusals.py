@@ -81,7 +81,7 @@ def test_what_is_no_checkpoint_is_said_before_nemo_is_loaded(
             "compress",
             "--teacher model --train-text text.jsonl --heldout-text heldout.jsonl --target-num-layers 1 --formats hf "
             "--algorithm int4_awq",
-            "blocks of 128 (awq_block_size) do not divide the 32 inputs on each rank of layers after hidden_size",
+            "blocks of 128 (awq-block-size) do not divide the 32 inputs on each rank of layers after hidden_size",
         ),
         (
             "compress",
@@ -99,7 +99,7 @@ def test_what_is_no_checkpoint_is_said_before_nemo_is_loaded(
             "ptq",
             "-nc model -calib_ds text.jsonl --cpu -algo int4_awq -awq_bs 64 --tp 2 --export_format nemo",
             "blocks of 64 (awq_block_size) do not divide the 32 inputs on each rank of layers after ffn_hidden_size; "
-            "use a block size that does, such as 32, or a smaller tp than 2",
+            "use --awq_block_size 32, or a smaller tp than 2",
         ),
         (
             "ptq",

@@ -28,7 +28,7 @@ def teachers(ranks_factory, tmp_path_factory) -> dict[str, str]:
     ("kind", "message"),
     [
         ("whole", None),
-        ("vocabulary", "Student and teacher have different tokenizers: 2 of 2"),
+        ("vocabulary", "Student and teacher have different tokenizers: 2 of "),
         ("merges", "Student and teacher have different tokenizers: the vocabularies agree, but merge"),
         ("nan", "The teacher's weights are not finite: 1 of"),
         ("inf", "The teacher's weights are not finite: 1 of"),
@@ -113,12 +113,12 @@ def test_vocabularies_of_nemos_tokenizers(cpu_backend, tmp_path):
     found = vocabulary(tiny.tokenizer())
     assert found == tokenizer_files.of_folder(tiny.tokenizer_folder()) and found.merges
     (tmp_path / "text").write_text("\n".join(tiny.texts(200)))
-    for name, size in (("one", 60), ("two", 62)):
+    for name, size in (("one", 55), ("two", 58)):
         sentencepiece.SentencePieceTrainer.train(
             input=str(tmp_path / "text"), model_prefix=str(tmp_path / name), vocab_size=size, minloglevel=2
         )
     one, again, two = (vocabulary(SentencePieceTokenizer(str(tmp_path / f"{n}.model"))) for n in ("one", "one", "two"))
-    assert one.tokens[0] == "<unk>" and len(one.tokens) == 60
+    assert one.tokens[0] == "<unk>" and len(one.tokens) == 55
     assert tokenizer_files.difference(one, again) is None and tokenizer_files.difference(one, two) is not None
     # What stands for a tokenizer in a test is not compared.
     assert vocabulary(Mock(vocab_size=8)) is None and vocabulary(None) is None
@@ -140,7 +140,7 @@ def test_tiktoken_is_compared_by_its_ranks(cpu_backend, tmp_path):
         ]
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
         found.append(
-            vocabulary(TiktokenTokenizer(str(tmp_path / f"{name}.json"), num_special_tokens=3, vocab_size=261))
+            vocabulary(TiktokenTokenizer(str(tmp_path / f"{name}.json"), num_special_tokens=10, vocab_size=268))
         )
     assert tokenizer_files.difference(found[0], found[0]) is None
     assert "2 of 258 entries of the vocabulary differ" in tokenizer_files.difference(*found)

@@ -70,6 +70,7 @@ def prune(folder: Path, job: Job, token_folder: Path) -> dict[str, Any]:
         **{name: getattr(settings, name) for name in TARGETS},
         drop_layers=list(settings.drop_layers) if settings.drop_layers else None,
         **{name: getattr(settings, name) for name in ("target_params", "max_candidates", "heldout_batches")},
+        size_multiples=job.size_multiples() or None,
         scores_path=None if settings.drop_layers else str(folder / _SCORES),
         report_path=str(folder / _REPORT),
     )
@@ -91,6 +92,17 @@ def prune(folder: Path, job: Job, token_folder: Path) -> dict[str, Any]:
             data=data,
         )
     return measure(folder / _CHECKPOINT, token_folder, job) | {"importance": importance.read(folder / _REPORT)}
+
+
+def check_blocks(student: Path, job: Job) -> None:
+    """Raise before a step's work for a student whose sizes blocks of weights do not divide, rather than at the export.
+
+    Raises:
+        ModelOptConfigError: naming sizes, blocks and options.
+    """
+    found = job.block_problems(model_sizes.known(student))
+    if found:
+        raise ModelOptConfigError(f"{student}: {'; '.join(found)}.")
 
 
 def fit_trainer(
@@ -152,6 +164,7 @@ def distill(folder: Path, job: Job, student: Path, token_folder: Path, out: Text
 
 def _train_student(folder: Path, job: Job, student: Path, token_folder: Path, out: TextIO | None) -> None:
     settings = job.distillation
+    check_blocks(student, job)
     training.release()
     if warning := pair_checks.larger_student(str(student), job.teacher):
         screen.warn(warning)
@@ -197,6 +210,7 @@ def _train_from_scratch(folder: Path, job: Job, student: Path, token_folder: Pat
 def quantize(folder: Path, job: Job, student: Path, token_folder: Path) -> dict[str, Any]:
     """Quantize the student with llm.ptq, calibrated on the training text, into a NeMo checkpoint."""
     settings, layout = job.quantization, job.layout
+    check_blocks(student, job)
     training.release()
     llm.ptq(
         model_path=str(student),

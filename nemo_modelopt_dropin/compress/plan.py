@@ -50,6 +50,9 @@ def compression_stages(job: Job, root: Path, before: str | None = None, out: Tex
         return Stage(name, run, settings, after, keeps_progress)
 
     token_folder = root / "tokens"
+    # What the search of sizes depends on besides its own settings; nothing for sizes that are given.
+    multiples = job.size_multiples() if before is None else {}
+    pruned_to = asdict(job.pruning) | ({"size_multiples": multiples} if multiples else {})
     pruned, distilled = checkpoint("prune"), checkpoint("distill")
     stages = [
         stage("tokens", lambda jobs, folder: jobs.tokenize(folder, job), texts, first),
@@ -59,7 +62,7 @@ def compression_stages(job: Job, root: Path, before: str | None = None, out: Tex
             inputs,
             (*first, "tokens"),
         ),
-        stage("prune", lambda jobs, folder: jobs.prune(folder, job, token_folder), asdict(job.pruning), ("teacher",)),
+        stage("prune", lambda jobs, folder: jobs.prune(folder, job, token_folder), pruned_to, ("teacher",)),
         stage(
             "distill",
             lambda jobs, folder: jobs.distill(folder, job, pruned, token_folder, out),

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_modelopt_dropin import budget, loss_file, model_checks, model_sizes, pair_checks, prune_layout
-from nemo_modelopt_dropin.command_line import no_checkpoints, text_problems
+from nemo_modelopt_dropin.command_line import no_checkpoints, template_problems, text_problems
+from nemo_modelopt_dropin.model_sizes import Shape
 
 ALGORITHMS = ("fp8", "int8", "int8_sq", "int4", "int4_awq", "w4a8_awq", "nvfp4")
 EXPORT_FORMATS = ("nemo", "hf")
@@ -199,7 +200,8 @@ class Job:
         if self.distill_config and not Path(self.distill_config).is_file():
             found.append(f"distill_config {self.distill_config}: there is no such file")
         if teacher_exists:
-            found += text_problems({"train_text": self.train_text, "heldout_text": self.heldout_text})
+            texts = {"train_text": self.train_text, "heldout_text": self.heldout_text}
+            found += text_problems(texts) + template_problems(texts, self.teacher)
             found += pair_checks.same_text(("train_text", self.train_text), ("heldout_text", self.heldout_text))
             found += no_checkpoints({"teacher": self.teacher})
         found += loss_file.problems(self.distill_config)
@@ -218,17 +220,55 @@ class Job:
         targets = {name: getattr(pruning, name) for name in TARGETS}
         unfit = model_checks.target_problems(shape, targets, pruning.target_params is not None)
         unfit += model_checks.drop_problems(layers, pruning.drop_layers)
-        unfit += [] if unfit else model_checks.budget_problems(shape, pruning.target_params, targets)
+        unfit += (
+            []
+            if unfit
+            else model_checks.budget_problems(shape, pruning.target_params, targets, self.size_multiples(shape))
+        )
         found = [f"pruning: {one}" for one in unfit]
         left = None if pruning.target_params is not None else pruning.target_num_layers or layers
         if left is not None and pruning.drop_layers:
             left -= len(pruning.drop_layers)
         found += model_checks.pair_problems(self.distill_config, {"student": left, "teacher": layers})
-        # Sizes that a search will choose are checked when the files are written.
-        if not found and shape is not None and pruning.target_params is None:
-            block, to_hf = self.quantization.block(), "hf" in self.quantization.formats
-            found += model_checks.block_problems(shape.pruned(targets), self.layout.tp, block, to_hf)
+        return found or (self._block_problems(shape, targets) if shape is not None else [])
+
+    def _block_problems(self, shape: Shape, targets: Mapping[str, int | None]) -> list[str]:
+        """Return what of the pruned model's sizes blocks of weights do not divide."""
+        if self.pruning.target_params is None:
+            return self.block_problems(shape.pruned(targets))
+        # A search takes only sizes that fit; those that are given, or too small from the start, do not become right.
+        found = self.block_problems(shape, chosen=True)
+        multiples = self.size_multiples(shape)
+        found += [
+            f"pruning: {name} {size} is not a multiple of {multiples[name.removeprefix('target_')]}, which "
+            f"{self.quantization.algorithm} as {' and '.join(self.quantization.formats)} on tp {self.layout.tp} needs"
+            for name, size in targets.items()
+            if size is not None and size % multiples.get(name.removeprefix("target_"), 1)
+        ]
         return found
+
+    def block_problems(self, shape: Shape | None, chosen: bool = False) -> list[str]:
+        """Return what of a model's sizes blocks of weights do not divide.
+
+        Args:
+            shape: the model, None if unknown.
+            chosen: whether a search is yet to choose its sizes.
+        """
+        block, to_hf = self.quantization.block(), "hf" in self.quantization.formats
+        option = None if self.quantization.algorithm == "int4" else "--awq-block-size"
+        return model_checks.block_problems(shape, self.layout.tp, block, to_hf, option, chosen)
+
+    def size_multiples(self, shape: Shape | None = None) -> dict[str, int]:
+        """Return the numbers that sizes chosen for ``target_params`` must be multiples of, by hparam.
+
+        Args:
+            shape: the teacher's; None reads it.
+        """
+        if self.pruning.target_params is None:
+            return {}
+        known = shape or model_sizes.known(self.teacher)
+        block, to_hf = self.quantization.block(), "hf" in self.quantization.formats
+        return model_checks.size_multiples(known, self.layout.tp, block, to_hf)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as nested dictionaries."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nemo.utils import logging
@@ -24,11 +24,13 @@ class Budget:
         parameters: ``target_params`` as the user gave it, None for no limit.
         active_parameters: ``target_active_params``, those that one token uses in an MoE model.
         max_candidates: how many combinations of sizes to try.
+        multiples: hparam -> number that its size must be a multiple of.
     """
 
     parameters: Any
     active_parameters: Any
     max_candidates: int
+    multiples: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,8 @@ def _plan(
 
     limits = _limits(budget, counted(sizes), counted_active(sizes))
     experts = topk if "num_moe_experts" in sizes else 1
-    return _candidates.choose(sizes, fixed, counted, counted_active, limits, budget.max_candidates, experts)
+    multiples = {name: number for name, number in budget.multiples.items() if name in sizes}
+    return _candidates.choose(sizes, fixed, counted, counted_active, limits, budget.max_candidates, experts, multiples)
 
 
 def _changed(core: nn.Module, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -204,12 +207,20 @@ def table(candidates: list[_candidates.Candidate], original_loss: float) -> str:
     return "\n".join([*lines, f"Held-out loss of the original model: {original_loss:.4f} nats a token"])
 
 
-def checked_budget(parameters: Any, active_parameters: Any, max_candidates: Any) -> Budget | None:
-    """Return the budget of a configuration, None where it has none.
+def checked_budget(
+    parameters: Any, active_parameters: Any, max_candidates: Any, multiples: Any = None
+) -> Budget | None:
+    """Return the budget of a configuration, None if it has none.
 
     Raises:
-        ModelOptConfigError: for a limit that is no number of parameters, or a number of candidates below one.
+        ModelOptConfigError: for a limit that is no number of parameters, or a number of candidates or a multiple below
+            one.
     """
+    whole = isinstance(multiples or {}, Mapping) and all(type(n) is int and n >= 1 for n in (multiples or {}).values())
+    if not whole:
+        raise ModelOptConfigError(f"size_multiples={multiples!r} must map hparams to whole numbers of at least 1.")
+    if multiples and parameters is None and active_parameters is None:
+        raise ModelOptConfigError(f"size_multiples={multiples!r} is for target_params: other sizes are kept as given.")
     for name, value in (("target_params", parameters), ("target_active_params", active_parameters)):
         if value is not None:
             _candidates.parse_budget(name, value)
@@ -217,4 +228,4 @@ def checked_budget(parameters: Any, active_parameters: Any, max_candidates: Any)
         raise ModelOptConfigError(f"max_candidates={max_candidates!r}; give a whole number of at least 1.")
     if parameters is None and active_parameters is None:
         return None
-    return Budget(parameters, active_parameters, max_candidates)
+    return Budget(parameters, active_parameters, max_candidates, multiples or {})

@@ -82,7 +82,7 @@ def resolve_budget(name: str, value: Any, total: int) -> int:
     return limit
 
 
-def size_choices(name: str, sizes: Mapping[str, int], floor: float, least: int = 1) -> list[int]:
+def size_choices(name: str, sizes: Mapping[str, int], floor: float, least: int = 1, multiple: int = 1) -> list[int]:
     """Return legal sizes from a share of the original one up to it, `_CHOICES` at most and evenly spaced.
 
     Args:
@@ -90,13 +90,15 @@ def size_choices(name: str, sizes: Mapping[str, int], floor: float, least: int =
         sizes: the original sizes.
         floor: the smallest share.
         least: the smallest size.
+        multiple: number that the size must be a multiple of; none may be legal then.
     """
     size = sizes[name]
     step = sizes["num_query_groups"] if name == "num_attention_heads" else size_step(name, size)
-    lowest = max(step, least, math.ceil(floor * size / step) * step)
-    legal = sorted({size, *range(lowest, size + 1, step)})
+    step = math.lcm(step, multiple)
+    lowest = math.ceil(max(step, least, floor * size) / step) * step
+    legal = sorted({*([] if size % multiple else [size]), *range(lowest, size + 1, step)})
     count = min(_CHOICES, len(legal))
-    return sorted({legal[round(i * (len(legal) - 1) / max(1, count - 1))] for i in range(count)})
+    return [] if not legal else sorted({legal[round(i * (len(legal) - 1) / max(1, count - 1))] for i in range(count)})
 
 
 def enumerate_sizes(
@@ -105,6 +107,7 @@ def enumerate_sizes(
     budgets: Sequence[tuple[Callable[[Mapping[str, int]], int], int]],
     floor: float,
     least_experts: int = 1,
+    multiples: Mapping[str, int] | None = None,
 ) -> list[dict[str, int]]:
     """Return all combinations of sizes that keep every budget, each as large as it allows.
 
@@ -114,7 +117,9 @@ def enumerate_sizes(
         budgets: pairs of a count of parameters as a function of the sizes, and its limit.
         floor: the smallest share of a size to go down to.
         least_experts: experts that a token is sent to.
+        multiples: hparam -> number that its size must be a multiple of.
     """
+    multiples = multiples or {}
     # Without query groups every head is a group: both go together.
     joint = sizes.get("num_query_groups") == sizes.get("num_attention_heads")
     free = [name for name in sizes if name not in fixed and name != "num_query_groups"]
@@ -127,16 +132,17 @@ def enumerate_sizes(
             f"leave at least one of {', '.join(f'target_{name}' for name in _FITTED if name in sizes)} out."
         )
 
-    step = size_step(fitted, sizes[fitted])
+    step = math.lcm(size_step(fitted, sizes[fitted]), multiples.get(fitted, 1))
 
     def fits(combination: Mapping[str, int], steps: int) -> bool:
         return all(counted({**combination, fitted: steps * step}) <= limit for counted, limit in budgets)
 
     grid, found = [], []
     for name in free:
-        choices = size_choices(name, sizes, floor, least_experts if name == "num_moe_experts" else 1)
+        least, multiple = least_experts if name == "num_moe_experts" else 1, multiples.get(name, 1)
+        choices = size_choices(name, sizes, floor, least, multiple)
         if name == "num_attention_heads" and joint:
-            choices = size_choices("num_layers", {"num_layers": sizes[name]}, floor)  # any number of heads
+            choices = size_choices("num_layers", {"num_layers": sizes[name]}, floor, 1, multiple)  # any number of heads
         if name != fitted:
             grid.append([(name, size) for size in choices])
     steps = range(max(1, math.ceil(floor * sizes[fitted] / step)), sizes[fitted] // step + 1)
@@ -194,16 +200,37 @@ def spread(combinations: Sequence[Mapping[str, int]], sizes: Mapping[str, int], 
     return chosen
 
 
-def _smallest(sizes: Mapping[str, int], fixed: Mapping[str, int], least_experts: int) -> dict[str, int]:
+def _smallest(
+    sizes: Mapping[str, int], fixed: Mapping[str, int], least_experts: int, multiples: Mapping[str, int]
+) -> dict[str, int]:
     """Return the smallest combination of sizes that is tried."""
-    found = {
-        name: size_choices(name, sizes, 0.0, least_experts if name == "num_moe_experts" else 1)[0]
-        for name in sizes
-        if name != "num_query_groups"
-    }
+    found = {}
+    for name in sizes:
+        least = least_experts if name == "num_moe_experts" else 1
+        choices = size_choices(name, sizes, 0.0, least, multiples.get(name, 1))
+        if name != "num_query_groups" and choices:
+            found[name] = choices[0]
     if sizes.get("num_query_groups") == sizes.get("num_attention_heads"):
-        found |= dict.fromkeys(("num_attention_heads", "num_query_groups"), 1)
+        heads = multiples.get("num_attention_heads", 1)
+        found |= dict.fromkeys(("num_attention_heads", "num_query_groups"), heads)
     return {**sizes, **found, **fixed}
+
+
+def check_multiples(sizes: Mapping[str, int], fixed: Mapping[str, int], multiples: Mapping[str, int]) -> None:
+    """Raise for multiples that no size of the model satisfies, or that sizes which stay do not.
+
+    Raises:
+        ModelOptConfigError: naming the size and the multiple.
+    """
+    for name, multiple in multiples.items():
+        if name in fixed and fixed[name] % multiple:
+            raise ModelOptConfigError(
+                f"target_{name}={fixed[name]} is not a multiple of {multiple}, which size_multiples requires."
+            )
+        if name in sizes and sizes[name] < multiple:
+            raise ModelOptConfigError(
+                f"size_multiples: {name} must be a multiple of {multiple}, but the model's is {sizes[name]}."
+            )
 
 
 def choose(
@@ -214,6 +241,7 @@ def choose(
     budgets: tuple[int | None, int | None],
     count: int,
     least_experts: int = 1,
+    multiples: Mapping[str, int] | None = None,
 ) -> list[Candidate]:
     """Return the candidates to try, the most even combination first.
 
@@ -225,10 +253,13 @@ def choose(
         budgets: limits of the two numbers, None for no limit.
         count: how many candidates at most.
         least_experts: experts that a token is sent to.
+        multiples: hparam -> number that its size must be a multiple of.
 
     Raises:
-        ModelOptConfigError: where no combination keeps the budget; the message says how small the model gets.
+        ModelOptConfigError: if no combination keeps the budget; the message says how small the model gets.
     """
+    multiples = multiples or {}
+    check_multiples(sizes, fixed, multiples)
     limits = [
         (function, limit)
         for function, limit in zip((counted, counted_active), budgets, strict=True)
@@ -237,16 +268,19 @@ def choose(
     share = min(limit / function(sizes) for function, limit in limits)
     # A dimension gives up somewhat more than its part; where that does not reach the budget, whatever it has.
     for floor in (0.6 * share, 0.0):
-        combinations = enumerate_sizes(sizes, fixed, limits, floor, least_experts)
+        combinations = enumerate_sizes(sizes, fixed, limits, floor, least_experts, multiples)
         near = [c for c in combinations if any(f(c) >= (1 - _TOLERANCE) * limit for f, limit in limits)]
         if near or combinations:
             break
     else:
-        smallest = _smallest(sizes, fixed, least_experts)
+        smallest = _smallest(sizes, fixed, least_experts, multiples)
         raise ModelOptConfigError(
             f"target_params: no combination of sizes has at most {', '.join(f'{limit:,}' for _, limit in limits)} "
             f"parameters; the smallest has {counted(smallest):,} (embedding and output layer keep the whole "
-            "vocabulary). Give a larger budget" + (", or fix fewer target_* sizes." if fixed else ".")
+            "vocabulary"
+            + "".join(f"; {name} must be a multiple of {number}" for name, number in multiples.items() if number > 1)
+            + "). Use a larger budget"
+            + (", or fix fewer target_* sizes." if fixed else ".")
         )
     kept = near or sorted(combinations, key=counted, reverse=True)[: 4 * count]
     return [Candidate(dict(kept[i]), counted(kept[i]), counted_active(kept[i])) for i in spread(kept, sizes, count)]

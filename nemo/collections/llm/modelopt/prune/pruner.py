@@ -67,6 +67,8 @@ class PruningConfig:
         max_candidates: how many combinations of sizes to try for ``target_params``.
         heldout_batches: how many batches of the data module's validation loader to try them on.
         report_path: folder for ``report.json`` and ``report.html`` about what was pruned and by which scores.
+        size_multiples: hparam (such as ``ffn_hidden_size``) -> number that the size chosen for ``target_params`` must
+            be a multiple of, such as the block size of a quantized format times the tensor-parallel size.
 
     Raises:
         ModelOptConfigError: for settings that no model can satisfy.
@@ -89,6 +91,7 @@ class PruningConfig:
     max_candidates: int = 16
     heldout_batches: int = 16
     report_path: str | None = None
+    size_multiples: dict[str, int] | None = None
 
     def __post_init__(self):
         targets, budget = _requested(self), _budget_of(self)
@@ -111,7 +114,9 @@ def _budget_of(config: PruningConfig) -> _budget.Budget | None:
     """Return the limits of the numbers of parameters, or None; a stand-in for the configuration has none."""
     if not issubclass(type(config), PruningConfig):
         return None
-    return _budget.checked_budget(config.target_params, config.target_active_params, config.max_candidates)
+    return _budget.checked_budget(
+        config.target_params, config.target_active_params, config.max_candidates, config.size_multiples
+    )
 
 
 def _complete(config: Any) -> PruningConfig:
