@@ -114,7 +114,7 @@ def test_the_job_as_a_function_refuses_what_cannot_work(tmp_path, monkeypatch):
 def test_the_job_as_a_function_keeps_finished_stages(tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    (tmp_path / "context").mkdir()
+    cli.shell(tmp_path)
     for name in ("text", "heldout"):
         (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name}"}}\n')
     texts = [str(tmp_path / f"{name}.jsonl") for name in ("text", "heldout")]
