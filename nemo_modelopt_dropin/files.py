@@ -17,11 +17,31 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from nemo_modelopt_dropin import locks
 from nemo_modelopt_dropin.errors import ModelOptConfigError
 
 MARKER = ".nemo-modelopt.json"
+
+# Kinds of content.
+CALIBRATION_STATE = "calibration state"
+PRUNING_SCORES = "folder of pruning scores"
+RECORDED_TEACHER = "recorded teacher"
+REPORT = "report"
+TRAINING_CHECKPOINT = "training checkpoint"
+TRAINING_RUN = "training run"
+COMPRESSION_RUN = "compression run"
+STAGE = "stage of a compression run"
+# Folders that are written in place.
+_STAYING = (TRAINING_RUN, COMPRESSION_RUN)
+_FORMATS = {"nemo": "NeMo checkpoint", "hf": "Hugging Face checkpoint", "trtllm": "TensorRT-LLM checkpoint"}
+
 _SHOWN = 3
 _UNFINISHED = "unfinished "
+
+
+def checkpoint(export_format: str) -> str:
+    """Return the kind of content of an export: of "nemo", "hf" or "trtllm"."""
+    return _FORMATS[export_format]
 
 
 # --- whose folder it is -----------------------------------------------------------------------------------------------
@@ -47,6 +67,47 @@ def claim(folder: Path, *names: str) -> None:
         mark(folder, content["kind"], {*content["entries"], *names})
 
 
+def taken(folder: Path, names: Iterable[str]) -> str | None:
+    """Return why entries of these names cannot be written into a folder, or None if nothing of a user's is there."""
+    folder = Path(folder)
+    if os.path.lexists(folder) and not folder.is_dir():
+        return f"{folder} is a file; use a folder"
+    own = (_marker(folder) or {"entries": ()})["entries"]
+    found = [name for name in names if os.path.lexists(folder / name) and name not in own]
+    if not found:
+        return None
+    return f"{folder} holds {_listed(found)}, which this package did not write; use another folder, or move it away"
+
+
+def own(folder: Path, kind: str, *names: str) -> None:
+    """Make entries of a folder ours, before they are written; the folder need not exist.
+
+    Args:
+        folder: The folder; it keeps its kind if it has one.
+        kind: Its kind of content otherwise.
+        *names: The entries.
+
+    Raises:
+        ModelOptConfigError: If a user's entry has one of these names.
+    """
+    problem_found = taken(folder, names)
+    if problem_found:
+        raise ModelOptConfigError(f"cannot write: {problem_found}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    content = _marker(folder) or {"kind": kind, "entries": []}
+    mark(folder, content["kind"], {*content["entries"], *names})
+
+
+def remove_entries(folder: Path, *names: str) -> None:
+    """Remove entries of a folder, of those that are ours."""
+    content = _marker(folder)
+    if content is None:
+        return
+    for name in {*names} & {*content["entries"]}:
+        _delete(folder / name)
+    mark(folder, content["kind"], {*content["entries"]} - {*names})
+
+
 def kind_of(folder: Path) -> str | None:
     """Return the kind of content of a marked folder, or None if it carries no marker."""
     content = _marker(Path(folder))
@@ -68,6 +129,8 @@ def problem(path: Path, kind: str) -> str | None:
         return f"{path} is a broken link; remove it or use another folder" if path.is_symlink() else None
     if not path.is_dir():
         return f"{path} is a file; use a folder"
+    if kind not in _STAYING and os.path.ismount(path):
+        return f"{path} is a mount point, which cannot be replaced as a whole; use a folder in it"
     names, found = _names(path), kind_of(path)
     if found == kind or (not names and found is None):
         return None
@@ -185,10 +248,45 @@ def write_json(path: Path, content: Any, default: Callable[[Any], Any] | None = 
     write_text(path, json.dumps(content, indent=1, default=default))
 
 
-def staging(target: Path, kind: str) -> Path:
-    """Return an empty folder beside a target, to write its new content into; `publish` puts it into place.
+def staging_path(target: Path) -> Path:
+    """Return the path that `staging` returns for a target, on ranks that do not call it."""
+    target = _resolved(target)
+    return target.with_name(f".{target.name}.partial") / target.name
 
-    What a killed run left there is removed, and what it left between the two renames of `publish` is put back.
+
+@contextlib.contextmanager
+def written(target: Path, kind: str, writes: bool = True) -> Iterator[Path]:
+    """Yield a path to write a folder to; it replaces the target if the context ends without an error.
+
+    Ranks that write together all call this and wait for each other by means of their own; only one moves the folder.
+
+    Args:
+        target: The folder.
+        kind: Its kind of content.
+        writes: Whether this process locks the target, makes the folder around the path and moves it into place.
+
+    Raises:
+        ModelOptConfigError: If the target or the folder beside it holds something that is not ours.
+        InUseError: If another process writes there.
+    """
+    if not writes:
+        yield staging_path(target)
+        return
+    with locks.lock(target):
+        new = staging(target, kind)
+        try:
+            yield new
+            publish(new, target, kind)
+        except BaseException:
+            discard(new, kind)
+            raise
+
+
+def staging(target: Path, kind: str) -> Path:
+    """Return where to write a folder's new content, a path that does not exist; `publish` moves it into place.
+
+    It lies in a marked folder beside the target. What a killed run left there is removed, and what it left between the
+    two renames of `publish` is put back.
 
     Raises:
         ModelOptConfigError: If the target or the folder beside it holds something that is not ours.
@@ -197,28 +295,26 @@ def staging(target: Path, kind: str) -> Path:
     check(target, kind, "cannot write")
     target.parent.mkdir(parents=True, exist_ok=True)
     _recover(target, kind)
-    beside = target.with_name(f".{target.name}.partial")
-    discard(beside, kind)
-    beside.mkdir()
-    mark(beside, _UNFINISHED + kind)
-    return beside
+    new = staging_path(target)
+    discard(new, kind)
+    new.parent.mkdir()
+    mark(new.parent, _UNFINISHED + kind)
+    return new
 
 
-def discard(beside: Path, kind: str) -> None:
-    """Remove a folder that `staging` returned, with all that was written into it.
+def discard(new: Path, kind: str) -> None:
+    """Remove what was written to a path from `staging`, and the folder around it.
 
     Raises:
-        ModelOptConfigError: If the folder is neither empty nor one that `staging` made.
+        ModelOptConfigError: If that folder was not made by `staging`.
     """
-    if not os.path.lexists(beside):
-        return
-    if beside.is_symlink() or not is_ours(beside, kind):  # `publish` was killed between the mark and the rename
-        check(beside, _UNFINISHED + kind, "cannot remove")
-    _delete(beside)
+    if os.path.lexists(new.parent):
+        check(new.parent, _UNFINISHED + kind, "cannot remove")
+        _delete(new.parent)
 
 
-def publish(beside: Path, target: Path, kind: str) -> None:
-    """Move a finished folder from `staging` into place.
+def publish(new: Path, target: Path, kind: str) -> None:
+    """Move finished content from `staging` into place; if nothing was written, leave the target as it is.
 
     The target's earlier content is replaced as a whole; what a user added to it stays.
 
@@ -227,18 +323,19 @@ def publish(beside: Path, target: Path, kind: str) -> None:
     """
     target = _resolved(target)
     check(target, kind, "cannot write")
-    new = _names(beside)
-    in_the_way = sorted({*_foreign(target)} & {*new})
-    if in_the_way:
-        raise ModelOptConfigError(
-            f"cannot write {target}: {_listed(in_the_way)} in it was not written by this package; move it away."
-        )
-    mark(beside, kind)
-    old = _old(target)
-    if target.exists():
-        target.rename(old)
-    beside.rename(target)
-    _recover(target, kind)
+    if new.exists():
+        in_the_way = sorted({*_foreign(target)} & {*_names(new)})
+        if in_the_way:
+            raise ModelOptConfigError(
+                f"cannot write {target}: {_listed(in_the_way)} in it was not written by this package; move it away."
+            )
+        mark(new, kind)
+        if target.exists():
+            shutil.copymode(target, new)
+            target.rename(_old(target))
+        new.rename(target)
+        _recover(target, kind)
+    discard(new, kind)
 
 
 def _resolved(target: Path) -> Path:

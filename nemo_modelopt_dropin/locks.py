@@ -57,6 +57,22 @@ def lock(output: Path, patience_s: float = 0.0) -> Iterator[None]:
             _release(path, made)
 
 
+def tidy(*outputs: Path) -> None:
+    """Remove the lock files that killed processes left; those of processes that live stay."""
+    for output in outputs:
+        with contextlib.suppress(InUseError, ModelOptConfigError), lock(output):
+            pass
+
+
+def release_all() -> None:
+    """Release what this process holds, before it ends without unwinding (``os._exit``)."""
+    for path, (descriptor, _) in list(_held.items()):
+        del _held[path]
+        if descriptor >= 0:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
 def _lock_file(output: Path) -> tuple[Path, list[Path]]:
     """Return the lock's file and the folders that were made for it, innermost first."""
     made = []

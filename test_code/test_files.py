@@ -28,6 +28,7 @@ def _folder(path: Path, **content: str) -> Path:
 
 def _write(target: Path, **content: str) -> None:
     beside = files.staging(target, KIND)
+    beside.mkdir()
     for name, text in content.items():
         (beside / name).write_text(text)
     files.publish(beside, target, KIND)
@@ -77,6 +78,20 @@ def test_files_and_broken_links_are_refused(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     assert "is a file" in str(files.problem(tmp_path / "file", KIND))
     assert "broken link" in str(files.problem(tmp_path / "link", KIND))
+
+
+def test_a_mount_point_cannot_be_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os.path, "ismount", lambda path: Path(path) == tmp_path)
+    with pytest.raises(ModelOptConfigError, match="is a mount point, .* use a folder in it"):
+        files.staging(tmp_path, KIND)
+    assert files.problem(tmp_path, files.COMPRESSION_RUN) is None, "it is written in place"
+
+
+def test_a_replaced_folder_keeps_its_mode(tmp_path):
+    target = tmp_path / "state"
+    target.mkdir(mode=0o750)
+    _write(target, a="1")
+    assert target.stat().st_mode & 0o777 == 0o750
 
 
 def test_what_a_user_added_to_our_folder_stays(tmp_path):
@@ -173,7 +188,9 @@ def test_a_folder_beside_that_is_not_ours_stays(tmp_path):
 
 
 def test_what_a_killed_run_left_beside_is_removed(tmp_path):
-    (files.staging(tmp_path / "state", KIND) / "half").write_text("x")
+    half = files.staging(tmp_path / "state", KIND)
+    half.mkdir()
+    (half / "half").write_text("x")
     _write(tmp_path / "state", a="1")
     assert _content(tmp_path / "state") == {"a": "1"}
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
@@ -242,6 +259,27 @@ def test_a_second_process_is_refused_at_once_and_the_holder_is_named(tmp_path):
     with locks.lock(tmp_path / "out", patience_s=5):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_lock_files_of_killed_processes_are_removed_and_those_of_others_stay(tmp_path):
+    dead, alive = _holder(tmp_path / "dead"), _holder(tmp_path / "alive")
+    try:
+        dead.kill()
+        dead.communicate()
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".alive.lock", ".dead.lock"]
+        locks.tidy(tmp_path / "dead", tmp_path / "alive", tmp_path / "none")
+        assert [path.name for path in tmp_path.iterdir()] == [".alive.lock"]
+    finally:
+        alive.kill()
+        alive.communicate()
+
+
+def test_what_a_process_holds_is_released_before_it_ends_at_once(tmp_path):
+    with locks.lock(tmp_path / "out"):
+        locks.release_all()
+        assert list(tmp_path.iterdir()) == []
+    with locks.lock(tmp_path / "out"):
+        pass
 
 
 def test_both_names_of_a_linked_folder_are_one_output(tmp_path):
