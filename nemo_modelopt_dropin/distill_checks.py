@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from nemo_modelopt_dropin import data_paths, loss_file, model_sizes, pair_checks, tokenizer_files
+from nemo_modelopt_dropin import data_paths, files, loss_file, model_sizes, pair_checks, tokenizer_files
 from nemo_modelopt_dropin.command_line import (
     layout_problems,
     missing_paths,
@@ -17,7 +17,7 @@ from nemo_modelopt_dropin.command_line import (
     tokenizer_problems,
 )
 from nemo_modelopt_dropin.model_checks import pair_problems, split_problems
-from nemo_modelopt_dropin.output_checks import place_problems
+from nemo_modelopt_dropin.output_checks import config_paths, input_paths, place_problems
 
 # The file by which a recording of a teacher is known.
 RECORDING = "teacher_topk.json"
@@ -31,10 +31,9 @@ def problems(given: argparse.Namespace) -> list[str]:
     named = pair_checks.name_problems("--name", given.name, given.log_dir)
     found += named
     if given.log_dir and given.name and not named:
-        folder = str(Path(given.log_dir) / given.name)
-        found += place_problems("--log_dir/--name", folder, {f"--{name}": path for name, path in models.items()})
-    files = ("distillation_config", "chat_template_path")
-    found += missing_paths({f"--{name}": getattr(given, name) for name in files}, folder=False)
+        found += _output_problems(given)
+    read = ("distillation_config", "chat_template_path")
+    found += missing_paths({f"--{name}": getattr(given, name) for name in read}, folder=False)
     texts = {"--text": given.text, "--heldout_text": given.heldout_text}
     found += text_problems(texts) + template_problems(texts, given.model_path)
     found += pair_checks.same_text(("--text", given.text), ("--heldout_text", given.heldout_text))
@@ -50,6 +49,23 @@ def problems(given: argparse.Namespace) -> list[str]:
         found.append("--use-chat-data needs one path in --data_paths, and --tokenizer")
     found += _teacher_problems(given) + _training_problems(given) + _tokenizer_problems(given)
     return found + _model_problems(given)
+
+
+def _output_problems(given: argparse.Namespace) -> list[str]:
+    """Return what would be lost or overwritten by what this command writes."""
+    folder = Path(given.log_dir) / given.name
+    names = ("model_path", "teacher_path", "teacher_topk", "distillation_config", "chat_template_path", "tokenizer")
+    inputs: dict[str, str | None] = {f"--{name}": getattr(given, name) for name in names}
+    for name in ("text", "heldout_text", "data_paths"):
+        inputs |= input_paths(f"--{name}", getattr(given, name))
+    if given.dump_teacher_topk:
+        return place_problems("--dump-teacher-topk", given.dump_teacher_topk, inputs)
+    inputs |= config_paths(given.config, str(folder))
+    found = place_problems("--log_dir/--name", str(folder), inputs)
+    # NeMo moves files of an earlier attempt, our marker too, into folders run_0, run_1, ...
+    known = any(any(folder.glob(one)) for one in ("checkpoints/*-last", "interim/step-*", f"run_*/{files.MARKER}"))
+    problem = None if found or known else files.problem(folder, files.TRAINING_RUN)
+    return [*found, f"--log_dir/--name: {problem}"] if problem else found
 
 
 def _training_problems(given: argparse.Namespace) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,28 +14,25 @@ from nemo.lightning.io.pl import TrainerContext
 from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 
 from nemo import lightning as nl
+from nemo_modelopt_dropin import files
 
 MINUTES = 5.0
-_PART = ".part"
 # Saving takes at most about this share of the time.
 _LONGEST_SHARE = 0.1
 
 
 def save_checkpoint(run: pl.Trainer, path: Path, weights_only: bool = False) -> None:
     """Write a NeMo checkpoint under another name and rename it, so that a checkpoint which exists is whole."""
-    part = path.with_name(f"{path.name}{_PART}")
     first = os.environ.get("RANK", "0") == "0"
-    if first:
-        shutil.rmtree(part, ignore_errors=True)
-    run.strategy.barrier()
-    run.save_checkpoint(part, weights_only=weights_only)
-    finish = getattr(run.strategy.checkpoint_io, "maybe_finalize_save_checkpoint", None)
-    if finish is not None:  # an asynchronous writer, which must have finished before the rename
-        finish(blocking=True)
-    if first:
-        TrainerContext.from_trainer(run).io_dump(ckpt_to_context_subdir(part), yaml_attrs=["model"])
-        shutil.rmtree(path, ignore_errors=True)
-        part.rename(path)
+    with files.written(path, files.TRAINING_CHECKPOINT, writes=first) as part:
+        run.strategy.barrier()
+        run.save_checkpoint(part, weights_only=weights_only)
+        finish = getattr(run.strategy.checkpoint_io, "maybe_finalize_save_checkpoint", None)
+        if finish is not None:  # an asynchronous writer, which must have finished before the rename
+            finish(blocking=True)
+        if first:
+            TrainerContext.from_trainer(run).io_dump(ckpt_to_context_subdir(part), yaml_attrs=["model"])
+        run.strategy.barrier()
     run.strategy.barrier()
 
 
@@ -48,7 +44,7 @@ class Steps:
 
     def latest(self) -> Path | None:
         """Return the newest whole checkpoint."""
-        return max((p for p in self.folder.glob("step-*") if p.suffix != _PART), default=None)
+        return max(self.folder.glob("step-*"), default=None)
 
     def save(self, trainer: pl.Trainer) -> None:
         """Save the trainer's step and remove the checkpoints before it."""
@@ -57,7 +53,7 @@ class Steps:
         if os.environ.get("RANK", "0") == "0":
             for other in self.folder.glob("step-*"):
                 if other != path:
-                    shutil.rmtree(other, ignore_errors=True)
+                    files.remove(other, files.TRAINING_CHECKPOINT)
 
     def remove_before(self, checkpoints: Path) -> None:
         """Remove all of them, unless the newest is newer than NeMo's last checkpoint: then it holds the training."""
@@ -68,7 +64,7 @@ class Steps:
         """Remove all of them, on rank zero."""
         if os.environ.get("RANK", "0") == "0":
             for one in self.folder.glob("step-*"):
-                shutil.rmtree(one, ignore_errors=True)
+                files.remove(one, files.TRAINING_CHECKPOINT)
             if self.folder.is_dir() and not any(self.folder.iterdir()):
                 self.folder.rmdir()
 

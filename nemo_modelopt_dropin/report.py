@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_modelopt_dropin import report_charts
+from nemo_modelopt_dropin import files, report_charts
+from nemo_modelopt_dropin.output_checks import REPORT_FILES
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,12 +31,16 @@ def write_files(folder: Path, content: Any, charts: Mapping[str, Mapping[str, An
     """Write ``report.json``, the figures as PNG and ``report.html``; return the latter's path.
 
     Args:
-        folder: made where it is missing; files of the same name are replaced.
+        folder: made if it is missing; an earlier report in it is replaced.
         content: the numbers.
         charts: name -> specification and more.
         page: the text of the page.
+
+    Raises:
+        ModelOptConfigError: if a user's file or folder has the name of one of the report's.
     """
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    files.own(folder, files.REPORT, *REPORT_FILES)
+    (folder / "figures").mkdir(exist_ok=True)
     replace_file(folder / "report.json", json.dumps(content, indent=1).encode())
     for name, chart in charts.items():
         replace_file(folder / "figures" / f"{name}.png", report_charts.png(chart["spec"]))
@@ -47,10 +50,8 @@ def write_files(folder: Path, content: Any, charts: Mapping[str, Mapping[str, An
 
 
 def withdraw(folder: Path) -> None:
-    """Remove a report whose run goes on: what it says is no longer so."""
-    shutil.rmtree(folder / "figures", ignore_errors=True)
-    for name in ("report.json", "report.html"):
-        (folder / name).unlink(missing_ok=True)
+    """Remove the report of a run that continues, because it is out of date."""
+    files.remove_entries(folder, *REPORT_FILES)
 
 
 def render(content: Mapping[str, Any], charts: Mapping[str, Mapping[str, Any]] | None = None) -> str:
@@ -174,6 +175,5 @@ def _embedded(content: Any) -> str:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write beside the file and rename, so that a reader never sees half of it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    beside.write_bytes(content)
-    os.replace(beside, path)
+    with files.replacing(path) as beside:
+        beside.write_bytes(content)

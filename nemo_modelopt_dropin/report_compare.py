@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_modelopt_dropin import report, report_charts
+from nemo_modelopt_dropin import files, report, report_charts
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,7 +31,7 @@ def show(first: Path, second: Path, output: Path) -> int:
     from rich.console import Console
 
     names, contents = labels(first, second), [read(first), read(second)]
-    output.mkdir(parents=True, exist_ok=True)
+    files.own(output, files.REPORT, PAGE)
     page = output / PAGE
     report.replace_file(page, render(names, contents).encode())
     screen = Console(file=sys.stdout)

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_modelopt_dropin import files
+
 NAME = "run.yaml"
 _NULLS = ("", "~", "null", "Null", "NULL")
 
@@ -68,9 +70,8 @@ def write(path: str | os.PathLike[str], settings: Mapping[str, Any], heading: st
     target = Path(path)
     text = yaml.safe_dump(_dumpable(settings), sort_keys=False, allow_unicode=True, width=1000)
     comment = "".join(f"# {line}\n" for line in heading.splitlines())
-    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
-    beside.write_text(comment + text, encoding="utf-8")
-    os.replace(beside, target)
+    files.write_text(target, comment + text)
+    files.claim(target.parent, target.name)
     return target
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -14,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from nemo_modelopt_dropin import entry, run_file, signals
+from nemo_modelopt_dropin import entry, files, locks, rendezvous, run_file, signals
 from nemo_modelopt_dropin.command_line import saved_settings
+from nemo_modelopt_dropin.errors import InUseError, ModelOptConfigError
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Script:
         name: as people call it.
         output: what the script writes, where the run file goes.
         paths: settings that are paths, or may be: the run file holds them so that they work from everywhere.
+        others: what else the script writes; no other run may write there meanwhile.
         keeps_progress: True if the same command resumes after an interruption; the run file is then written first.
     """
 
@@ -33,6 +34,7 @@ class Script:
     output: Path
     paths: tuple[str, ...]
     keeps_progress: bool = False
+    others: tuple[Path, ...] = ()
 
 
 Rows = list[tuple[str, str]]
@@ -55,11 +57,29 @@ def _execute(
 ) -> int:
     from nemo_modelopt_dropin.compress import runner
 
-    code = run_local_ranks(given.devices, given.cpu)
-    if code is not None:
-        if signals.is_ours(code):
-            sys.stderr.write(f"{after}\n")
-        return code
+    rank = int(os.environ.get("RANK", "0"))
+    with contextlib.ExitStack() as held:
+        try:
+            for output in (script.output, *script.others) if rank == 0 else ():
+                held.enter_context(locks.lock(output))
+        except (InUseError, ModelOptConfigError) as error:
+            sys.stderr.write(f"error: {error}\n")
+            return runner.FAILED if isinstance(error, InUseError) else runner.USAGE
+        if starts_ranks(given.devices, given.cpu):
+            held.close()  # rank zero holds them: it is the one that writes
+            code = run_local_ranks(given.devices)
+            locks.tidy(script.output, *script.others)
+            if signals.is_ours(code):
+                sys.stderr.write(f"{after}\n")
+            return code
+        return _as_rank(script, given, work, after)
+
+
+def _as_rank(
+    script: Script, given: argparse.Namespace, work: Callable[[argparse.Namespace], Rows | None], after: str
+) -> int:
+    from nemo_modelopt_dropin.compress import runner
+
     rank = int(os.environ.get("RANK", "0"))
     settings = saved_settings(given, script.paths)
 
@@ -71,6 +91,7 @@ def _execute(
             start_on_cpu()
         else:
             runner.require_gpu()
+        rendezvous.keep_on_loopback()
         if rank == 0 and script.keeps_progress:
             save(script, settings)
         found = work(given)
@@ -101,7 +122,7 @@ def aligned(rows: Rows) -> Iterable[str]:
 
 def save(script: Script, settings: dict) -> Path:
     """Write the run file into the script's output, so that ``--config`` with it is the same run."""
-    script.output.mkdir(parents=True, exist_ok=True)
+    files.own(script.output, files.TRAINING_RUN, run_file.NAME)
     heading = f"python scripts/{script.name}.py --config {run_file.NAME}"
     return run_file.write(script.output / run_file.NAME, settings, heading)
 
@@ -119,8 +140,8 @@ def standing_in(folder: str | Path) -> Iterator[None]:
 
 def _unmake(output: Path) -> None:
     """Remove a folder that a refused run made, with its run file; nothing that holds more."""
-    if output.is_dir() and {file.name for file in output.iterdir()} <= {run_file.NAME}:
-        shutil.rmtree(output)
+    if files.is_ours(output, files.TRAINING_RUN):
+        files.remove(output, files.TRAINING_RUN)
 
 
 def _log_file(name: str, rank: int) -> Path:
@@ -139,11 +160,16 @@ def start_on_cpu() -> None:
     cpu_backend.enable()
 
 
-def run_local_ranks(devices: int, cpu: bool) -> int | None:
-    """Start ``devices`` CPU ranks of this command and return their exit code; None where this is a rank already."""
+def starts_ranks(devices: int, cpu: bool) -> bool:
+    """Return whether this process starts ranks, because it is not one itself."""
     from nemo_modelopt_dropin.compress import launch
 
-    if not cpu or devices == 1 or launch.is_rank():
-        return None
+    return cpu and devices != 1 and not launch.is_rank()
+
+
+def run_local_ranks(devices: int) -> int:
+    """Start ``devices`` CPU ranks of this command and return their exit code."""
+    from nemo_modelopt_dropin.compress import launch
+
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
     return launch.run_ranks(devices)

@@ -19,7 +19,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from nemo_modelopt_dropin import entry, processes, run_file
+from nemo_modelopt_dropin import entry, files, processes, run_file
 from nemo_modelopt_dropin.command_line import Parser, default_devices, default_nodes
 from nemo_modelopt_dropin.compress.settings import (
     ALGORITHMS,
@@ -35,7 +35,8 @@ from nemo_modelopt_dropin.compress.settings import (
     from_dict,
     raise_all,
 )
-from nemo_modelopt_dropin.output_checks import formats_in, place_problems
+from nemo_modelopt_dropin.errors import ModelOptConfigError
+from nemo_modelopt_dropin.output_checks import config_paths, formats_in, place_problems
 
 _Flags = dict[str, type]
 _LAYOUT: _Flags = {"devices": int, "num-nodes": int, "tp": int, "pp": int}
@@ -229,14 +230,16 @@ def resolve(argv: list[str] | None = None) -> tuple[Job | None, Path, argparse.N
             for one in arguments.compare
             if not has_report(one)
         ]
-        line.refuse(problems)
-        return None, (arguments.output or arguments.compare[1]).resolve(), arguments
+        folder = (arguments.output or arguments.compare[1]).resolve()
+        in_the_way = None if problems else files.taken(folder, ["compare.html"])
+        line.refuse([*problems, f"--output: {in_the_way}"] if in_the_way else problems)
+        return None, folder, arguments
     output, job = Path("runs/compress"), None
     try:
         found = settings(arguments)
         arguments.derived = fill_in(found)
         output = Path(found.pop("output", None) or output).resolve()
-        line.problems += output_problems(output, found)
+        line.problems += output_problems(output, found, arguments.config)
         job = make_job(found, line.told)
     except SettingsError as error:
         line.refuse(str(error).splitlines())
@@ -244,13 +247,16 @@ def resolve(argv: list[str] | None = None) -> tuple[Job | None, Path, argparse.N
     return job, output, arguments
 
 
-def output_problems(output: Path, found: dict[str, Any]) -> list[str]:
-    """Return why the run's folder cannot be this one."""
-    teacher = found.get("teacher")
-    problems = place_problems("--output", str(output), {"--teacher": teacher if isinstance(teacher, str) else None})
+def output_problems(output: Path, found: dict[str, Any], config: Path | None = None) -> list[str]:
+    """Return what would be lost or overwritten by what this command writes."""
+    names = {"teacher": "--teacher", "train_text": "--train-text", "heldout_text": "--heldout-text"}
+    given = {flag: found.get(name) for name, flag in {**names, "distill_config": "--distill-config"}.items()}
+    inputs = {flag: path if isinstance(path, str) else None for flag, path in given.items()}
+    problems = place_problems("--output", str(output), {**inputs, **config_paths(config, str(output))})
     if not problems and formats_in(output):
-        problems.append(f"--output {output} is a checkpoint; give a new folder, or that of a run to go on with")
-    return problems
+        problems.append(f"--output {output} is a checkpoint; use a new folder, or that of a run to resume")
+    found_there = None if problems else files.problem(output, files.COMPRESSION_RUN)
+    return [*problems, f"--output: {found_there}"] if found_there else problems
 
 
 def has_report(folder: Path) -> bool:
@@ -299,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if arguments.dry_run:
         from nemo_modelopt_dropin import dry_run
-        from nemo_modelopt_dropin.compress import plan, stages
+        from nemo_modelopt_dropin.compress import plan, runner, stages
 
         planned = plan.compression_stages(job, output)
         waiting = dict.fromkeys(stages.pending(planned, output), "would run")
@@ -308,8 +314,9 @@ def main(argv: list[str] | None = None) -> int:
             waiting |= dict.fromkeys(change.also, f"would run again after {change.name}")
         dry_run.show(dry_run.compression(job, output, [s.name for s in planned], waiting))
         try:
+            runner.check_place(planned, output)
             stages.check_redo(planned, output, arguments.redo)
-        except stages.StageError as error:
+        except (stages.StageError, ModelOptConfigError) as error:
             sys.stderr.write(f"error: {error}\n")
             return 2
         return 0

@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from nemo_modelopt_dropin import entry, processes
+from nemo_modelopt_dropin import entry, files, processes
 from nemo_modelopt_dropin.command_line import Parser
 from nemo_modelopt_dropin.compress.settings import (
     Job,
@@ -23,6 +23,7 @@ from nemo_modelopt_dropin.compress.settings import (
     SettingsError,
     Training,
 )
+from nemo_modelopt_dropin.errors import ModelOptConfigError
 
 SEQ_LENGTH = 128
 VOCABULARY = 1024
@@ -163,9 +164,11 @@ def main(argv: list[str] | None = None) -> int:
     from nemo_modelopt_dropin.compress import launch, runner, summary
 
     if arguments.fresh and not launch.is_rank():
-        import shutil
-
-        shutil.rmtree(arguments.output, ignore_errors=True)
+        try:
+            files.remove(arguments.output, files.COMPRESSION_RUN)
+        except ModelOptConfigError as error:
+            print(f"demo: --fresh: {error}", file=sys.stderr)
+            return 2
 
     def finish(records):
         return summary.finish(records, arguments.output, "Demo: half of a GPT", job, strict=True)

@@ -20,6 +20,7 @@ from nemo_modelopt_dropin import (
     budget,
     data_paths,
     entry,
+    files,
     model_sizes,
     output_checks,
     pair_checks,
@@ -137,8 +138,7 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     derive(arguments, "report_path", f"{(arguments.save_path or '').rstrip('/')}.report")
     given = [name for name in (*TARGETS, *BUDGETS) if getattr(arguments, name) is not None]
     problems = no_checkpoints({"--restore_path": arguments.restore_path})
-    inputs = {"--restore_path": arguments.restore_path}
-    problems += output_checks.problems("--save_path", arguments.save_path, inputs, "nemo")
+    problems += output_problems(arguments)
     texts = {"--text": arguments.text, "--heldout_text": arguments.heldout_text}
     problems += text_problems(texts) + template_problems(texts, arguments.restore_path)
     problems += tokenizer_problems(arguments) + data_paths.problems(arguments)
@@ -162,6 +162,24 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
         problems += _importance_problems(arguments, given)
     line.refuse(problems)
     return arguments
+
+
+def output_problems(arguments: argparse.Namespace) -> list[str]:
+    """Return what would be lost or overwritten by what this command writes."""
+    report = None if arguments.no_report else arguments.report_path
+    inputs = {
+        "--restore_path": arguments.restore_path,
+        **output_checks.input_paths("--text", arguments.text),
+        **output_checks.input_paths("--heldout_text", arguments.heldout_text),
+        **output_checks.input_paths("--data_paths", arguments.data_paths),
+        **output_checks.config_paths(arguments.config, arguments.save_path),
+    }
+    found = output_checks.problems("--save_path", arguments.save_path, inputs, "nemo")
+    for flag, path in (("--scores_path", arguments.scores_path), ("--report_path", report)):
+        found += output_checks.place_problems(flag, path, inputs)
+    outputs = {"--save_path": arguments.save_path, "--report_path": report}
+    found += output_checks.state_problems("--scores_path", arguments.scores_path, files.PRUNING_SCORES, outputs)
+    return found + output_checks.report_problems("--report_path", report)
 
 
 def model_problems(arguments: argparse.Namespace, sizes: dict[str, int | float]) -> list[str]:
@@ -257,6 +275,12 @@ def work(arguments: argparse.Namespace) -> None:
         )
 
 
+def _others(arguments: argparse.Namespace) -> tuple[Path, ...]:
+    """Return what is written beside the pruned checkpoint."""
+    scores = [Path(arguments.scores_path)] if arguments.scores_path else []
+    return (*scores, *([] if arguments.no_report else [Path(arguments.report_path)]))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Prune and save, or print the plan; return the exit code."""
     arguments = resolve(argv)
@@ -266,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
         return dry_run.show(dry_run.pruning(arguments, TARGETS))
     from nemo_modelopt_dropin.script_run import Script, execute
 
-    return execute(Script("prune", Path(arguments.save_path), PATHS), arguments, work)
+    return execute(Script("prune", Path(arguments.save_path), PATHS, others=_others(arguments)), arguments, work)
 
 
 if __name__ == "__main__":

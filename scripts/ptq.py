@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from nemo_modelopt_dropin import data_files, entry, output_checks, processes, quant_file
+from nemo_modelopt_dropin import data_files, entry, files, output_checks, processes, quant_file
 from nemo_modelopt_dropin.command_line import (
     Parser,
     default_devices,
@@ -159,8 +159,7 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     for option, ending in (("calibration_state", "calibration-state"), ("report_path", "report")):
         derive(arguments, option, f"{arguments.export_path.rstrip('/')}.{ending}")
     problems = no_checkpoints({"--nemo_checkpoint": arguments.nemo_checkpoint})
-    inputs = {"--nemo_checkpoint": arguments.nemo_checkpoint}
-    problems += output_checks.problems("--export_path", arguments.export_path, inputs, arguments.export_format)
+    problems += output_problems(arguments)
     if arguments.algorithm != "no_quant":
         limit = max(1, arguments.calibration_dataset_size)
         problems += data_problems(arguments.calibration_dataset, arguments.calibration_column, limit)
@@ -211,6 +210,30 @@ def number_problems(arguments: argparse.Namespace) -> list[str]:
             allowed = f"at least {least}" if most == float("inf") else f"from {least} to {most}"
             found.append(f"--{name} must be {allowed}, got {value:g}")
     return found
+
+
+def output_problems(arguments: argparse.Namespace) -> list[str]:
+    """Return what would be lost or overwritten by what this command writes."""
+    state = None if arguments.no_calibration_state else arguments.calibration_state
+    report = None if arguments.no_report else arguments.report_path
+    outputs = {"--export_path": arguments.export_path, "--calibration_state": state, "--report_path": report}
+    inputs = {
+        "--nemo_checkpoint": arguments.nemo_checkpoint,
+        "--tokenizer": arguments.tokenizer,
+        "--algorithm": None if arguments.algorithm in ALGORITHMS else arguments.algorithm,
+        **output_checks.input_paths("--calibration_dataset", arguments.calibration_dataset),
+        **output_checks.config_paths(arguments.config, arguments.export_path),
+    }
+    found = output_checks.problems("--export_path", arguments.export_path, inputs, arguments.export_format)
+    for flag in ("--calibration_state", "--report_path"):
+        found += output_checks.place_problems(flag, outputs[flag], inputs)
+    others = {"--export_path": arguments.export_path, "--report_path": report}
+    found += output_checks.state_problems("--calibration_state", state, files.CALIBRATION_STATE, others)
+    search = arguments.auto_quantize_checkpoint
+    found += output_checks.nesting_problems(
+        "--auto_quantize_checkpoint", search, {**others, "--calibration_state": state}
+    )
+    return found + output_checks.report_problems("--report_path", report)
 
 
 def data_problems(name: str, column: str | None = None, limit: int = 1) -> list[str]:
@@ -290,6 +313,12 @@ def outcome(arguments: argparse.Namespace) -> list[tuple[str, str]]:
     ]
 
 
+def _others(arguments: argparse.Namespace) -> tuple[Path, ...]:
+    """Return what is written beside the export."""
+    state = [] if arguments.no_calibration_state else [Path(arguments.calibration_state)]
+    return (*state, *([] if arguments.no_report else [Path(arguments.report_path)]))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Quantize and export, or print the plan; return the exit code."""
     arguments = resolve(argv)
@@ -299,7 +328,7 @@ def main(argv: list[str] | None = None) -> int:
         return dry_run.show(dry_run.quantization(arguments))
     from nemo_modelopt_dropin.script_run import Script, execute
 
-    return execute(Script("ptq", Path(arguments.export_path), PATHS), arguments, work)
+    return execute(Script("ptq", Path(arguments.export_path), PATHS, others=_others(arguments)), arguments, work)
 
 
 if __name__ == "__main__":

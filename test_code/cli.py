@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import subprocess
+import threading
 from pathlib import Path
 from types import ModuleType
 
@@ -26,6 +29,32 @@ RUNS = {
     "distill": "--name n --log_dir logs --model_path model --teacher_path teacher --text text.jsonl --seq_length 8 "
     "--max_steps 2 --gbs 4 --mbs 2 --lr 1e-5 --tp 2 --cpu",
 }
+
+
+def watched(command: list[str], timeout: float, **options) -> tuple[subprocess.CompletedProcess, set[str]]:
+    """Run a command; return what came of it, and the addresses on which it and its children listened."""
+    import psutil
+
+    found: set[str] = set()
+    done = threading.Event()
+
+    def watch(process: psutil.Process) -> None:
+        while not done.wait(0.5):
+            with contextlib.suppress(psutil.Error):
+                for one in (process, *process.children(recursive=True)):
+                    listening = (c for c in one.net_connections("tcp") if c.status == psutil.CONN_LISTEN)
+                    found.update(c.laddr.ip for c in listening)
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
+        watcher = threading.Thread(target=watch, args=(psutil.Process(process.pid),), daemon=True)
+        watcher.start()
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+            done.set()
+            watcher.join()
+    return subprocess.CompletedProcess(command, process.returncode, out, err), found
 
 
 def script_of(name: str) -> ModuleType:

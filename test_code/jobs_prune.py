@@ -425,6 +425,23 @@ def scores_of_other_model(folder: str) -> str:
     raise AssertionError("scores of another model were accepted")
 
 
+def planted_scores(folder: str, ran: str) -> list[str]:
+    """Put pickles in the place of scores, under the new name and the old one; return the errors of pruning."""
+    from test_code import jobs_state
+
+    messages = []
+    for name in ("scores-rank0.safetensors", "scores0.pth"):
+        torch.save({"layer_scores": jobs_state.Planted(ran)}, f"{folder}/{name}")
+        model, module, run = build()
+        try:
+            run_prune(model, {"target_ffn_hidden_size": 64, "scores_path": folder}, module, run)
+            messages.append("read")
+        except ValueError as error:
+            messages.append(str(error))
+        reset_layout()
+    return messages
+
+
 def reset_layout() -> None:
     from test_code import ranks
 

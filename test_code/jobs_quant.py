@@ -291,7 +291,7 @@ def stage_on_two_ranks(target) -> str:
 
     tiny.init_parallel()
     try:
-        with export.staged(Path(target)) as folder:
+        with export.staged(Path(target), "test") as folder:
             folder.mkdir(exist_ok=True)
             if torch.distributed.get_rank() == 1:
                 raise OSError("disk full")

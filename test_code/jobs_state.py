@@ -14,6 +14,8 @@ import torch
 
 from test_code import jobs_quant
 
+FILE = "tp0_pp0_ep0.safetensors"
+
 
 @contextlib.contextmanager
 def counted():
@@ -123,7 +125,7 @@ def save_and_load(checkpoint, data, work, tp, pp, runs) -> list[dict]:
                 "size": len(first),
                 "reports": (report, again),
                 "forward": (before["forward"], after["forward"], after["score"]),
-                "state": sorted(p.name for p in state.iterdir()),
+                "state": sorted(p.name for p in state.iterdir() if not p.name.startswith(".")),
                 "hf": files,
             }
         )
@@ -146,8 +148,17 @@ def load_errors(checkpoint, data, work, kv_cache: bool) -> dict[str, str]:
     quantizer.save_state(state)
     broken = Path(work) / "broken-state"
     broken.mkdir()
-    (broken / "tp0_pp0_ep0.pt").write_bytes((state / "tp0_pp0_ep0.pt").read_bytes()[:5000])
-    (Path(work) / "empty-state").mkdir()
+    (broken / FILE).write_bytes((state / FILE).read_bytes()[:5000])
+    for name in ("empty-state", "pickle-state", "old-state", "foreign-state"):
+        (Path(work) / name).mkdir()
+    torch.save({"fingerprint": {}}, Path(work) / "pickle-state" / FILE)
+    torch.save({"fingerprint": {}}, Path(work) / "old-state" / "tp0_pp0_ep0.pt")
+    (Path(work) / "foreign-state" / "thesis.tex").write_text("years")
+    try:
+        quantizer.save_state(Path(work) / "foreign-state")
+    except ValueError as error:
+        errors["foreign"] = str(error)
+    assert (Path(work) / "foreign-state" / "thesis.tex").read_text() == "years"
     other_data = Path(work) / "other.jsonl"
     other_data.write_text(Path(data).read_text().replace("model", "muddle"))
     cases = {
@@ -158,6 +169,8 @@ def load_errors(checkpoint, data, work, kv_cache: bool) -> dict[str, str]:
         "weights": ({}, state),
         "broken": ({}, broken),
         "empty": ({}, Path(work) / "empty-state"),
+        "pickle": ({}, Path(work) / "pickle-state"),
+        "old": ({}, Path(work) / "old-state"),
         "missing": ({}, Path(work) / "no-state"),
     }
     if not kv_cache:
@@ -190,6 +203,46 @@ def wrong_layout(checkpoint, data, state) -> str:
     except ValueError as error:
         return str(error)
     return "none"
+
+
+class Planted:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def plant_pickles(checkpoint, data, folder) -> dict:
+    """Quantize with a state folder in which somebody has put pickles under both names, with our marker."""
+    from nemo_modelopt_dropin import files
+
+    kept = Path(folder) / "planted.calibration-state"
+    kept.mkdir(parents=True)
+    for name in (FILE, "tp0_pp0_ep0.pt"):
+        torch.save({"fingerprint": {}, "code": Planted(f"{folder}/ran")}, kept / name)
+    files.mark(kept, files.CALIBRATION_STATE, [FILE])
+    quantizer = quantizer_for(data, calibration_state=str(kept))
+    model, _ = restored(checkpoint)
+    with counted() as counts:
+        quantizer.quantize(model)
+    quantizer._forget()
+    return {"forward": counts["forward"], "left": sorted(p.name for p in [kept, *kept.glob("*.pt")])}
+
+
+def fill_before_quantize(checkpoint, data, folder) -> tuple[str, list[str]]:
+    """Put a user's file into the folder of the state before `quantize` starts; return the error and what is left."""
+    quantizer = quantizer_for(data, calibration_state=folder)
+    model, _ = restored(checkpoint)
+    Path(folder).mkdir()
+    (Path(folder) / "thesis.tex").write_text("years")
+    try:
+        quantizer.quantize(model)
+    except ValueError as error:
+        return str(error), sorted(p.name for p in Path(folder).iterdir())
+    return "none", []
 
 
 # --- failing exports ---
@@ -241,7 +294,7 @@ def ptq_that_fails(checkpoint, data, out, fmt, how, algorithm="fp8", tp=1, **set
     def failing(*args, **kwargs):
         seen["amax"] = jobs_quant.amax_of(args[2])
         if how == "killed":
-            _kill_once_written(out.parent / f".{out.name}.partial")
+            _kill_once_written(out.parent / f".{out.name}.partial" / out.name)
             return write(*args, **kwargs)
         with _small_files(20_000) if how == "full" else contextlib.nullcontext():
             return write(*args, **kwargs)

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from test_code import installed, jobs_auto, jobs_quant
+from test_code import installed, jobs_auto, jobs_quant, jobs_state
 
 # Formats whose calibration is a maximum: ranks of any layout measure the same.
 PLAIN = {"auto_quantize_formats": ["int4", "fp8"], "enable_kv_cache": False}
@@ -109,7 +109,16 @@ def test_tensor_ranks_agree_and_resume_with_awq_and_kv_cache(ranks, work):
     assert all(report["formats"] == reports[0]["formats"] for report in reports)
     assert {"int4_awq", "fp8"} <= set(reports[0]["formats"].values()) and reports[0]["quantizers"]["kv_cache"] == 8
     assert results[0][0]["counts"]["_score"] > 0 and results[0][1]["counts"]["_score"] == 0
-    assert (work / "tp" / "rank1.pth").is_file()
+    assert (work / "tp" / "rank1.safetensors").is_file()
+
+
+def test_a_planted_search_runs_no_code(tmp_path):
+    from nemo.collections.llm.modelopt.quantization import auto
+
+    torch.save({"identity": jobs_state.Planted(str(tmp_path / "ran"))}, tmp_path / "search.pth")
+    state, problem = auto._read_state(str(tmp_path / "search.pth"), {})
+    assert state == {} and not (tmp_path / "ran").exists()
+    assert "search.pth is a pickle" in problem and "Delete it to search anew, or use another path." in problem
 
 
 @needs_search

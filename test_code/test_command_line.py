@@ -140,7 +140,7 @@ def test_a_saved_run_file_gives_the_same_run_from_anywhere(name, tmp_path, monke
     given = script.resolve(cli.RUNS[name].split())
     settings = command_line.saved_settings(given, script.PATHS)
     file = save(Script(name, tmp_path / "out", script.PATHS), settings)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.yaml"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".nemo-modelopt.json", "run.yaml"]
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     again = script.resolve(["--config", str(file)])

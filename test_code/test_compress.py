@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_modelopt_dropin import report_charts
+from nemo_modelopt_dropin import files, output_checks, report_charts
 from nemo_modelopt_dropin.compress import corpus, plan, stages
 from nemo_modelopt_dropin.compress import settings as job_settings
-from test_code import jobs_compress
+from test_code import cli, jobs_compress
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -287,8 +287,10 @@ def test_what_happens_every_so_many_steps_fits_into_the_training(name, value):
 def test_layers_that_do_not_divide_by_the_pipeline_stages(ranks, teacher, tmp_path):
     layout = ["--devices", "2", "--pp", "2", "--distill-steps", "2", "--distill-warmup-steps", "1", "--no-scratch"]
     layout += ["--distill-evaluate-every", "0", "--distill-save-every", "0"]
-    done = _run([*_command(teacher, tmp_path), *layout])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done, addresses = cli.watched([*_command(teacher, tmp_path), *layout], 400, env=environment)
     assert done.returncode == 0, done.stderr + (tmp_path / "log" / "rank0.txt").read_text()[-3000:]
+    assert addresses == {"127.0.0.1"}, "no port is open to other machines"
     report = json.loads((tmp_path / "report.json").read_text())
     losses = {model["name"]: model["heldout_loss"] for model in report["models"]}
     for name in ("distill", "quantize"):
@@ -361,12 +363,22 @@ def test_an_export_with_a_weight_missing_is_refused(tmp_path, cpu_backend):
 def test_a_run_that_goes_on_withdraws_its_report(tmp_path):
     from nemo_modelopt_dropin import report
 
+    files.own(tmp_path, files.COMPRESSION_RUN, *output_checks.REPORT_FILES, "run.yaml")
     (tmp_path / "figures").mkdir()
     for name in ("report.json", "report.html", "figures/loss.png", "run.yaml"):
         (tmp_path / name).write_text("{}")
     report.withdraw(tmp_path)
     report.withdraw(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".nemo-modelopt.json", "run.yaml"]
+
+
+def test_a_report_that_is_not_ours_is_not_withdrawn(tmp_path):
+    from nemo_modelopt_dropin import report
+
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "report.json").write_text("mine")
+    report.withdraw(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figures", "report.json"]
 
 
 def test_formats_of_unknown_numbers_are_not_judged(tmp_path, cpu_backend):

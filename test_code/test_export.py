@@ -427,21 +427,21 @@ def test_staging_appears_only_when_it_ends_well(tmp_path):
     from nemo.collections.llm.modelopt.quantization import export
 
     target = tmp_path / "deep" / "out"
-    with pytest.raises(OSError, match="disk full"), export.staged(target) as folder:
+    with pytest.raises(OSError, match="disk full"), export.staged(target, "test") as folder:
         folder.mkdir()
         (folder / "half").touch()
         raise OSError("disk full")
-    assert list(target.parent.iterdir()) == []
-    with export.staged(target) as folder:
+    assert list(tmp_path.iterdir()) == []
+    with export.staged(target, "test") as folder:
         folder.mkdir()
         (folder / "file").write_text("first")
         assert not target.exists()
     (target / "mine").write_text("stays")
-    with export.staged(target) as folder:
+    with export.staged(target, "test") as folder:
         folder.mkdir()
         (folder / "file").write_text("second")
         (folder / "sub").mkdir()
-    assert sorted(p.name for p in target.iterdir()) == ["file", "mine", "sub"]
+    assert sorted(p.name for p in target.iterdir()) == [".nemo-modelopt.json", "file", "mine", "sub"]
     assert (target / "file").read_text() == "second"
     assert [p.name for p in target.parent.iterdir()] == ["out"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_modelopt_dropin import output_checks
+from nemo_modelopt_dropin import files, output_checks
 
 FILES = {
     "nemo": ["context/model.yaml", "weights/metadata.json"],
@@ -43,7 +43,7 @@ def test_formats_are_told_by_their_files(tmp_path, kind, expected):
         ("file/below", "file is a file; give a folder"),
         ("/proc/nowhere", "cannot be written"),
         ("new/folder", None),
-        (".", None),
+        (".", "--in model lies inside --out ., which this command writes"),
         (None, None),
     ],
 )
@@ -65,14 +65,73 @@ def test_places(tmp_path, monkeypatch, output, problem):
         ("nemo", True, "nemo", None),
         ("nemo", True, "hf", "holds a checkpoint of format nemo already"),
         ("hf", True, "trtllm", "holds a checkpoint of format hf already"),
-        ("hf", False, "hf", "was not written by this command"),
-        ("notes", False, "nemo", "was not written by this command"),
+        ("hf", False, "hf", "holds config.json, model.safetensors, which this package did not write"),
+        ("notes", False, "nemo", "holds readme.txt, which this package did not write"),
     ],
 )
 def test_contents(tmp_path, kind, ours, wanted, problem):
     folder = _fill(tmp_path / "x", FILES[kind])
     if ours:
         (folder / "run.yaml").write_text("")
+        files.mark(folder, files.checkpoint(kind))
     found = output_checks.content_problems("--out", str(folder), wanted)
     assert (problem in " ".join(found)) if problem else found == []
     assert output_checks.content_problems("--out", str(tmp_path / "none"), wanted) == []
+
+
+@pytest.mark.parametrize(
+    ("output", "problem"),
+    [
+        ("texts", "--text texts/a.jsonl lies inside --out texts, which this command writes"),
+        ("link", "lies inside --out link"),
+        (".", "lies inside --out ."),
+        ("tokens", r"--data_paths tokens/corpus lies inside --out tokens"),
+        ("globbed", "--dataset globbed/one.jsonl lies inside --out globbed"),
+        ("configs", "--config configs/mine.yaml lies inside --out configs"),
+        ("run", None),
+        ("elsewhere", None),
+    ],
+)
+def test_no_input_lies_inside_of_what_is_written(tmp_path, monkeypatch, output, problem):
+    monkeypatch.chdir(tmp_path)
+    for name in ("texts/a.jsonl", "tokens/corpus.bin", "globbed/one.jsonl", "configs/mine.yaml", "run/run.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "link").symlink_to("texts")
+    config = "run/run.yaml" if output == "run" else "configs/mine.yaml"
+    inputs = {
+        "--text": "texts/a.jsonl",
+        **output_checks.input_paths("--data_paths", ["0.3", "tokens/corpus"]),
+        **output_checks.input_paths("--dataset", "globbed/*.jsonl"),
+        **output_checks.config_paths(config, output),
+    }
+    inputs = {name.removesuffix(" (2)"): path for name, path in inputs.items()}
+    found = output_checks.place_problems("--out", output, inputs)
+    assert (problem in " ".join(found)) if problem else found == []
+
+
+@pytest.mark.parametrize(
+    ("state", "problem"),
+    [
+        ("out", "--state out lies inside --out out, or is the same"),
+        ("out/state", "--state out/state lies inside --out out"),
+        ("thesis", "--state: .*thesis holds chapter.tex, which this package did not write"),
+        ("out.state", None),
+        (None, None),
+    ],
+)
+def test_folders_beside_the_output(tmp_path, monkeypatch, state, problem):
+    import re
+
+    monkeypatch.chdir(tmp_path)
+    _fill(tmp_path / "thesis", ["chapter.tex"])
+    found = output_checks.state_problems("--state", state, files.CALIBRATION_STATE, {"--out": "out", "--none": None})
+    assert re.search(problem, " ".join(found)) if problem else found == []
+
+
+@pytest.mark.parametrize("name", ["report.json", "figures", "report.html"])
+def test_a_report_does_not_replace_a_users_file(tmp_path, name):
+    (tmp_path / name).mkdir()
+    assert f"holds {name}, which this package did not write" in output_checks.report_problems("--r", str(tmp_path))[0]
+    (tmp_path / name).rename(tmp_path / "notes")
+    assert output_checks.report_problems("--r", str(tmp_path)) == []

@@ -330,6 +330,24 @@ class TestScores:
             assert rank[1][1] == 0
             assert all(torch.equal(rank[1][0][name], value) for name, value in other["after"].items())
 
+    def test_scores_are_stored_without_pickles_and_planted_ones_run_no_code(self, ranks, tmp_path):
+        ranks(1).run(jobs.reuse_scores, str(tmp_path / "scores"), [{"target_ffn_hidden_size": 96}])
+        assert sorted(p.name for p in (tmp_path / "scores").iterdir()) == [
+            ".nemo-modelopt.json",
+            "fingerprint.json",
+            "scores-rank0.safetensors",
+        ]
+        new, old = ranks(1).run(jobs.planted_scores, str(tmp_path / "scores"), str(tmp_path / "ran"))[0]
+        assert not (tmp_path / "ran").exists()
+        assert "scores-rank0.safetensors is a pickle" in new and "so it is not read" in new
+        assert "holds ['scores0.pth'], which torch.save wrote: reading them can run any code" in old
+
+    def test_a_folder_of_the_users_is_refused(self, ranks, tmp_path):
+        (tmp_path / "scores1.txt").write_text("mine")
+        message = ranks(1).run(jobs.refused, {"target_ffn_hidden_size": 64, "scores_path": str(tmp_path)})[0]
+        assert "scores_path" in message and "holds scores1.txt, which this package did not write" in message
+        assert [p.name for p in tmp_path.iterdir()] == ["scores1.txt"]
+
     def test_scores_of_other_data_are_refused(self, ranks, tmp_path):
         message = ranks(1).run(jobs.scores_of_other_data, str(tmp_path / "scores"))[0]
         assert "holds scores of another run (data seed: 1 there, 5 now); use the same model, data" in message
@@ -359,7 +377,7 @@ def checkpoints(ranks_factory, tmp_path_factory):
 
 class TestCheckpoints:
     def test_the_context_tells_the_new_sizes(self, ranks, checkpoints):
-        assert not (checkpoints / "pruned.partial").exists()
+        assert not list(checkpoints.glob("*.partial")) + list(checkpoints.glob(".*.partial"))
         assert ranks(1).run(jobs.checkpoint_config, str(checkpoints / "pruned"))[0] == {
             "num_layers": 2,
             "hidden_size": 32,

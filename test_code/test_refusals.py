@@ -160,12 +160,12 @@ def test_what_is_no_checkpoint_is_said_before_nemo_is_loaded(
         (
             "compress",
             cli.COMPRESSION + " --target-num-layers 1 --output text.jsonl",
-            "text.jsonl is a file; give a folder",
+            "text.jsonl is --train-text itself, which would be overwritten",
         ),
         (
             "compress",
             cli.COMPRESSION + " --target-num-layers 1 --output teacher",
-            "teacher is a checkpoint; give a new folder",
+            "teacher is a checkpoint; use a new folder",
         ),
         ("ptq", "-nc model -calib_ds text.jsonl --cpu -out model", "--export_path model is --nemo_checkpoint itself"),
         ("ptq", "-nc model -calib_ds text.jsonl --cpu -out teacher", "holds a checkpoint of format nemo already"),

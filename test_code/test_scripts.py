@@ -297,8 +297,9 @@ def _works(script: str, *arguments: str, cwd: Path) -> str:
     """Run a script that must succeed and return what is seen on the terminal."""
     command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    found = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    found, addresses = cli.watched(command, 300, cwd=cwd, env=environment)
     assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-4000:]
+    assert addresses == {"127.0.0.1"}, "no port is open to other machines"
     return found.stdout + found.stderr
 
 

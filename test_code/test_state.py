@@ -56,7 +56,7 @@ def test_a_loaded_state_is_the_calibrated_model(ranks, work, size, tp, pp, runs)
             assert outcome["size"] > 50 and outcome["reports"][0] == outcome["reports"][1]
             assert outcome["forward"][0] > 0 and outcome["forward"][1:] == (0, 0)
             # Data-parallel replicas share a file.
-            assert outcome["state"] == [f"tp{t}_pp{p}_ep0.pt" for t in range(tp) for p in range(pp)]
+            assert outcome["state"] == [f"tp{t}_pp{p}_ep0.safetensors" for t in range(tp) for p in range(pp)]
             if outcome["hf"]:
                 calibrated, loaded = (files_of(work / path.rpartition("/")[2]) for path in outcome["hf"])
                 assert len(calibrated) > 5 and calibrated == loaded
@@ -69,8 +69,11 @@ REFUSED = {
     "sequence": ["calibration_seq_len was 32, now 16"],
     "data": ["calibration_dataset was", "other.jsonl"],
     "weights": ["model.decoder.final_layernorm.weight was '[64] float32 checksum", "now '[64] float32 checksum"],
-    "broken": ["tp0_pp0_ep0.pt cannot be read"],
-    "empty": ["it has no tp0_pp0_ep0.pt but []"],
+    "broken": ["tp0_pp0_ep0.safetensors cannot be read"],
+    "pickle": ["tp0_pp0_ep0.safetensors is a pickle", "can run any code, so it is not read"],
+    "old": ["tp0_pp0_ep0.pt", "were written by torch.save: reading them can run any code"],
+    "foreign": ["save_state: ", "holds thesis.tex, which this package did not write and will not replace"],
+    "empty": ["it has no tp0_pp0_ep0.safetensors but []"],
     "missing": ["there is no folder", "save_state writes one"],
 }
 
@@ -91,7 +94,43 @@ def test_a_state_is_refused_where_it_does_not_belong(refusals, label):
 
 def test_a_state_is_refused_at_another_layout(ranks, work, refusals):
     for error in ranks(2).run(jobs_state.wrong_layout, *paths(work)[:2], str(work / "one-state")):
-        assert "it has no tp1_pp0_ep0.pt" in error or "tensor parallel size was 1, now 2" in error
+        assert "it has no tp1_pp0_ep0.safetensors" in error or "tensor parallel size was 1, now 2" in error
+
+
+def test_a_planted_pickle_runs_no_code(ranks, work):
+    planted = work / "planted"
+    result = ranks(1).run(jobs_state.plant_pickles, *paths(work)[:2], str(planted))[0]
+    assert not (planted / "ran").exists()
+    assert result["forward"] > 0, "the model was calibrated anew"
+    assert result["left"] == ["planted.calibration-state", "tp0_pp0_ep0.pt"]
+
+
+def test_a_folder_of_the_users_is_refused_before_the_model_is_loaded(cpu_backend, tmp_path):
+    from nemo.collections import llm
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+    from nemo.collections.llm.modelopt.quantization import quantizer as q
+
+    thesis = tmp_path / "work" / "thesis.tex"
+    thesis.parent.mkdir()
+    thesis.write_text("years")
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "some words"}))
+    out, state = tmp_path / "out", tmp_path / "state"
+    for paths, message in {
+        (out, thesis.parent): r"calibration_state: .*holds thesis\.tex, which this package did not write",
+        (thesis.parent, state): r"path: .*holds thesis\.tex, which this package did not write",
+        (out, out / "state"): r"calibration_state .*state lies inside path .*out, or is the same",
+    }.items():
+        config = q.QuantizationConfig(calibration_dataset=str(tmp_path / "text.jsonl"), calibration_state=str(paths[1]))
+        export = q.ExportConfig(path=str(paths[0]), export_format="hf")
+        with pytest.raises(ModelOptConfigError, match=message):
+            llm.ptq(model_path="there is no model", export_config=export, quantization_config=config)
+    assert thesis.read_text() == "years"
+
+
+def test_a_folder_that_fills_while_the_model_is_loaded_is_not_touched(ranks, work):
+    error, left = ranks(1).run(jobs_state.fill_before_quantize, *paths(work)[:2], str(work / "late"))[0]
+    assert "calibration_state: " in error and "holds thesis.tex" in error
+    assert left == ["thesis.tex"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -6,8 +6,9 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+from nemo_modelopt_dropin import output_checks
 from nemo_modelopt_dropin.compress import launch, plan, stages
-from nemo_modelopt_dropin.compress.settings import Job, SettingsError
+from nemo_modelopt_dropin.compress.settings import Job, SettingsError, raise_all
 
 
 def execute(
@@ -64,6 +65,8 @@ def compress(job: Job, output: str, verbose: bool = False, redo: Collection[str]
         RuntimeError: if a stage fails.
     """
     job.check()
+    inputs = {name: getattr(job, name) for name in ("teacher", "train_text", "heldout_text", "distill_config")}
+    raise_all(output_checks.place_problems("output", output, inputs))
     if job.layout.devices > 1 and not launch.is_rank():
         raise SettingsError(
             f"the job wants {job.layout.devices} ranks and this is one process: start it with torchrun, for example "

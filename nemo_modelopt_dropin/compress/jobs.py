@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,7 +13,7 @@ from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.collections.llm.modelopt import ExportConfig, ModelOptConfigError, PruningConfig, QuantizationConfig
 from nemo.collections.llm.modelopt.quantization import report
-from nemo_modelopt_dropin import interim, model_sizes, pair_checks, prune_layout, screen, script_run
+from nemo_modelopt_dropin import files, interim, model_sizes, pair_checks, prune_layout, screen, script_run
 from nemo_modelopt_dropin.compress import exported, heldout, importance, tokens, training
 from nemo_modelopt_dropin.compress.settings import TARGETS, Job, Layout, Training
 
@@ -245,9 +244,7 @@ def export(folder: Path, job: Job, quantized: Path, token_folder: Path) -> dict[
     for target in job.quantization.formats:
         path = quantized if target == "nemo" else folder / target
         if target != "nemo":
-            beside = folder / f"{target}.part"
-            shutil.rmtree(beside, ignore_errors=True)
-            with training.alone():
+            with files.written(path, files.checkpoint(target)) as beside, training.alone():
                 llm.export_ckpt(
                     path=quantized,
                     target=target,
@@ -255,7 +252,6 @@ def export(folder: Path, job: Job, quantized: Path, token_folder: Path) -> dict[
                     overwrite=True,
                     modelopt_export_kwargs={"verify": job.quantization.verify},
                 )
-            beside.rename(path)
         result[target] = {"path": str(path), "bytes": report.bytes_on_disk(path)}
         if target == "hf":
             ids = np.load(token_folder / "heldout.npy")

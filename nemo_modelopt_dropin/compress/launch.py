@@ -48,12 +48,12 @@ def run_ranks(count: int, argv: Sequence[str] | None = None) -> int:
             _end(children)
 
 
-def free_port() -> int:
-    """Return a port that nobody listens on now."""
+def free_port(host: str = "127.0.0.1") -> int:
+    """Return a port of an address of this machine ("" for all) that nobody listens on now."""
     for port in random.sample(_PORTS, len(_PORTS)):
         with socket.socket() as probe:
             try:
-                probe.bind(("", port))
+                probe.bind((host, port))
             except OSError:
                 continue
             return port

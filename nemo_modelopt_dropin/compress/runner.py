@@ -8,11 +8,11 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from nemo_modelopt_dropin import entry, locks, run_file, screen, signals
+from nemo_modelopt_dropin import entry, files, locks, output_checks, rendezvous, run_file, screen, signals
 from nemo_modelopt_dropin.compress import console, launch
 from nemo_modelopt_dropin.compress.settings import Layout
 from nemo_modelopt_dropin.compress.stages import (
@@ -69,8 +69,9 @@ def _execute(
     redo: Collection[str],
 ) -> int:
     try:
+        check_place(make_stages(sys.stderr), root)
         check_redo(make_stages(sys.stderr), root, redo)
-    except StageError as error:  # before anything is started or loaded
+    except (StageError, ModelOptConfigError) as error:  # before anything is started or loaded
         sys.stderr.write(f"error: {error}\n")
         return USAGE
     started, waiting = time.perf_counter(), pending(make_stages(sys.stderr), root)
@@ -82,23 +83,50 @@ def _execute(
         except StageError as error:  # before anything is made in the run's folder
             sys.stderr.write(f"error: {error}\n")
             return FAILED
-    root.mkdir(parents=True, exist_ok=True)
     started_by_us = launch.STARTED_BY_US in os.environ
+    leads = not started_by_us and int(os.environ.get("RANK", "0")) == 0
+    if leads:
+        try:
+            with locks.lock(root):  # later rank zero holds it, which is the one that writes
+                files.own(root, files.COMPRESSION_RUN, *_names(make_stages(sys.stderr)))
+        except InUseError as error:
+            sys.stderr.write(f"error: {error}\n")
+            return FAILED
     if not launch.is_rank() and (layout.devices > 1 and waiting):
         code = launch.run_ranks(layout.devices)
+        locks.tidy(root)
         if signals.is_ours(code):
             sys.stderr.write(f"{signals.RESUMABLE}\n")
     else:
         code = _as_rank(make_stages, root, layout, verbose, settings, redo)
-    if code == OK and not started_by_us and int(os.environ.get("RANK", "0")) == 0:
+    if code == OK and leads:
         whole = time.perf_counter() - started
         records = {stage.name: read_record(root / stage.name) for stage in make_stages(sys.stderr)}
-        code = finish({name: record for name, record in records.items() if record is not None})
+        with locks.lock(root):
+            code = finish({name: record for name, record in records.items() if record is not None})
         if waiting:
             from nemo_modelopt_dropin.report import duration
 
             sys.stdout.write(f"All of it took {duration(whole)}: the stages, and loading NeMo on every rank.\n")
     return code
+
+
+def check_place(stages: Iterable[Stage], root: Path) -> None:
+    """Raise an error if a run would replace something in its folder that is not a run's.
+
+    Raises:
+        ModelOptConfigError: with what is there.
+    """
+    files.check(root, files.COMPRESSION_RUN, "--output")
+    problem = files.taken(root, [*_names(stages), *output_checks.REPORT_FILES])
+    if problem:
+        raise ModelOptConfigError(f"--output: {problem}.")
+
+
+def _names(stages: Iterable[Stage]) -> list[str]:
+    """Return what a run has in its folder, without its report."""
+    folders = [f"{stage.name}{ending}" for stage in stages for ending in ("", ".new", ".old")]
+    return ["log", run_file.NAME, *folders]
 
 
 def cpu_environment() -> None:
@@ -108,6 +136,7 @@ def cpu_environment() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Threads that wait by spinning starve the other ranks.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    rendezvous.keep_gloo_on_loopback()
 
 
 def _as_rank(
@@ -164,6 +193,7 @@ def guarded(
                 out.write(f"{on_interrupt}\n")
             if log is not None and not keep_log:
                 log.unlink(missing_ok=True)
+            locks.release_all()
             os._exit(code)
 
         seen = stack.enter_context(signals.seen(at_once))
@@ -223,6 +253,7 @@ def _run_all(stages: list[Stage], root: Path, layout: Layout, tell: console.Tell
         from nemo_modelopt_dropin import cpu_backend
 
         cpu_backend.enable()
+    rendezvous.keep_on_loopback()
     from nemo_modelopt_dropin.compress import training
 
     ranks = training.StoreRanks() if launch.is_rank() else Alone()

@@ -7,7 +7,6 @@ import datetime
 import gc
 import json
 import os
-import pickle
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +24,7 @@ from nemo.utils.metaclasses import Singleton
 from tqdm import tqdm
 
 from nemo import lightning as nl
-from nemo_modelopt_dropin import interim, screen
+from nemo_modelopt_dropin import interim, rendezvous, screen
 from nemo_modelopt_dropin.compress import launch
 from nemo_modelopt_dropin.compress.settings import Layout, Training
 
@@ -65,12 +64,13 @@ class StoreRanks:
         _meet_elsewhere()
 
     def broadcast(self, value: Any) -> Any:
-        """Return rank zero's value on every rank, when all have come here."""
+        """Return rank zero's value, one that JSON has, on every rank, once all ranks have called this."""
         key = f"decision/{self.count}"
         self.count += 1
         if self.rank == 0:
-            self.store.set(key, pickle.dumps(value))
-        found = pickle.loads(self.store.get(key))
+            # No pickle: whoever reaches the store's port could let it run code.
+            self.store.set(key, json.dumps(value).encode())
+        found = json.loads(self.store.get(key))
         self.store.add(f"{key}/seen", 1)
         while self.store.add(f"{key}/seen", 0) < int(os.environ["WORLD_SIZE"]):
             time.sleep(0.01)
@@ -99,7 +99,7 @@ def release() -> None:
 def _store(is_master: bool = False) -> torch.distributed.Store:
     """Return a connection to the job's store."""
     address, _, port = os.environ[_STORE].rpartition(":")
-    store = torch.distributed.TCPStore(
+    store = rendezvous.store(
         address,
         int(port),
         int(os.environ["WORLD_SIZE"]),
@@ -120,7 +120,8 @@ def _meet_elsewhere() -> None:
         count = os.environ[_MEETINGS] = str(int(os.environ.get(_MEETINGS, "0")) + 1)
         store = _store()
         if rank() == 0:
-            store.set(f"port/{count}", str(launch.free_port()))
+            host = "127.0.0.1" if rendezvous.on_one_node(os.environ) else ""
+            store.set(f"port/{count}", str(launch.free_port(host)))
         os.environ["MASTER_PORT"] = store.get(f"port/{count}").decode()
 
 

@@ -19,7 +19,7 @@ from nemo.utils.model_utils import unwrap_model
 
 from nemo import lightning as nl
 from nemo.collections import llm
-from nemo_modelopt_dropin import progress
+from nemo_modelopt_dropin import files, progress
 
 from .. import _batches
 from ..errors import ModelOptConfigError
@@ -116,23 +116,17 @@ def dump_teacher_topk(
     _check(output, settings, steps, trainer)
     found: Any = nl.io.load_context(ckpt_to_context_subdir(teacher_model_path), subpath="model")
     model = _TeacherAlone(found.config, str(teacher_model_path), tokenizer or found.tokenizer)
-    partial_path = output.with_name(f".{output.name}.partial")
-    if is_global_rank_zero():
-        shutil.rmtree(partial_path, ignore_errors=True)
-    try:
-        recorder = _run(model, data, trainer, steps, settings, partial_path)
+    writes = is_global_rank_zero()
+    with files.written(output, files.RECORDED_TEACHER, writes) as folder:
+        recorder = _run(model, data, trainer, steps, settings, folder)
         manifests = _of_all_ranks(_part_of_manifest(recorder))
-        if is_global_rank_zero():
+        if writes:
             manifest = _whole_manifest(manifests, settings, model, teacher_model_path, data_description)
-            shutil.copytree(ckpt_to_context_subdir(teacher_model_path), partial_path / "context")
-            _recording.write_manifest(partial_path, manifest)
-            partial_path.rename(output)
-            logging.info(f"Distillation: {manifest.samples} samples of the teacher are recorded in {output}.")
-        torch.distributed.barrier()
-    except BaseException:
-        if is_global_rank_zero():
-            shutil.rmtree(partial_path, ignore_errors=True)
-        raise
+            shutil.copytree(ckpt_to_context_subdir(teacher_model_path), folder / "context")
+            _recording.write_manifest(folder, manifest)
+    if writes:
+        logging.info(f"Distillation: {manifest.samples} samples of the teacher are recorded in {output}.")
+    torch.distributed.barrier()
     return output
 
 

@@ -11,12 +11,14 @@ import torch
 from nemo.utils import logging
 from torch import nn
 
+from nemo_modelopt_dropin import files
+
+from .. import tensor_file
 from ..errors import ModelOptConfigError
+from ..quantization import export
 from ._checks import model_sizes
 
 _FINGERPRINT = "fingerprint.json"
-_SCORES = "scores.pth"
-
 
 # Attributes of a data module that say how far it has been read.
 _PROGRESS = ("init_global_step", "global_step", "consumed_samples")
@@ -90,45 +92,61 @@ def fingerprint(core: nn.Module, data: dict[str, Any] | None = None) -> dict[str
     }
 
 
-def prepare(folder: str | Path, current: dict[str, Any]) -> str:
-    """Return the file name to give modelopt, after checking that scores in the folder belong to this model.
+def prepare(folder: str | Path, current: dict[str, Any], device: torch.device) -> dict[str, Any] | None:
+    """Return this rank's scores in a folder if there are any, after checking that they belong to this model.
 
     Args:
         folder: where scores are or will be; made by `record` and never shared by two models.
         current: `fingerprint` of the model. All ranks must call this.
+        device: of the model.
 
     Raises:
-        ModelOptConfigError: where the scores there were measured on another model, data or layout.
+        ModelOptConfigError: if the scores were measured on another model, data or layout, or cannot be read, or the
+            folder holds something else.
     """
     folder = Path(folder)
-    problem = [_difference(folder, current) if torch.distributed.get_rank() == 0 else None]
+    problem = [_problem(folder, current) if torch.distributed.get_rank() == 0 else None]
     torch.distributed.broadcast_object_list(problem, src=0)
     if problem[0]:
-        raise ModelOptConfigError(
-            f"scores_path={str(folder)!r} holds scores of another run ({problem[0]}); "
-            "use the same model, data and number of ranks, or give another folder."
-        )
-    return str(folder / _SCORES)
+        raise ModelOptConfigError(f"scores_path={str(folder)!r} {problem[0]}.")
+    found, reason = None, None
+    if (folder / _FINGERPRINT).exists():
+        try:
+            found = tensor_file.load(folder / _file_name(), device)
+        except (ModelOptConfigError, OSError) as error:
+            reason = f"{error} Measure them again in a new folder."
+    reasons: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(reasons, reason)
+    if any(reasons):
+        raise ModelOptConfigError(f"scores_path={str(folder)!r}: {next(filter(None, reasons))}")
+    return found
 
 
-def complete(folder: str | Path) -> bool:
-    """Return whether the folder holds scores that a finished measurement left."""
-    return (Path(folder) / _FINGERPRINT).exists()
+def _file_name() -> str:
+    return f"scores-rank{torch.distributed.get_rank()}{tensor_file.SUFFIX}"
 
 
-def _difference(folder: Path, current: dict[str, Any]) -> str | None:
-    """Return how a stored fingerprint differs, None where it does not; scores without a fingerprint are removed."""
+def _problem(folder: Path, current: dict[str, Any]) -> str | None:
+    """Return why scores in the folder cannot be used, or why none can be written there; None if there is no reason."""
+    old = sorted(file.name for file in folder.glob("*.pth"))
+    if old:
+        return f"holds {old}, which torch.save wrote: reading them can run any code. Delete the folder to measure again"
+    found = files.problem(folder, files.PRUNING_SCORES)
+    if found:
+        return f"cannot be used: {found}"
     stored = folder / _FINGERPRINT
-    if stored.exists():
-        known = json.loads(stored.read_text())
-        return ", ".join(_differences(known, current))
-    if folder.exists() and not folder.is_dir():
-        return "it is a file, not a folder"
-    folder.mkdir(parents=True, exist_ok=True)
-    # A run that was cut off leaves files of some ranks only.
-    for half in folder.glob(f"{Path(_SCORES).stem}*.pth"):
-        half.unlink()
-    return None
+    if not stored.exists():
+        return None
+    try:
+        differences = _differences(json.loads(stored.read_text()), current)
+    except (OSError, ValueError, AttributeError) as error:
+        return f"has a damaged {_FINGERPRINT} ({type(error).__name__}: {error}); use another folder"
+    if not differences:
+        return None
+    return (
+        f"holds scores of another run ({', '.join(differences)}); use the same model, data and number of ranks, or "
+        "another folder"
+    )
 
 
 def _differences(known: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
@@ -143,12 +161,17 @@ def _differences(known: dict[str, Any], current: dict[str, Any], prefix: str = "
     return found
 
 
-def record(folder: str | Path, current: dict[str, Any]) -> None:
-    """Mark the scores in the folder as complete and as this model's. All ranks must call it."""
-    torch.distributed.barrier()
-    if torch.distributed.get_rank() == 0:
-        beside = Path(folder) / (_FINGERPRINT + ".partial")
-        beside.write_text(json.dumps(current, indent=1))
-        beside.replace(Path(folder) / _FINGERPRINT)
-        logging.info(f"Importance scores are in {folder}")
-    torch.distributed.barrier()
+def record(folder: str | Path, current: dict[str, Any], found: dict[str, Any]) -> None:
+    """Write the scores of all ranks and what they were measured on. All ranks must call it.
+
+    Args:
+        folder: see `prepare`.
+        current: `fingerprint` of the model.
+        found: this rank's scores.
+    """
+    with export.staged(Path(folder), files.PRUNING_SCORES) as beside:
+        beside.mkdir(parents=True, exist_ok=True)
+        tensor_file.save(beside / _file_name(), found)
+        if torch.distributed.get_rank() == 0:
+            files.write_json(beside / _FINGERPRINT, current)
+    logging.info(f"Importance scores are in {folder}")

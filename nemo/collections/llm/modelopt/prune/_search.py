@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +17,8 @@ from . import _checks, _groups, _norms, _scores, _snapshot, _weights
 
 # A layer that changes nothing has a score of zero, which modelopt takes for "not measured".
 _LOWEST_SCORE = 1e-30
+# What modelopt measures.
+_MEASURED = ("activations_per_rank", "layer_scores")
 
 
 def search_mode() -> list[tuple[str, Any]]:
@@ -108,7 +109,7 @@ def prune_by_importance(
     Args:
         core: the model without wrappers, pruned in place.
         targets: what `check` returned; none to measure only.
-        minitron: runs the search: ``minitron(model, mode, export_config, forward_loop, scores_path)``.
+        minitron: runs the search: ``minitron(model, mode, export_config, forward_loop)``.
         measure: runs the forward passes.
         scores_path: folder of the scores, None to keep none.
         data: `_scores.describe_data` of what ``measure`` reads.
@@ -124,9 +125,11 @@ def prune_by_importance(
     config: Any = core.config
     ours, export_config = _shared_work(core, targets)
     attentions = {name: part for name, part in core.named_modules() if hasattr(part, "linear_qkv")}
-    identity = _scores.fingerprint(core, dict(data or {})) if scores_path is not None else {}
-    scores_file = _scores.prepare(scores_path, identity) if scores_path is not None else None
-    hooks, measured = forward_hooks(core), scores_path is not None and _scores.complete(scores_path)
+    identity: dict[str, Any] = {}
+    if scores_path is not None:
+        identity = _scores.fingerprint(core, dict(data or {}))
+        known = _scores.prepare(scores_path, identity, next(core.parameters()).device)
+    hooks, measured = forward_hooks(core), False
 
     def forward_loop(converted: nn.Module) -> None:
         nonlocal measured
@@ -143,8 +146,8 @@ def prune_by_importance(
         measured = True
 
     try:
-        with quiet_score_files(), own_hparams():
-            result = minitron(core, search_mode(), export_config, forward_loop, scores_file)
+        with own_hparams():
+            result = minitron(core, search_mode(), export_config, forward_loop)
     except BaseException as error:
         if measured:
             raise RuntimeError("Pruning failed half-way: the model is no longer usable, restore it anew.") from error
@@ -156,8 +159,8 @@ def prune_by_importance(
             ) from error
         raise
     forget_conversion(core)
-    if scores_path is not None:
-        _scores.record(scores_path, identity)
+    if scores_path is not None and known is None:
+        _scores.record(scores_path, identity, {name: result[1][name] for name in _MEASURED})
     if ours:
         squares = result[1]["activations_per_rank"][parallel_state.get_pipeline_model_parallel_rank()]
         _groups.prune_groups(attentions, squares, targets["num_attention_heads"], targets["num_query_groups"], config)
@@ -335,12 +338,3 @@ def own_hparams() -> Iterator[None]:
         yield
     finally:
         plugin.dist = original
-
-
-@contextlib.contextmanager
-def quiet_score_files() -> Iterator[None]:
-    """Silence modelopt's advice about score files that do not exist yet."""
-    with warnings.catch_warnings():
-        for message in (".*does not exist.*", ".*not found, falling back.*", ".*torch.distributed is initialized.*"):
-            warnings.filterwarnings("ignore", message=message)
-        yield

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-import shutil
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -194,17 +192,6 @@ def write_sizes(saved: Any, live: Any, names: Iterable[str]) -> None:
         for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
             if isinstance(getattr(saved, name, None), int):
                 setattr(saved, name, None)
-
-
-def replace_folders(source: Path, target: Path) -> None:
-    """Move what is in a folder into another one, in place of entries of the same name, and remove the first."""
-    target.mkdir(parents=True, exist_ok=True)
-    for entry in source.iterdir():
-        old = target / entry.name
-        if old.is_dir():
-            shutil.rmtree(old)
-        entry.replace(old)
-    source.rmdir()
 
 
 def barrier() -> None:

@@ -1,7 +1,6 @@
 """Structured pruning of a NeMo language model: the configuration, the run, and the checkpoint of the result."""
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
@@ -19,7 +18,7 @@ from nemo.utils.get_rank import is_global_rank_zero
 import modelopt.torch.prune as mtp
 from nemo import lightning as nl
 from nemo.collections import llm
-from nemo_modelopt_dropin import progress
+from nemo_modelopt_dropin import files, progress
 
 from .. import _batches, _real
 from ..errors import ModelOptConfigError
@@ -56,8 +55,8 @@ class PruningConfig:
         target_mamba_head_dim: size of a Mamba head.
         target_num_layers: number of layers; the least important go.
         drop_layers: 1-indexed layers to remove without measuring anything; excludes all targets.
-        scores_path: folder that keeps the measured importance. Where it holds scores of this very model they are used
-            and no forward pass is run. They are unpickled: use only folders that you trust.
+        scores_path: folder that keeps the measured importance. If it holds scores of this very model they are used and
+            no forward pass is run.
         target_num_moe_experts: number of experts of an MoE model, at least as many as a token is sent to.
         target_moe_ffn_hidden_size: size of an expert's inner layer.
         target_moe_shared_expert_intermediate_size: size of the shared expert's inner layer.
@@ -283,13 +282,9 @@ def _require(targets: dict[str, Any], data_module: Any, trainer: Any) -> None:
         raise ModelOptConfigError(f"The pruning configuration is empty; set drop_layers or at least one of {names}.")
 
 
-def _minitron(
-    model: Any, mode: Any, export_config: dict[str, Any], forward_loop: Callable, scores_path: str | None = None
-) -> Any:
+def _minitron(model: Any, mode: Any, export_config: dict[str, Any], forward_loop: Callable) -> Any:
     """Let modelopt measure, rank and cut; return what it returns."""
-    config: dict[str, Any] = {"forward_loop": forward_loop}
-    if scores_path is not None:
-        config["scores_path"] = scores_path
+    config = {"forward_loop": forward_loop}
     return mtp.prune(model, mode=mode, constraints={"export_config": export_config}, dummy_input=None, config=config)
 
 
@@ -374,7 +369,10 @@ def save_pruned_model(trainer: nl.Trainer, save_path: str) -> None:
 
     Args:
         trainer: the trainer that holds the pruned model.
-        save_path: the checkpoint's folder; one that exists is replaced.
+        save_path: the checkpoint's folder; an earlier checkpoint of this package in it is replaced.
+
+    Raises:
+        ModelOptConfigError: if the folder holds something that this package did not write.
     """
     logging.info(f"Saving pruned model to {save_path}...")
     _state.write_sizes(trainer.model.__io__.config, trainer.model.config, SUPPORTED_PRUNING_HPARAMS)
@@ -382,15 +380,10 @@ def save_pruned_model(trainer: nl.Trainer, save_path: str) -> None:
         _write_checkpoint(trainer, save_path)
         logging.info(f"Pruned model saved to {save_path}\n")
         return
-    target = Path(save_path)
-    partial_path = target.with_name(target.name + ".partial")
-    if is_global_rank_zero():
-        shutil.rmtree(partial_path, ignore_errors=True)
-    _state.barrier()
-    _write_checkpoint(trainer, partial_path)
-    _state.barrier()
-    if is_global_rank_zero():
-        _state.replace_folders(partial_path, target)
+    with files.written(Path(save_path), files.checkpoint("nemo"), writes=is_global_rank_zero()) as folder:
+        _state.barrier()
+        _write_checkpoint(trainer, folder)
+        _state.barrier()
     _state.barrier()
     logging.info(f"Pruned model saved to {save_path}\n")
 

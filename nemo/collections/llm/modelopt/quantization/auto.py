@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from modelopt.torch.opt.utils import named_hparams
 from modelopt.torch.quantization import algorithms
 from modelopt.torch.quantization.mode import QuantizeModeRegistry
 from modelopt.torch.quantization.nn import QuantModuleRegistry
+from nemo.collections.llm.modelopt import tensor_file
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization import calibration, data_sources, gated_amax, kv_cache
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
@@ -63,35 +65,51 @@ class Searcher(_Base):
     def _run_func(self, func, num_iters=1, desc=""):
         func(self.model, self.config["data_loader"][:num_iters], desc)
 
+    def _get_checkpoint_path(self):
+        """Return this rank's file; in a folder it has the suffix of what it is, which is no pickle."""
+        path = super()._get_checkpoint_path()
+        return re.sub(r"(^|/)(rank\d+)\.pth$", rf"\1\2{tensor_file.SUFFIX}", path) if path else path
+
     def load_search_checkpoint(self) -> bool:
-        """Take over what all ranks have stored of this same search.
+        """Use what all ranks have stored of this same search.
 
         Raises:
             ModelOptConfigError: On all ranks, if one's file cannot be read or belongs to another search.
         """
         state, problem = _read_state(self._get_checkpoint_path(), self.config["identity"])
-        stored = {recipe: saved for recipe, saved in state.get("quantizer_states", {}).items() if _restorable(saved)}
-        answers = gather((problem, {str(recipe) for recipe in stored}))
+        offered = self._get_search_recipes(self.config["quantization_formats"])
+        recipes = {str(recipe): recipe for recipe in [*offered, algorithms.QuantRecipe(quant_cfg=None)]}
+        stored = {name: saved for name, saved in state.get("quantizer_states", {}).items() if _restorable(saved)}
+        answers = gather((problem, {*stored} & {*recipes}))
         problems = [text for text, _ in answers if text]
         if problems:
             raise ModelOptConfigError(f"auto_quantize_checkpoint: {problems[0]}")
-        common = set.intersection(*(recipes for _, recipes in answers))
+        common = set.intersection(*(names for _, names in answers))
         scored = all(gather(bool(state.get("candidate_stats"))))
-        self.quantizer_states = {recipe: saved for recipe, saved in stored.items() if str(recipe) in common}
+        self.quantizer_states = {recipes[name]: saved for name, saved in stored.items() if name in common}
         if scored:
-            self.candidate_stats = state["candidate_stats"]
+            self.candidate_stats = {
+                name: {**stat, "formats": [recipes[recipe] for recipe in stat["formats"]]}
+                for name, stat in state["candidate_stats"].items()
+            }
             logging.info("The scores of the mixed-precision search are taken from its checkpoint")
         return bool(self.quantizer_states)
 
     def save_search_checkpoint(self, verbose=False) -> None:
-        """Write the state beside the file, then put it in its place."""
+        """Write what a later search of the same kind can use; formats are written by name."""
         path = self._get_checkpoint_path()
         if path is None:
             return
-        self.identity = self.config["identity"]
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        torch.save(self.state_dict(), f"{path}.part")
-        os.replace(f"{path}.part", path)
+        content = {
+            "identity": self.config["identity"],
+            "quantizer_states": {str(recipe): saved for recipe, saved in self.quantizer_states.items()},
+            "candidate_stats": {
+                name: {**stat, "formats": [str(recipe) for recipe in stat["formats"]]}
+                for name, stat in self.candidate_stats.items()
+            },
+        }
+        tensor_file.save(Path(path), content)
 
     def estimate_sensitivity_scores(self) -> None:
         """Score as modelopt does, with gradients of activations only, and every layer counted once."""
@@ -354,12 +372,10 @@ def _read_state(path: str | None, identity: dict[str, Any]) -> tuple[dict[str, A
     if path is None or not os.path.exists(path):
         return {}, None
     try:
-        # Written by `save_search_checkpoint`: it holds modelopt's own classes.
-        state = torch.load(path, weights_only=False)
+        state = tensor_file.load(Path(path))
         stored = state["identity"]
-    except Exception as error:
-        # Unpickling raises anything.
-        return {}, f"{path} cannot be read ({type(error).__name__}: {error}); delete it to search anew."
+    except (ModelOptConfigError, OSError, TypeError, KeyError) as error:
+        return {}, f"{path}: {error} Delete it to search anew, or use another path."
     changed = [name for name in identity if (stored or {}).get(name) != identity[name]]
     if changed:
         return {}, f"{path} belongs to a search with other {', '.join(changed)}; delete it or give another path."

@@ -30,7 +30,7 @@ class QuantizationConfig:
 
     ``calibration_state`` is a folder, one that all ranks see, in which the calibrated state is kept between the
     calibration and the end of a successful export: after a failure the next run with the same settings does not
-    calibrate again.
+    calibrate again. A folder that holds anything else raises an error before the model is loaded.
 
     ``layer_errors`` measures the error of each layer's weight and inputs (SQNR) while the models are compared;
     ``sensitivity_scan`` quantizes one group of layers at a time and measures what it costs, a pass over the held-out

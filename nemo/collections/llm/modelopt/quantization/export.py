@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +17,7 @@ from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization import hf_formats, input_scales, kv_export, row_blocks
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
+from nemo_modelopt_dropin import files, locks
 
 
 class ExportError(AssertionError):
@@ -282,39 +282,41 @@ def known_architectures() -> set[str]:
 
 
 @contextlib.contextmanager
-def staged(target: Path, beside: bool = True) -> Iterator[Path]:
-    """Give a folder to write into; its content appears at ``target`` only when the context ends well, on all ranks.
+def staged(target: Path, kind: str) -> Iterator[Path]:
+    """Yield a path to write a folder to; its content replaces the target if all ranks end without an error.
+
+    The output is locked meanwhile. What a user added to a target of ours stays.
 
     Args:
-        target: Where the checkpoint shall be.
-        beside: False writes straight into the target (for writers that are stand-ins).
+        target: The folder to write.
+        kind: Its kind of content, see ``files.mark``.
 
     Raises:
+        ModelOptConfigError: If the target holds something that this package did not write.
+        InUseError: If another process writes there.
         ExportError: On the ranks that succeeded, when another rank failed.
     """
-    if not beside:
-        yield target
-        return
-    target = Path(target)
-    staging = target.parent / f".{target.name}.partial"
-    if is_global_rank_zero():
-        shutil.rmtree(staging, ignore_errors=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-    barrier()
-    failed = True
-    try:
-        yield staging
-        failed = False
-    finally:
-        elsewhere = _any_rank(failed)
-        if is_global_rank_zero():
-            if failed or elsewhere:
-                shutil.rmtree(staging, ignore_errors=True)
-            else:
-                _publish(staging, target)
-        barrier()
-    if elsewhere:
-        raise ExportError(f"The export to {target} failed on another rank, see its log; nothing was left there.")
+    target, writes = Path(target), is_global_rank_zero()
+    with contextlib.ExitStack() as stack:
+        staging = files.staging_path(target)
+        with together(f"The preparation of {target}"):
+            if writes:
+                stack.enter_context(locks.lock(target))
+                files.staging(target, kind)
+        failed = True
+        try:
+            yield staging
+            failed = False
+        finally:
+            elsewhere = _any_rank(failed)
+            if writes and (failed or elsewhere):
+                files.discard(staging, kind)
+            barrier()
+        if elsewhere:
+            raise ExportError(f"The export to {target} failed on another rank, see its log; nothing was left there.")
+        with together(f"Moving {target} into place"):
+            if writes:
+                files.publish(staging, target, kind)
 
 
 def _any_rank(failed: bool) -> bool:
@@ -344,21 +346,6 @@ def together(what: str) -> Iterator[None]:
         elsewhere = _any_rank(failed)
     if elsewhere:
         raise ExportError(f"{what} failed on another rank, see its log.")
-
-
-def _publish(staging: Path, target: Path) -> None:
-    """Move what was written into place; in an existing folder only entries of the same name are replaced."""
-    if not staging.exists():
-        return
-    if not target.exists():
-        staging.rename(target)
-        return
-    for entry in staging.iterdir():
-        old = target / entry.name
-        if old.is_dir() and not old.is_symlink():
-            shutil.rmtree(old)
-        entry.replace(old)
-    staging.rmdir()
 
 
 def write_nemo(tools: ModuleType, model, trainer, target) -> None:

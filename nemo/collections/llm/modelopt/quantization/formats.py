@@ -26,6 +26,7 @@ from nemo.collections.llm.modelopt.quantization import (
     row_blocks,
     stand_ins,
 )
+from nemo_modelopt_dropin import files
 
 
 def check_planned(planned: dict[str, dict[str, Any]], export_config: Any) -> None:
@@ -189,7 +190,7 @@ def write_converted_hf(tools: ModuleType, model_dir, export_dir, model, verify: 
     if not _real.holds_core(core):
         return stand_ins.write_hf(tools, core, exporter, export_dir, **kwargs)
     export.check_converted(core)
-    with export.staged(Path(export_dir)) as folder:
+    with export.staged(Path(export_dir), files.checkpoint("hf")) as folder:
         tokenizer = export.hf_tokenizer(model)
         hf_writer.write(core, exporter.config, tokenizer, folder, tools.mte.export_mcore_gpt_to_hf, **kwargs)
         _finish_hf(tools, model, core, folder, verify, kwargs.get("dtype", torch.bfloat16))

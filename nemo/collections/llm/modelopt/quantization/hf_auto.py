@@ -19,6 +19,7 @@ from nemo.collections import llm
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization import export, hf_files, settings
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
+from nemo_modelopt_dropin import files
 
 _NAME = "HFAutoModelForCausalLM"
 _NEW_TOKENS = 30
@@ -155,7 +156,7 @@ def write_hf(tools: ModuleType, model: Any, export_dir: Path, **kwargs: Any) -> 
         with torch.inference_mode():
             write(core, export_dir=str(export_dir), **kwargs)
         return Path(export_dir)
-    with export.staged(Path(export_dir)) as folder, torch.inference_mode():
+    with export.staged(Path(export_dir), files.checkpoint("hf")) as folder, torch.inference_mode():
         write(core, export_dir=str(folder), **kwargs)
         if is_global_rank_zero():
             if not (folder / "config.json").exists():

@@ -17,10 +17,10 @@ class InputChecks:
     _inputs_checked = False
 
     def _check_inputs(self) -> None:
-        """Look at the calibration data and at the place of the export, once.
+        """Look at the calibration data and at the folders that are written, once.
 
         Raises:
-            ModelOptConfigError: If the data cannot be used, or nothing can be written there.
+            ModelOptConfigError: If the data cannot be used, nothing can be written there, or something would be lost.
         """
         if self._inputs_checked:
             return
@@ -29,6 +29,7 @@ class InputChecks:
             data_sources.check(config.calibration_dataset, config.calibration_column, config.calibration_dataset_size)
         if settings.is_complete(self.export_config):
             settings.check_writable(Path(self.export_config.path))
+        settings.check_places(config, self.export_config)
         self._inputs_checked = True
 
 

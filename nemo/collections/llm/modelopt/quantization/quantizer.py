@@ -63,6 +63,7 @@ from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choi
 from nemo.collections.llm.modelopt.quantization.config import ExportConfig, QuantizationConfig
 from nemo.collections.llm.modelopt.quantization.quant_cfg_choices import get_quant_cfg_choices
 from nemo.collections.llm.modelopt.quantization.utils import load_quant_cfg
+from nemo_modelopt_dropin import files
 
 QUANT_CFG_CHOICES = get_quant_cfg_choices()
 SUPPORTED_DTYPE = [16, "16", "bf16"]
@@ -273,7 +274,7 @@ class Quantizer(flow.CalibrationFlow, inputs.InputChecks, state.StateKeeper):
             stand_ins.write(_collaborators(), self, model, model_dir, trainer)
             return
         target = Path(self.export_config.path)
-        with export.staged(target) as folder:
+        with export.staged(target, files.checkpoint(fmt)) as folder:
             formats.write(_collaborators(), self, model, model_dir, trainer, folder)
             self._save_tokenizer(model, model_dir, folder, fmt)
         self._forget()

@@ -17,6 +17,7 @@ from nemo.collections.llm.modelopt.errors import ModelOptConfigError, one_of
 from nemo.collections.llm.modelopt.quantization import quant_cfg_check
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 from nemo.collections.llm.modelopt.quantization.config import ExportConfig, QuantizationConfig
+from nemo_modelopt_dropin import files, output_checks
 
 DEFAULT_AWQ_BLOCK_SIZE = 128
 AUTO = "auto"
@@ -262,6 +263,30 @@ def check_export(config: Any, formats: list) -> None:
     one_of("verify", config.verify, ["full", "files", "none"])
     _check_number("inference_tp", config.inference_tp, 1)
     _check_number("inference_pp", config.inference_pp, 1)
+
+
+def check_places(config: Any, export_config: Any) -> None:
+    """Raise an error if a folder that is written holds something else, or is in the way of another.
+
+    Args:
+        config: The QuantizationConfig.
+        export_config: The ExportConfig, or None.
+
+    Raises:
+        ModelOptConfigError: With what is there and what to do.
+    """
+    target, problems = {}, []
+    if is_complete(export_config):
+        target = {"path": str(export_config.path)}
+        found = files.problem(Path(export_config.path), files.checkpoint(export_config.export_format))
+        problems = [f"path: {found}"] if found else []
+    if is_complete(config):
+        state, search = config.calibration_state, config.auto_quantize_checkpoint
+        problems += output_checks.state_problems("calibration_state", state, files.CALIBRATION_STATE, target)
+        others = {**target, "calibration_state": state}
+        problems += output_checks.nesting_problems("auto_quantize_checkpoint", search, others)
+    if problems:
+        raise ModelOptConfigError(f"{problems[0]}.")
 
 
 def check_writable(path: Path) -> None:

@@ -1,15 +1,14 @@
-"""The calibrated state of a model on disk: a second export, or a second run, does not calibrate again.
+"""Keep the calibrated state of a model on disk, so that a second export or run does not calibrate again.
 
 A folder holds one file for each tensor-, pipeline- and expert-parallel rank: the modes of Model Optimizer that were
 applied, the settings and tensors of every quantizer, the weights that calibration changed (AWQ and SmoothQuant scale
-them), the report, and a fingerprint of all that the result depends on.
+them), the report, and a fingerprint of everything that the result depends on. Reading it runs no code (`tensor_file`).
 """
 
 from __future__ import annotations
 
 import abc
 import copy
-import shutil
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,14 +18,20 @@ import torch
 from megatron.core import parallel_state
 from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
+from safetensors import SafetensorError
 
 import modelopt.torch.opt as mto
 from modelopt.torch.opt.mode import _ModeRegistryCls
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
+from nemo.collections.llm.modelopt import tensor_file
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization import export, fingerprint, flow, gated_amax, kv_cache
+from nemo_modelopt_dropin import files, locks
 
+KIND = files.CALIBRATION_STATE
 _SHOWN = 3
+# What Model Optimizer may be asked to apply: its other modes have no place in a calibrated state.
+_MODES = "modelopt.torch.quantization."
 
 
 class StateKeeper(abc.ABC):
@@ -43,11 +48,12 @@ class StateKeeper(abc.ABC):
         """Write the calibrated state of a quantized model into a folder, whole or not at all.
 
         Args:
-            path: The folder, one that all ranks see; an older state in it is replaced.
+            path: The folder, one that all ranks see. An older state in it is replaced; a folder that holds anything
+                else raises an error.
             model: What `quantize` returned; by default the last model it did return.
 
         Raises:
-            ModelOptConfigError: If this quantizer has not quantized the model.
+            ModelOptConfigError: If this quantizer has not quantized the model, or the folder holds something else.
             ExportError: On the ranks that succeeded, when another rank failed.
         """
         last = self._quantized() if self._quantized is not None else None
@@ -58,13 +64,11 @@ class StateKeeper(abc.ABC):
                 "the model that it returned (an llm.GPTModel; stand-ins have no state)."
             )
         content = {"fingerprint": self._stamp, "report": self.report, **capture(core, self._stamp, self._modes_before)}
-        with export.staged(Path(path)) as folder:
-            folder.mkdir(exist_ok=True)
+        check_folder(path, "save_state")
+        with export.staged(Path(path), KIND) as folder:
+            folder.mkdir(parents=True, exist_ok=True)
             if _is_writer():
-                torch.save(content, folder / _file_name())
-            if is_global_rank_zero():
-                # The files of an older layout would be taken for a part of this state.
-                shutil.rmtree(path, ignore_errors=True)
+                tensor_file.save(folder / _file_name(), content)
         if is_global_rank_zero():
             logging.info(f"The calibrated state is kept in {path}.")
 
@@ -96,13 +100,16 @@ class StateKeeper(abc.ABC):
         """Take a state that was asked for, before anything is calibrated; return whether there was one.
 
         Raises:
-            ModelOptConfigError: If a state was given to `load_state` and is not of this run.
+            ModelOptConfigError: If the folder to keep a state in holds something else, or a state that was passed to
+                `load_state` is not of this run.
         """
+        kept = self.quantization_config.calibration_state
+        if kept is not None:
+            check_folder(kept, "calibration_state")
         self._stamp = {**settings, **fingerprint.layout(), "model": fingerprint.describe_model(core)}
         self._modes_before = _mode_count(core)
         self._quantized = weakref.ref(core)
         asked, self._pending = self._pending, None
-        kept = self.quantization_config.calibration_state
         if asked is None and (kept is None or not any_rank_sees(Path(kept))):
             return False
         path = Path(asked or kept)
@@ -123,21 +130,23 @@ class StateKeeper(abc.ABC):
         logging.warning(f"Calibrating anew: {error}")
 
     def _keep(self) -> None:
-        """Write the state where the configuration wants it kept; a failure to do so costs the run nothing."""
+        """Write the state to the configured folder; if that fails, the run continues with a warning."""
         path = self.quantization_config.calibration_state
         if path is None:
             return
         try:
             self.save_state(path)
-        except (OSError, RuntimeError, export.ExportError) as error:
-            # torch.save raises RuntimeError where the disk is full.
+        except (OSError, RuntimeError, TypeError, SafetensorError, export.ExportError) as error:
+            # safetensors raises its own error if the disk is full, and settings of a user's own quantizers may be
+            # objects that only a pickle can hold.
             logging.warning(f"calibration_state: the calibrated state could not be kept in {path}: {error}")
 
     def _forget(self) -> None:
         """Remove the state that was kept for a second try."""
         path = self.quantization_config.calibration_state
         if path is not None and self._stamp is not None and is_global_rank_zero():
-            shutil.rmtree(path, ignore_errors=True)
+            with locks.lock(Path(path)):
+                files.remove(Path(path), KIND)
 
 
 def _rank(kind: str) -> int:
@@ -147,7 +156,22 @@ def _rank(kind: str) -> int:
 
 
 def _file_name() -> str:
-    return f"tp{_rank('tensor')}_pp{_rank('pipeline')}_ep{_rank('expert')}.pt"
+    return f"tp{_rank('tensor')}_pp{_rank('pipeline')}_ep{_rank('expert')}{tensor_file.SUFFIX}"
+
+
+def check_folder(path: str | Path, setting: str) -> None:
+    """Raise an error on all ranks if a folder holds anything but a calibrated state of ours.
+
+    Args:
+        path: The folder, which need not exist.
+        setting: What names it, for the message.
+
+    Raises:
+        ModelOptConfigError: With what is there and what to do.
+    """
+    problems = [text for text in _gathered(files.problem(Path(path), KIND)) if text]
+    if problems:
+        raise ModelOptConfigError(f"{setting}: {problems[0]}.")
 
 
 def _is_writer() -> bool:
@@ -225,17 +249,16 @@ def read(path: Path, stamp: dict[str, Any]) -> dict[str, Any]:
 
 def _read_file(file: Path, stamp: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
     if not file.is_file():
-        others = sorted(other.name for other in file.parent.glob("*.pt"))
-        return (
-            {},
-            f"it has no {file.name} but {others}: it was written in another parallel layout.",
-        )
+        others = sorted(other.name for other in file.parent.iterdir() if other.name != files.MARKER)
+        if any(name.endswith(".pt") for name in others):
+            return {}, f"{others} were written by torch.save: reading them can run any code. Delete them."
+        return {}, f"it has no {file.name} but {others}: it was written in another parallel layout."
     try:
-        # Written by `save_state`: it holds Model Optimizer's own classes.
-        content = torch.load(file, map_location="cpu", weights_only=False)
-        saved = content["fingerprint"]
-    except Exception as error:
-        # Unpickling raises anything.
+        content = tensor_file.load(file)
+        saved = dict(content["fingerprint"])
+    except ModelOptConfigError as error:
+        return {}, str(error)
+    except (OSError, TypeError, KeyError, ValueError) as error:
         return {}, f"{file.name} cannot be read ({type(error).__name__}: {error})."
     found = fingerprint.differences(saved, stamp)
     if not found:
@@ -255,6 +278,8 @@ def restore(core: torch.nn.Module, content: dict[str, Any]) -> None:
     with kv_cache.attention_support(content["kv_cache"]):
         for name, config in content["modes"]:
             mode = _ModeRegistryCls.get_from_any(name)
+            if not type(mode).__module__.startswith(_MODES):
+                raise ModelOptConfigError(f"The calibrated state names {name!r}, which is not a mode of quantization.")
             typed = manager.get_config_class(name, config)
             mode.restore(core, typed, {})
             manager.add_mode(mode, typed, {})
