@@ -165,9 +165,22 @@ def remove(folder: Path, kind: str) -> None:
         ModelOptConfigError: If the folder is neither empty nor ours.
     """
     folder = Path(folder)
+    gone = folder.with_name(f".{folder.name}.removed")
+    for one in (gone, folder):
+        if one.exists():
+            check(one, kind, "cannot remove")
+    if gone.exists():  # a kill left it
+        _clear(gone)
     if not folder.exists():
         return
-    check(folder, kind, "cannot remove")
+    if not folder.is_symlink() and not _foreign(folder):
+        with contextlib.suppress(OSError):  # of a mount point, for one
+            folder = folder.rename(gone)  # at once: a kill must not leave a part that looks whole
+    _clear(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Remove our entries of a folder, the marker last, and the folder if nothing else is in it."""
     for name in (_marker(folder) or {"entries": ()})["entries"]:
         _delete(folder / name)
     if _names(folder):

@@ -155,6 +155,23 @@ def test_links_are_followed_to_the_folder_and_never_through_an_entry(tmp_path):
     assert _content(tmp_path / "thesis") == {"text": "years"}
 
 
+def test_a_kill_while_a_folder_is_removed_leaves_no_part_that_looks_whole(tmp_path, monkeypatch):
+    target, delete = tmp_path / "state", files._delete
+    _write(target, a="1", b="2")
+
+    def stops(path):
+        delete(path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "_delete", stops)
+    with pytest.raises(KeyboardInterrupt):
+        files.remove(target, KIND)
+    monkeypatch.setattr(files, "_delete", delete)
+    assert not target.exists()
+    files.remove(target, KIND)
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- write beside, then rename ----------------------------------------------------------------------------------------
 
 
