@@ -410,7 +410,9 @@ def test_codes_are_those_of_the_fake_quantizer(bits):
 def test_trtllm_checkpoint(ranks, work):
     target = work / "trtllm"
     ranks(1).run(jobs.ptq, str(work / "llama"), str(target), "fp8", "trtllm", 1, 1, settings(work))
-    assert {"config.json", "rank0.safetensors", "nemo_context"} == {p.name for p in target.iterdir()}
+    assert {".nemo-modelopt.json", "config.json", "rank0.safetensors", "nemo_context"} == {
+        p.name for p in target.iterdir()
+    }
 
 
 @pytest.mark.parametrize("written", [["config.json"], ["config.json", "rank0.safetensors"]])
