@@ -225,8 +225,9 @@ class TestNetworks(TeacherCase):
         assert model.asked == [("module.", {"kind": "x"})]
 
     @pytest.mark.parametrize("spec", [torch.nn.Module, llm.GPTModel])
-    def test_mocks_of_networks(self, spec):
-        model = MagicMock(spec=spec)
+    @pytest.mark.parametrize("mock_class", [Mock, MagicMock])
+    def test_mocks_of_networks(self, spec, mock_class):
+        model = mock_class(spec=spec)
         model.sharded_state_dict = Mock(return_value={})
         config, trainer, _ = pieces(True, model=model)
         assert teacher_provider(config, PATH, None, trainer) is model

@@ -25,7 +25,7 @@ def check_weights(model: Any, where: Any) -> None:
     Raises:
         ModelOptConfigError: Naming the first such weights.
     """
-    if not isinstance(model, torch.nn.Module):
+    if not issubclass(type(model), torch.nn.Module):  # a mock with its spec has nothing to look at
         return
     named = [(name, weight) for name, weight in model.named_parameters() if _can_check(weight)]
     if not named:

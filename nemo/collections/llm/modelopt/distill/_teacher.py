@@ -215,7 +215,9 @@ def load_weights(model: Any, state_dict: dict[str, Any], strict: bool | None) ->
     Raises:
         ModelOptConfigError: where weights are missing, because they would stay random.
     """
-    lenient_extra = strict is True and isinstance(model, torch.nn.Module) and _lacks_extra_state(model, state_dict)
+    lenient_extra = (
+        strict is True and issubclass(type(model), torch.nn.Module) and _lacks_extra_state(model, state_dict)
+    )
     result = model.load_state_dict(state_dict, strict=None if lenient_extra else strict)
     missing = getattr(result, "missing_keys", None)
     unexpected = getattr(result, "unexpected_keys", None)
