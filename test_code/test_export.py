@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from test_code import jobs_quant as jobs
-from test_code.other_sums import assert_equal_but_for_sums
+from test_code.jobs_hf import assert_same_logits
 
 MODULE = "nemo.collections.llm.modelopt.quantization.quantizer"
 
@@ -154,15 +154,6 @@ def tensors_of(folder):
     from nemo.collections.llm.modelopt.quantization import hf_files
 
     return dict(hf_files.read_tensors(folder))
-
-
-def assert_same_logits(theirs, ours):
-    """Compare the logits of a file with those of the model in memory; the weights are numbers of bf16 in both."""
-    assert_equal_but_for_sums(theirs.exact, ours.exact)
-    # Another order of sums moves inputs across the edge between two codes, on each processor others. Were all roundings
-    # independent, the difference would be sqrt(2) times what rounding changes.
-    changed = (ours.rounded - ours.exact).norm()
-    assert (theirs.rounded - ours.rounded).norm() <= 1.5 * changed + 1e-5 * ours.exact.norm()
 
 
 @pytest.mark.parametrize("algorithm", HF_ALGORITHMS)
