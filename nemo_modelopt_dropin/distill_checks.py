@@ -64,6 +64,8 @@ def _output_problems(given: argparse.Namespace) -> list[str]:
     found = place_problems("--log_dir/--name", str(folder), inputs)
     # NeMo moves files of an earlier attempt, our marker too, into folders run_0, run_1, ...
     known = any(any(folder.glob(one)) for one in ("checkpoints/*-last", "interim/step-*", f"run_*/{files.MARKER}"))
+    # Recording a teacher leaves a logger's folder under the name of the training.
+    known = known or (folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {"tensorboard"})
     problem = None if found or known else files.problem(folder, files.TRAINING_RUN)
     return [*found, f"--log_dir/--name: {problem}"] if problem else found
 

@@ -110,6 +110,12 @@ def test_a_folder_of_the_users_in_a_run_of_ours_is_refused(folder):
     assert (folder / "run" / "distill" / "thesis.tex").read_text() == "years"
 
 
+def test_a_training_may_have_the_name_under_which_its_teacher_was_recorded(folder):
+    (folder / "mine" / "tensorboard").mkdir(parents=True)
+    found = run("distill", "mine", "--dry-run")
+    assert found.returncode == 0, found.stderr
+
+
 @pytest.mark.parametrize("ranks", ["1", "2"])
 @pytest.mark.parametrize("script", COMMANDS)
 def test_a_second_run_at_one_output_is_refused_at_once(folder, script, ranks):
