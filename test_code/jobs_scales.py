@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -165,8 +166,33 @@ def plain_int4(path: str) -> str:
     return path
 
 
-def export_both(checkpoint: str, target: str, algorithm: str, quant: dict) -> dict:
+@contextlib.contextmanager
+def starved(expert: int | None):
+    """Let the routers send no token to an expert inside the context."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    gating = TopKRouter.gating
+
+    def without(self, *args, **kwargs):
+        logits = gating(self, *args, **kwargs)
+        return logits.index_fill(-1, torch.tensor([expert]), -1e9)
+
+    TopKRouter.gating = gating if expert is None else without
+    try:
+        yield
+    finally:
+        TopKRouter.gating = gating
+
+
+def export_both(checkpoint: str, target: str, algorithm: str, quant: dict, unused: int | None = None) -> dict:
     """Calibrate once, export to ``target`` and to ``target``-nemo; return what the model in memory holds.
+
+    Args:
+        checkpoint: NeMo checkpoint.
+        target: folder of the HF export.
+        algorithm: what to quantize with.
+        quant: further settings of the quantization.
+        unused: number of an expert that no calibration token reaches.
 
     Returns:
         By layer: the norms before the fused layers, the scales of inputs, and the amax of keys and values.
@@ -177,7 +203,8 @@ def export_both(checkpoint: str, target: str, algorithm: str, quant: dict) -> di
     quantize = module.Quantizer.quantize
 
     def keep(self, model, forward_loop=None):
-        found = quantize(self, model, forward_loop)
+        with starved(unused):
+            found = quantize(self, model, forward_loop)
         seen.update(state_of(found))
         return found
 
@@ -194,7 +221,7 @@ def state_of(model) -> dict[str, torch.Tensor]:
     from test_code import tiny
 
     core = tiny.core(model)
-    wanted = ("layernorm.weight", "layernorm.bias", "_pre_quant_scale", "_bmm_quantizer._amax")
+    wanted = ("layernorm.weight", "layernorm.bias", "_pre_quant_scale", "_quantizer._amax")
     return {name: value.detach().clone() for name, value in core.state_dict().items() if name.endswith(wanted)}
 
 

@@ -21,6 +21,7 @@ from nemo.collections.llm.modelopt.quantization import (
     report,
     settings,
     stand_ins,
+    unused_experts,
 )
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 
@@ -102,6 +103,7 @@ class CalibrationFlow(abc.ABC):
             from_file = settings.is_file(algorithm, tools().QUANT_CFG_CHOICES)
             kv_option = self.quantization_config.enable_kv_cache
             quantized = insertion.insert(tools().mtq, core, quant_cfg, forward_loop, kv_option, from_file)
+        unused_experts.complete(core)
         if decoder_type == "gpt":
             insertion.keep_amax_from_vanishing(tools().mtq, quantized, algorithm, self.report.get("formats"))
         self._measure(core, evaluation, before)

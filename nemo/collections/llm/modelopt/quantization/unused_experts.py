@@ -1,0 +1,59 @@
+"""Input ranges of experts that no calibration token was sent to."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from nemo.utils import logging
+
+from modelopt.torch.quantization.nn import TensorQuantizer
+
+_EXPERT = re.compile(r"(?P<before>.*\.local_experts\.)\d+(?P<after>\..*input_quantizer)$")
+_SHOWN = 4
+
+
+def complete(core: torch.nn.Module) -> None:
+    """Give the input quantizers of unused experts the largest amax of the same layer in the other experts.
+
+    The router sends few tokens to some experts, and calibration data may reach none of theirs. Their static input
+    quantizers then have no amax: in memory they would follow each input, which a file cannot express. All experts of
+    a layer see inputs from the same distribution, so the largest amax of the others is safe.
+
+    Args:
+        core: The calibrated Megatron-Core model. Experts of other expert-parallel ranks are not considered.
+    """
+    groups: dict[str, list[tuple[str, TensorQuantizer]]] = {}
+    for name, module in core.named_modules():
+        match = _EXPERT.match(name)
+        if match and isinstance(module, TensorQuantizer):
+            groups.setdefault(match["before"] + match["after"], []).append((name, module))
+    filled = []
+    for group in groups.values():
+        calibrated = [module for _, module in group if _is_static(module) and module.amax is not None]
+        if not calibrated:
+            continue
+        largest = torch.stack([module.amax.max() for module in calibrated]).max()
+        for name, module in group:
+            if (_is_static(module) and module.amax is None) or _is_left_by_awq(module, calibrated[0]):
+                module.reset_amax()
+                module.axis = calibrated[0].axis
+                module.amax = largest.clone()
+                module.enable()
+                filled.append(name.removesuffix(".input_quantizer"))
+    if filled:
+        more = f" and {len(filled) - _SHOWN} more" if len(filled) > _SHOWN else ""
+        logging.warning(
+            f"No calibration token reached {', '.join(filled[:_SHOWN])}{more}: the input range of the other experts of "
+            "the layer is used. Use more calibration data (calibration_dataset_size)."
+        )
+
+
+def _is_static(quantizer: TensorQuantizer) -> bool:
+    """Return whether a quantizer needs one amax, found by calibration."""
+    return quantizer.is_enabled and not quantizer._dynamic and not quantizer.block_sizes
+
+
+def _is_left_by_awq(quantizer: TensorQuantizer, calibrated: TensorQuantizer) -> bool:
+    """Return whether AWQ has not put a quantizer back: it measures channels with it, and skips unused experts then."""
+    return not quantizer.is_enabled and quantizer.axis is not None and calibrated.axis is None
