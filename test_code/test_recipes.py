@@ -97,8 +97,8 @@ def test_recipes_travel_to_a_cluster(recipe):
 def test_the_job_as_a_function_refuses_what_cannot_work(tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    cli.shell(tmp_path)
-    recipe = compress_recipe(str(tmp_path), "none", "none", str(tmp_path / "run"))
+    teacher = cli.shell(tmp_path / "teacher")
+    recipe = compress_recipe(str(teacher), "none", "none", str(tmp_path / "run"))
     with pytest.raises(SettingsError, match="nothing to prune(.|\n)*none: there is no such file"):
         fiddle.build(recipe)()
     for name in ("text", "heldout"):
@@ -114,11 +114,11 @@ def test_the_job_as_a_function_refuses_what_cannot_work(tmp_path, monkeypatch):
 def test_the_job_as_a_function_keeps_finished_stages(tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    cli.shell(tmp_path)
+    teacher = cli.shell(tmp_path / "teacher")
     for name in ("text", "heldout"):
         (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name}"}}\n')
     texts = [str(tmp_path / f"{name}.jsonl") for name in ("text", "heldout")]
-    recipe = compress_recipe(str(tmp_path), *texts, str(tmp_path / "run"), num_gpus_per_node=1)
+    recipe = compress_recipe(str(teacher), *texts, str(tmp_path / "run"), num_gpus_per_node=1)
     recipe.job.pruning.target_num_layers = 1
     job = fiddle.build(recipe.job)
     for stage in plan.compression_stages(job, tmp_path / "run"):
