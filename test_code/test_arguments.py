@@ -49,14 +49,14 @@ def test_what_is_no_finite_number(script, value, capsys, tmp_path, monkeypatch):
     """Every flag that takes a number, in every script."""
     cli.inputs(tmp_path)
     monkeypatch.chdir(tmp_path)
+    # Parsers are named by the running program, which differs if tests run in several processes.
+    monkeypatch.setattr("sys.argv", [f"{script}.py"])
     numbers = [action for action in _flags(script) if getattr(action.type, "__name__", "") in ("float", "number")]
     assert numbers
     for action in numbers:
         found = _refused(script, [*COMMANDS[script].split(), f"{action.option_strings[0]}={value}"], capsys)
         name = "/".join(action.option_strings)
-        assert f"{script}.py: {name}: must be a finite number, got {value}" in [
-            line.replace("pytest:", f"{script}.py:").replace("__main__.py:", f"{script}.py:") for line in found
-        ]
+        assert f"{script}.py: {name}: must be a finite number, got {value}" in found
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,12 @@ def cut(name: str):
     return lambda: Path(name).write_bytes(Path(name).read_bytes()[:-1])
 
 
+def folder_of_one():
+    for suffix in (".bin", ".idx"):
+        Path("data").mkdir(exist_ok=True)
+        shutil.copy(f"one{suffix}", f"data/one{suffix}")
+
+
 CASES = [
     ("one", None, None),
     ("one two", None, None),
@@ -50,7 +57,7 @@ CASES = [
     ("one", lambda: Path("one.bin").unlink(), "there is no one.bin"),
     ("one", lambda: Path("one.idx").unlink(), "there is no one.idx"),
     ("one.bin", None, "one.bin: leave .bin out; the name stands for a .bin and an .idx file"),
-    (".", None, ". is a folder; pass the common beginning of a .bin and an .idx file; did you mean one?"),
+    ("data", folder_of_one, "data is a folder; pass the common beginning of a .bin and an .idx file; did you mean "),
     ("one", cut("one.bin"), "one.bin is cut off: it has 29 of 30 bytes"),
     ("two", cut("two.bin"), "two.bin is cut off: it has 59 of 60 bytes"),
     ("one", cut("one.idx"), "one.idx is cut off: it has "),

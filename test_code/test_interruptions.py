@@ -287,7 +287,7 @@ def test_the_newest_whole_checkpoint_is_resumed_from(cpu_backend, tmp_path):
     for i, folder in enumerate(("checkpoints/a-last", "interim/step-00000004", "checkpoints/b-last")):
         (tmp_path / folder).mkdir(parents=True)
         os.utime(tmp_path / folder, (i, i))
-    (tmp_path / "interim" / "step-00000009.part").mkdir()
+    (tmp_path / "interim" / ".step-00000009.partial").mkdir()
     assert newest(checkpoints, steps) == checkpoints / "b-last"
     ModelCheckpoint.set_checkpoint_unfinished_marker(checkpoints / "b-last")
     assert newest(checkpoints, steps) == tmp_path / "interim" / "step-00000004"
@@ -382,7 +382,7 @@ def uninterrupted(whole) -> dict:
 # While what is written: the pruned checkpoint, one of the training, the quantized checkpoint, the exported files.
 MOMENTS = [
     ("prune", "**/*.distcp"),
-    ("distill", "steps/step-0000000[4-9].part/**/*.distcp"),
+    ("distill", "steps/.step-0000000[4-9].partial/**/*.distcp"),
     ("quantize", "**/*.distcp"),
     ("export", "**/*.safetensors"),
 ]
@@ -473,7 +473,7 @@ def test_a_distillation_resumes_between_validations(teacher, whole, tmp_path):
     output = tmp_path / "killed"
     resumed = [*command, "killed", "--save_minutes", "0.002"]
     # While the first one is written, and once it is whole.
-    for files in ("step-*.part/**/*.distcp", "step-????????/weights"):
+    for files in (".step-*.partial/**/*.distcp", "step-????????/weights"):
         with subprocess.Popen(resumed, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
             _wait_for_file(process, output / "interim", files)
             process.kill()

@@ -101,9 +101,9 @@ def test_files_and_sizes(ranks, work):
     out, folder = work / "out", work / "out.report"
     settings = {"sensitivity_scan": True, "algorithm": "int8"}
     report = ranks(1).run(jobs.exported_report, *paths(work), str(out), str(folder), **settings)[0]
-    assert {p.name for p in folder.iterdir()} == {"report.json", "report.html", "figures"}
+    assert {p.name for p in folder.iterdir()} == {".nemo-modelopt.json", "report.json", "report.html", "figures"}
     assert {p.name for p in (folder / "figures").iterdir()} == {"sqnr.png", "sensitivity.png"}
-    assert {p.name for p in out.iterdir()} == {"weights", "context"}
+    assert {p.name for p in out.iterdir()} == {".nemo-modelopt.json", "weights", "context"}
     found = json.loads((folder / "report.json").read_text())
     assert {name: found[name] for name in report} == report and found["settings"]["algorithm"] == "int8"
     weights = sum(p.stat().st_size for p in (out / "weights").glob("*.distcp"))

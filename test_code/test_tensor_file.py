@@ -9,7 +9,7 @@ import stat
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo.collections.llm.modelopt import tensor_file
@@ -27,6 +27,8 @@ _VALUES = st.recursive(
 )
 
 
+# Each example writes a file, which takes longer than the usual deadline on a busy machine.
+@settings(deadline=None)
 @given(value=_VALUES)
 def test_structures_come_back_equal_with_their_types(tmp_path_factory, value):
     path = tmp_path_factory.mktemp("file") / "value"

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from ..errors import ModelOptConfigError
 from ._fused_model import DeferredLogits
@@ -62,7 +63,9 @@ def check_outputs(layers: Iterable[Any]) -> None:
 
 
 def _can_check(tensor: Tensor) -> bool:
-    return tensor.dtype in _DTYPES and tensor.numel() > 0 and not tensor.is_meta
+    # Meta and fake tensors, with which memory is simulated, hold no numbers.
+    has_numbers = not tensor.is_meta and not isinstance(tensor, FakeTensor)
+    return tensor.dtype in _DTYPES and tensor.numel() > 0 and has_numbers
 
 
 @torch.no_grad()
