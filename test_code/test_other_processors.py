@@ -26,6 +26,8 @@ FILES = [
     "export",
     "hf_check",
     "hf_codes",
+    "hf_kv_cache",
+    "hf_scales",
     "functional",
     "fused_logits",
     "hybrid",
