@@ -16,8 +16,9 @@ import warnings
 import torch
 
 VARIABLE = "TEST_OTHER_SUMS"
-# The rounding error of a sum of n terms grows with the square root of n (Higham, Accuracy and Stability of Numerical
-# Algorithms, section 4.2); half a unit in the last place each.
+# Half a unit in the last place. Partial sums of n terms of random sign are at most about |a| |b| / sqrt(n), and n
+# rounding errors of that size add up to about this number times |a| |b| (Higham, Accuracy and Stability of Numerical
+# Algorithms, section 4.2): each number of the product has its own size, also among rows of very different sizes.
 _UNIT = 2.0**-24
 
 # The library's registrations live as long as this object.
@@ -41,8 +42,8 @@ def _moved(product, *args, **kwargs) -> torch.Tensor:
     found = torch.empty((*left.shape[:-1], right.shape[-1]), dtype=left.dtype, device=left.device)
     product(*args, **kwargs, out=found)
     if found.dtype == torch.float32 and found.numel():
-        size = _UNIT * left.shape[-1] ** 0.5
-        found.add_(found.abs().amax(-1, keepdim=True) * _pattern(left.shape[-1], right.shape[-1]), alpha=size)
+        sizes = left.norm(dim=-1, keepdim=True) * right.norm(dim=-2, keepdim=True)
+        found.add_(sizes * _pattern(left.shape[-1], right.shape[-1]), alpha=_UNIT)
     return found
 
 
