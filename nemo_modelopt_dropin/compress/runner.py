@@ -32,6 +32,7 @@ _RANK_ZERO_FIRST_S = 3.0
 
 MakeStages = Callable[[TextIO], list[Stage]]
 Finish = Callable[[Mapping[str, Record]], int]
+Tell = Callable[[str, Stage, "Record | None"], None]
 
 
 def execute(
@@ -151,13 +152,44 @@ def _as_rank(
 
     def work(out: TextIO) -> None:
         with locks.lock(root) if rank == 0 else contextlib.nullcontext():
-            if rank == 0 and settings is not None:
-                heading = f"python scripts/compress.py --config {run_file.NAME}"
-                run_file.write(root / run_file.NAME, settings, heading)
-            _run_all(make_stages(out), root, layout, console.Teller(out, len(make_stages(out)), rank), redo)
+            stages = make_stages(out)
+            teller = console.Teller(out, len(stages), rank)
+            tell = _renewing(teller, stages, root, settings) if rank == 0 else teller
+            _run_all(stages, root, layout, teller, tell, redo)
 
     log = None if verbose else root / "log" / f"rank{rank}.txt"
     return guarded(work, log, signals.RESUMABLE, output=root)
+
+
+def _renewing(tell: Tell, stages: list[Stage], root: Path, settings: Mapping[str, Any] | None) -> Tell:
+    """Write the run's settings and remove the report of its older ones, at once or when a result is replaced.
+
+    As long as the results in the folder are those of an earlier run, its report and ``run.yaml`` describe them.
+
+    Returns:
+        ``tell``, which does that if it was not done at once.
+    """
+    waiting = pending(stages, root)
+    left = [True]
+
+    def renew() -> None:
+        left.clear()
+        if settings is not None:
+            heading = f"python scripts/compress.py --config {run_file.NAME}"
+            run_file.write(root / run_file.NAME, settings, heading)
+        if waiting:
+            from nemo_modelopt_dropin import report
+
+            report.withdraw(root)
+
+    def telling(event: str, stage: Stage, record: Record | None) -> None:
+        if event == "done" and left:
+            renew()
+        tell(event, stage, record)
+
+    if not any(read_record(root / name) is not None for name in waiting):
+        renew()
+    return telling
 
 
 def require_gpu() -> None:
@@ -240,15 +272,14 @@ def _code_of(error: BaseException, rank: int, log: Path | None, out: TextIO, out
     return FAILED
 
 
-def _run_all(stages: list[Stage], root: Path, layout: Layout, tell: console.Teller, redo: Collection[str]) -> None:
+def _run_all(
+    stages: list[Stage], root: Path, layout: Layout, teller: console.Teller, tell: Tell, redo: Collection[str]
+) -> None:
     if not pending(stages, root):
         run_stages(stages, root, Alone(), tell)  # all finished: needs no NeMo and no other ranks
         return
-    if tell.rank == 0:
-        from nemo_modelopt_dropin import report
-
-        report.withdraw(root)
-        tell.out.write("loading NeMo\n")
+    if teller.rank == 0:
+        teller.out.write("loading NeMo\n")
     if layout.cpu:
         from nemo_modelopt_dropin import cpu_backend
 
