@@ -122,8 +122,17 @@ def nesting_problems(flag: str, path: str | None, outputs: Mapping[str, str | No
     return []
 
 
-def report_problems(flag: str, folder: str | None) -> list[str]:
-    """Return why a report cannot be written into a folder."""
+def report_problems(flag: str, folder: str | None, outputs: Mapping[str, str | None] | None = None) -> list[str]:
+    """Return why a report cannot be written into a folder.
+
+    Args:
+        flag: that names the folder.
+        folder: of the report.
+        outputs: flag -> checkpoints that this command writes, which hold nothing but the checkpoint.
+    """
+    nested = nesting_problems(flag, folder, outputs or {})
+    if nested:
+        return nested
     found = files.taken(Path(folder), REPORT_FILES) if folder else None
     return [f"{flag}: {found}"] if found else []
 

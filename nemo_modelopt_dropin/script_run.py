@@ -28,6 +28,7 @@ class Script:
         paths: settings that are paths, or may be: the run file holds them so that they work from everywhere.
         others: what else the script writes; no other run may write there meanwhile.
         keeps_progress: True if the same command resumes after an interruption; the run file is then written first.
+        state: the folder of a calibration state that may outlive the run.
     """
 
     name: str
@@ -35,6 +36,22 @@ class Script:
     paths: tuple[str, ...]
     keeps_progress: bool = False
     others: tuple[Path, ...] = ()
+    state: Path | None = None
+
+
+class _Interrupted:
+    """What is printed after an interruption, put together at that time."""
+
+    def __init__(self, script: Script):
+        self.script = script
+
+    def __str__(self) -> str:
+        if self.script.keeps_progress:
+            return signals.RESUMABLE
+        state = self.script.state
+        if state is not None and files.is_ours(state, files.CALIBRATION_STATE):
+            return f"interrupted; the calibrated state is kept in {state}, run the same command again to use it"
+        return signals.NOTHING_WRITTEN
 
 
 Rows = list[tuple[str, str]]
@@ -48,12 +65,12 @@ def execute(script: Script, given: argparse.Namespace, work: Callable[[argparse.
     With ``given.cpu`` this starts ``given.devices`` ranks itself unless it is one of them; on GPUs torchrun (or
     Lightning itself) does, as for NeMo's own scripts. Rank zero writes the run file once the work is done.
     """
-    after = signals.RESUMABLE if script.keeps_progress else signals.NOTHING_WRITTEN
+    after = _Interrupted(script)
     return signals.guarded(lambda: _execute(script, given, work, after), after)
 
 
 def _execute(
-    script: Script, given: argparse.Namespace, work: Callable[[argparse.Namespace], Rows | None], after: str
+    script: Script, given: argparse.Namespace, work: Callable[[argparse.Namespace], Rows | None], after: _Interrupted
 ) -> int:
     from nemo_modelopt_dropin.compress import runner
 
@@ -76,7 +93,7 @@ def _execute(
 
 
 def _as_rank(
-    script: Script, given: argparse.Namespace, work: Callable[[argparse.Namespace], Rows | None], after: str
+    script: Script, given: argparse.Namespace, work: Callable[[argparse.Namespace], Rows | None], after: _Interrupted
 ) -> int:
     from nemo_modelopt_dropin.compress import runner
 

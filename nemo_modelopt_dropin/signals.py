@@ -62,7 +62,7 @@ def seen(at_once: Callable[[int], None] | None = None) -> Iterator[list[int]]:
             signal.signal(number, previous)
 
 
-def guarded(work: Callable[[], int], message: str) -> int:
+def guarded(work: Callable[[], int], message: object) -> int:
     """Do a command's work and return its exit code; a signal outside a rank's own handling prints the message.
 
     Args:

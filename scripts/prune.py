@@ -179,7 +179,7 @@ def output_problems(arguments: argparse.Namespace) -> list[str]:
         found += output_checks.place_problems(flag, path, inputs)
     outputs = {"--save_path": arguments.save_path, "--report_path": report}
     found += output_checks.state_problems("--scores_path", arguments.scores_path, files.PRUNING_SCORES, outputs)
-    return found + output_checks.report_problems("--report_path", report)
+    return found + output_checks.report_problems("--report_path", report, {"--save_path": arguments.save_path})
 
 
 def model_problems(arguments: argparse.Namespace, sizes: dict[str, int | float]) -> list[str]:

@@ -233,7 +233,7 @@ def output_problems(arguments: argparse.Namespace) -> list[str]:
     found += output_checks.nesting_problems(
         "--auto_quantize_checkpoint", search, {**others, "--calibration_state": state}
     )
-    return found + output_checks.report_problems("--report_path", report)
+    return found + output_checks.report_problems("--report_path", report, {"--export_path": arguments.export_path})
 
 
 def data_problems(name: str, column: str | None = None, limit: int = 1) -> list[str]:
@@ -328,7 +328,9 @@ def main(argv: list[str] | None = None) -> int:
         return dry_run.show(dry_run.quantization(arguments))
     from nemo_modelopt_dropin.script_run import Script, execute
 
-    return execute(Script("ptq", Path(arguments.export_path), PATHS, others=_others(arguments)), arguments, work)
+    state = None if arguments.no_calibration_state else Path(arguments.calibration_state)
+    script = Script("ptq", Path(arguments.export_path), PATHS, others=_others(arguments), state=state)
+    return execute(script, arguments, work)
 
 
 if __name__ == "__main__":

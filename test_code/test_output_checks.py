@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_modelopt_dropin import files, output_checks
+from nemo_modelopt_dropin import files, output_checks, script_run, signals
 
 FILES = {
     "nemo": ["context/model.yaml", "weights/metadata.json"],
@@ -135,3 +135,23 @@ def test_a_report_does_not_replace_a_users_file(tmp_path, name):
     assert f"holds {name}, which this package did not write" in output_checks.report_problems("--r", str(tmp_path))[0]
     (tmp_path / name).rename(tmp_path / "notes")
     assert output_checks.report_problems("--r", str(tmp_path)) == []
+
+
+def test_a_report_lies_beside_the_checkpoint(tmp_path):
+    outputs = {"--out": str(tmp_path / "out")}
+    for folder in ("out", "out/report"):
+        (found,) = output_checks.report_problems("--report", str(tmp_path / folder), outputs)
+        assert f"--report {tmp_path / folder} lies inside --out" in found
+    assert output_checks.report_problems("--report", str(tmp_path / "out.report"), outputs) == []
+
+
+def test_an_interruption_names_the_calibrated_state_that_is_there(tmp_path):
+    state = tmp_path / "state"
+    message = script_run._Interrupted(script_run.Script("ptq", tmp_path / "out", (), state=state))
+    assert str(message) == signals.NOTHING_WRITTEN
+    state.mkdir()
+    assert str(message) == signals.NOTHING_WRITTEN
+    files.mark(state, files.CALIBRATION_STATE)
+    assert f"the calibrated state is kept in {state}" in str(message)
+    resumable = script_run.Script("distill", tmp_path / "out", (), keeps_progress=True)
+    assert str(script_run._Interrupted(resumable)) == signals.RESUMABLE

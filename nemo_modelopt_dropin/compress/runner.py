@@ -205,7 +205,7 @@ def require_gpu() -> None:
 
 
 def guarded(
-    work: Callable[[TextIO], None], log: Path | None, on_interrupt: str, keep_log: bool = True, output: Path = Path()
+    work: Callable[[TextIO], None], log: Path | None, on_interrupt: object, keep_log: bool = True, output: Path = Path()
 ) -> int:
     """Do a script's work on this rank, with what libraries write in ``log``, and return the exit code.
 
