@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from nemo_modelopt_dropin import data_paths, files, loss_file, model_sizes, pair_checks, tokenizer_files
+from nemo_modelopt_dropin import data_paths, files, loss_file, model_sizes, pair_checks, resume_checks, tokenizer_files
 from nemo_modelopt_dropin.command_line import (
     layout_problems,
     missing_paths,
@@ -20,7 +20,7 @@ from nemo_modelopt_dropin.model_checks import pair_problems, split_problems
 from nemo_modelopt_dropin.output_checks import config_paths, input_paths, place_problems
 
 # The file by which a recording of a teacher is known.
-RECORDING = "teacher_topk.json"
+RECORDING = resume_checks.RECORDING
 _NUMBERS = ("max_steps", "gbs", "mbs", "seq_length", "val_check_interval", "log_interval")
 
 
@@ -31,7 +31,7 @@ def problems(given: argparse.Namespace) -> list[str]:
     named = pair_checks.name_problems("--name", given.name, given.log_dir)
     found += named
     if given.log_dir and given.name and not named:
-        found += _output_problems(given)
+        found += _output_problems(given) + resume_checks.problems(given)
     read = ("distillation_config", "chat_template_path")
     found += missing_paths({f"--{name}": getattr(given, name) for name in read}, folder=False)
     texts = {"--text": given.text, "--heldout_text": given.heldout_text}

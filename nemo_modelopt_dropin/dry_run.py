@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from nemo_modelopt_dropin import loss_file, model_sizes, pair_checks, prune_layout, run_file
@@ -143,8 +143,13 @@ def pruning(given: argparse.Namespace, targets: Iterable[str]) -> Rows:
     return rows if given.no_report else [*rows, ("", f"{given.report_path}: {_REPORT}")]
 
 
-def distillation(given: argparse.Namespace) -> Rows:
-    """Return the plan of distill.py."""
+def distillation(given: argparse.Namespace, resumes: Sequence[tuple[str, str]] = ()) -> Rows:
+    """Return the plan of distill.py.
+
+    Args:
+        given: checked arguments.
+        resumes: rows about the training that would be resumed.
+    """
     rows, student = model("model", given.model_path)
     teacher = None
     if given.teacher_path and not given.teacher_topk:
@@ -182,6 +187,7 @@ def distillation(given: argparse.Namespace) -> Rows:
             f"warm-up in {min(given.warmup_steps, given.max_steps - 1)} of them"
             + (" (all but the last: lower --warmup_steps)" if given.warmup_steps >= given.max_steps > 1 else ""),
         ),
+        *resumes,
         *minimised,
         ("data", source),
         layout(given.devices, given.num_nodes, given.cpu, **sizes),

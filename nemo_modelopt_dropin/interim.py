@@ -11,10 +11,9 @@ from typing import Any
 import lightning.pytorch as pl
 from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
 from nemo.lightning.io.pl import TrainerContext
-from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 
 from nemo import lightning as nl
-from nemo_modelopt_dropin import files
+from nemo_modelopt_dropin import files, resume_checks
 
 MINUTES = 5.0
 # Saving takes at most about this share of the time.
@@ -187,6 +186,4 @@ class Resume(nl.AutoResume):
 
 def newest(checkpoints: Path, steps: Steps) -> Path | None:
     """Return the newest whole checkpoint among NeMo's last ones and the intermediate ones."""
-    found = [one for one in checkpoints.glob("*-last") if not ModelCheckpoint.is_checkpoint_unfinished(one)]
-    latest = steps.latest()
-    return max([*found, *([latest] if latest else [])], key=lambda path: path.stat().st_mtime, default=None)
+    return resume_checks.newest(checkpoints, steps.folder)

@@ -57,6 +57,13 @@ def _plain(node: Any) -> Any:
     return None if node.style is None and node.value in _NULLS else node.value
 
 
+def as_read(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as `read` returns them from a file that `write` wrote."""
+    import yaml
+
+    return _plain(yaml.compose(yaml.safe_dump(_dumpable(settings)), Loader=yaml.SafeLoader))
+
+
 def write(path: str | os.PathLike[str], settings: Mapping[str, Any], heading: str = "") -> Path:
     """Write a run file beside ``path`` and rename it; `read` returns the same settings, as texts.
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nemo_modelopt_dropin import distill_checks, entry, model_sizes, pair_checks, processes
+from nemo_modelopt_dropin import distill_checks, entry, model_sizes, pair_checks, processes, resume_checks
 from nemo_modelopt_dropin.command_line import Parser, default_devices, default_nodes, derive, loading_options
 
 PATHS = (
@@ -367,7 +367,9 @@ def main(argv: list[str] | None = None) -> int:
     if given.dry_run:
         from nemo_modelopt_dropin import dry_run
 
-        return dry_run.show(dry_run.distillation(given))
+        return dry_run.show(
+            dry_run.distillation(given, resume_checks.rows(given, PATHS, distill_checks.finished(given)))
+        )
     from nemo_modelopt_dropin.script_run import Script, execute
 
     if given.dump_teacher_topk:
@@ -379,6 +381,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{given.gbs}: {done}\nMore --max_steps go on from there; another --name starts anew.\n"
         )
         return 0
+    resume_checks.report(given, PATHS)
     output = Path(given.log_dir) / given.name
     return execute(Script("distill", output, PATHS, keeps_progress=True), given, work)
 
