@@ -3,12 +3,12 @@ r"""Compress a NeMo GPT checkpoint: prune, distill, quantize, export and report,
     python scripts/compress.py --teacher CHECKPOINT --train-text train.jsonl --heldout-text heldout.jsonl \
         --target-ffn-hidden-size 4096 --target-num-layers 24 --distill-steps 2000 --output runs/mine
 
-The texts are JSON, JSON-lines, Parquet or text files (also .gz and .zst) of texts or chats. Under torchrun every rank
-runs this command; without it, --devices N starts N local ranks. Run the same command again after an interruption to
-resume; finished stages are kept. If the settings of a stage changed, the command prints which and stops; --redo STAGE
-runs it and those after it again. The settings are saved as run.yaml in the run's folder; --config takes such a file,
-flags win over it. --compare A B puts two finished runs side by side. Exit codes: 0 done, 1 failed, 2 wrong arguments
-or settings, 130 interrupted (Ctrl-C), 143 ended by SIGTERM.
+The texts are JSON, JSON-lines, Parquet or text files (also .gz, .bz2, .xz and .zst) of texts or chats. Under torchrun
+every rank runs this command; without it, --devices N starts N local ranks. Run the same command again after an
+interruption to resume; finished stages are kept. If the settings of a stage changed, the command prints which and
+stops; --redo STAGE runs it and those after it again. The settings are saved as run.yaml in the run's folder; --config
+takes such a file, flags win over it. --compare A B puts two finished runs side by side. Exit codes: 0 done, 1 failed, 2
+wrong arguments or settings, 130 interrupted (Ctrl-C), 143 ended by SIGTERM.
 """
 
 from __future__ import annotations

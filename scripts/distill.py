@@ -69,7 +69,9 @@ def parser() -> Parser:
     found.add_run_options()
     data = found.add_argument_group("data")
     data.add_argument("--data_paths", nargs="+", help="Megatron's tokenized files; one folder with --use-chat-data")
-    data.add_argument("--text", help="JSON, JSON-lines, Parquet or text file (also .gz, .zst) of texts or chats")
+    data.add_argument(
+        "--text", help="JSON, JSON-lines, Parquet or text file (also .gz, .bz2, .xz, .zst) of texts or chats"
+    )
     data.add_argument("--heldout_text", help="such a file to validate on (default: --text)")
     data.add_argument("--use_mock_data", action="store_true", help="random tokens")
     data.add_argument("--use-chat-data", action="store_true", help="--data_paths holds chats to fine-tune on")

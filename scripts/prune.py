@@ -103,7 +103,9 @@ def parser() -> Parser:
     found.add_run_options()
     data = found.add_argument_group("data for importance")
     data.add_argument("--data_paths", nargs="*", help="Megatron's files, or weights and files in turn")
-    data.add_argument("--text", help="JSON, JSON-lines, Parquet or text file (also .gz, .zst) of texts or chats")
+    data.add_argument(
+        "--text", help="JSON, JSON-lines, Parquet or text file (also .gz, .bz2, .xz, .zst) of texts or chats"
+    )
     data.add_argument("--heldout_text", help="such a file to compare candidates on (default: --text)")
     data.add_argument("--scores_path", help="folder that keeps the measured importance for further targets")
     data.add_argument("--split", default="99,1,0", help="train, validation and test shares (default: 99,1,0)")
