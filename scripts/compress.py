@@ -14,10 +14,11 @@ wrong arguments or settings, 130 interrupted (Ctrl-C), 143 ended by SIGTERM.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_modelopt_dropin import entry, files, processes, run_file
 from nemo_modelopt_dropin.command_line import Parser, default_devices, default_nodes
@@ -37,6 +38,9 @@ from nemo_modelopt_dropin.compress.settings import (
 )
 from nemo_modelopt_dropin.errors import ModelOptConfigError
 from nemo_modelopt_dropin.output_checks import config_paths, formats_in, place_problems
+
+if TYPE_CHECKING:
+    from nemo_modelopt_dropin.compress.stages import Stage
 
 _Flags = dict[str, type]
 _LAYOUT: _Flags = {"devices": int, "num-nodes": int, "tp": int, "pp": int}
@@ -243,8 +247,16 @@ def resolve(argv: list[str] | None = None) -> tuple[Job | None, Path, argparse.N
         job = make_job(found, line.told)
     except SettingsError as error:
         line.refuse(str(error).splitlines())
-    line.refuse([])
+    line.refuse(redo_problems(job, output, arguments.redo))
     return job, output, arguments
+
+
+def redo_problems(job: Job | None, output: Path, redo: Collection[str]) -> list[str]:
+    """Return which names in --redo are not those of stages; the content of the inputs is not read."""
+    from nemo_modelopt_dropin.compress import plan, stages
+
+    planned = plan.compression_stages(job, output, before="") if job is not None and redo else []
+    return stages.unknown([stage.name for stage in planned], redo) if planned else []
 
 
 def output_problems(output: Path, found: dict[str, Any], config: Path | None = None) -> list[str]:
@@ -293,6 +305,19 @@ def make_job(found: dict[str, Any], told: Collection[str] = ()) -> Job:
     return job
 
 
+def report_unused_redo(planned: Sequence[Stage], output: Path, redo: Collection[str]) -> None:
+    """Print in one line which stages of --redo are kept because nothing changed."""
+    from nemo_modelopt_dropin.compress import stages
+
+    kept = stages.without_effect(planned, output, redo)
+    if kept:
+        folders = ", ".join(str(output / name) for name in kept)
+        sys.stderr.write(
+            f"compress.py: --redo {' '.join(kept)} has no effect, its settings and inputs did not change; to run a "
+            f"stage again anyway, remove its folder: {folders}\n"
+        )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the job, or print the plan, or compare two runs; return the exit code."""
     job, output, arguments = resolve(argv)
@@ -301,11 +326,11 @@ def main(argv: list[str] | None = None) -> int:
 
         first, second = arguments.compare
         return report_compare.show(first, second, output)
-    from nemo_modelopt_dropin.compress import api
+    from nemo_modelopt_dropin.compress import api, launch, plan
 
     if arguments.dry_run:
         from nemo_modelopt_dropin import dry_run
-        from nemo_modelopt_dropin.compress import plan, runner, stages
+        from nemo_modelopt_dropin.compress import runner, stages
 
         planned = plan.compression_stages(job, output)
         waiting = dict.fromkeys(stages.pending(planned, output), "would run")
@@ -316,11 +341,14 @@ def main(argv: list[str] | None = None) -> int:
         try:
             runner.check_place(planned, output)
             stages.check_redo(planned, output, arguments.redo)
+            report_unused_redo(planned, output, arguments.redo)
         except (stages.StageError, ModelOptConfigError) as error:
             sys.stderr.write(f"error: {error}\n")
             return 2
         return 0
 
+    if arguments.redo and os.environ.get("RANK", "0") == "0" and launch.STARTED_BY_US not in os.environ:
+        report_unused_redo(plan.compression_stages(job, output), output, arguments.redo)
     return api.execute(job, output, arguments.verbose, arguments.derived, arguments.redo)
 
 

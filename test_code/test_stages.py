@@ -92,6 +92,45 @@ def test_a_change_names_settings_stages_that_follow_and_the_way_out(tmp_path):
         stages.run_stages(other, tmp_path, redo=["x"])
 
 
+def test_a_change_asks_for_the_first_stages_and_lists_each_once(tmp_path):
+    """Permission for a stage covers those that build on it; b and d both build on a, and e on d."""
+
+    def chain(lr):
+        log = Log()
+        first = [log.stage("z", lr=1), log.stage("a", lr=lr), log.stage("b", ("a",), lr=lr), log.stage("c", ("b",))]
+        return [*first, log.stage("d", lr=lr), log.stage("e", ("d", "b"))]
+
+    stages.run_stages(chain(1), tmp_path)
+    with pytest.raises(StageError, match=r"Use --redo a d \(redo") as caught:
+        stages.check_redo(chain(2), tmp_path, [])
+    assert str(caught.value).splitlines()[1:-1] == [
+        "  a (finished): lr was 1 and is now 2",
+        "    would be run again too: c, e",
+        "  b (finished): lr was 1 and is now 2",
+        "  d (finished): lr was 1 and is now 2",
+    ]
+    stages.check_redo(chain(2), tmp_path, ["a", "d"])
+
+
+def test_permission_without_a_change_has_no_effect(tmp_path):
+    log = Log()
+
+    def chain(lr, fails=False):
+        a, b = log.stage("a", lr=1), log.stage("b", ("a",), lr=lr)
+        return [a, b, log.stage("c", ("b",), fails=fails), log.stage("d", ("a",))]
+
+    assert stages.without_effect(chain(1), tmp_path, ["a", "b"]) == [], "they run anyway"
+    stages.run_stages(chain(1), tmp_path)
+    assert stages.without_effect(chain(1), tmp_path, ["b", "a", "b"]) == ["b", "a"]
+    assert stages.without_effect(chain(2), tmp_path, ["a", "b", "c", "d"]) == ["d"]
+    with pytest.raises(OSError, match="disk full"):
+        stages.run_stages(chain(2, fails=True), tmp_path, redo=["b"])
+    assert stages.without_effect(chain(2), tmp_path, ["b"]) == [], "it took effect before the interruption"
+    shutil.rmtree(tmp_path / "d")
+    stages.run_stages(chain(2)[:3], tmp_path)
+    assert stages.without_effect(chain(2), tmp_path, ["a", "d"]) == ["a"], "d has no result to replace"
+
+
 def test_permission_covers_the_stages_that_build_on_one_and_no_others(tmp_path):
     log = Log()
     stages.run_stages([log.stage("a", lr=1), log.stage("b", ("a",), lr=1), log.stage("c", lr=1)], tmp_path)

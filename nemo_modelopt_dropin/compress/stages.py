@@ -3,8 +3,8 @@
 A stage owns the folder ``<root>/<name>``. It is finished exactly when that folder holds a ``stage.json``, written in
 one step after everything else. Its fingerprint covers its settings and the identity of the stages it builds on, so a
 stage that runs again invalidates those after it, whatever their settings. A finished result whose settings changed is
-replaced only if the caller allows it, and only once the new one is complete. Standard library only: reading the state
-of a run costs nothing.
+replaced only if the caller allows it, and only once the new one is complete. Reading the
+state of a run imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from nemo_modelopt_dropin.command_line import nearest
 from nemo_modelopt_dropin.compress import stage_folders
 from nemo_modelopt_dropin.compress.stage_folders import DONE, WORKING, StageError, read_json, write_json
 
@@ -174,27 +175,50 @@ def not_allowed(stages: Sequence[Stage], root: Path, redo: Collection[str]) -> l
     return [change for change in changed(stages, root) if change.name not in allowed]
 
 
+def unknown(names: Sequence[str], redo: Collection[str]) -> list[str]:
+    """Return a sentence for each name in ``redo`` that is not that of a stage."""
+    return [
+        f"--redo {name}: there is no such stage; the stages are {', '.join(names)}{nearest(name, names)}"
+        for name in dict.fromkeys(redo)
+        if name not in names
+    ]
+
+
+def without_effect(stages: Sequence[Stage], root: Path, redo: Collection[str]) -> list[str]:
+    """Return the names in ``redo`` that replace no result: neither the stage nor one that builds on it changed."""
+    waiting = pending(stages, root)
+    # A stage with a result runs again if it changed or the stage before it ran; one without runs anyway.
+    replaced = {name for name in waiting if read_record(root / name) is not None}
+    return [name for name in dict.fromkeys(redo) if name not in waiting and not replaced & {*_followers(stages, name)}]
+
+
 def check_redo(stages: Sequence[Stage], root: Path, redo: Collection[str]) -> None:
     """Raise an error if a run would replace a result without permission.
 
     Raises:
         StageError: naming each setting that changed, what would be run again, and what to do.
     """
-    names = [stage.name for stage in stages]
-    unknown = [name for name in redo if name not in names]
-    if unknown:
-        raise StageError(f"--redo {' '.join(unknown)}: there is no such stage; the stages are {', '.join(names)}")
+    wrong = unknown([stage.name for stage in stages], redo)
+    if wrong:
+        raise StageError("\n".join(wrong))
     found = not_allowed(stages, root, redo)
     if not found:
         return
     lines = [f"settings changed since {root} was written:"]
+    listed, follow = {change.name for change in found}, set[str]()
+    first = []
     for change in found:
         kind = "finished" if change.finished else "interrupted"
         lines.append(f"  {change.name} ({kind}): {'; '.join(change.settings)}")
-        if change.also:
-            lines.append(f"    would be run again too: {', '.join(change.also)}")
+        also = [name for name in change.also if name not in listed]
+        if also:
+            lines.append(f"    would be run again too: {', '.join(also)}")
+        listed.update(also)
+        if change.name not in follow:
+            first.append(change.name)
+        follow.update(_followers(stages, change.name))
     lines.append(
-        f"Use --redo {' '.join(change.name for change in found)} (redo=[...] in Python) to run them again; a finished "
+        f"Use --redo {' '.join(first)} (redo=[...] in Python) to run them again; a finished "
         "result is kept until the new one is complete. Or use the old settings, or another --output."
     )
     raise StageError("\n".join(lines))
