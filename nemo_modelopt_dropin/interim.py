@@ -13,7 +13,7 @@ from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
 from nemo.lightning.io.pl import TrainerContext
 
 from nemo import lightning as nl
-from nemo_modelopt_dropin import files, resume_checks
+from nemo_modelopt_dropin import files, locks, resume_checks
 
 MINUTES = 5.0
 # Saving takes at most about this share of the time.
@@ -53,6 +53,15 @@ class Steps:
             for other in self.folder.glob("step-*"):
                 if other != path:
                     files.remove(other, files.TRAINING_CHECKPOINT)
+            self._remove_unfinished()
+
+    def _remove_unfinished(self) -> None:
+        """Remove what killed runs left of checkpoints that they were writing, and their locks."""
+        for ending in ("partial", "lock"):
+            for left in [*self.folder.glob(f".step-*.{ending}")]:
+                target = self.folder / left.name[1 : -len(ending) - 1]
+                files.discard(files.staging_path(target), files.TRAINING_CHECKPOINT)
+                locks.tidy(target)
 
     def remove_before(self, checkpoints: Path) -> None:
         """Remove all of them, unless the newest is newer than NeMo's last checkpoint: then it holds the training."""
@@ -64,6 +73,7 @@ class Steps:
         if os.environ.get("RANK", "0") == "0":
             for one in self.folder.glob("step-*"):
                 files.remove(one, files.TRAINING_CHECKPOINT)
+            self._remove_unfinished()
             if self.folder.is_dir() and not any(self.folder.iterdir()):
                 self.folder.rmdir()
 

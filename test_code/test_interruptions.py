@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_modelopt_dropin import entry, run_file, signals
+from nemo_modelopt_dropin import entry, files, run_file, signals
 from nemo_modelopt_dropin.compress import stages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -287,7 +287,9 @@ def test_the_newest_whole_checkpoint_is_resumed_from(cpu_backend, tmp_path):
     for i, folder in enumerate(("checkpoints/a-last", "interim/step-00000004", "checkpoints/b-last")):
         (tmp_path / folder).mkdir(parents=True)
         os.utime(tmp_path / folder, (i, i))
-    (tmp_path / "interim" / ".step-00000009.partial").mkdir()
+    # What a killed run leaves: a checkpoint that it was writing, and its lock.
+    files.staging(tmp_path / "interim" / "step-00000009", files.TRAINING_CHECKPOINT).mkdir()
+    (tmp_path / "interim" / ".step-00000009.lock").touch()
     assert newest(checkpoints, steps) == checkpoints / "b-last"
     ModelCheckpoint.set_checkpoint_unfinished_marker(checkpoints / "b-last")
     assert newest(checkpoints, steps) == tmp_path / "interim" / "step-00000004"
@@ -295,7 +297,7 @@ def test_the_newest_whole_checkpoint_is_resumed_from(cpu_backend, tmp_path):
     assert steps.latest() is not None
     os.utime(tmp_path / "checkpoints" / "a-last", (5, 5))
     steps.remove_before(checkpoints)
-    assert steps.latest() is None
+    assert steps.latest() is None and not (tmp_path / "interim").exists()
     assert newest(checkpoints, steps) == checkpoints / "a-last"
     ModelCheckpoint.set_checkpoint_unfinished_marker(checkpoints / "a-last")
     assert newest(checkpoints, steps) is None
@@ -392,9 +394,9 @@ MOMENTS = [
 def test_kill_9_while_each_kind_of_file_is_written(teacher, uninterrupted, tmp_path):
     output = tmp_path / "run"
     command = _compress(teacher, output)
-    for stage, files in MOMENTS:
+    for stage, pattern in MOMENTS:
         with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
-            _wait_for_file(process, output / stage, files)
+            _wait_for_file(process, output / stage, pattern)
             process.kill()
             assert process.wait() == -signal.SIGKILL, process.stderr.read()
         assert stages.read_record(output / stage) is None
@@ -473,12 +475,12 @@ def test_a_distillation_resumes_between_validations(teacher, whole, tmp_path):
     output = tmp_path / "killed"
     resumed = [*command, "killed", "--save_minutes", "0.002"]
     # While the first one is written, and once it is whole.
-    for files in (".step-*.partial/**/*.distcp", "step-????????/weights"):
+    for pattern in (".step-*.partial/**/*.distcp", "step-????????/weights"):
         with subprocess.Popen(resumed, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
-            _wait_for_file(process, output / "interim", files)
+            _wait_for_file(process, output / "interim", pattern)
             process.kill()
             assert process.wait() == -signal.SIGKILL, process.stderr.read()
-        _wait_for_end(tmp_path, files)
+        _wait_for_end(tmp_path, pattern)
     assert not list(output.glob("checkpoints/*")), "nothing was validated yet"
     done = {
         name: subprocess.run([*command, name, *more], env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
