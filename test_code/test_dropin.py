@@ -165,6 +165,7 @@ def test_wheel_in_an_environment_of_its_own(tmp_path):
     found = json.loads((tmp_path / "out0.json").read_text())["main"]
     assert_ours(found, site / "nemo_modelopt_dropin" / "_overlay" / "modelopt")
     assert not (site / "nemo").exists()
+    assert len(list(site.glob("nemo_modelopt_dropin-*.dist-info/licenses/LICENSE"))) == 1
 
     run(*pip, "uninstall", "--yes", "nemo-modelopt-dropin", cwd=tmp_path)
     left = sorted(p.name for p in site.iterdir() if "modelopt" in p.name)
