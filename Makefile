@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 DOCS_VENV := .venv-docs
 # Test files that run side by side.
 JOBS ?= 2
-SOURCES := nemo nemo_modelopt_dropin scripts test_code benchmarks examples
+SOURCES := nemo nemo_modelopt_dropin nemo_modelopt_cli scripts test_code benchmarks examples
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -35,7 +35,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check $(SOURCES)
 
 types: $(READY)
-	$(BIN)/mypy nemo nemo_modelopt_dropin scripts
+	$(BIN)/mypy nemo nemo_modelopt_dropin nemo_modelopt_cli scripts
 
 $(DOCS_VENV)/.ready: constraints.txt docs/requirements.txt
 	$(PYTHON) -m venv --clear $(DOCS_VENV)

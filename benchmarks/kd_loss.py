@@ -144,7 +144,7 @@ def compare_logits(shape, dtype, config, repeats):
 
 def compare_linear(shape, dtype, config, repeats):
     """Output layers and forward KL: stock, ours on logits, ours fused, and the matrix products alone."""
-    from nemo.collections.llm.modelopt.distill._fused_linear import Objective, fused_linear_losses
+    from nemo.collections.llm.modelopt._divergence.fused_linear import Objective, fused_linear_losses
     from nemo.collections.llm.modelopt.distill.loss import LogitsKLLoss
 
     n, v, h, h_teacher = shape

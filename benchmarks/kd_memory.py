@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.measure import about
-from nemo_modelopt_dropin.loss_memory import Sizes
+from nemo_modelopt_dropin.preflight.loss_memory import Sizes
 
 GIB = 2**30
 STOCK, CHUNKED, FUSED = "stock", "chunked", "fused"
@@ -143,11 +143,11 @@ def check(pools: dict[str, Any], cases: dict[str, dict[str, Any]], small: str) -
     """Return, for each case and form, what the formula, the simulation and (small only) the allocator say of a step.
 
     Args:
-        pools: "stock" and "ours": ``test_code.ranks.RankPool`` of one rank.
+        pools: "stock" and "ours": ``test_code.support.ranks.RankPool`` of one rank.
         cases: by label.
         small: the label of the case that is really run.
     """
-    from test_code import jobs_bench_memory
+    from test_code.support import jobs_bench_memory
 
     found = []
     for label, case in cases.items():
@@ -212,7 +212,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="check the formulas at a small size only")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    from test_code.ranks import RankPool
+    from test_code.support.ranks import RankPool
 
     cases = {"small": SMALL, "small, TP=2": {**SMALL, "tp": 2}}
     if not args.quick:

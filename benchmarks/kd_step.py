@@ -48,12 +48,12 @@ def measure(pools: dict[str, Any], case: dict[str, Any], rounds: int, steps: int
     """Return the figures of each contestant.
 
     Args:
-        pools: "stock" and "ours": ``test_code.ranks.RankPool`` of one rank.
+        pools: "stock" and "ours": ``test_code.support.ranks.RankPool`` of one rank.
         case: one of `SIZES`.
         rounds: how often the contestants take turns.
         steps: timed in each turn.
     """
-    from test_code import jobs_bench_step
+    from test_code.support import jobs_bench_step
 
     found: dict[str, dict[str, Any]] = {}
     for _ in range(rounds):
@@ -114,7 +114,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a turn")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    from test_code.ranks import RankPool
+    from test_code.support.ranks import RankPool
 
     with tempfile.TemporaryDirectory() as temporary:
         logs = Path(temporary)

@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nemo_modelopt_dropin.compress.settings import Job, Layout, Pruning, Training
-from nemo_modelopt_dropin.script_run import start_on_cpu
+from nemo_modelopt_cli.compress.settings import Job, Layout, Pruning, Training
+from nemo_modelopt_cli.run_script import start_on_cpu
 
 VOCABULARY, SEQ_LENGTH = 512, 64
 TEACHER = {
@@ -64,8 +64,8 @@ def prune_at_random(teacher: Path, target: Path, seed: int) -> None:
 
     from nemo.collections.llm.modelopt import setup_trainer_and_restore_model_with_modelopt_spec
     from nemo.collections.llm.modelopt.prune import _norms, _search, pruner
-    from nemo_modelopt_dropin.compress import training
-    from nemo_modelopt_dropin.compress.settings import TARGETS
+    from nemo_modelopt_cli.compress import training
+    from nemo_modelopt_cli.compress.settings import TARGETS
 
     training.release()
     model, run = setup_trainer_and_restore_model_with_modelopt_spec(
@@ -95,7 +95,7 @@ def one_seed(root: Path, seed: int, steps: tuple[int, int], draws: int) -> dict[
     """Return all losses of one seed."""
     import torch
 
-    from nemo_modelopt_dropin.compress import corpus, jobs
+    from nemo_modelopt_cli.compress import corpus, jobs
 
     folders = {name: root / f"{name}-{seed}" for name in ("teacher", "importance", "distill", "scratch")}
     for folder in folders.values():
@@ -173,7 +173,7 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw held-out loss over training tokens: distillation, from scratch, and the teacher as a line."""
     import altair as alt
 
-    from nemo_modelopt_dropin import report_charts
+    from nemo_modelopt_dropin.report import charts
 
     values = [
         {"model": name, "seed": row["seed"], **point}
@@ -195,7 +195,7 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
         strokeDash=[4, 3]
     )
     chart = lines + teacher.encode(y="loss:Q", color="model:N")
-    path.write_bytes(report_charts.png(report_charts.specification(chart)))
+    path.write_bytes(charts.png(charts.specification(chart)))
 
 
 def main() -> int:
@@ -210,7 +210,7 @@ def main() -> int:
     start_on_cpu()
     import torch
 
-    from nemo_modelopt_dropin.compress import corpus, heldout
+    from nemo_modelopt_cli.compress import corpus, heldout
 
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp(prefix="prune-quality-"))

@@ -38,7 +38,7 @@ TARGETS = {"time ours / stock": 1 / 3, "time two ranks / one": 0.6, "memory ours
 
 def prepare(folder: Path, vocabulary: int, samples: int) -> dict[str, str]:
     """Write the text and a tokenizer of exactly ``vocabulary`` entries; return their paths."""
-    from nemo_modelopt_dropin.compress import corpus
+    from nemo_modelopt_cli.compress import corpus
 
     documents = list(corpus.documents().values())
     rows: list[str] = []
@@ -62,13 +62,13 @@ def measure(pools: dict[str, Any], folder: Path, case: dict[str, Any], repeats: 
     """Run everything and return the figures.
 
     Args:
-        pools: "stock" and "ours" of one rank, "ours x 2" of two: of ``test_code.ranks.RankPool``.
+        pools: "stock" and "ours" of one rank, "ours x 2" of two: of ``test_code.support.ranks.RankPool``.
         folder: For text and tokenizer.
         case: `FULL` or `QUICK`.
         repeats: Best of so many.
         algorithm: Quantization algorithm.
     """
-    from test_code import jobs_bench_ptq
+    from test_code.support import jobs_bench_ptq
 
     files = prepare(folder, case["vocabulary"], case["samples"])
     settings = {
@@ -178,7 +178,7 @@ def main() -> int:
     case = {**(QUICK if args.quick else FULL)}
     case |= {name: getattr(args, name) for name in ("samples", "batch") if getattr(args, name)}
 
-    from test_code.ranks import RankPool
+    from test_code.support.ranks import RankPool
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

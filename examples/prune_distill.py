@@ -12,7 +12,7 @@ from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.collections.llm.modelopt import PruningConfig
-from nemo_modelopt_dropin.compress.tokens import TextDataModule
+from nemo_modelopt_cli.tokens import TextDataModule
 
 STEPS, SEQ_LENGTH = 4, 64
 ON_GPU = torch.cuda.is_available()

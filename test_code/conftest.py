@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 import types
 import warnings
-from pathlib import Path
 
 import pytest
 
@@ -21,14 +19,14 @@ with warnings.catch_warnings():
     warnings.filterwarnings("error", module=r"nemo\.collections\.llm\.modelopt")
     import nemo.collections.llm  # noqa: F401
 
-from test_code import other_sums  # noqa: E402
+from test_code.support import other_sums  # noqa: E402
 
 other_sums.enable_if_asked()
 
 
 def _pools(tmp_path_factory, label: str, env: dict[str, str]):
     """Yield a function that gives the pool of so many live ranks, and close all pools at the end."""
-    from test_code.ranks import RankPool
+    from test_code.support.ranks import RankPool
 
     pools: dict[int, RankPool] = {}
 
@@ -86,12 +84,3 @@ def pytest_testnodedown(node, error):
     count = getattr(node, "workeroutput", {}).get("deselected", 0)
     if reporter is not None and "deselected" not in reporter.stats and count:
         reporter.stats["deselected"] = [types.SimpleNamespace() for _ in range(count)]
-
-
-@pytest.fixture(scope="module")
-def scripts_on_the_path():
-    """Let the scripts be imported as modules."""
-    folder = str(Path(__file__).resolve().parent.parent / "scripts")
-    sys.path.insert(0, folder)
-    yield
-    sys.path.remove(folder)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from test_code import installed, jobs_distill
-from test_code import jobs_checkpoints as jobs
+from test_code.support import installed, jobs_distill
+from test_code.support import jobs_checkpoints as jobs
 
 # What is saved, at which layout, how, and the layout at which it is loaded.
 CASES = [

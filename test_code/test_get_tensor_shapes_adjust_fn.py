@@ -8,8 +8,8 @@ from unittest import mock
 import pytest
 
 from nemo.collections.llm.modelopt.distill import utils
-from test_code import jobs_distill as jobs
 from test_code.drop_in.shapes import TestAdjusting, TestOtherStandIns, TestWhetherToAdjust  # noqa: F401
+from test_code.support import jobs_distill as jobs
 
 
 class Distilled:

@@ -8,8 +8,6 @@ from unittest.mock import MagicMock, patch
 import pytest
 import torch
 
-from test_code import installed
-from test_code import jobs_quant as jobs
 from test_code.drop_in.restore import (  # noqa: F401
     TestLayerSpec,
     TestModelUtilsNames,
@@ -17,7 +15,9 @@ from test_code.drop_in.restore import (  # noqa: F401
     TestSaveState,
     TestTrainerSetup,
 )
-from test_code.ranks import RankError
+from test_code.support import installed
+from test_code.support import jobs_quant as jobs
+from test_code.support.ranks import RankError
 
 MODULE = "nemo.collections.llm.modelopt.model_utils"
 
@@ -30,7 +30,7 @@ def model_utils():
 
 
 def config_with(spec):
-    from test_code import tiny
+    from test_code.support import tiny
 
     return tiny.config(transformer_layer_spec=spec)
 
@@ -100,7 +100,7 @@ def test_mamba_says_what_is_missing(cpu_backend, model_utils):
 @pytest.mark.parametrize("prefix", ["", "nemo://"])
 @pytest.mark.parametrize(("has_state", "configured"), [(True, False), (False, False), (True, True)])
 def test_spec_is_set_only_for_converted_checkpoints(cpu_backend, model_utils, tmp_path, prefix, has_state, configured):
-    from test_code import tiny
+    from test_code.support import tiny
 
     weights = tmp_path / "ckpt" / "weights"
     (weights / "modelopt_state" if has_state else weights).mkdir(parents=True)
@@ -225,7 +225,7 @@ def quantized(ranks_factory, tmp_path_factory):
 
 
 def test_kv_cache_quantizers_are_found_in_a_checkpoint(quantized):
-    from nemo.collections.llm.modelopt.quantization import kv_cache
+    from nemo.collections.llm.modelopt.quantization.insert import kv_cache
 
     found = {n: kv_cache.checkpoint_has_quantizers(quantized / n / "weights") for n in ("plain", "kv", "no-kv")}
     assert found == {"plain": False, "kv": installed.KV_CACHE, "no-kv": False}
@@ -233,7 +233,7 @@ def test_kv_cache_quantizers_are_found_in_a_checkpoint(quantized):
 
 def test_kv_cache_quantizers_that_would_be_lost_are_refused(quantized):
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-    from nemo.collections.llm.modelopt.quantization import kv_cache
+    from nemo.collections.llm.modelopt.quantization.insert import kv_cache
 
     with patch.object(kv_cache, "_modelopt", return_value="0.37.0"), kv_cache.support_for(quantized / "no-kv/weights"):
         pass

@@ -11,8 +11,8 @@ import json
 import pytest
 import torch
 
-from test_code import installed, jobs_distill, jobs_parity, jobs_scales
-from test_code.ranks import RankError
+from test_code.support import installed, jobs_distill, jobs_parity, jobs_scales
+from test_code.support.ranks import RankError
 
 JSON_CFG = {
     "quant_cfg": {

@@ -8,10 +8,10 @@ from unittest.mock import MagicMock, patch
 import pytest
 import torch
 
-from test_code import installed, tiny
-from test_code import jobs_prune as jobs
 from test_code.drop_in.prune import TestDropLayers, TestPrune, TestPruningConfig, TestSave  # noqa: F401
-from test_code.other_sums import assert_equal_but_for_sums
+from test_code.support import installed, tiny
+from test_code.support import jobs_prune as jobs
+from test_code.support.other_sums import assert_equal_but_for_sums
 
 PRUNER = "nemo.collections.llm.modelopt.prune.pruner"
 

@@ -8,8 +8,6 @@ import modelopt.torch.quantization as mtq
 import pytest
 import torch
 
-from test_code import installed, jobs_scales
-from test_code import jobs_quant as jobs
 from test_code.drop_in.calibration import (  # noqa: F401
     TestCalibrationData,
     TestDataIterator,
@@ -35,6 +33,8 @@ from test_code.drop_in.quantize import (  # noqa: F401
     TestQuantizeOtherStandIns,
     TestSetup,
 )
+from test_code.support import installed, jobs_scales
+from test_code.support import jobs_quant as jobs
 
 MODULE = "nemo.collections.llm.modelopt.quantization.quantizer"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from test_code import jobs_distill, jobs_quant, jobs_restored
+from test_code.support import jobs_distill, jobs_quant, jobs_restored
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from nemo.collections.llm.modelopt import _saved_keys
 from nemo.collections.llm.modelopt.distill import _teacher, utils
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from test_code import jobs_distill as jobs
 from test_code.drop_in.teacher import TestNetworks, TestStrictness, TestTeacher  # noqa: F401
+from test_code.support import jobs_distill as jobs
 
 PATH = "/models/teacher"
 

@@ -13,18 +13,9 @@ _versions.check()
 
 from .distill import DistillationGPTModel, HiddenStateCosineLoss, LogitsKLLoss, MSELoss  # noqa: E402
 from .errors import ModelOptConfigError  # noqa: E402
-from .model_utils import (  # noqa: E402
-    set_modelopt_spec_if_exists_in_ckpt,
-    setup_trainer_and_restore_model_with_modelopt_spec,
-)
+from .model_utils import set_modelopt_spec_if_exists_in_ckpt, setup_trainer_and_restore_model_with_modelopt_spec  # noqa: E402
 from .prune import PruningConfig, prune_language_model, save_pruned_model  # noqa: E402
-from .quantization import (  # noqa: E402
-    ExportConfig,
-    QuantizationConfig,
-    Quantizer,
-    create_data_iterator_getter,
-    get_calib_data_iter,
-)
+from .quantization import ExportConfig, QuantizationConfig, Quantizer, create_data_iterator_getter, get_calib_data_iter  # noqa: E402
 from .speculative import apply_speculative_decoding  # noqa: E402
 
 __all__ = [

@@ -323,7 +323,7 @@ def restore_modelopt_state(
         logging.info("Model Optimizer state already restored from checkpoint. Skipping.")
         return None
 
-    from nemo.collections.llm.modelopt.quantization import gated_amax, kv_cache, row_blocks
+    from nemo.collections.llm.modelopt.quantization.insert import gated_amax, kv_cache, row_blocks
 
     weights = ckpt_to_weights_subdir(path, is_saving=False)
     _functions.always_put_back()

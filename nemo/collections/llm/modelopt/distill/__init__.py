@@ -2,6 +2,6 @@
 
 from .loss import HiddenStateCosineLoss, LogitsKLLoss, MSELoss
 from .model import DistillationGPTModel
-from .record import dump_teacher_topk
+from .recorded.record import dump_teacher_topk
 
 __all__ = ["LogitsKLLoss", "MSELoss", "HiddenStateCosineLoss", "DistillationGPTModel", "dump_teacher_topk"]

@@ -16,11 +16,11 @@ import torch
 import yaml
 
 from modelopt.torch.distill import DistillationLossBalancer
-from nemo_modelopt_dropin.loss_file import LAYER_INDEX
+from nemo_modelopt_dropin.preflight.loss_file import LAYER_INDEX
 
+from .._divergence.vocab_parallel import DIRECTIONS, FORWARD
 from ..errors import MissingFileError, ModelOptConfigError, UnknownSettingError, one_of
-from ._fused_model import FUSED_LOGITS
-from ._vocab_parallel import DIRECTIONS, FORWARD
+from ._fusion import FUSED_LOGITS
 from .loss import LOSS_WEIGHTS, HiddenStateCosineLoss, MSELoss
 
 _SWITCHES = (

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from modelopt.torch.distill.loss_balancers import STUDENT_LOSS_KEY
 
-from ._carried import losses_of_stages
-from ._fused_model import DeferredLogits, SummedLoss
-from ._observed import observed
+from ._fusion import DeferredLogits, SummedLoss
+from ._metrics import observed
+from ._pipeline_losses import losses_of_stages
 
 # Names of parts of the loss in the order of the settings' layer pairs.
 PAIR = "pair_{}"

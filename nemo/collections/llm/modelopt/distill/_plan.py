@@ -9,11 +9,11 @@ from lightning.pytorch.strategies import Strategy
 
 from ._config import check_models, read_distillation_config
 from ._peft import check_adapters
-from ._recorded_teacher import check_recording
-from ._recording import is_recording
-from ._stages import refuse_virtual_pipeline
+from ._pipeline_checks import refuse_virtual_pipeline
 from ._teacher import align_vocabularies, derive_teacher_config, may_leave_weights_unset, padded_vocab_size
 from ._tokenizers import check_tokenizers
+from .recorded.store import is_recording
+from .recorded.teacher import check_recording
 
 _SHARED = (
     "tensor_model_parallel_size",

@@ -15,7 +15,7 @@ from nemo.lightning import get_vocab_size
 from nemo.lightning.io.pl import ckpt_to_weights_subdir
 from nemo.utils import logging
 
-from nemo_modelopt_dropin.model_sizes import stage_layers
+from nemo_modelopt_dropin.preflight.model_sizes import stage_layers
 
 from ..errors import ModelOptConfigError
 

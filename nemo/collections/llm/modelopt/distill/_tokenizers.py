@@ -11,8 +11,8 @@ from nemo.lightning import io
 from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
 from nemo.utils import logging
 
-from nemo_modelopt_dropin import tokenizer_files
-from nemo_modelopt_dropin.tokenizer_files import Vocabulary
+from nemo_modelopt_dropin.preflight import tokenizer_files
+from nemo_modelopt_dropin.preflight.tokenizer_files import Vocabulary
 
 from ..errors import ModelOptConfigError
 

@@ -23,10 +23,10 @@ from torch.nn.modules.loss import _Loss
 import modelopt.torch.distill as mtd
 from modelopt.torch.distill import DistillationLossBalancer
 
+from .._divergence.recorded_topk import RecordedLogits, recorded_divergence
+from .._divergence.vocab_parallel import DIRECTIONS, FORWARD, REVERSE, kl_divergence
 from ..errors import ModelOptConfigError, one_of
-from ._fused_model import DeferredLogits, PairedLogits, SummedLoss
-from ._recorded_topk import RecordedLogits, recorded_divergence
-from ._vocab_parallel import DIRECTIONS, FORWARD, REVERSE, kl_divergence
+from ._fusion import DeferredLogits, PairedLogits, SummedLoss
 
 # Parts of the loss that fixed weights name.
 LOSS_WEIGHTS = ("kd_logits", "intermediate", "lm")

@@ -24,13 +24,13 @@ from nemo.collections import llm
 from .. import _moved
 from .._batches import Shown
 from .._saved_keys import strip_module_prefix
-from ._fused_model import SummedLoss, has_deferring_output
+from ._fusion import SummedLoss, has_deferring_output
 from ._kd_loss import PAIR
+from ._pipeline_checks import check_student_layers, of_all_stages, refuse_virtual_pipeline
 from ._plan import plan
-from ._recorded_teacher import RecordedTeacher, is_recorded, recorded_teacher
-from ._stages import check_student_layers, of_all_stages, refuse_virtual_pipeline
 from ._validation import DistillationValidation
 from .loss import sum_value_over
+from .recorded.teacher import RecordedTeacher, is_recorded, recorded_teacher
 from .utils import adjust_distillation_model_for_mcore, load_distillation_config, teacher_provider
 
 # A name of stock's module.

@@ -29,13 +29,12 @@ import modelopt.torch.opt as mto
 from modelopt.torch.distill import DistillationLossBalancer, DistillationModel  # noqa: F401
 from nemo import lightning as nl
 from nemo.collections import llm
-from nemo_modelopt_dropin.loss_file import LAYER_INDEX
+from nemo_modelopt_dropin.preflight.loss_file import LAYER_INDEX
 
 from .._saved_keys import saved_keys, saved_prefix, strip_module_prefix
 from ..errors import ModelOptConfigError
 from ..model_utils import restore_modelopt_state
 from ._captured import captured_layers, copy_captured, forget_captured_outputs
-from ._carried import message, teacher_part
 from ._config import (
     INTERMEDIATE_LOSSES,
     DistillationConfig,
@@ -47,23 +46,13 @@ from ._config import (
     stage_of_layer,
 )
 from ._finite import check_outputs, check_weights
-from ._fused_model import DeferredLogits, fuse_output_layers, set_deferring
+from ._fusion import DeferredLogits, fuse_output_layers, set_deferring
 from ._kd_loss import compute_kd_loss
 from ._peft import stay_as_loaded
-from ._recorded_teacher import is_recorded
-from ._teacher import (
-    drop_missing_extra_state,
-    has_modelopt_state,
-    is_strict,
-    load_weights,
-    merge_in_place,
-)
-from .loss import (
-    HiddenStateCosineLoss,
-    LogitsAndIntermediatesLossBalancer,
-    LogitsKLLoss,
-    ProjectionLayer,
-)
+from ._pipeline_losses import message, teacher_part
+from ._teacher import drop_missing_extra_state, has_modelopt_state, is_strict, load_weights, merge_in_place
+from .loss import HiddenStateCosineLoss, LogitsAndIntermediatesLossBalancer, LogitsKLLoss, ProjectionLayer
+from .recorded.teacher import is_recorded
 
 _LOSS_MODULES = "_loss_modules."
 

@@ -10,7 +10,7 @@ from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
 from torch import nn
 
-from nemo_modelopt_dropin import screen
+from nemo_modelopt_dropin.console import screen
 
 from ..errors import ModelOptConfigError
 from . import _candidates, _checks, _count, _heldout, _search, _snapshot

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from nemo_modelopt_dropin import budget
-from nemo_modelopt_dropin.model_checks import size_step
+from nemo_modelopt_dropin.preflight import budget
+from nemo_modelopt_dropin.preflight.model_checks import size_step
 
 from ..errors import ModelOptConfigError
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo.utils import logging
 
-from nemo_modelopt_dropin.model_checks import ROUNDED, TENSOR_CORE_MULTIPLE, legal_heads, size_step
+from nemo_modelopt_dropin.preflight.model_checks import ROUNDED, TENSOR_CORE_MULTIPLE, legal_heads, size_step
 
 from ..errors import ModelOptConfigError
 

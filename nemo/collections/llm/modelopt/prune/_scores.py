@@ -15,7 +15,7 @@ from nemo_modelopt_dropin import files
 
 from .. import tensor_file
 from ..errors import ModelOptConfigError
-from ..quantization import export
+from ..quantization.export import support
 from ._checks import model_sizes
 
 _FINGERPRINT = "fingerprint.json"
@@ -169,7 +169,7 @@ def record(folder: str | Path, current: dict[str, Any], found: dict[str, Any]) -
         current: `fingerprint` of the model.
         found: this rank's scores.
     """
-    with export.staged(Path(folder), files.PRUNING_SCORES) as beside:
+    with support.staged(Path(folder), files.PRUNING_SCORES) as beside:
         beside.mkdir(parents=True, exist_ok=True)
         tensor_file.save(beside / _file_name(), found)
         if torch.distributed.get_rank() == 0:

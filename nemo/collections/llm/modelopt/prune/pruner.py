@@ -18,7 +18,8 @@ from nemo.utils.get_rank import is_global_rank_zero
 import modelopt.torch.prune as mtp
 from nemo import lightning as nl
 from nemo.collections import llm
-from nemo_modelopt_dropin import files, progress
+from nemo_modelopt_dropin import files
+from nemo_modelopt_dropin.console import progress
 
 from .. import _batches, _real
 from ..errors import ModelOptConfigError
@@ -188,9 +189,9 @@ def prune_language_model(
         else:
             _prune_by_importance(model, core, pruning_config, targets, data_module, trainer, report)
     if pruning_config.report_path is not None and is_global_rank_zero():
-        from nemo_modelopt_dropin import prune_report
+        from nemo_modelopt_dropin.report import pruning
 
-        page = prune_report.write(describe_pruning(model), Path(pruning_config.report_path))
+        page = pruning.write(describe_pruning(model), Path(pruning_config.report_path))
         logging.info(f"The report of the pruning is {page}")
     return model
 

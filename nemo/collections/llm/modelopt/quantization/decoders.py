@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo.collections import llm
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import hf_auto
+from nemo.collections.llm.modelopt.quantization import transformers_models
 
 _DECODERS = (
     ("baichuan", "Baichuan2"),
@@ -37,7 +37,7 @@ def find_gpt_model(model: Any) -> Any:
     """Return the ``llm.GPTModel`` (or a class that stands beside it) inside of wrappers, or None."""
     # NeMo wraps at most a few times; stand-ins answer any attribute with another stand-in, without end.
     for _ in range(8):
-        is_known = isinstance(model, llm.GPTModel) or hf_auto.is_wrapped(model)
+        is_known = isinstance(model, llm.GPTModel) or transformers_models.is_wrapped(model)
         if is_known or type(model).__name__ == "Llama4OmniModel":
             return model
         model = getattr(model, "module", None)

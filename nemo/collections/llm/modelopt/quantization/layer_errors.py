@@ -16,8 +16,8 @@ import torch
 from megatron.core import parallel_state
 
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
-from nemo.collections.llm.modelopt.quantization import auto
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
+from nemo.collections.llm.modelopt.quantization.insert import mixed_precision
 
 # Calls of each quantizer that are compared: about microbatches, all of a layer's inputs look alike.
 COMPARED_CALLS = 4
@@ -130,10 +130,10 @@ def table(core: torch.nn.Module, activations: Sums) -> list[dict[str, Any]]:
         torch.distributed.all_reduce(stacked, group=group)
     entries = []
     for name, (signal, noise) in zip(names, stacked.tolist(), strict=False):
-        layer, _, leaf = auto.global_name(core, name).rpartition(".")
+        layer, _, leaf = mixed_precision.global_name(core, name).rpartition(".")
         entries.append((layer, leaf, format_of(core.get_submodule(name)), signal, noise))
     if parallel_state.model_parallel_is_initialized():
-        stages = auto.gather(entries, parallel_state.get_pipeline_model_parallel_group())
+        stages = mixed_precision.gather(entries, parallel_state.get_pipeline_model_parallel_group())
         entries = [entry for stage in stages for entry in stage]
     return _rows(entries)
 
@@ -180,10 +180,10 @@ def sensitivity(core: torch.nn.Module, measure: Callable[[str], dict[str, float]
     own: dict[str, list[Any]] = {}
     for name, quantizer in enabled_quantizers(core):
         parts = [part for part in _parts(quantizer) if part.is_enabled]
-        own.setdefault(group_of(auto.global_name(core, name)), []).extend(parts)
+        own.setdefault(group_of(mixed_precision.global_name(core, name)), []).extend(parts)
     groups = set(own)
     if torch.distributed.is_initialized():
-        groups = set().union(*auto.gather(groups))
+        groups = set().union(*mixed_precision.gather(groups))
     everything = [part for parts in own.values() for part in parts]
     rows = []
     try:

@@ -42,25 +42,12 @@ import modelopt.torch.quantization as mtq
 from nemo.collections import llm
 from nemo.collections.llm.modelopt import _functions
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import (
-    auto,
-    calibration,
-    data_sources,
-    decoders,
-    export,
-    fingerprint,
-    flow,
-    formats,
-    hf_auto,
-    inputs,
-    insertion,
-    report,
-    settings,
-    stand_ins,
-    state,
-)
+from nemo.collections.llm.modelopt.quantization import checks, comparison, decoders, stand_ins, transformers_models
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
+from nemo.collections.llm.modelopt.quantization.calibration import batching, fingerprint, inputs, sources, state, steps
 from nemo.collections.llm.modelopt.quantization.config import ExportConfig, QuantizationConfig
+from nemo.collections.llm.modelopt.quantization.export import support, writers
+from nemo.collections.llm.modelopt.quantization.insert import mixed_precision, quantizers
 from nemo.collections.llm.modelopt.quantization.quant_cfg_choices import get_quant_cfg_choices
 from nemo.collections.llm.modelopt.quantization.utils import load_quant_cfg
 from nemo_modelopt_dropin import files
@@ -72,7 +59,7 @@ KV_QUANT_CFG_CHOICES = {"fp8": "FP8_KV_CFG", "nvfp4": "NVFP4_KV_CFG"}
 AnyPath = Union[Path, str]  # noqa: UP007
 
 
-class Quantizer(flow.CalibrationFlow, inputs.InputChecks, state.StateKeeper):
+class Quantizer(steps.CalibrationFlow, inputs.InputChecks, state.StateKeeper):
     """Quantizes a NeMo model after training and exports it.
 
     Attributes:
@@ -101,21 +88,21 @@ class Quantizer(flow.CalibrationFlow, inputs.InputChecks, state.StateKeeper):
         self.quantization_config = quantization_config
         self.export_config = export_config
         self.report: dict[str, Any] = {}
-        settings.check_read_by_stock(quantization_config, export_config, KV_QUANT_CFG_CHOICES, SUPPORTED_DTYPE)
+        checks.check_read_by_stock(quantization_config, export_config, KV_QUANT_CFG_CHOICES, SUPPORTED_DTYPE)
         planned = {}
-        if settings.is_complete(quantization_config):
-            settings.check_quantization(quantization_config, KV_QUANT_CFG_CHOICES)
+        if checks.is_complete(quantization_config):
+            checks.check_quantization(quantization_config, KV_QUANT_CFG_CHOICES)
             planned = self._planned_quant_cfgs()
-        if getattr(quantization_config, "algorithm", None) == settings.AUTO:
-            auto.check_supported()
+        if getattr(quantization_config, "algorithm", None) == checks.AUTO:
+            mixed_precision.check_supported()
         for name, quant_cfg in planned.items():
             if not has_gpu and choices.needs_cuda(quant_cfg):
                 raise OSError(f"GPU is required for the quantization with {name}: CUDA kernels.")
-        if settings.is_complete(export_config):
-            settings.check_export(export_config, SUPPORTED_EXPORT_FMT)
+        if checks.is_complete(export_config):
+            checks.check_export(export_config, SUPPORTED_EXPORT_FMT)
             # Where NeMo can wrap transformers' models, `quantize` checks: modelopt writes those by other means.
-            if not hf_auto.exists():
-                formats.check_planned(planned, export_config)
+            if not transformers_models.exists():
+                writers.check_planned(planned, export_config)
         self.torch_dtype = torch_dtype_from_precision("bf16" if export_config is None else export_config.dtype)
         if inputs.made_by_ptq():
             self._check_inputs()
@@ -123,7 +110,7 @@ class Quantizer(flow.CalibrationFlow, inputs.InputChecks, state.StateKeeper):
     @staticmethod
     def _setup(model) -> None:
         """Freeze the model; exporters read the vocabulary without padding from its configuration."""
-        if hf_auto.is_wrapped(model):
+        if transformers_models.is_wrapped(model):
             return
         model.config.vocab_size = model.tokenizer.vocab_size
         model.freeze()
@@ -145,15 +132,15 @@ class Quantizer(flow.CalibrationFlow, inputs.InputChecks, state.StateKeeper):
     @staticmethod
     def _generate_sample(model) -> None:
         """Let the quantized model continue two prompts and log what it says."""
-        insertion.generate_sample(_collaborators(), model)
+        quantizers.generate_sample(_collaborators(), model)
 
     def _planned_quant_cfgs(self) -> dict[str, dict[str, Any]]:
-        return settings.planned_quant_cfgs(self.quantization_config, QUANT_CFG_CHOICES, load_quant_cfg)
+        return checks.planned_quant_cfgs(self.quantization_config, QUANT_CFG_CHOICES, load_quant_cfg)
 
     def _get_quant_cfg(self, model) -> dict[str, Any]:
         """Return modelopt's quant_cfg for the configured algorithm and the model, a copy of its own."""
         decoder_type, config = self._get_decoder_type(model, optional=True), self.quantization_config
-        quant_cfg, with_kv_cache = settings.quant_cfg_for(
+        quant_cfg, with_kv_cache = checks.quant_cfg_for(
             config, decoder_type, QUANT_CFG_CHOICES, KV_QUANT_CFG_CHOICES, load_quant_cfg, mtq
         )
         if with_kv_cache and config.enable_kv_cache is None:
@@ -193,17 +180,17 @@ class Quantizer(flow.CalibrationFlow, inputs.InputChecks, state.StateKeeper):
         quant_cfg = self._get_quant_cfg(model)
         quant_cfg.setdefault("algorithm", "max")
         kv_option = self.quantization_config.enable_kv_cache
-        formats.check_model(model, self.export_config, quant_cfg, self._planned_quant_cfgs(), kv_option)
+        writers.check_model(model, self.export_config, quant_cfg, self._planned_quant_cfgs(), kv_option)
         self._setup(model)
         core = unwrap_for_modelopt_operations(model)
-        if algorithm == settings.AUTO and forward_loop is not None:
+        if algorithm == checks.AUTO and forward_loop is not None:
             raise ModelOptConfigError('algorithm="auto" needs calibration data, it cannot run with a forward_loop.')
         if not self._begin(core, self._fingerprint(quant_cfg, forward_loop)):
             self._calibrate(model, core, quant_cfg, decoder_type, forward_loop)
             self._keep()
         if is_global_rank_zero():
             mtq.print_quant_summary(core)
-        report.log(self.report)
+        comparison.log(self.report)
         if self.export_config is not None and self.export_config.generate_sample:
             logging.info("Generating a sample output after model quantization.")
             self._generate_sample(model)
@@ -212,7 +199,7 @@ class Quantizer(flow.CalibrationFlow, inputs.InputChecks, state.StateKeeper):
     def _fingerprint(self, quant_cfg: dict[str, Any], forward_loop) -> dict[str, Any]:
         """Return what the result depends on beside the model, see `fingerprint.settings_of`."""
         config = self.quantization_config
-        offered = settings.auto_formats(config, QUANT_CFG_CHOICES) if config.algorithm == settings.AUTO else {}
+        offered = checks.auto_formats(config, QUANT_CFG_CHOICES) if config.algorithm == checks.AUTO else {}
         return fingerprint.settings_of(config, quant_cfg, offered, forward_loop is not None)
 
     def create_megatron_forward_loop(
@@ -238,16 +225,16 @@ class Quantizer(flow.CalibrationFlow, inputs.InputChecks, state.StateKeeper):
                 "micro_batch_size": micro_batch_size,
                 "decoder_seq_length": decoder_seq_length,
             }
-        return lambda model: calibration.run_loader(model, get_dataloader, fixed)
+        return lambda model: batching.run_loader(model, get_dataloader, fixed)
 
     @staticmethod
     def _validate_quantized_checkpoint(checkpoint_dir: Path, tensor_parallelism_size: int) -> bool:
         """Return whether a TensorRT-LLM checkpoint has its configuration and one file for each inference rank."""
-        return formats.is_complete_trtllm(_collaborators(), checkpoint_dir, tensor_parallelism_size)
+        return writers.is_complete_trtllm(_collaborators(), checkpoint_dir, tensor_parallelism_size)
 
     def _save_tokenizer(self, model, model_dir: str, export_dir: Path, export_fmt: str) -> None:
         """Put the tokenizer beside an exported model: Hugging Face's own files, or NeMo's context."""
-        formats.save_tokenizer(_collaborators(), model, model_dir, export_dir, export_fmt)
+        writers.save_tokenizer(_collaborators(), model, model_dir, export_dir, export_fmt)
 
     def export(self, model, model_dir: str, trainer: Trainer | None = None) -> None:
         """Write the model in the configured format; a failed export leaves nothing behind.
@@ -266,27 +253,27 @@ class Quantizer(flow.CalibrationFlow, inputs.InputChecks, state.StateKeeper):
         fmt = self.export_config.export_format
         if fmt not in SUPPORTED_EXPORT_FMT:
             raise ModelOptConfigError(f"Unsupported export format: {fmt}; allowed: {SUPPORTED_EXPORT_FMT}.")
-        if hf_auto.is_wrapped(model):
-            hf_auto.check_format(fmt)
+        if transformers_models.is_wrapped(model):
+            transformers_models.check_format(fmt)
         if fmt == "nemo" and trainer is None:
             raise ModelOptConfigError("Trainer required for NeMo export.")
         if stand_ins.is_stand_in(model):
             stand_ins.write(_collaborators(), self, model, model_dir, trainer)
             return
         target = Path(self.export_config.path)
-        with export.staged(target, files.checkpoint(fmt)) as folder:
-            formats.write(_collaborators(), self, model, model_dir, trainer, folder)
+        with support.staged(target, files.checkpoint(fmt)) as folder:
+            writers.write(_collaborators(), self, model, model_dir, trainer, folder)
             self._save_tokenizer(model, model_dir, folder, fmt)
         self._forget()
-        export.log_success(target)
+        support.log_success(target)
         if self.quantization_config.algorithm is not None:
-            self.report.update(report.sizes_on_disk(model_dir, target))
+            self.report.update(comparison.sizes_on_disk(model_dir, target))
             if self.export_config.report_path is not None:
                 self.write_report(self.export_config.report_path)
 
     def write_report(self, folder: AnyPath) -> None:
         """Write `report` as ``report.json`` and as one self-contained page, ``report.html``, on rank zero."""
-        report.write(self.report, self.quantization_config, Path(folder))
+        comparison.write(self.report, self.quantization_config, Path(folder))
 
 
 def export_hf_checkpoint(
@@ -309,7 +296,7 @@ def export_hf_checkpoint(
     Raises:
         ModelOptConfigError: If this quantization or layout cannot be written correctly.
     """
-    return formats.write_converted_hf(_collaborators(), model_dir, export_dir, model, verify, **kwargs)
+    return writers.write_converted_hf(_collaborators(), model_dir, export_dir, model, verify, **kwargs)
 
 
 def _collaborators() -> ModuleType:
@@ -319,7 +306,7 @@ def _collaborators() -> ModuleType:
 
 def unwrap_for_modelopt_operations(model):
     """Return the Megatron-Core model inside of NeMo's wrappers, or a Hugging Face model itself."""
-    return model.model if hf_auto.is_wrapped(model) else unwrap_model(model)
+    return model.model if transformers_models.is_wrapped(model) else unwrap_model(model)
 
 
 def get_calib_data_iter(
@@ -346,8 +333,8 @@ def get_calib_data_iter(
     """
     # What replaces the function of `datasets` reads local files too.
     replaced = load_dataset is not datasets.load_dataset
-    found = data_sources.rows(data, column, seed, load_dataset, batch_size, loads_files=replaced)
-    yield from data_sources.batches(found, batch_size, calib_size, max_sequence_length)
+    found = sources.rows(data, column, seed, load_dataset, batch_size, loads_files=replaced)
+    yield from sources.batches(found, batch_size, calib_size, max_sequence_length)
 
 
 def create_data_iterator_getter(
@@ -378,9 +365,9 @@ def create_data_iterator_getter(
         seed: See `get_calib_data_iter`.
     """
     options: dict[str, Any] = {name: value for name, value in (("column", column), ("seed", seed)) if value is not None}
-    per_token = calibration.STOCK_CHARACTERS_PER_TOKEN
+    per_token = batching.STOCK_CHARACTERS_PER_TOKEN
     if not stand_ins.is_stand_in(model):
-        per_token = calibration.CHARACTERS_PER_TOKEN
+        per_token = batching.CHARACTERS_PER_TOKEN
 
     def read() -> list:
         batches = get_calib_data_iter(
@@ -392,7 +379,7 @@ def create_data_iterator_getter(
         )
         return [row for batch in batches for row in batch]
 
-    return calibration.iterator_getter(read, model, seq_len, batch_size, packed, shard)
+    return batching.iterator_getter(read, model, seq_len, batch_size, packed, shard)
 
 
 gpt_model_type = decoders.known_models()
@@ -403,6 +390,6 @@ def get_modelopt_decoder_type(model: llm.GPTModel) -> str | None:
 
     By the first class in ``gpt_model_type`` that fits; modelopt itself names that of a Hugging Face model.
     """
-    if hf_auto.is_wrapped(model):
+    if transformers_models.is_wrapped(model):
         return mte.model_utils.get_model_type(model.model)
     return decoders.first_fit(model, gpt_model_type)

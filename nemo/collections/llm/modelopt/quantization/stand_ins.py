@@ -17,12 +17,14 @@ import torch
 
 from nemo.collections.llm.modelopt import _real
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import decoders, export, hf_auto, insertion
+from nemo.collections.llm.modelopt.quantization import decoders, transformers_models
+from nemo.collections.llm.modelopt.quantization.export import support
+from nemo.collections.llm.modelopt.quantization.insert import quantizers
 
 
 def is_stand_in(model: Any) -> bool:
     """Return whether a model is neither one of NeMo's own nor holds a Megatron-Core language model."""
-    return not (_real.holds_core(model) or _real.is_nemo_model(model) or hf_auto.is_real(model))
+    return not (_real.holds_core(model) or _real.is_nemo_model(model) or transformers_models.is_real(model))
 
 
 def quantize(tools: ModuleType, quantizer: Any, model: Any, forward_loop: Any) -> Any:
@@ -47,7 +49,7 @@ def quantize(tools: ModuleType, quantizer: Any, model: Any, forward_loop: Any) -
     core = tools.unwrap_for_modelopt_operations(model)
     quantized = tools.mtq.quantize(core, quant_cfg, forward_loop)
     if decoder_type == "gpt":
-        quantized = insertion.keep_amax_from_vanishing(tools.mtq, quantized, config.algorithm)
+        quantized = quantizers.keep_amax_from_vanishing(tools.mtq, quantized, config.algorithm)
     if tools.is_global_rank_zero():
         tools.mtq.print_quant_summary(quantized)
     if quantizer.export_config is not None and quantizer.export_config.generate_sample:
@@ -67,8 +69,8 @@ def forward_loop(tools: ModuleType, quantizer: Any, model: Any) -> Any:
         batch_size=batch_size,
         calibration_size=size,
     )
-    if hf_auto.is_wrapped(model):
-        return hf_auto.forward_loop(model, get_batches)
+    if transformers_models.is_wrapped(model):
+        return transformers_models.forward_loop(model, get_batches)
     return quantizer.create_megatron_forward_loop(
         get_batches,
         num_batches=size // batch_size,
@@ -81,13 +83,13 @@ def write(tools: ModuleType, quantizer: Any, model: Any, model_dir: Any, trainer
     """Export a stand-in straight into the configured place; see ``Quantizer.export``."""
     config = quantizer.export_config
     if config.export_format == "nemo":
-        export.write_nemo(tools, model, trainer, config.path)
+        support.write_nemo(tools, model, trainer, config.path)
         if tools.is_global_rank_zero():
-            export.check_state(Path(tools.ckpt_to_weights_subdir(config.path, False)))
+            support.check_state(Path(tools.ckpt_to_weights_subdir(config.path, False)))
     elif config.export_format == "hf":
         tools.export_hf_checkpoint(model_dir, config.path, model=model)
     else:
-        export.write_trtllm(tools, quantizer, model, config.path)
+        support.write_trtllm(tools, quantizer, model, config.path)
     if tools.is_global_rank_zero():
         quantizer._save_tokenizer(model, model_dir, config.path, config.export_format)
         tools.logging.info(f"Export succeeded, model has been exported to {config.path}.")

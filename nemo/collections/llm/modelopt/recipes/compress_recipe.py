@@ -2,8 +2,8 @@
 
 import nemo_run as run
 
-from nemo_modelopt_dropin.compress import api
-from nemo_modelopt_dropin.compress.settings import Job, Layout, Pruning, Quantization, Training
+from nemo_modelopt_cli.compress import api
+from nemo_modelopt_cli.compress.settings import Job, Layout, Pruning, Quantization, Training
 
 NAME = "default"
 

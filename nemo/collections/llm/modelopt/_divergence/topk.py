@@ -1,0 +1,186 @@
+"""Divergences over the teacher's k likeliest entries, with everything else (the tail) as one more bucket.
+
+Shapes: n tokens, v vocabulary entries held by this rank, r ranks, k entries compared.
+
+Each model's tail has the logit lse_tail = logsumexp of its logits there, so both are distributions over k + 1 buckets
+and the divergence D is that of small logits [k + 1]. Its gradient reaches the vocabulary by the chain rule: an entry
+among the k takes its bucket's, and an entry z of the tail takes exp(z - lse_tail) of the tail's. Tail and head are
+summed apart, so nothing is lost to 1 - sum where the tail is tiny.
+
+With a split vocabulary every rank offers its own k likeliest (both models' logits there) and the log-sum-exp of its
+rest. One all-gather of [2k + 2, n] later each rank chooses the k of all r * k and counts those that were not chosen to
+the tail.
+
+Sorting out k of v entries costs more than their exponentials on a CPU. So blocks are sorted out first, by their
+maxima: the k blocks with the highest hold k entries that no other block surpasses.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .chunk import LOWEST, TINY, divergence_of_buckets, shifted
+from .shards import all_gather
+
+# Entries of a block when the likeliest are sorted out, and the fewest blocks for each entry wanted.
+_BLOCK, _BLOCKS_FOR_EACH = 16, 2
+# Buffers of [rows, v] that a chunk of the other divergences takes for each one here.
+_LEANER = 3
+
+
+def topk_divergence(student, teacher, temperature, direction, group, rows, topk, gradient) -> Tensor:
+    """Return the divergence of each token [n] and write d/d(student) to ``gradient`` [n, v] unless it is None.
+
+    Args:
+        student: logits [n, v].
+        teacher: logits [n, v].
+        temperature: divides both.
+        direction: which divergence.
+        group: process group over which the vocabulary is split; None when it is whole.
+        rows: tokens that the other divergences would work on at a time.
+        topk: k; the whole vocabulary counts where it is smaller.
+        gradient: [n, v]; may share the student's memory.
+    """
+    n, v = student.shape
+    rows *= _LEANER
+    loss = torch.empty(n, dtype=torch.float32, device=student.device)
+    buffer = torch.empty(min(rows, max(1, n)), v, dtype=torch.float32, device=student.device)
+    if group is not None:
+        return _sharded(student, teacher, temperature, direction, group, rows, topk, gradient, loss, buffer)
+    for start in range(0, n, rows):
+        part = slice(start, start + rows)
+        offer, positions, maximum = _offer(student[part], teacher[part], temperature, topk, buffer)
+        loss[part], own, tail = _choose(offer.unsqueeze(0), 0, topk, direction)
+        if gradient is not None:
+            # The student was loaded last: the exponentials of its tail are in the buffer still.
+            _write_gradient(gradient[part], buffer, positions, own, tail, maximum, temperature)
+    return loss
+
+
+def _sharded(student, teacher, temperature, direction, group, rows, topk, gradient, loss, buffer) -> Tensor:
+    rank = torch.distributed.get_rank(group)
+    n, k = student.shape[0], topk
+    kept = min(k, student.shape[1])
+    # A shard with fewer than k entries offers all it has.
+    local = torch.full((2 * k + 2, n), LOWEST, dtype=torch.float64, device=student.device)
+    positions = torch.empty(n, kept, dtype=torch.int64, device=student.device)
+    maxima = torch.empty(n, 1, dtype=torch.float32, device=student.device)
+    for start in range(0, n, rows):
+        part = slice(start, start + rows)
+        offer, positions[part], maxima[part] = _offer(student[part], teacher[part], temperature, topk, buffer)
+        local[:kept, part], local[k : k + kept, part] = offer[:kept], offer[kept : 2 * kept]
+        local[-2:, part] = offer[-2:]
+    shards = all_gather(local, group)
+    for start in range(0, n, rows):
+        part = slice(start, start + rows)
+        loss[part], own, tail = _choose(shards[:, :, part], rank, topk, direction)
+        if gradient is not None:
+            _tail_exponentials(student[part], positions[part], temperature, buffer, maxima[part])
+            _write_gradient(gradient[part], buffer, positions[part], own[:kept], tail, maxima[part], temperature)
+    return loss
+
+
+def _offer(student, teacher, temperature, topk, buffer) -> tuple[Tensor, Tensor, Tensor]:
+    """Return [2k + 2, c] in fp64, the k positions [c, k] of this shard, and the maxima of the student's rest [c, 1].
+
+    The numbers: the teacher's k logits and the student's there, then the log-sum-exp of the rest, teacher and student;
+    all divided by the temperature. ``buffer`` holds the student's exponentials of the rest afterwards.
+    """
+    # fp32 is selected from faster than what is narrower.
+    positions = likeliest(buffer[: len(teacher)].copy_(teacher), min(topk, teacher.shape[1]))
+    values, rests = [], []
+    for source in (teacher, student):
+        values.append((source.gather(-1, positions).double() / temperature).clamp_(min=LOWEST).t())
+        maximum = _tail_exponentials(source, positions, temperature, buffer, loaded=source is teacher)
+        total = buffer[: len(source)].sum(-1)
+        rest = maximum.squeeze(-1).double() / temperature + total.clamp(min=TINY).double().log()
+        rests.append(torch.where(total > 0, rest, LOWEST)[None])
+    return torch.cat(values + rests), positions, maximum
+
+
+def likeliest(logits: Tensor, k: int) -> Tensor:
+    """Return the positions [c, k] of the k highest logits [c, v] of each token, in no order.
+
+    Which of equal logits are taken at the edge is left open, as by ``torch.topk``.
+    """
+    c, v = logits.shape
+    blocks = v // _BLOCK
+    # A GPU selects by radix in one pass.
+    if logits.device.type != "cpu" or blocks < _BLOCKS_FOR_EACH * k:
+        return logits.topk(k, dim=-1, sorted=False).indices
+    # Entries i, i + blocks, i + 2 * blocks .. are a block, so that the maxima are taken along contiguous memory.
+    whole = logits[:, : blocks * _BLOCK].unflatten(-1, (_BLOCK, blocks))
+    chosen = whole.amax(1).topk(k, dim=-1, sorted=False).indices
+    entries = whole.gather(2, chosen.unsqueeze(1).expand(c, _BLOCK, k)).flatten(1)
+    # What the blocks leave over is looked at as it is.
+    found = torch.cat([entries, logits[:, blocks * _BLOCK :]], dim=-1).topk(k, dim=-1, sorted=False).indices
+    in_block = found // k * blocks + chosen.gather(1, found % k)
+    return torch.where(found < entries.shape[1], in_block, found - entries.shape[1] + blocks * _BLOCK)
+
+
+def _tail_exponentials(source, positions, temperature, buffer, maximum=None, loaded=False) -> Tensor:
+    """Write exponentials of all entries but those at ``positions`` [c, k] to the buffer; return their maxima [c, 1]."""
+    buffer = buffer[: len(source)]
+    if not loaded:
+        buffer.copy_(source)
+    buffer.scatter_(-1, positions, -torch.inf)
+    maximum = shifted(buffer, temperature, buffer, maximum)
+    buffer.exp_()
+    return maximum
+
+
+def _choose(shards: Tensor, rank: int, topk: int, direction: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the divergence [c], the gradient of this rank's own k entries [k, c], and two numbers of the tail [2, c].
+
+    Args:
+        shards: [r, 2k + 2, c]: what every rank offers.
+        rank: which of them is this one.
+        topk: how many entries are compared.
+        direction: which divergence.
+
+    Returns:
+        Divergence, own gradients, (gradient of the tail's bucket, log-sum-exp of the student's tail).
+    """
+    size, numbers, c = shards.shape
+    k = (numbers - 2) // 2
+    if size == 1 and k <= topk:  # all are chosen
+        student, teacher = (torch.cat([shards[0, i * k : (i + 1) * k], shards[0, 2 * k + i, None]]).t() for i in (1, 0))
+        value, bucket = divergence_of_buckets(student, teacher, direction)
+        return value.float(), bucket[:, :-1].t(), torch.stack([bucket[:, -1], student[:, -1]])
+    teacher, student = (shards[:, i * k : (i + 1) * k].reshape(size * k, c) for i in (0, 1))
+    # Stable, so that ranks agree about equal logits.
+    order = teacher.argsort(dim=0, descending=True, stable=True)
+    chosen, others = order[:topk], order[topk:]
+    tail_teacher, tail_student = (
+        torch.cat([values.gather(0, others), shards[:, 2 * k + i]]).logsumexp(0)
+        for i, values in enumerate((teacher, student))
+    )
+    value, bucket = divergence_of_buckets(
+        torch.cat([student.gather(0, chosen), tail_student[None]]).t(),
+        torch.cat([teacher.gather(0, chosen), tail_teacher[None]]).t(),
+        direction,
+    )
+    of_tail = bucket[:, -1]
+    # An offered entry that was not chosen is one of the tail.
+    gradients = of_tail * (student - tail_student).exp()
+    gradients.scatter_(0, chosen, bucket[:, :-1].t())
+    own = gradients[rank * k : (rank + 1) * k]
+    return value.float(), own, torch.stack([of_tail, tail_student])
+
+
+def _write_gradient(out, buffer, positions, own, tail, maximum, temperature) -> None:
+    """Write d/d(student) of a chunk [c, v].
+
+    Args:
+        out: [c, v].
+        buffer: exponentials of the student's tail relative to ``maximum``; used up.
+        positions: this shard's k entries [c, k].
+        own: their gradients [k, c].
+        tail: gradient of the tail's bucket, and log-sum-exp of the student's tail [2, c].
+        maximum: maxima of the student's tail [c, 1].
+        temperature: divides the logits.
+    """
+    relative = (maximum.squeeze(-1).double() / temperature - tail[1]).clamp_(max=0.0).exp()
+    out.copy_(buffer[: len(out)].mul_((tail[0] * relative / temperature).float().unsqueeze(-1)))
+    out.scatter_(-1, positions, (own.t() / temperature).to(out.dtype))

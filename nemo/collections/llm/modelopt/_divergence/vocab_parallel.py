@@ -1,0 +1,199 @@
+"""Exact divergences between two sets of logits whose vocabulary may be split over tensor-parallel ranks.
+
+Shapes: n tokens, v vocabulary entries held by this rank (shards may be uneven), r ranks. The formulas are in
+``_divergence``; here is what happens over chunks of tokens and over ranks.
+
+A whole vocabulary takes one pass: the sums of a chunk are final at once. With a split one, a shard's log-sum-exp of the
+teacher, that of the student and its expectation determine the rest: with w_k = exp(lse_k - lse) the weight of shard k,
+lse = logsumexp_k(lse_k) and E = sum_k w_k E_k. So one all-gather of [3, n] makes value and gradient global on every
+rank (JSD, whose expectation needs the global sums first, takes a second one), and the backward pass needs no
+communication. What crosses ranks is combined in fp64.
+
+Memory: tokens are taken in chunks that fit the cache. The gradient is formed during the forward pass in one buffer of
+the student logits' dtype (chunks are accumulated in fp32), and scaled in place by the incoming gradient; neither
+logits nor probabilities are saved. ``in_place`` takes the student's logits for that buffer, ``reuse_teacher`` the
+teacher's.
+
+Sources: the vocab-parallel cross entropy of Megatron-LM (arXiv 1909.08053) for the reduction over shards; the gradient
+in the forward pass follows Liger-Kernel (arXiv 2410.10989).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from nemo_modelopt_dropin.preflight import loss_memory
+
+from .chunk import DIRECTIONS, FORWARD, JSD, REVERSE, Chunk
+from .shards import all_gather
+from .topk import topk_divergence
+
+__all__ = ["DIRECTIONS", "FORWARD", "JSD", "REVERSE", "kl_divergence"]
+
+
+def kl_divergence(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 1.0,
+    direction: str = FORWARD,
+    group=None,
+    chunk_rows: int | None = None,
+    *,
+    topk: int | None = None,
+    in_place: bool = False,
+    reuse_teacher: bool = False,
+) -> Tensor:
+    """Return the divergence of every token, equal on all ranks of ``group``.
+
+    Args:
+        student: logits [..., v], this rank's shard of the vocabulary; gradients flow into it.
+        teacher: logits of the same shape; a constant.
+        temperature: divides both logits.
+        direction: ``forward`` for KL(teacher || student), ``reverse`` for KL(student || teacher), ``jsd`` for the
+            Jensen-Shannon divergence.
+        group: process group over which the vocabulary is split; None when it is whole.
+        chunk_rows: tokens worked on at a time; chosen from the size of the cache by default.
+        topk: compare the teacher's so many likeliest entries, and all others as one.
+        in_place: overwrite the student's logits with their gradient. Nothing else may need them.
+        reuse_teacher: overwrite the teacher's logits with the gradient, where their type is the student's. Nothing else
+            may need them.
+
+    Returns:
+        Tensor of shape [...], fp32.
+    """
+    tokens = student.shape[:-1]
+    flat = student.reshape(-1, student.shape[-1])
+    rows = chunk_rows or default_chunk_rows(flat)
+    flat_teacher = teacher.reshape(-1, teacher.shape[-1])
+    spare = None
+    if in_place:
+        spare = flat
+    elif reuse_teacher and flat_teacher.dtype == flat.dtype:
+        spare = flat_teacher
+    loss = _KLDivergence.apply(flat, flat_teacher, temperature, direction, group, rows, topk, spare)
+    return loss.view(tokens)
+
+
+class _KLDivergence(torch.autograd.Function):
+    """The divergence of [n, v] logits with its gradient formed on the way (see the module's docstring)."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, temperature, direction, group, rows, topk, spare):
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            gradient = torch.empty_like(student) if spare is None else spare.detach()
+        ctx.gradient = gradient
+        return divergence_with_gradient(student, teacher, temperature, direction, group, rows, topk, gradient)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        if ctx.gradient is None:
+            raise RuntimeError(
+                "The gradient of the KL divergence was handed out already: it is scaled in place, so a second "
+                "backward pass needs a second forward pass."
+            )
+        gradient, ctx.gradient = ctx.gradient, None
+        scale_rows(gradient, grad_output)
+        return gradient, None, None, None, None, None, None, None
+
+
+def divergence_with_gradient(student, teacher, temperature, direction, group, rows, topk, gradient) -> Tensor:
+    """Return the divergence of each token [n] and write d/d(student) to ``gradient`` [n, v] unless it is None.
+
+    ``gradient`` may share the memory of either model's logits: a chunk is read before it is written.
+    """
+    if group is not None and torch.distributed.get_world_size(group) == 1:
+        group = None
+    if topk is not None:
+        return topk_divergence(student, teacher, temperature, direction, group, rows, topk, gradient)
+    chunk = Chunk(min(rows, max(1, len(student))), student.shape[1], student.device, temperature)
+    if group is None:
+        return _whole_vocabulary(chunk, student, teacher, direction, rows, gradient)
+    return _sharded_vocabulary(chunk, student, teacher, direction, rows, gradient, group)
+
+
+def _whole_vocabulary(chunk: Chunk, student, teacher, direction, rows, gradient) -> Tensor:
+    """Value and gradient chunk by chunk in one pass; the rows' maxima cancel."""
+    loss = torch.empty(student.shape[0], dtype=torch.float32, device=student.device)
+    for part in token_chunks(student, rows):
+        chunk.load(student[part], teacher[part])
+        log_z, log_y = chunk.sums.log()
+        if direction == JSD:
+            mean, with_q = chunk.jsd_parts(log_z, log_y)
+            loss[part] = 0.5 * (mean + with_q)
+        else:
+            sign = 1.0 if direction == FORWARD else -1.0
+            mean = loss[part] = chunk.mean_difference(direction) + sign * (log_z - log_y)
+        if gradient is not None:
+            chunk.write_gradient(gradient[part], direction, log_z, log_y, mean)
+    return loss
+
+
+def _sharded_vocabulary(chunk: Chunk, student, teacher, direction, rows, gradient, group) -> Tensor:
+    """Statistics of every token, one all-gather, then the gradient: exponentials are cheaper made twice than kept."""
+    n = student.shape[0]
+    maxima = torch.empty(2, n, dtype=torch.float32, device=student.device)
+    local = torch.empty(3, n, dtype=torch.float64, device=student.device)
+    for part in token_chunks(student, rows):
+        chunk.load(student[part], teacher[part])
+        maxima[0, part], maxima[1, part] = chunk.max_z.squeeze(-1), chunk.max_y.squeeze(-1)
+        local[0, part], local[1, part], offset = chunk.shard_statistics()
+        if direction != JSD:
+            sign = 1.0 if direction == FORWARD else -1.0
+            local[2, part] = chunk.mean_difference(direction) + sign * offset
+    shards = all_gather(local if direction != JSD else local[:2], group)
+    lse = shards[:, :2].logsumexp(0)
+    log_z, log_y = (lse - maxima.double() / chunk.temperature).float()
+    if direction == JSD:
+        return _sharded_jsd(chunk, student, teacher, rows, gradient, group, maxima, log_z, log_y)
+    weighed_by = 1 if direction == FORWARD else 0
+    expectation = ((shards[:, weighed_by] - lse[weighed_by]).exp() * shards[:, 2]).sum(0)
+    loss = (expectation + (lse[0] - lse[1]) * (1.0 if direction == FORWARD else -1.0)).float()
+    if gradient is not None:
+        for part in token_chunks(student, rows):
+            chunk.load(student[part], teacher[part], maxima[:, part], difference=direction != FORWARD)
+            chunk.write_gradient(gradient[part], direction, log_z[part], log_y[part], loss[part])
+    return loss
+
+
+def _sharded_jsd(chunk: Chunk, student, teacher, rows, gradient, group, maxima, log_z, log_y) -> Tensor:
+    """What is left of JSD when the sums over the whole vocabulary are known."""
+    parts = torch.empty(2, student.shape[0], dtype=torch.float64, device=student.device)
+    for part in token_chunks(student, rows):
+        chunk.load(student[part], teacher[part], maxima[:, part])
+        parts[:, part] = chunk.jsd_parts(log_z[part], log_y[part]).double()
+    torch.distributed.all_reduce(parts, group=group)
+    if gradient is not None:
+        mean = parts[0].float()
+        for part in token_chunks(student, rows):
+            chunk.load(student[part], teacher[part], maxima[:, part])
+            chunk.jsd_parts(log_z[part], log_y[part])
+            chunk.write_gradient(gradient[part], JSD, log_z[part], log_y[part], mean[part])
+    return parts.mean(0).float()
+
+
+def scale_rows(tensor: Tensor, factors: Tensor) -> None:
+    """Multiply the rows of [n, v] in place by [n] factors, each product computed in fp32 at least."""
+    if tensor.dtype == torch.float32 or tensor.device.type != "cpu":
+        tensor.mul_(factors.unsqueeze(-1))
+        return
+    # On a CPU the product of two types is ten times slower than conversions in the cache.
+    rows = default_chunk_rows(tensor)
+    buffer = torch.empty(min(rows, max(1, len(tensor))), tensor.shape[1], dtype=torch.float32)
+    for part in token_chunks(tensor, rows):
+        chunk = buffer[: len(tensor[part])].copy_(tensor[part])
+        tensor[part] = chunk.mul_(factors[part].unsqueeze(-1))
+
+
+def token_chunks(tensor: Tensor, rows: int) -> Iterator[slice]:
+    """Yield slices of ``rows`` tokens of a tensor [n, ...]."""
+    for start in range(0, tensor.shape[0], rows):
+        yield slice(start, start + rows)
+
+
+def default_chunk_rows(flat: Tensor) -> int:
+    """Return how many tokens of [n, v] logits are worked on at a time."""
+    return loss_memory.chunk_rows(flat.shape[0], flat.shape[1], flat.element_size(), flat.device.type)

@@ -1,0 +1,330 @@
+"""Where the fused loss meets Megatron's models: output layers that keep back their logits, and when that is exact.
+
+An output layer that defers gives its hidden states and weight in the place of logits (`DeferredLogits`). modelopt's
+hooks capture them as they capture logits, the logits loss pairs them (`PairedLogits`), and the reduction of the losses,
+which knows the loss mask, has them computed (`_fused_linear`).
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.num_microbatches_calculator import get_micro_batch_size
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from nemo.utils import logging
+from torch import Tensor
+
+from nemo_modelopt_dropin.preflight import loss_memory
+
+from .._divergence.fused_linear import FusedLosses, Objective, fused_linear_losses
+from ..errors import ModelOptConfigError
+
+OFF, ON, AUTO = "off", "on", "auto"
+FUSED_LOGITS = (AUTO, ON, OFF)
+# Bytes saved from which memory matters more than the time of two more matrix products.
+_WORTH_IT = 512 << 20
+_OUTPUT_LAYERS = ("output_layer", "output_layer")
+
+
+class DeferredLogits:
+    """What makes the logits [s, b, v] of one model.
+
+    Attributes:
+        hidden: [s, b, h], the whole sequence.
+        weight: [v, h], this rank's shard.
+        layer: the output layer.
+        labels: next tokens [b, s] where the language-model loss is wanted.
+        pair: with the other model's, once they were brought together.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, layer: Any):
+        """Keep them; a student's gradients will be reduced over the tensor-parallel ranks as its layer would.
+
+        Args:
+            hidden: what the layer was given: [s, b, h], or this rank's stretch of it under sequence parallelism.
+            weight: [v, h].
+            layer: the layer.
+        """
+        if layer.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=True, group=layer.tp_group
+            )
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=layer.tp_group)
+        self.hidden, self.weight, self.layer = hidden, weight, layer
+        self.labels: Tensor | None = None
+        self.pair: PairedLogits | None = None
+        self.dtype = hidden.dtype  # of the logits
+
+
+class PairedLogits:
+    """Both models' deferred logits with what is to be computed of them; computed once, when the mask is known."""
+
+    def __init__(self, student: DeferredLogits, teacher: DeferredLogits, objective: dict[str, Any], factor: float):
+        """Remember them.
+
+        Args:
+            student: its deferred logits.
+            teacher: its deferred logits.
+            objective: fields of an ``Objective``.
+            factor: the divergence is multiplied by it.
+        """
+        self._student, self._teacher, self._factor = student, teacher, factor
+        group = student.layer.tp_group
+        self._objective = Objective(
+            **objective,
+            group=group if group is not None and torch.distributed.get_world_size(group) > 1 else None,
+            student_cap=softcap(student.layer),
+            teacher_cap=softcap(teacher.layer),
+            main_grad=bool(student.layer.gradient_accumulation_fusion),
+        )
+        self._losses: FusedLosses | None = None
+
+    def sums(self, mask: Tensor) -> FusedLosses:
+        """Return the losses summed over the tokens that count.
+
+        Args:
+            mask: [b, s], zero where a token does not count.
+        """
+        if self._losses is None:
+            labels = self._student.labels
+            losses = fused_linear_losses(
+                self._student.hidden.flatten(0, 1),
+                self._student.weight,
+                self._teacher.hidden.flatten(0, 1),
+                self._teacher.weight,
+                mask.t().reshape(-1),
+                self._objective,
+                None if labels is None else labels.t().reshape(-1),
+            )
+            self._losses = losses._replace(divergence=losses.divergence * self._factor)
+            # They know this pair: a cycle would keep them until the garbage is collected.
+            del self._student, self._teacher
+        return self._losses
+
+
+class SummedLoss:
+    """One of the fused losses, for a reduction to ask for with its mask: ``masked_sum(mask)``."""
+
+    def __init__(self, pair: PairedLogits, name: str):
+        """Choose.
+
+        Args:
+            pair: both models' logits.
+            name: a field of ``FusedLosses``.
+        """
+        self._pair, self._name = pair, name
+
+    def masked_sum(self, mask: Tensor) -> Tensor:
+        """Return the loss summed over the tokens that count, a scalar.
+
+        Args:
+            mask: [b, s].
+        """
+        return getattr(self._pair.sums(mask), self._name)
+
+
+def why_not_fused(student: Any, teacher: Any, criterion: Any, settings: Any) -> str | None:
+    """Return why the logits loss of two Megatron-Core models cannot be fused with their output layers, or None.
+
+    Args:
+        student: model on the last pipeline stage.
+        teacher: model.
+        criterion: loss of the logits pair.
+        settings: a ``DistillationConfig``.
+    """
+    from .loss import LogitsKLLoss
+
+    if not hasattr(teacher, "decoder"):
+        return "the teacher is a recording"
+    if settings.logit_pair != _OUTPUT_LAYERS:
+        return f"logit_layers={settings.logit_layers} are not the output layers"
+    if type(criterion) is not LogitsKLLoss:
+        return f"the logits loss is a {type(criterion).__name__}"
+    if criterion.entries is not None:
+        return "the vocabularies of student and teacher are padded differently"
+    if getattr(student, "mtp_process", False) or getattr(teacher, "mtp_process", False):
+        return "multi-token prediction uses the output layer several times"
+    if not settings.skip_lm_loss:
+        if (
+            getattr(type(student), "compute_language_model_loss", None)
+            is not LanguageModule.compute_language_model_loss
+        ):
+            return "the student has a language-model loss of its own"
+        if getattr(student, "fp16_lm_cross_entropy", False):
+            return "fp16_lm_cross_entropy is set"
+    for whose, model in (("student", student), ("teacher", teacher)):
+        reason = _why_not_deferred(getattr(model, "output_layer", None), model)
+        if reason:
+            return f"the {whose}'s output layer {reason}"
+    return None
+
+
+def _why_not_deferred(layer: Any, model: Any) -> str | None:
+    """Return why an output layer does more than a matrix product with a shard of the vocabulary, or None."""
+    name = type(layer).__name__
+    if type(layer) is not ColumnParallelLinear and name != "Gemma2OutputLayer":
+        return f"is a {name} (quantized, adapted or of another implementation)"
+    config = layer.config
+    if layer.bias is not None or layer.skip_bias_add:
+        return "has a bias"
+    if layer.gather_output and torch.distributed.get_world_size(layer.tp_group) > 1:
+        return "gathers the logits"
+    if layer.is_expert or layer.disable_grad_reduce:
+        return "has communication of its own"
+    if getattr(config, "defer_embedding_wgrad_compute", False):
+        return "defers its weight gradient (defer_embedding_wgrad_compute)"
+    if getattr(config, "cpu_offloading", False):
+        return "offloads activations to the CPU"
+    if getattr(model, "share_embeddings_and_output_weights", False) and layer.weight is None and not model.pre_process:
+        return "has no weight"
+    # One hook is modelopt's own.
+    if len(layer._forward_hooks) > 1 or layer._backward_hooks:
+        return "has hooks that want its logits"
+    return None
+
+
+def slower_by(settings: Any) -> str | None:
+    """Return what makes the fused loss slower than the chunked one with these settings, or None."""
+    if settings.skip_lm_loss:
+        return None
+    return "with a language-model loss the logits are made a second time in the backward pass"
+
+
+def choose_fused(student: Any, teacher: Any, settings: Any) -> bool:
+    """Return whether the logits loss is fused, and log why.
+
+    Args:
+        student: model on the last pipeline stage.
+        teacher: model.
+        settings: a ``DistillationConfig`` with its losses made.
+
+    Raises:
+        ModelOptConfigError: where it is demanded and would not be exact.
+    """
+    if settings.fused_logits == OFF:
+        return False
+    reason = why_not_fused(student, teacher, settings.criterion.get(settings.logit_pair), settings)
+    if reason and settings.fused_logits == ON:
+        raise ModelOptConfigError(
+            f"fused_logits='on' is not exact for this model: {reason}. Take 'auto', or change the model."
+        )
+    slower, sizes = slower_by(settings), None if reason else _sizes(student, teacher, settings)
+    if sizes is not None and settings.fused_logits == AUTO:
+        reason = _not_worth_it(sizes, slower)
+    if reason:
+        logging.info(f"Distillation: output layers and logits loss are not fused: {reason}.")
+        return False
+    size = f" ({_mebibytes(sizes.logits)} for each model)" if sizes is not None else ""
+    logging.info(
+        f"Distillation: output layers and logits loss are fused; the logits of a micro-batch{size} are never held"
+        + (f"; {slower}." if slower else ".")
+    )
+    return True
+
+
+def _not_worth_it(sizes: loss_memory.Sizes, slower: str | None) -> str | None:
+    """Return why a fused loss would not pay with these sizes, or None where it does."""
+    chunked, fused = sizes.chunked(), sizes.fused()
+    if fused >= chunked:
+        return (
+            f"logits and loss take about {_mebibytes(chunked)} a micro-batch, and would take {_mebibytes(fused)}, "
+            "mostly for the output weight's gradient in fp32"
+        )
+    if slower and chunked - fused < _WORTH_IT:
+        return f"{slower}, and only {_mebibytes(chunked - fused)} would be saved"
+    return None
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB"
+
+
+def _sizes(student: Any, teacher: Any, settings: Any) -> loss_memory.Sizes | None:
+    """Return what decides the memory of logits and loss on this rank; None where the length of samples is unknown."""
+    config, layer = student.config, student.output_layer
+    try:
+        sequences = get_micro_batch_size()
+    except AttributeError:  # nobody has set it up
+        sequences = 1
+    tokens = getattr(config, "seq_length", 0) * sequences // config.context_parallel_size
+    if not tokens:
+        return None
+    weight = layer.weight if layer.weight is not None else student.shared_embedding_or_output_weight()
+    return loss_memory.Sizes(
+        tokens,
+        layer.output_size_per_partition,
+        config.hidden_size,
+        teacher.config.hidden_size,
+        config.params_dtype.itemsize,
+        config.tensor_model_parallel_size,
+        weight.device.type,
+        not settings.skip_lm_loss,
+        weight.requires_grad,
+    )
+
+
+def fuse_output_layers(student: Any, teacher: Any, settings: Any) -> None:
+    """Let both output layers give `DeferredLogits` in training, where that is exact and wanted.
+
+    Where it is not, the memory of the teacher's logits is used again.
+
+    Args:
+        student: model; nothing happens before the last pipeline stage.
+        teacher: model.
+        settings: a ``DistillationConfig`` with its losses made.
+
+    Raises:
+        ModelOptConfigError: where it is demanded and would not be exact.
+    """
+    if not isinstance(getattr(settings, "criterion", None), dict) or not settings.criterion:
+        return
+    if not getattr(student, "post_process", False):
+        return
+    if not choose_fused(student, teacher, settings):
+        _reuse_teacher_logits(student, teacher, settings)
+        return
+    for layer in (student.output_layer, teacher.output_layer):
+        layer._defers = False
+        layer.forward = MethodType(_forward_of_output_layer, layer)
+
+
+def _reuse_teacher_logits(student: Any, teacher: Any, settings: Any) -> None:
+    """Let the logits loss write its gradient over the teacher's logits, where nothing but modelopt's hook sees them."""
+    from .loss import LogitsKLLoss
+
+    criterion = settings.criterion.get(settings.logit_pair)
+    layer = getattr(teacher, "output_layer", None)
+    if settings.logit_pair != _OUTPUT_LAYERS or layer is None or type(criterion) is not LogitsKLLoss:
+        return
+    pairs = [pair for pair in getattr(student, "_layers_to_loss", {}) if pair[1] is layer]
+    criterion.reuse_teacher = len(pairs) == 1 and len(layer._forward_hooks) == 1
+
+
+def has_deferring_output(model: Any) -> bool:
+    """Return whether a model's output layer can defer its logits."""
+    return hasattr(getattr(model, "output_layer", None), "_defers")
+
+
+def set_deferring(model: Any, on: bool) -> None:
+    """Switch the deferring of a model's output layer, where it has one that can."""
+    if has_deferring_output(model):
+        model.output_layer._defers = on
+
+
+def _forward_of_output_layer(self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output=None):
+    if not self._defers or runtime_gather_output:
+        return type(self).forward(self, input_, weight=weight, runtime_gather_output=runtime_gather_output)
+    return DeferredLogits(input_, self.weight if weight is None else weight, self), None
+
+
+def softcap(layer: Any) -> float | None:
+    """Return at which value the logits of Gemma 2 and 3 are capped."""
+    return getattr(layer.config, "final_logit_softcapping", None) if type(layer) is not ColumnParallelLinear else None

@@ -1,0 +1,1 @@
+"""Recorded teachers: their top-k logits, written once and replayed."""

@@ -1,0 +1,349 @@
+"""What quantization did to a model: loss, output error, quantizers and size, the same numbers on every rank."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from nemo.utils import logging
+from nemo.utils.get_rank import is_global_rank_zero
+
+from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
+from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
+from nemo.collections.llm.modelopt.quantization.calibration import batching
+
+KINDS = ("weight", "input", "output", "kv_cache")
+_SHOWN_LAYERS = 3
+# Logits that are worked on at a time, in fp32.
+_LOGITS_BYTES = 64 << 20
+_STORED_BYTES = 2
+_PLAIN = (str, int, float, bool, list, type(None))
+
+
+@dataclass
+class Evaluation:
+    """How a model does on some text, beside the one it was made of.
+
+    Attributes:
+        loss: Next-token cross entropy, nats for each token.
+        reference_loss: The original's.
+        tokens: Predicted tokens.
+        relative_error: ``||logits - original's|| / ||original's||``.
+        kl: KL(original || model) in nats for each position.
+    """
+
+    loss: float
+    reference_loss: float
+    tokens: int
+    relative_error: float
+    kl: float
+
+
+def is_comparable(model: Any) -> bool:
+    """Return whether outputs of the model can be compared: a Megatron-Core language model in initialised groups."""
+    return isinstance(model, LanguageModule) and parallel_state.model_parallel_is_initialized()
+
+
+def hidden_states(model, batches: list[torch.Tensor], title: str) -> list[torch.Tensor]:
+    """Return the final hidden states `[s, b, h]` of each microbatch `[b, s]`; nothing before the last pipeline stage.
+
+    They are kept and not logits, which would take v / h times the memory.
+    """
+    was_training = model.training
+    model.eval()
+    found: list[torch.Tensor] = []
+    with batching.output_layer_skipped(model):
+        batching.run_forward(model, batches, found.append, title)
+    model.train(was_training)
+    return found
+
+
+@torch.no_grad()
+def evaluate(
+    model, batches: list[torch.Tensor], reference: list[torch.Tensor], title: str = "Evaluation"
+) -> Evaluation:
+    """Measure next-token loss, and how far the logits are from those of the model as it was.
+
+    Works on any layout: hidden states exist on the last pipeline stage, where the output layer gives this rank's part
+    `[s, b, v]` of the vocabulary, some sequences at a time.
+
+    Args:
+        model: This rank's Megatron-Core model.
+        batches: This data-parallel rank's microbatches `[b, s]`.
+        reference: What `hidden_states` returned for the same batches before the model changed.
+        title: Of the progress bar.
+
+    Returns:
+        The figures over all ranks, see `Evaluation`.
+    """
+    hidden = hidden_states(model, batches, title)
+    sums = torch.zeros(7, dtype=torch.float64, device=batches[0].device)
+    for states, expected, tokens in zip(hidden, reference, batches, strict=False):
+        columns = max(1, _LOGITS_BYTES // (4 * tokens.shape[1] * _vocabulary(model)))
+        for start in range(0, tokens.shape[0], columns):
+            part = slice(start, start + columns)
+            sums += _sums(model, states[:, part], expected[:, part].to(states.device), tokens[part])
+    torch.distributed.all_reduce(sums)
+    loss, reference_loss, tokens, error, norm, divergence, positions = sums.tolist()
+    return Evaluation(
+        loss=loss / max(tokens, 1),
+        reference_loss=reference_loss / max(tokens, 1),
+        tokens=int(tokens),
+        relative_error=math.sqrt(error / norm) if norm else 0.0,
+        # Rounding may leave less than nothing where the models agree.
+        kl=max(0.0, divergence / max(positions, 1)),
+    )
+
+
+def _vocabulary(model) -> int:
+    return int(getattr(model.output_layer, "output_size_per_partition", model.vocab_size))
+
+
+def _sums(model, states: torch.Tensor, expected: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the sums behind the figures of `Evaluation` [7], of hidden states `[s, b, h]` and tokens `[b, s]`."""
+    # Every tensor-parallel rank computes the whole loss and divergence: they count once.
+    counts = int(parallel_state.get_tensor_model_parallel_rank() == 0)
+    found = torch.zeros(7, dtype=torch.float64, device=states.device)
+    logits = _logits(model, states).float()
+    wanted = _logits(model, expected, quantized=False).float()
+    divergence = _divergence(logits, wanted)
+    found[5] = divergence.double().sum() * counts
+    found[6] = divergence.numel() * counts
+    found[4] = torch.linalg.vector_norm(wanted).double().square()
+    found[3] = torch.linalg.vector_norm(logits - wanted).double().square()
+    losses = _token_losses(logits, tokens)
+    found[0] = losses.double().sum() * counts
+    found[1] = _token_losses(wanted, tokens).double().sum() * counts
+    found[2] = losses.numel() * counts
+    return found
+
+
+def _logits(model, hidden: torch.Tensor, quantized: bool = True) -> torch.Tensor:
+    """Apply the output layer to `[s, b, h]`, with its quantizers or without."""
+    weight = None
+    if getattr(model, "share_embeddings_and_output_weights", False):
+        weight = model.shared_embedding_or_output_weight()
+    active = [m for m in model.output_layer.modules() if isinstance(m, TensorQuantizer) and m.is_enabled]
+    if not quantized:
+        for quantizer in active:
+            quantizer.disable()
+    try:
+        return model.output_layer(hidden, weight=weight)[0]
+    finally:
+        if not quantized:
+            for quantizer in active:
+                quantizer.enable()
+
+
+def _token_losses(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return cross entropy `[s - 1, b]` of fp32 logits `[s, b, v]` (used up) against the next token of `[b, s]`."""
+    labels = tokens.t()[1:].contiguous()
+    # Megatron's cross entropy works in place on them.
+    return tensor_parallel.vocab_parallel_cross_entropy(logits[:-1], labels)
+
+
+def _divergence(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Return KL(expected || logits) `[s, b]` of logits `[s, b, v]` whose vocabulary may be split over ranks."""
+    from nemo.collections.llm.modelopt._divergence import vocab_parallel
+
+    return vocab_parallel.kl_divergence(logits, expected, group=parallel_state.get_tensor_model_parallel_group())
+
+
+def _kind(name: str) -> str | None:
+    leaf = next((part for part in reversed(name.split(".")) if part.endswith("_quantizer")), "")
+    if leaf.endswith("bmm_quantizer"):
+        return "kv_cache"
+    kind = leaf.removesuffix("_quantizer").rsplit("_", 1)[-1]
+    return kind if kind in KINDS else None
+
+
+def model_parallel_sum(values: list[float]) -> list[float]:
+    """Add up over tensor and pipeline ranks."""
+    if not parallel_state.model_parallel_is_initialized():
+        return values
+    group = parallel_state.get_model_parallel_group()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(total, group=group)
+    return total.tolist()
+
+
+def count_quantizers(model) -> dict[str, int]:
+    """Return the number of enabled quantizers of each kind, over all pipeline stages."""
+    counts = dict.fromkeys(KINDS, 0)
+    first = not parallel_state.model_parallel_is_initialized() or parallel_state.get_tensor_model_parallel_rank() == 0
+    for name, module in model.named_modules():
+        # The parts of a SequentialQuantizer (W4A8) are one quantizer in two steps.
+        in_sequence = name.rsplit(".", 1)[-1].isdigit()
+        is_quantizer = isinstance(module, (TensorQuantizer, SequentialQuantizer)) and not in_sequence
+        kind = _kind(name) if is_quantizer else None
+        # Tensor-parallel ranks hold shards of the same layers.
+        if kind and first and _is_enabled(module):
+            counts[kind] += 1
+    return dict(zip(counts, map(int, model_parallel_sum(list(counts.values()))), strict=True))
+
+
+def _is_enabled(quantizer) -> bool:
+    parts = quantizer if isinstance(quantizer, SequentialQuantizer) else [quantizer]
+    return any(part.is_enabled for part in parts)
+
+
+def model_bytes(model) -> tuple[int, int]:
+    """Return the size of all weights in 16 bits, and as they would be stored once quantized (scales in 4 bytes).
+
+    Not as they are in memory: on CPU ranks that is fp32, in which nobody would store them.
+    """
+    tp_rank = parallel_state.get_tensor_model_parallel_rank() if parallel_state.model_parallel_is_initialized() else 0
+    quantizers = {
+        id(module.weight): module.weight_quantizer
+        for module in model.modules()
+        if isinstance(getattr(module, "weight_quantizer", None), (TensorQuantizer, SequentialQuantizer))
+        and isinstance(getattr(module, "weight", None), torch.Tensor)
+    }
+    plain = quantized = 0.0
+    for parameter in model.parameters():
+        # Norms and the like are whole on every tensor-parallel rank.
+        if tp_rank and not getattr(parameter, "tensor_model_parallel", False):
+            continue
+        stored = parameter.numel() * min(_STORED_BYTES, parameter.element_size())
+        plain += stored
+        quantizer = quantizers.get(id(parameter))
+        if quantizer is None or not _is_enabled(quantizer):
+            quantized += stored
+            continue
+        first = quantizer[0] if isinstance(quantizer, SequentialQuantizer) else quantizer
+        scales = first.amax.numel() if first.amax is not None else 0
+        quantized += parameter.numel() * choices.bits_of(first.num_bits) / 8 + 4 * scales
+    plain, quantized = model_parallel_sum([plain, quantized])
+    return int(plain), int(quantized)
+
+
+def describe(model, found: Evaluation | None, **facts: Any) -> dict[str, Any]:
+    """Return the report: a plain dictionary of numbers and strings.
+
+    Args:
+        model: The quantized Megatron-Core model.
+        found: How it does beside the original, None where nothing was compared.
+        **facts: Further entries, put first.
+    """
+    plain, quantized = model_bytes(model)
+    report: dict[str, Any] = {
+        **facts,
+        "quantizers": count_quantizers(model),
+        "weight_bytes_before": plain,
+        "weight_bytes_after": quantized,
+    }
+    if found is not None:
+        report.update(
+            evaluation_tokens=found.tokens,
+            loss_before=found.reference_loss,
+            loss_after=found.loss,
+            perplexity_before=_perplexity(found.reference_loss),
+            perplexity_after=_perplexity(found.loss),
+            relative_output_error=found.relative_error,
+            kl_to_original=found.kl,
+        )
+    return report
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
+
+
+def table(report: dict[str, Any]) -> str:
+    """Return the report as lines "name  before  after" for people."""
+    rows = [("", "original", "quantized")]
+    if "loss_before" in report:
+        rows += [
+            ("loss (nats/token)", f"{report['loss_before']:.4f}", f"{report['loss_after']:.4f}"),
+            ("perplexity", f"{report['perplexity_before']:.2f}", f"{report['perplexity_after']:.2f}"),
+            ("relative output error", "", f"{report['relative_output_error']:.2%}"),
+            ("KL to the original (nats)", "", f"{report['kl_to_original']:.2e}"),
+        ]
+    mib = 2**20
+    sizes = (report["weight_bytes_before"] / mib, report["weight_bytes_after"] / mib)
+    rows.append(("weights in this format (MiB)", f"{sizes[0]:.2f}", f"{sizes[1]:.2f}"))
+    rows += [(f"{kind} quantizers", "0", str(count)) for kind, count in report["quantizers"].items()]
+    if "effective_bits" in report:
+        rows.append(("bits of a weight", "16", f"{report['effective_bits']:.2f}"))
+    lines = [f"  {name:<28}{first:>12}{second:>12}" for name, first, second in rows]
+    chosen = Counter((report.get("formats") or {}).values())
+    if chosen:
+        lines.append("  layers by format: " + ", ".join(f"{count} {name}" for name, count in chosen.most_common()))
+    for row in report.get("layers", [])[:_SHOWN_LAYERS]:
+        errors = [f"{row[key]:.1f} dB" if key in row else "" for key in ("weight_sqnr_db", "activation_sqnr_db")]
+        lines.append(f"  {row['layer']:<44}{errors[0]:>12}{errors[1]:>12}")
+    if report.get("layers"):
+        lines.insert(
+            -min(len(report["layers"]), _SHOWN_LAYERS), f"  {'layers, worst first':<44}{'weight':>12}{'input':>12}"
+        )
+    costly = report.get("sensitivity", [])[:_SHOWN_LAYERS]
+    if costly:
+        lines.append(f"  {'alone quantized, costliest first':<44}{'KL (nats)':>12}")
+        lines += [f"  {row['group']:<44}{row['kl_to_original']:>12.2e}" for row in costly]
+    return "\n".join(lines)
+
+
+def log(report: dict[str, Any]) -> None:
+    """Write the table to NeMo's log, on rank zero."""
+    if not is_global_rank_zero():
+        return
+    where = "that did not calibrate" if report.get("held_out") else "that calibrated it"
+    count = report.get("evaluation_tokens")
+    tokens = "" if count is None else f", compared on {count} tokens of the calibration data {where}"
+    logging.info(f"Quantization with {report.get('algorithm')}{tokens}:\n{table(report)}")
+
+
+def bytes_on_disk(folder: Path) -> int | None:
+    """Return the bytes that a model takes on disk; None for what is no folder.
+
+    Of a NeMo checkpoint the entries of the model count, by the index of the files: the optimizer's are left out.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return None
+    index = folder / "weights" / ".metadata"
+    if not index.is_file():
+        return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    from torch.distributed.checkpoint import FileSystemReader
+
+    stored = FileSystemReader(str(index.parent)).read_metadata().storage_data or {}
+    return sum(place.length for key, place in stored.items() if not key.fqn.startswith("optimizer"))
+
+
+def sizes_on_disk(original: Any, exported: Path) -> dict[str, int]:
+    """Return "disk_bytes_before" and "disk_bytes_after" as rank zero measured them; all ranks must call."""
+    found: list[Any] = [None]
+    if is_global_rank_zero():
+        sizes = {"disk_bytes_before": bytes_on_disk(original), "disk_bytes_after": bytes_on_disk(exported)}
+        found = [{name: size for name, size in sizes.items() if size is not None}]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def write(content: dict[str, Any], config: Any, folder: Path) -> None:
+    """Write the report's files on rank zero; a failure is logged, as the checkpoint it speaks of is there and right.
+
+    Args:
+        content: The report.
+        config: The QuantizationConfig.
+        folder: For the files.
+    """
+    if not is_global_rank_zero():
+        return
+    from nemo_modelopt_dropin.report import quantization as quantization_report
+
+    settings = {name: str(value) if not isinstance(value, _PLAIN) else value for name, value in vars(config).items()}
+    try:
+        page = quantization_report.write({**content, "settings": settings}, folder)
+    except (OSError, ImportError) as error:
+        logging.error(f"The report could not be written to {folder}: {error}")
+        return
+    logging.info(f"The report of the quantization is {page}.")

@@ -1,0 +1,152 @@
+"""The comparison of codes and scales in a Hugging Face checkpoint with those of the quantizers in memory.
+
+Logits cannot show one wrong code of a large model. So each transformer layer is summed up without regard to the order
+of its rows, which differs: how often each code occurs, the sum of its scales' bits, and the set of its single scales.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo.collections.llm.modelopt.quantization.export import hf_encoding, hf_files
+from nemo.collections.llm.modelopt.quantization.export.support import ExportError, together
+
+_SINGLE_SCALES = ("weight_scale", "weight_scale_2", "input_scale")
+
+
+@dataclass
+class Contents:
+    """What quantized weights of one transformer layer hold.
+
+    Attributes:
+        codes: How often each of 256 codes occurs.
+        scale_bits: Sum of the scales of rows or blocks, each read as an integer.
+        singles: Scales of whole tensors by the last part of their names.
+    """
+
+    codes: torch.Tensor = field(default_factory=lambda: torch.zeros(256, dtype=torch.int64))
+    scale_bits: int = 0
+    singles: dict[str, set[float]] = field(default_factory=lambda: {name: set() for name in _SINGLE_SCALES})
+
+    def add(self, other: Contents) -> None:
+        """Add another part of the same layer."""
+        self.codes += other.codes
+        self.scale_bits += other.scale_bits
+        for name, values in other.singles.items():
+            self.singles[name] |= values
+
+    def add_codes(self, codes: torch.Tensor) -> None:
+        """Count codes, one in each byte."""
+        self.codes += torch.bincount(codes.contiguous().view(torch.uint8).flatten().int(), minlength=256).cpu()
+
+    def add_scale(self, name: str, scale: torch.Tensor) -> None:
+        """Add a scale of a tensor, or those of rows or blocks."""
+        if scale.dim() == 0 or name != "weight_scale":
+            self.singles[name].add(float(scale))
+        else:
+            self.scale_bits += int(scale.float().contiguous().view(torch.int32).sum(dtype=torch.int64))
+
+    def difference(self, stored: Contents) -> str | None:
+        """Return what another one has differently, or None."""
+        if not torch.equal(self.codes, stored.codes):
+            return f"{int((self.codes - stored.codes).abs().sum() + 1) // 2} codes differ"
+        if self.scale_bits != stored.scale_bits:
+            return "scales of rows or blocks differ"
+        for name, values in self.singles.items():
+            if values != stored.singles[name]:
+                return f"{name} is {sorted(stored.singles[name])}, not {sorted(values)}"
+        return None
+
+
+def of_model(core: torch.nn.Module) -> dict[str, Contents]:
+    """Return the contents by the number of the layer, of what this rank holds and no other rank does."""
+    from megatron.core import parallel_state
+
+    from nemo.collections.llm.modelopt.quantization.insert import mixed_precision
+
+    found: dict[str, Contents] = defaultdict(Contents)
+    if parallel_state.get_data_parallel_rank() > 0:
+        return found
+    first = parallel_state.get_tensor_model_parallel_rank() == 0
+    for name, module in core.named_modules():
+        number = _layer_number(mixed_precision.global_name(core, name)) if hasattr(module, "weight_quantizer") else None
+        layer = hf_encoding.read(module) if number is not None else None
+        if layer is None or number is None:
+            continue
+        part = found[number]
+        weight: Any = module.weight
+        axis = int(weight.partition_dim) if getattr(weight, "tensor_model_parallel", False) else None
+        if axis is not None or first:
+            part.add_codes(hf_encoding.codes_of(module, layer))
+        # Ranks that share an output share the scale of its row, but each has the scales of its own blocks.
+        if axis == 0 or first or (axis == 1 and layer.algorithm.startswith("W4")):
+            part.add_scale("weight_scale", layer.scale)
+        for leaf, scale in (("weight_scale_2", layer.scale_2), ("input_scale", layer.input_scale)):
+            if scale is not None:
+                part.add_scale(leaf, scale)
+    return found
+
+
+def of_files(folder: Path) -> dict[str, Contents]:
+    """Return the contents of a checkpoint by the number of the layer; none for formats that another writer encodes."""
+    algorithm = hf_files.algorithm_of(folder) or ""
+    found: dict[str, Contents] = defaultdict(Contents)
+    if not hf_encoding.is_encoded_here(algorithm):
+        return found
+    names = set(hf_files.stored_shapes(folder))
+    for name, tensor in hf_files.read_tensors(folder):
+        number, leaf = _layer_number(name), name.rpartition(".")[2]
+        if number is None:
+            continue
+        if leaf == "weight" and f"{name}_scale" in names:
+            found[number].add_codes(hf_encoding.unpack(algorithm, tensor))
+        elif leaf in _SINGLE_SCALES:
+            found[number].add_scale(leaf, tensor)
+    return found
+
+
+def _layer_number(name: str) -> str | None:
+    match = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    return match[1] if match else None
+
+
+def check(core: torch.nn.Module, folder: Path) -> None:
+    """Compare a checkpoint's codes and scales with those of the model in memory; all ranks must call.
+
+    Args:
+        core: This rank's Megatron-Core model.
+        folder: The checkpoint.
+
+    Raises:
+        ExportError: If they differ.
+    """
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, dict(of_model(core)))
+    with together("The check of the codes"):
+        if torch.distributed.get_rank() == 0:
+            expected: dict[str, Contents] = defaultdict(Contents)
+            for number, part in (item for rank in parts for item in rank.items()):
+                expected[number].add(part)
+            compare(expected, of_files(folder))
+
+
+def compare(expected: dict[str, Contents], stored: dict[str, Contents]) -> None:
+    """Compare contents by layer.
+
+    Raises:
+        ExportError: If they differ.
+    """
+    for number in sorted({*expected, *stored}, key=int):
+        difference = expected.get(number, Contents()).difference(stored.get(number, Contents()))
+        if difference:
+            raise ExportError(
+                f"The checkpoint's layer {number} does not hold what the model in memory does: {difference}. It was "
+                "not kept; please report it with the model's class and the algorithm. ExportConfig(verify='files') "
+                "writes without this comparison."
+            )

@@ -1,0 +1,130 @@
+"""The configuration of a written Hugging Face checkpoint: architecture, formats, and layers that are not quantized."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+from nemo.collections.llm.modelopt.quantization.export import hf_encoding, hf_files, support
+
+
+@dataclass(frozen=True)
+class Names:
+    """How an architecture calls what modelopt's writer does not store: prefix of attention's tensors, output layer."""
+
+    attention: str
+    head: str
+
+
+def names_of(hf_config) -> Names:
+    """Return the names that modelopt's mapping has for an architecture.
+
+    Raises:
+        ModelOptConfigError: If there is no such mapping.
+    """
+    from modelopt.torch.export.plugins.mcore_common import all_mcore_hf_export_mapping
+
+    architecture = (getattr(hf_config, "architectures", None) or [None])[0]
+    rules = all_mcore_hf_export_mapping.get(architecture)
+    if rules is None:
+        raise ModelOptConfigError(
+            f"modelopt cannot write {architecture}; it can write {sorted(support.known_architectures())}."
+        )
+    names = [getattr(rules.get(rule), "target_name_or_prefix", "") for rule in ("linear_qkv", "output_layer")]
+    return Names(names[0], names[1].rstrip("."))
+
+
+def with_architecture(hf_config):
+    """Return a configuration that names its class of ``transformers``: NeMo's exporters name none, or another one.
+
+    Of Nemotron they name none, and of a Qwen3 mixture of experts the dense class.
+    """
+    from transformers import AutoModelForCausalLM
+
+    classes = AutoModelForCausalLM._model_mapping
+    name = classes[type(hf_config)].__name__ if type(hf_config) in classes else None
+    if name in support.known_architectures():
+        hf_config = copy.copy(hf_config)
+        hf_config.architectures = [name]
+    return hf_config
+
+
+def name_tied(path: Path, model) -> None:
+    """Write into ``config.json`` whether the output layer is tied: NeMo's exporter of Qwen2 says that none is."""
+    tied = getattr(model, "share_embeddings_and_output_weights", None)
+    if isinstance(tied, bool):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**content, "tie_word_embeddings": tied}, indent=2), encoding="utf-8")
+
+
+def describe(folder: Path, layers: dict[int, hf_encoding.Layer], cache: str | None, head: str) -> None:
+    """Describe the format if modelopt's writer did not, the KV cache, and the layers that are not quantized.
+
+    Args:
+        folder: The checkpoint.
+        layers: What was stored for each layer of this rank.
+        cache: ``kv_cache_quant_algo``.
+        head: Name of the output layer.
+    """
+    path = folder / "hf_quant_config.json"
+    named = json.loads(path.read_text())["quantization"]["quant_algo"] if path.exists() else None
+    if named is None:
+        # modelopt 0.37 writes one for each model, also where it knows no name for the format or there is none.
+        path.unlink(missing_ok=True)
+    if not layers and named is None and cache is None:
+        return
+    config = json.loads((folder / "config.json").read_text())
+    excluded = unquantized(folder, head)
+    if named and ("quantization_config" in config or not layers):
+        _amend(path, folder / "config.json", excluded, cache)
+        return
+    first = next(iter(layers.values()), None)
+    content = hf_encoding.configuration(
+        first.algorithm if first else None, first.facts if first else {}, excluded, cache
+    )
+    path.write_text(json.dumps(content, indent=4))
+    config["quantization_config"] = hf_encoding.config_section(content)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def unquantized(folder: Path, head: str) -> list[str]:
+    """Return the linear layers of a checkpoint that are not quantized, as readers build them, stored or not.
+
+    modelopt names the parent of fused layers: with `linear_qkv` in 16 bits it excludes the whole ``self_attn``, and a
+    reader would take the codes of its other layers for weights. An output layer that shares the embedding's weight is
+    not stored, and yet built as a linear layer.
+
+    Args:
+        folder: The checkpoint.
+        head: Name of the output layer.
+    """
+    shapes = hf_files.stored_shapes(folder)
+    stored = {name.removesuffix(".weight") for name, shape in shapes.items() if _is_matrix(name, shape)}
+    linear = {name for name in stored if "embed" not in name} | hf_files.linear_layers(folder) | ({head} - {""})
+    return sorted(name for name in linear if f"{name}.weight_scale" not in shapes)
+
+
+def _amend(quant_config: Path, config: Path, names: list[str], cache: str | None) -> None:
+    """Put the names of the layers without quantization, and the KV cache's format, into both of modelopt's files."""
+    content = json.loads(quant_config.read_text())
+    quantization = content["quantization"]
+    quantization["exclude_modules"] = names
+    quantization.pop("kv_cache_quant_algo", None)
+    if cache:
+        quantization["kv_cache_quant_algo"] = cache
+    quant_config.write_text(json.dumps(content, indent=4))
+    content = json.loads(config.read_text())
+    section = content.get("quantization_config", {})
+    if "ignore" in section:
+        section["ignore"] = names
+        section.pop("kv_cache_scheme", None)
+        if cache:
+            section["kv_cache_scheme"] = hf_encoding.kv_cache_scheme(cache)
+        config.write_text(json.dumps(content, indent=2))
+
+
+def _is_matrix(name: str, shape: list[int]) -> bool:
+    return name.endswith(".weight") and len(shape) == 2

@@ -1,0 +1,185 @@
+"""The files of a written Hugging Face checkpoint: reading them, and the check of names, shapes, dtypes and values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo.collections.llm.modelopt.quantization.export import hf_encoding, hf_kv_cache
+from nemo.collections.llm.modelopt.quantization.export.support import ExportError
+
+SCALES = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "k_scale", "v_scale", "weight_scale_inv")
+
+
+def verify(folder: Path) -> None:
+    """Reopen a Hugging Face checkpoint: each tensor has its shape and dtype and is finite, and each scale is positive.
+
+    Raises:
+        ExportError: Listing what is wrong.
+    """
+    tensors = dict(read_tensors(folder))
+    problems = [problem for name, value in tensors.items() if (problem := _value_problem(name, value))]
+    expected = expected_shapes(folder)
+    for name, shape in expected.items():
+        if name not in tensors:
+            problems.append(f"{name} is missing")
+        elif _logical_shape(tensors[name]) not in (list(shape), None):
+            problems.append(f"{name} has shape {list(tensors[name].shape)}, not {list(shape)}")
+        problems += _scale_problems(name, tensors)
+    if expected:
+        problems += [f"{name} is unexpected" for name in tensors if name not in expected and not is_scale(name)]
+    problems += [f"{name} belongs to no weight" for name in tensors if _is_orphan(name, tensors)]
+    problems += hf_kv_cache.problems(kv_cache_of(folder), set(tensors), set(expected))
+    if problems:
+        raise ExportError(f"The checkpoint that was written is wrong: {'; '.join(sorted(problems)[:10])}")
+
+
+def _logical_shape(tensor: torch.Tensor) -> list[int] | None:
+    """Return a tensor's shape, or None where bytes hold several values."""
+    return None if tensor.dtype == torch.uint8 else list(tensor.shape)
+
+
+def _scale_problems(name: str, tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Return what is wrong with the dtype of a weight and the shape of its scale."""
+    weight, scale = tensors.get(name), tensors.get(f"{name}_scale")
+    if weight is None or not name.endswith(".weight"):
+        return []
+    if scale is None:
+        plain = weight.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        return [] if plain else [f"{name}_scale is missing for {weight.dtype} codes"]
+    if weight.dtype == torch.int8 and list(scale.shape) != [weight.shape[0]]:
+        return [f"{name}_scale has shape {list(scale.shape)}, not [{weight.shape[0]}]"]
+    if weight.dtype in (torch.bfloat16, torch.float16, torch.float32):
+        return [f"{name} has dtype {weight.dtype}, but a scale"]
+    return []
+
+
+def _is_orphan(name: str, tensors: dict[str, torch.Tensor]) -> bool:
+    prefix, _, leaf = name.rpartition(".")
+    return leaf in SCALES[:4] and f"{prefix}.weight" not in tensors
+
+
+def is_scale(name: str) -> bool:
+    """Return whether a tensor is a scale, by its name."""
+    return name.rpartition(".")[2] in SCALES
+
+
+def _value_problem(name: str, tensor: torch.Tensor) -> str | None:
+    """Return what is wrong with a tensor's values, or None: FP8 codes can be NaN too."""
+    if not tensor.is_floating_point():
+        return None
+    value = tensor.float()
+    if not bool(torch.isfinite(value).all()):
+        return f"{name} is not finite"
+    return f"{name} is not positive" if is_scale(name) and not bool((value > 0).all()) else None
+
+
+def _files(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    return ["model.safetensors"]
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield name and value of each tensor of a checkpoint."""
+    from safetensors import safe_open
+
+    for file in _files(folder):
+        with safe_open(str(folder / file), framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                yield name, opened.get_tensor(name)
+
+
+def stored_shapes(folder: Path) -> dict[str, list[int]]:
+    """Return name and shape of each tensor of a checkpoint, without reading the values."""
+    from safetensors import safe_open
+
+    shapes = {}
+    for file in _files(folder):
+        with safe_open(str(folder / file), framework="pt") as opened:
+            shapes.update({name: opened.get_slice(name).get_shape() for name in opened.keys()})  # noqa: SIM118
+    return shapes
+
+
+def name_dtype(folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Name the dtype of what is not quantized in ``config.json``, under both names that readers look for.
+
+    ``transformers`` itself writes only the newer one; readers of ``torch_dtype`` then take fp32.
+
+    Args:
+        folder: The checkpoint.
+        dtype: None keeps the one that is named already.
+    """
+    path = folder / "config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    named = str(dtype).removeprefix("torch.") if dtype else content.get("dtype") or content.get("torch_dtype")
+    if named:
+        content |= {"dtype": named, "torch_dtype": named}
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def plain_config(folder: Path) -> Any:
+    """Return the ``transformers`` configuration without quantization; None for a class it does not know."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    config.__dict__.pop("quantization_config", None)
+    return config if type(config) in AutoModelForCausalLM._model_mapping else None
+
+
+def linear_layers(folder: Path) -> set[str]:
+    """Return the names of the layers that `transformers` builds as linear ones; none for a class it does not know."""
+    from transformers import AutoModelForCausalLM
+
+    config = plain_config(folder)
+    if config is None:
+        return set()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+def expected_shapes(folder: Path) -> dict[str, torch.Size]:
+    """Return name and shape of each tensor `transformers` will look for; nothing for a class it does not know."""
+    from transformers import AutoModelForCausalLM
+
+    config = plain_config(folder)
+    if config is None:
+        return {}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
+    return {name: value.shape for name, value in model.state_dict().items() if name not in tied}
+
+
+def obstacle(folder: Path) -> str | None:
+    """Return why the logits of a checkpoint cannot be computed here, or None."""
+    import psutil
+
+    if plain_config(folder) is None:
+        return "transformers does not know the architecture"
+    needed = 4 * sum(shape.numel() for shape in expected_shapes(folder).values())
+    # The tensors are read once more while the fp32 model stands.
+    if 1.5 * needed > psutil.virtual_memory().available:
+        return f"the model in fp32 takes {needed / 2**30:.0f} GiB of the host's memory"
+    algorithm = algorithm_of(folder)
+    if algorithm is not None and algorithm not in hf_encoding.DECODABLE:
+        return f"the numbers of {algorithm} are not known here"
+    return None
+
+
+def algorithm_of(folder: Path) -> str | None:
+    """Return ``quant_algo`` of a checkpoint, None for a plain one."""
+    path = folder / "hf_quant_config.json"
+    return json.loads(path.read_text())["quantization"]["quant_algo"] if path.exists() else None
+
+
+def kv_cache_of(folder: Path) -> str | None:
+    """Return ``kv_cache_quant_algo`` of a checkpoint, None if its KV cache is not quantized."""
+    path = folder / "hf_quant_config.json"
+    return json.loads(path.read_text())["quantization"].get("kv_cache_quant_algo") if path.exists() else None

@@ -1,0 +1,322 @@
+"""The check of a written Hugging Face checkpoint against the model in memory: codes, scales, and logits.
+
+The logits are compared twice. Without the rounding of inputs both sides do the same sums, and nothing but their order
+differs. With it, an input close to the edge between two codes may fall to either side, so the bound counts such flips.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from nemo.utils import logging
+
+from modelopt.torch.quantization.nn import TensorQuantizer
+from nemo.collections.llm.modelopt.quantization.export import (
+    hf_contents,
+    hf_encoding,
+    hf_files,
+    hf_kv_cache,
+    input_scales,
+)
+from nemo.collections.llm.modelopt.quantization.export.support import ExportError
+
+# Sequence of the comparison: long enough for rotary embeddings and masks to matter.
+_CHECKED_TOKENS = 32
+# Relative error of the logits without the rounding of inputs, by the dtype that the model in memory computes in. What
+# is not quantized is rounded to the checkpoint's dtype for the comparison. In fp32 only the order of sums is left;
+# where the model computes in 16 bits, each layer adds to that.
+_TOLERANCE_FP32 = 1e-4
+_TOLERANCE_COMPUTED_16 = 0.08
+# With rounded inputs the difference is at most this multiple of what the rounding itself changes: were every rounding
+# drawn anew, it would be the square root of two.
+_FLIPS = 2.0
+
+
+class Logits(NamedTuple):
+    """Logits `[1, s, v]` in fp32.
+
+    Attributes:
+        exact: With inputs as they are.
+        rounded: With inputs quantized.
+    """
+
+    exact: torch.Tensor
+    rounded: torch.Tensor
+
+
+# --- the checkpoint ---------------------------------------------------------------------------------------------------
+
+
+def load(folder: Path) -> torch.nn.Module:
+    """Return the ``transformers`` model in fp32 on the CPU with the weights a checkpoint stands for.
+
+    Inputs of its linear layers are scaled and quantized as the checkpoint says, by modelopt's own quantizers.
+    """
+    from transformers import AutoModelForCausalLM
+
+    algorithm = hf_files.algorithm_of(folder) or ""
+    tensors = dict(hf_files.read_tensors(folder))
+    model = AutoModelForCausalLM.from_config(hf_files.plain_config(folder), torch_dtype=torch.float32).eval()
+    weights, quantized = {}, {}
+    for name in [name for name in tensors if not hf_files.is_scale(name)]:
+        prefix = name.removesuffix("weight")
+        if name.endswith(".weight") and f"{name}_scale" in tensors:
+            leaves = ("weight", *hf_files.SCALES)
+            parts = {leaf: tensors[prefix + leaf] for leaf in leaves if prefix + leaf in tensors}
+            weights[name] = hf_encoding.decode(algorithm, parts, second_step=False)
+            quantized[prefix.removesuffix(".")] = parts
+        else:
+            weights[name] = tensors[name].float()
+    model.load_state_dict(weights, strict=False)
+    for name, parts in quantized.items():
+        _quantize_like(model.get_submodule(name), algorithm, parts)
+    hf_kv_cache.attach(model, tensors, hf_files.kv_cache_of(folder))
+    return model
+
+
+def _quantize_like(module: torch.nn.Module, algorithm: str, parts: dict[str, torch.Tensor]) -> None:
+    """Let a layer scale and quantize its input, and round its weight to FP8 after INT4, as its stored tensors say."""
+    pre, scale, second = (parts.get(leaf) for leaf in ("pre_quant_scale", "input_scale", "weight_scale_2"))
+    if pre is not None:
+        module.register_forward_pre_hook(lambda _, args: (args[0] * pre.float(),))
+    if algorithm.startswith("NVFP4"):
+        return
+    if scale is not None:
+        module.input_quantizer = hf_encoding.static_quantizer(algorithm, scale)
+        module.register_forward_pre_hook(lambda module, args: (module.input_quantizer(args[0]),))
+    if second is not None:
+        torch.nn.utils.parametrize.register_parametrization(
+            module, "weight", hf_encoding.static_quantizer("FP8", second)
+        )
+
+
+def tokens(vocabulary: int) -> torch.Tensor:
+    """Return token ids `[1, s]` for the comparison, the same everywhere."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocabulary, (1, _CHECKED_TOKENS), generator=generator)
+
+
+def stored_logits(folder: Path, vocabulary: int) -> Logits:
+    """Return the logits of a checkpoint.
+
+    Args:
+        folder: The checkpoint.
+        vocabulary: Entries without padding.
+    """
+    model = load(folder)
+    ids = tokens(vocabulary)
+    with torch.no_grad():
+        rounded = model(ids).logits.float()
+        with switched_off(model, lambda name, quantizer: True):
+            return Logits(model(ids).logits.float(), rounded)
+
+
+# --- the model in memory ----------------------------------------------------------------------------------------------
+
+
+def quantized_logits(core, vocabulary: int) -> Logits:
+    """Return the logits of the quantized model in memory, on every rank.
+
+    Args:
+        core: This rank's Megatron-Core model; all ranks must call.
+        vocabulary: Entries without padding.
+    """
+    with _not_stored_disabled(core):
+        rounded = _logits(core, vocabulary)
+        with switched_off(core, _rounds_on_the_way):
+            return Logits(_logits(core, vocabulary), rounded)
+
+
+def _logits(core, vocabulary: int) -> torch.Tensor:
+    from megatron.core import parallel_state
+
+    from nemo.collections.llm.modelopt.quantization.calibration import batching
+    from nemo.collections.llm.modelopt.quantization.export import hf_writer
+
+    outputs: list[torch.Tensor] = []
+    device = next(core.parameters()).device
+    was_training = core.training
+    core.eval()
+    batching.run_forward(core, [tokens(vocabulary).to(device)], outputs.append, "Logits of the export")
+    core.train(was_training)
+    logits = torch.zeros(1, _CHECKED_TOKENS, vocabulary, device=device)
+    if outputs:
+        # `[b, s, v]`, cut along the vocabulary.
+        found = outputs[0].detach().float()
+        if parallel_state.get_tensor_model_parallel_world_size() > 1:
+            found = hf_writer.gather(found, found.dim() - 1)
+        logits = found[..., :vocabulary].contiguous().to(device)
+    last = parallel_state.get_pipeline_model_parallel_last_rank()
+    torch.distributed.broadcast(logits, last, group=parallel_state.get_pipeline_model_parallel_group())
+    return logits.cpu()
+
+
+@contextlib.contextmanager
+def switched_off(model: torch.nn.Module, which: Callable[[str, TensorQuantizer], bool]) -> Iterator[None]:
+    """Let quantizers return their input inside the context; a ``pre_quant_scale`` still applies.
+
+    Args:
+        model: The model.
+        which: Chooses by a quantizer's name and itself.
+    """
+    switched = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, TensorQuantizer) and module.is_enabled and which(name, module)
+    ]
+    for quantizer in switched:
+        quantizer.disable_quant()
+    try:
+        yield
+    finally:
+        for quantizer in switched:
+            quantizer.enable_quant()
+
+
+def _rounds_on_the_way(name: str, quantizer: TensorQuantizer) -> bool:
+    """Return whether a quantizer rounds something computed: an input, the KV cache, or INT4 values to FP8 (W4A8)."""
+    return not name.endswith(("weight_quantizer", "weight_quantizer.0"))
+
+
+def _not_stored_disabled(core) -> contextlib.AbstractContextManager[None]:
+    """Switch off, inside the context, the quantizers that `load` does not imitate: NVFP4 caches and dynamic inputs."""
+    return switched_off(core, _is_not_imitated)
+
+
+def _is_not_imitated(name: str, quantizer: TensorQuantizer) -> bool:
+    if "bmm_quantizer" in name:
+        return not hf_kv_cache.is_imitated(name, quantizer)
+    return name.endswith("input_quantizer") and bool(quantizer.block_sizes)
+
+
+@contextlib.contextmanager
+def rounded(core: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Let a model compute, inside the context, with what is not quantized as a checkpoint of this dtype holds it.
+
+    Otherwise every input that rounding moves to the neighbouring number of its format moves by a whole step, and the
+    difference grows with the depth of the model. A norm that a checkpoint holds multiplied by the input scale of the
+    next layer is rounded as multiplied.
+    """
+    kept = []
+    norms = input_scales.norms_as_stored(core, dtype)
+    for module in core.modules():
+        quantizer = getattr(module, "weight_quantizer", None)
+        for name, parameter in module.named_parameters(recurse=False):
+            value = norms.get(id(parameter))
+            if value is None:
+                if parameter.dtype == dtype or (name == "weight" and getattr(quantizer, "is_enabled", False)):
+                    continue
+                value = parameter.data.to(dtype)
+            kept.append((parameter, parameter.data))
+            parameter.data = value.to(parameter.dtype)
+    try:
+        with input_scales.rounded(core, dtype), hf_kv_cache.as_stored(core):
+            yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+
+
+# --- the comparison ---------------------------------------------------------------------------------------------------
+
+
+def tolerance(computed: torch.dtype) -> float:
+    """Return the relative error of logits without rounded inputs that the order of sums explains.
+
+    Args:
+        computed: The dtype of the model in memory.
+    """
+    return _TOLERANCE_FP32 if computed == torch.float32 else _TOLERANCE_COMPUTED_16
+
+
+def compare(folder: Path, expected: Logits, limit: float) -> float:
+    """Return the relative error of a checkpoint's logits without rounded inputs.
+
+    Args:
+        folder: The checkpoint.
+        expected: What `quantized_logits` returned.
+        limit: See `tolerance`.
+
+    Raises:
+        ExportError: If the logits differ by more than rounding explains.
+    """
+    if not all(bool(torch.isfinite(logits).all()) for logits in expected):
+        raise ExportError(
+            "The logits of the quantized model in memory are not finite, so the checkpoint cannot be compared with it. "
+            "Its weights or the statistics of the calibration hold NaN or infinity; the original model is at fault if "
+            "its logits are not finite either."
+        )
+    found = stored_logits(folder, expected.exact.shape[-1])
+    error = _difference(found.exact, expected.exact)
+    flips = max(limit, _FLIPS * _difference(expected.rounded, expected.exact))
+    for value, bound, inputs in [
+        (error, limit, "without quantizing inputs"),
+        (_difference(found.rounded, expected.rounded), flips, "with quantized inputs"),
+    ]:
+        if not value <= bound:
+            raise ExportError(
+                f"The checkpoint's logits are not those of the model in memory: relative error {value:.3g} {inputs}, "
+                f"at most {bound:.3g} is rounding. It was not kept; please report it with the model's class and the "
+                "algorithm. ExportConfig(verify='files') writes without this comparison."
+            )
+    logging.info(f"Logits of the written checkpoint agree with the model in memory: relative error {error:.2g}")
+    return error
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def check_logits(core, folder: Path, dtype: torch.dtype) -> None:
+    """Compare a written checkpoint's codes, scales and logits with the model in memory; all ranks must call.
+
+    Args:
+        core: This rank's Megatron-Core model.
+        folder: The checkpoint.
+        dtype: The checkpoint's, of what is not quantized.
+
+    Raises:
+        ExportError: On rank zero, if they differ by more than rounding explains.
+    """
+    from nemo.utils.get_rank import is_global_rank_zero
+
+    hf_contents.check(core, folder)
+    facts: list[Any] = [None, 0]
+    if is_global_rank_zero():
+        facts[0] = hf_files.obstacle(folder)
+        facts[1] = 0 if facts[0] else hf_files.plain_config(folder).vocab_size
+    torch.distributed.broadcast_object_list(facts, src=0)
+    reason, vocabulary = facts
+    if reason is not None:
+        logging.warning(f"The logits of the written checkpoint were not compared: {reason}")
+        return
+    with rounded(core, dtype):
+        expected = quantized_logits(core, vocabulary)
+    if is_global_rank_zero():
+        compare(folder, expected, tolerance(next(core.parameters()).dtype))
+
+
+def write_generation_config(model: Any, folder: Path) -> None:
+    """Write ``generation_config.json``: the one the model was imported with, or what its tokenizer says.
+
+    Where the model was imported with one, ``config.json`` names the same tokens: NeMo's exporters ask the tokenizer.
+    """
+    from transformers import GenerationConfig
+
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    own = getattr(getattr(model, "config", None), "generation_config", None)
+    if isinstance(own, GenerationConfig):
+        path = folder / "config.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content |= {name: value for name in names if (value := getattr(own, name, None)) is not None}
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    else:
+        tokenizer = getattr(getattr(model, "tokenizer", None), "tokenizer", None)
+        found = {name: getattr(tokenizer, name, None) for name in names}
+        own = GenerationConfig(**{name: value for name, value in found.items() if isinstance(value, int)})
+    own.save_pretrained(str(folder))

@@ -1,0 +1,352 @@
+"""The writer of Hugging Face checkpoints: modelopt's, extended by what it cannot express.
+
+modelopt's writer knows how the tensors of Megatron-Core are called and cut in each architecture. It has no place for
+``pre_quant_scale``, cannot cut INT8's scales, and stores a tensor-parallel rank's part under the name of the whole.
+While it writes, four of its functions are replaced by those of this file, and tensor-parallel parts are put together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from nemo.utils.get_rank import is_global_rank_zero
+
+from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+from nemo.collections.llm.modelopt.quantization.export import (
+    hf_blocks,
+    hf_describe,
+    hf_encoding,
+    hf_files,
+    hf_kv_cache,
+    input_scales,
+    support,
+)
+
+
+def write(model, hf_config, tokenizer, target: Path, write: Callable, **kwargs: Any) -> None:
+    """Write a Megatron-Core model as a Hugging Face checkpoint, quantized or plain, at any tensor and pipeline size.
+
+    Args:
+        model: This rank's Megatron-Core model.
+        hf_config: The ``transformers`` configuration.
+        tokenizer: The ``transformers`` tokenizer to write along, or None.
+        target: The checkpoint's folder.
+        write: ``modelopt.torch.export.export_mcore_gpt_to_hf``.
+        **kwargs: Further arguments of ``write``.
+    """
+    hf_config = hf_describe.with_architecture(hf_config)
+    parallel = parallel_state.model_parallel_is_initialized()
+    # Data-parallel replicas and the other tensor-parallel ranks hold nothing that the first one does not write.
+    writes = not parallel or (
+        parallel_state.get_data_parallel_rank() == 0 and parallel_state.get_tensor_model_parallel_rank() == 0
+    )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        source = stack.enter_context(tempfile.TemporaryDirectory())
+        hf_config.save_pretrained(source)
+        hf_files.name_dtype(Path(source), kwargs.get("dtype", torch.bfloat16))
+        hf_describe.name_tied(Path(source) / "config.json", model)
+        # The writer asks transformers for a tokenizer there, and fails for some classes where there is none.
+        if tokenizer is not None:
+            tokenizer.save_pretrained(source)
+        folder = str(target) if writes else stack.enter_context(tempfile.TemporaryDirectory())
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        layers = {id(module): layer for module in model.modules() if (layer := hf_encoding.read(module)) is not None}
+        cache = _kv_cache(model)
+        if isinstance(model, torch.nn.Module):
+            input_scales.complete(model, layers)
+        stack.enter_context(_whole_tensors(model, layers, writes))
+        stack.enter_context(_without_padding(model, hf_config.vocab_size))
+        if isinstance(model, torch.nn.Module):
+            stack.enter_context(input_scales.settled(model, layers, kwargs.get("dtype", torch.bfloat16)))
+            names = hf_describe.names_of(hf_config)
+            extra = hf_kv_cache.scales(model, names.attention) if cache else {}
+            stack.enter_context(_extended(layers, extra, model.config.num_layers, writes))
+        write(model, pretrained_model_name_or_path=source, export_dir=folder, **kwargs)
+    with support.together("Writing the configuration"):
+        if is_global_rank_zero() and isinstance(model, torch.nn.Module):
+            hf_describe.describe(target, layers, cache, names.head)
+
+
+def _kv_cache(model) -> str | None:
+    """Return ``kv_cache_quant_algo`` of a model; all ranks must call.
+
+    Raises:
+        ExportError: If layers have different ones.
+    """
+    own = hf_kv_cache.formats(model) if isinstance(model, torch.nn.Module) else set()
+    parts: list[Any] = [own]
+    if torch.distributed.is_initialized():
+        parts = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, own)
+    found = set().union(*parts)
+    if len(found) > 1:
+        raise support.ExportError(
+            f"A Hugging Face checkpoint has one format for the KV cache of all layers, not {sorted(map(str, found))}."
+        )
+    return found.pop() if found else None
+
+
+@contextlib.contextmanager
+def _without_padding(model, vocabulary: int) -> Iterator[None]:
+    """Cut the rows that pad the vocabulary off the embedding and the output layer, inside of the context."""
+    layers = [
+        getattr(getattr(model, "embedding", None), "word_embeddings", None),
+        getattr(model, "output_layer", None),
+    ]
+    weights = {id(w): w for w in (getattr(layer, "weight", None) for layer in layers) if w is not None}
+    whole = [(weight, weight.data) for weight in weights.values() if weight.shape[0] > vocabulary]
+    for weight, data in whole:
+        weight.data = data[:vocabulary]
+    try:
+        yield
+    finally:
+        for weight, data in whole:
+            weight.data = data
+
+
+@contextlib.contextmanager
+def _whole_tensors(model, layers: dict[int, hf_encoding.Layer], writes: bool) -> Iterator[None]:
+    """Put whole tensors in the place of tensor-parallel parts inside of the context, on the rank that writes.
+
+    They lie in the memory of the host, where modelopt's writer takes them anyway.
+    """
+    if not parallel_state.model_parallel_is_initialized() or parallel_state.get_tensor_model_parallel_world_size() == 1:
+        yield
+        return
+    replaced: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+    try:
+        for name, module in model.named_modules():
+            gated = name.endswith("linear_fc1") and bool(model.config.gated_linear_unit)
+            for parameter in module.parameters(recurse=False):
+                if not getattr(parameter, "tensor_model_parallel", False):
+                    continue
+                axis = int(parameter.partition_dim)
+                if id(module) in layers and parameter is module.weight:
+                    layer = layers[id(module)]
+                    codes = gather(hf_encoding.codes_of(module, layer), axis, gated)
+                    layer.codes = codes if writes else None
+                    _gather_scales(layer, axis, gated)
+                    continue
+                whole = gather(parameter.data, axis, gated)
+                if writes:
+                    replaced.append((parameter, parameter.data))
+                    parameter.data = whole
+        yield
+    finally:
+        for parameter, part in replaced:
+            parameter.data = part
+
+
+def gather(part: torch.Tensor, axis: int, gated: bool = False) -> torch.Tensor:
+    """Return the whole of a tensor, in the host's memory, from the parts of all tensor-parallel ranks.
+
+    Args:
+        part: This rank's part.
+        axis: Along which the parts follow each other.
+        gated: Each part holds its share of the gate and then its share of the other half.
+    """
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    # Backends cannot send FP8: as bytes.
+    sent = part.contiguous().view(torch.uint8) if part.dtype == torch.float8_e4m3fn else part.contiguous()
+    parts = [torch.empty_like(sent) for _ in range(size)]
+    torch.distributed.all_gather(parts, sent, group=parallel_state.get_tensor_model_parallel_group())
+    parts = [p.cpu().view(part.dtype) for p in parts]
+    if gated and axis == 0:
+        halves = [p.chunk(2, dim=0) for p in parts]
+        parts = [half[0] for half in halves] + [half[1] for half in halves]
+    return torch.cat(parts, dim=axis)
+
+
+def _gather_scales(layer: hf_encoding.Layer, axis: int, gated: bool) -> None:
+    """Replace a layer's scales by those of the whole layer, where the parts have their own.
+
+    Raises:
+        ExportError: If parts that share a scale have different ones.
+    """
+    # INT8 has a scale for each output, which the ranks that share the output have in common.
+    per_part = layer.scale.dim() == 2 and (axis == 0 or layer.algorithm.startswith("W4"))
+    if per_part:
+        layer.scale = gather(layer.scale, axis, gated)
+    elif layer.scale.numel():
+        _check_common(layer.scale, "weight scale")
+    if layer.pre_quant_scale is not None:
+        if axis == 1:
+            layer.pre_quant_scale = gather(layer.pre_quant_scale, 0)
+        else:
+            _check_common(layer.pre_quant_scale, "scale of the input")
+    if layer.input_scale is not None:
+        _check_common(layer.input_scale, "input scale")
+
+
+def _check_common(value: torch.Tensor, what: str) -> None:
+    parts = gather(value.reshape(1, -1), 0)
+    if not bool((parts == parts[0]).all()):
+        raise support.ExportError(
+            f"Tensor-parallel ranks calibrated a different {what} of one layer, which a Hugging Face checkpoint cannot "
+            "hold: calibrate with calibration_tp=1."
+        )
+
+
+@contextlib.contextmanager
+def _extended(
+    layers: dict[int, hf_encoding.Layer], extra: dict[int, dict[str, torch.Tensor]], total_layers: int, writes: bool
+) -> Iterator[None]:
+    """Let modelopt's writer store all formats of `hf_formats` and scales of the KV cache, inside the context.
+
+    Args:
+        layers: What is stored for each layer, by the module's id.
+        extra: Number of a layer, from 1, to the scales of its KV cache by name.
+        total_layers: Layers of the whole model.
+        writes: Whether this rank writes.
+
+    Raises:
+        ModelOptConfigError: If this modelopt's writer is built differently.
+    """
+    from modelopt.torch.export import unified_export_megatron as writer
+
+    exporter = writer.GPTModelExporter
+    # modelopt 0.37 has a function where later versions have a method, and keeps all layers in one state.
+    states = (exporter, "_get_quantized_state")
+    if not hasattr(*states):
+        states = (writer, "get_quantized_state")
+    is_flat = not hasattr(writer, "save_safetensors_by_layer_index")
+    saver = "save_safetensors" if is_flat else "save_safetensors_by_layer_index"
+    names = [states, (exporter, "_get_state_dict"), (writer, "to_quantized_weight"), (writer, saver)]
+    missing = [name for owner, name in names if not hasattr(owner, name)]
+    if missing:
+        raise ModelOptConfigError(
+            f"This version of modelopt writes Hugging Face checkpoints differently: no {missing}."
+        )
+    originals = [(owner, name, getattr(owner, name)) for owner, name in names]
+    state_of, all_states, quantize, _ = (original for _, _, original in originals)
+
+    def quantized_state(*args, **kwargs):
+        module, dtype = args[-2:]
+        layer = layers.get(id(module))
+        if layer is None:
+            return hf_blocks.state_of(state_of, *args, **kwargs)
+        return _stored(module, layer, dtype), layer.algorithm, None
+
+    def to_quantized(weight, scale, algorithm, *args, **kwargs):
+        if algorithm in {layer.algorithm for layer in layers.values()}:
+            return hf_encoding.encode(algorithm, weight, scale)
+        return quantize(weight, scale, algorithm, *args, **kwargs)
+
+    def save(layer_state_dicts, *args, **kwargs):
+        save_layers(_with_cache(layer_state_dicts, extra), *args, **kwargs)
+
+    def save_flat(state, folder):
+        save(by_layer(state, total_layers), total_layers, folder, "model-{:05d}-of-{:05d}")
+
+    replacements = [
+        quantized_state,
+        all_states if writes else lambda self: None,
+        to_quantized,
+        save_flat if is_flat else save,
+    ]
+    try:
+        for (owner, name), replacement in zip(names, replacements, strict=True):
+            setattr(owner, name, replacement)
+        yield
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+
+
+def _stored(module, layer: hf_encoding.Layer, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return what modelopt's writer cuts and names for a quantized layer."""
+    # The codes come from the weight as it is, not from one rounded to the export's dtype. The writer cuts values and
+    # has `hf_formats.encode` make these codes of them again.
+    codes = hf_encoding.codes_of(module, layer) if layer.codes is None else layer.codes
+    state = {"weight": hf_encoding.values_of(layer, codes).cpu(), "weight_scale": layer.scale.cpu()}
+    if getattr(module, "bias", None) is not None and module.bias.numel() > 0:
+        state["bias"] = module.bias.detach().to(dtype).cpu()
+    for name in ("weight_scale_2", "input_scale", "pre_quant_scale"):
+        value = getattr(layer, name.removeprefix("weight_"))
+        if value is not None:
+            state[name] = (value.to(dtype) if name == "pre_quant_scale" else value).cpu()
+    return state
+
+
+def _with_cache(
+    layer_state_dicts: dict[int, dict[str, torch.Tensor]], extra: dict[int, dict[str, torch.Tensor]]
+) -> dict[int, dict[str, torch.Tensor]]:
+    """Return the layers' tensors with the scales of the KV cache under the names that readers know.
+
+    modelopt's Megatron writer stores them under other names, and for some architectures not at all.
+    """
+    found = {}
+    for number, state in layer_state_dicts.items():
+        kept = {name: value for name, value in state.items() if not name.endswith((".k_scale", ".v_scale"))}
+        found[number] = {**kept, **extra.get(number, {})}
+    return found
+
+
+def by_layer(state: dict[str, torch.Tensor], total_layers: int) -> dict[int, dict[str, torch.Tensor]]:
+    """Return a state by the number of the layer, from 1: the embedding is with the first, the head with the last."""
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in state.items():
+        layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+        number = int(layer[1]) + 1 if layer else 1 if "embed" in name else total_layers
+        found.setdefault(number, {})[name] = value
+    return found
+
+
+def save_layers(layer_state_dicts: dict, total_layers: int, save_directory, name_template: str, **_: Any) -> None:
+    """Write one file for each layer of this rank, and the index of all ranks' files on rank zero.
+
+    Args:
+        layer_state_dicts: Number of a layer, from 1, to its tensors by name.
+        total_layers: Layers of the whole model.
+        save_directory: The checkpoint's folder.
+        name_template: Of the files.
+
+    Raises:
+        ExportError: If another rank could not write its files.
+    """
+    names: dict[str, str] = {}
+    size = 0
+    # modelopt's own function leaves the other ranks waiting where one meets a full disk.
+    with support.together("Writing the weights"):
+        for number in sorted(layer_state_dicts):
+            file = name_template.format(number, total_layers) + ".safetensors"
+            tensors = tidy(layer_state_dicts[number])
+            _save(tensors, Path(save_directory) / file)
+            names.update(dict.fromkeys(tensors, file))
+            size += sum(value.numel() * value.element_size() for value in tensors.values())
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, (names, size))
+    if is_global_rank_zero():
+        weight_map = {name: file for part, _ in parts for name, file in part.items()}
+        index = {"metadata": {"total_size": sum(size for _, size in parts)}, "weight_map": weight_map}
+        (Path(save_directory) / "model.safetensors.index.json").write_text(json.dumps(index, indent=4))
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a file that others may read where the user's other files may be: safetensors makes private ones."""
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, str(path), metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+def tidy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a layer's tensors as they are stored: INT8's scales `[o]`, everything contiguous and its own."""
+    tensors = {}
+    for name, value in state.items():
+        codes = state.get(name.removesuffix("_scale"))
+        if name.endswith(".weight_scale") and codes is not None and codes.dtype == torch.int8:
+            value = value.squeeze(-1)
+        tensors[name] = value.clone(memory_format=torch.contiguous_format)
+    return tensors

@@ -1,0 +1,177 @@
+"""Input scales of AWQ and SmoothQuant (``pre_quant_scale``) in a Hugging Face checkpoint.
+
+Readers load q, k and v, and gate and up, as one layer each and look for no ``pre_quant_scale`` there: modelopt's own
+exporter of Hugging Face models multiplies it into the norm before them. Other layers, such as the output and down
+projections, are loaded one by one; with INT4 weights they must have a ``pre_quant_scale``, of ones if nothing scales.
+
+The codes of the weights do not change: in memory the weights are divided by the scale already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
+from nemo.collections.llm.modelopt.quantization.export import hf_encoding
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A layer that readers load as part of a fused one, and the norm that its input comes from.
+
+    Attributes:
+        linear: The layer, Megatron's fused q/k/v or gate/up projection.
+        norm: The module that owns the norm's parameters: the norm, or the layer itself if the norm is part of it.
+        weight: Name of the norm's weight in ``norm``.
+        bias: Name of the norm's bias in ``norm``, which may be None.
+        is_zero_centred: The norm multiplies by one plus its weight.
+    """
+
+    linear: torch.nn.Module
+    norm: torch.nn.Module
+    weight: str
+    bias: str
+    is_zero_centred: bool
+
+    def parameters(self) -> Iterator[tuple[torch.nn.Parameter, float]]:
+        """Yield the norm's parameters and what the norm adds to each of them."""
+        yield getattr(self.norm, self.weight), 1.0 if self.is_zero_centred else 0.0
+        bias = getattr(self.norm, self.bias, None)
+        if bias is not None:
+            yield bias, 0.0
+
+
+def folds(core: torch.nn.Module) -> list[Fold]:
+    """Return the layers of a model whose input scale a checkpoint holds in the norm before them.
+
+    The inputs of experts are no such layers: their router and the shared experts read the same norm.
+    """
+    if getattr(getattr(core, "config", None), "apply_residual_connection_post_layernorm", False):
+        # The norm's output is added to the layer's output, too.
+        return []
+    found = []
+    for layer in core.modules():
+        if isinstance(layer, TransformerLayer):
+            found.append(_fold(layer.input_layernorm, getattr(layer.self_attention, "linear_qkv", None)))
+            if isinstance(layer.mlp, MLP) and layer.config.gated_linear_unit:
+                found.append(_fold(layer.pre_mlp_layernorm, layer.mlp.linear_fc1))
+    return [fold for fold in found if fold is not None]
+
+
+def _fold(norm: torch.nn.Module, linear: torch.nn.Module | None) -> Fold | None:
+    """Return a layer with its norm, None if either is missing or the norm has no weight."""
+    fused = isinstance(norm, IdentityOp)
+    weight, bias = ("layer_norm_weight", "layer_norm_bias") if fused else ("weight", "bias")
+    owner = linear if fused else norm
+    if linear is None or owner is None or getattr(owner, weight, None) is None:
+        return None
+    configured = getattr(getattr(linear, "config", None), "layernorm_zero_centered_gamma", False)
+    return Fold(linear, owner, weight, bias, bool(getattr(owner, "zero_centered_gamma", configured)))
+
+
+def scale_of(linear: torch.nn.Module) -> torch.Tensor | None:
+    """Return the scale `[i]` of a layer's input in fp32, None if there is none."""
+    scale = getattr(getattr(linear, "input_quantizer", None), "pre_quant_scale", None)
+    return None if scale is None else scale.detach().float().reshape(-1)
+
+
+@contextlib.contextmanager
+def settled(core: torch.nn.Module, layers: dict[int, hf_encoding.Layer], dtype: torch.dtype) -> Iterator[None]:
+    """Put the input scales to where a checkpoint holds them, inside the context.
+
+    Args:
+        core: The Megatron-Core model, the norms of which are changed inside the context.
+        layers: What is stored for each of its layers, by the module's id; changed in place for good.
+        dtype: The checkpoint's dtype.
+    """
+    kept = []
+    try:
+        for fold in folds(core):
+            layer = layers.get(id(fold.linear))
+            if layer is None or layer.pre_quant_scale is None:
+                continue
+            for parameter, offset in fold.parameters():
+                kept.append((parameter, parameter.data))
+                parameter.data = _scaled(parameter.data, layer.pre_quant_scale, offset).to(dtype)
+            layer.pre_quant_scale = None
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+
+
+def complete(core: torch.nn.Module, layers: dict[int, hf_encoding.Layer]) -> None:
+    """Add the scales of ones that readers of INT4 insist on to this rank's layers that are loaded one by one."""
+    fused = {id(fold.linear) for fold in folds(core)}
+    for module in core.modules():
+        layer = layers.get(id(module))
+        if layer is None or not layer.algorithm.startswith("W4"):
+            continue
+        layer.facts["pre_quant_scale"] = True
+        if layer.pre_quant_scale is None and id(module) not in fused:
+            weight: Any = module.weight
+            layer.pre_quant_scale = torch.ones(weight.shape[-1], device=weight.device)
+
+
+def _scaled(value: torch.Tensor, scale: torch.Tensor, offset: float) -> torch.Tensor:
+    """Return a norm's parameter in fp32 for an output that is ``scale`` times as large."""
+    return (value.float() + offset) * scale.to(value.device) - offset
+
+
+def norms_as_stored(core: torch.nn.Module, dtype: torch.dtype) -> dict[int, torch.Tensor]:
+    """Return the norms' parameters that, scaled in memory, are what a checkpoint of a dtype holds; by parameter id."""
+    found = {}
+    for fold in folds(core):
+        scale = scale_of(fold.linear)
+        if scale is None:
+            continue
+        for parameter, offset in fold.parameters():
+            divisor = torch.where(scale == 0, torch.ones_like(scale), scale).to(parameter.device)
+            stored = _scaled(parameter.data, scale, offset).to(dtype).float()
+            found[id(parameter)] = (stored + offset) / divisor - offset
+    return found
+
+
+@contextlib.contextmanager
+def rounded(core: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Round the input scales that a checkpoint holds as such to its dtype, inside the context."""
+    in_norms = {id(fold.linear) for fold in folds(core)}
+    kept = []
+    for module in core.modules():
+        if scale_of(module) is not None and id(module) not in in_norms:
+            buffer = module.input_quantizer._pre_quant_scale
+            kept.append((buffer, buffer.data))
+            buffer.data = buffer.data.to(dtype).to(buffer.dtype)
+    try:
+        yield
+    finally:
+        for buffer, data in kept:
+            buffer.data = data
+
+
+def scales_inputs(quant_cfg: dict[str, Any]) -> bool:
+    """Return whether a quant_cfg's calibration puts scales on the inputs of layers."""
+    return choices.is_awq(quant_cfg) or choices.is_smoothquant(quant_cfg)
+
+
+def obstacle(core: torch.nn.Module, packs_experts: bool = False) -> str | None:
+    """Return why a checkpoint cannot hold input scales of a model's layers, or None.
+
+    Args:
+        core: The model, converted or not.
+        packs_experts: Whether the architecture's files hold all experts of a layer in one tensor.
+    """
+    if any(isinstance(module, MultiLatentAttention) for module in core.modules()):
+        return "AWQ and SmoothQuant scale the two projections behind one norm of multi-latent attention differently"
+    if packs_experts and getattr(getattr(core, "config", None), "num_moe_experts", None):
+        return "this architecture's files have no place for the scales that AWQ and SmoothQuant put on experts' inputs"
+    return None

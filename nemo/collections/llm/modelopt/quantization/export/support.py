@@ -1,0 +1,422 @@
+"""Writers of quantized checkpoints, what they can write correctly, and the check of what they wrote."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from nemo.collections.llm.utils import barrier
+from nemo.utils import logging
+from nemo.utils.get_rank import is_global_rank_zero
+
+from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
+from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
+from nemo.collections.llm.modelopt.quantization.export import hf_encoding, hf_kv_cache, input_scales
+from nemo.collections.llm.modelopt.quantization.insert import row_blocks
+from nemo_modelopt_dropin import files, locks
+
+
+class ExportError(AssertionError):
+    """An export failed or wrote something wrong; stock asserted it.
+
+    Not a ``RuntimeError``: NeMo's ``export_ckpt`` takes that as "not a quantized model" and would write a plain one.
+    """
+
+
+_REMEDY = 'Use export_format="nemo" (any algorithm, any layout) or "trtllm"'
+
+
+def hf_obstacle(quant_cfg: dict[str, Any] | None) -> str | None:
+    """Return why a quantized model cannot be stored correctly in Hugging Face format, or None if it can."""
+    if not quant_cfg:
+        return None
+    settings: dict[str, list[dict[str, Any]]] = {}
+    for pattern, attributes in choices.quantizer_settings(quant_cfg):
+        settings.setdefault(pattern, []).append(attributes)
+    has_input = any("input_quantizer" in pattern for pattern in settings)
+    scales_input = choices.is_awq(quant_cfg) or choices.is_smoothquant(quant_cfg)
+    for pattern, steps in settings.items():
+        if "weight_quantizer" in pattern:
+            found = _weight_obstacle(steps, has_input, scales_input)
+            if found:
+                return found
+    return None
+
+
+def _weight_obstacle(steps: list[dict[str, Any]], has_input: bool, scales_input: bool) -> str | None:
+    """Return why weights quantized in these steps cannot be stored correctly, or None."""
+    if hf_encoding.algorithm_of(steps, has_input, scales_input):
+        return None
+    bits, blocks = steps[0]["num_bits"], steps[0].get("block_sizes") or {}
+    # modelopt's own writer is right for plain NVFP4.
+    if bits not in (8, 4) and tuple(bits) == (2, 1) and tuple(blocks.get("scale_bits", ())) == (4, 3):
+        return "the writer has no place for the scale that AWQ puts on NVFP4's inputs" if scales_input else None
+    return f"no reader knows this layout (num_bits={bits}, block_sizes={blocks}), or the writer cannot cut its scales"
+
+
+def hf_obstacle_of(model: torch.nn.Module) -> str | None:
+    """Return why a converted model cannot be stored correctly in Hugging Face format, by its quantizers, or None."""
+    algorithms = set()
+    for name, module in model.named_modules():
+        settings = hf_encoding.settings_of(module)
+        if settings is None:
+            continue
+        algorithms.add(hf_encoding.algorithm_of(*settings))
+        obstacle = _weight_obstacle(*settings) or row_blocks.uneven(name, module, row_blocks.int4_block(settings[0]))
+        if obstacle:
+            return obstacle
+    if len(algorithms) > 1:
+        return f"layers of different formats ({sorted(map(str, algorithms))}) have no common description"
+    scaled = any(input_scales.scale_of(module) is not None for module in model.modules())
+    return (
+        (scaled and input_scales.obstacle(model))
+        or _tied_head(model, None)
+        or _lost_quantizers(model, None)
+        or hf_kv_cache.obstacle(model)
+    )
+
+
+def _tied_head(core: torch.nn.Module, quant_cfg: dict[str, Any] | None) -> str | None:
+    """Return what is wrong if the output layer is, or will be, quantized but has no weight of its own, or None."""
+    head = getattr(core, "output_layer", None)
+    if head is None or not getattr(core, "share_embeddings_and_output_weights", False):
+        return None
+    if quant_cfg is None:
+        enabled = hf_encoding.settings_of(head) is not None
+    else:
+        enabled = bool(choices.enabled_quantizers(quant_cfg, "output_layer", ("weight_quantizer",)))
+    return "the output layer shares the embedding's weight, so its quantized weight has no place" if enabled else None
+
+
+def _lost_quantizers(core: torch.nn.Module, quant_cfg: dict[str, Any] | None) -> str | None:
+    """Return which quantizers of linear layers a checkpoint has no place for, or None.
+
+    Readers quantize no outputs, and inputs only together with weights.
+    """
+    names = ("weight_quantizer", "input_quantizer", "output_quantizer")
+    for name, module in core.named_modules():
+        if quant_cfg is None:
+            found = {leaf for leaf in names if is_enabled(getattr(module, leaf, None))}
+        elif name.rpartition(".")[2].startswith(("linear_", "output_layer")):
+            found = set(choices.enabled_quantizers(quant_cfg, name, names))
+        else:
+            continue
+        if "output_quantizer" in found:
+            return f"readers do not quantize outputs, such as those of {name}"
+        if found == {"input_quantizer"}:
+            return f"readers quantize inputs only together with weights, and {name} has no weight quantizer"
+    return None
+
+
+def is_enabled(quantizer: Any) -> bool:
+    """Return whether a quantizer, or any step of one, is there and enabled."""
+    steps = quantizer if isinstance(quantizer, SequentialQuantizer) else [quantizer]
+    return any(isinstance(step, TensorQuantizer) and step.is_enabled for step in steps)
+
+
+def check_contents(export_format: str, quant_cfg: dict[str, Any], model: Any, core: torch.nn.Module) -> None:
+    """Refuse what a Hugging Face checkpoint cannot hold of a model, by its structure, before it is calibrated.
+
+    Args:
+        export_format: Format asked for.
+        quant_cfg: How the model will be quantized.
+        model: The ``llm.GPTModel``.
+        core: Its Megatron-Core model on this rank.
+
+    Raises:
+        ModelOptConfigError: With the reason and what to do.
+    """
+    if export_format != "hf":
+        return
+    scaled = input_scales.scales_inputs(quant_cfg)
+    packed = packs_experts(hf_architecture(model))
+    obstacle = (
+        (scaled and input_scales.obstacle(core, packed))
+        or _tied_head(core, quant_cfg)
+        or _lost_quantizers(core, quant_cfg)
+    )
+    if obstacle:
+        raise ModelOptConfigError(f'export_format="hf": {obstacle}. {_REMEDY}.')
+
+
+def packs_experts(architecture: str | None) -> bool:
+    """Return whether modelopt writes all experts of a layer of this transformers class into one tensor."""
+    from modelopt.torch.export.plugins.mcore_common import all_mcore_hf_export_mapping
+
+    return bool(all_mcore_hf_export_mapping.get(architecture, {}).get("use_packed_local_experts", False))
+
+
+def check_format(quant_cfg: dict[str, Any] | None, algorithm: str | None, export_format: str) -> None:
+    """Refuse a combination of algorithm and format that cannot be exported correctly.
+
+    Raises:
+        ModelOptConfigError: With the reason and what to do.
+    """
+    obstacle = hf_obstacle(quant_cfg) if export_format == "hf" else None
+    if obstacle:
+        raise ModelOptConfigError(
+            f'algorithm={algorithm!r} cannot be exported with export_format="hf": {obstacle}. {_REMEDY}.'
+        )
+
+
+def check_mixture(formats: dict[str, dict[str, Any]], export_format: str) -> None:
+    """Refuse mixed precision among formats that one Hugging Face checkpoint cannot describe, before a search.
+
+    Args:
+        formats: Name to quant_cfg of those that are offered.
+        export_format: Format asked for.
+
+    Raises:
+        ModelOptConfigError: With the reason and what to do.
+    """
+    found = {name: _hf_algorithm(quant_cfg) for name, quant_cfg in formats.items()}
+    if export_format == "hf" and len(set(found.values())) > 1:
+        raise ModelOptConfigError(
+            f'auto_quantize_formats={list(found)}: export_format="hf" describes all layers by one format. Give '
+            f"one (layers may still stay in 16 bits). {_REMEDY}."
+        )
+
+
+def _hf_algorithm(quant_cfg: dict[str, Any]) -> str | None:
+    settings: dict[str, list[dict[str, Any]]] = {}
+    for pattern, attributes in choices.quantizer_settings(quant_cfg):
+        settings.setdefault(pattern, []).append(attributes)
+    has_input = any("input_quantizer" in pattern for pattern in settings)
+    scales_input = choices.is_awq(quant_cfg) or choices.is_smoothquant(quant_cfg)
+    weight = next((steps for pattern, steps in settings.items() if "weight_quantizer" in pattern), [])
+    return hf_encoding.algorithm_of(weight, has_input, scales_input) if weight else None
+
+
+def check_layout(export_format: str, config: Any, tensor_parallel: int) -> None:
+    """Refuse a model whose parts cannot be put together for Hugging Face.
+
+    Args:
+        export_format: Format asked for.
+        config: The model's configuration.
+        tensor_parallel: Tensor parallel size.
+
+    Raises:
+        ModelOptConfigError: With the reason and what to do.
+    """
+    if export_format != "hf" or tensor_parallel == 1:
+        return
+    is_mamba = getattr(config, "mamba_stack_spec", None) is not None
+    if is_mamba or getattr(config, "num_moe_experts", None):
+        raise ModelOptConfigError(
+            f'export_format="hf" of a {"Mamba" if is_mamba else "mixture-of-experts"} model needs tensor parallel size '
+            f"1, not {tensor_parallel}: calibrate with calibration_tp=1 (any pipeline parallel size). {_REMEDY}."
+        )
+
+
+def check_converted(model: torch.nn.Module) -> None:
+    """Refuse a converted Megatron-Core model whose Hugging Face checkpoint would be wrong.
+
+    Raises:
+        ModelOptConfigError: With the reason and what to do.
+    """
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        size = parallel_state.get_tensor_model_parallel_world_size()
+        check_layout("hf", getattr(model, "config", None), size)
+    obstacle = hf_obstacle_of(model)
+    if obstacle:
+        raise ModelOptConfigError(f"This model cannot be exported to Hugging Face format: {obstacle}. {_REMEDY}.")
+
+
+def hf_tokenizer(model: Any) -> Any:
+    """Return the ``transformers`` tokenizer inside of a NeMo model's tokenizer, or None where it has another kind."""
+    from transformers import PreTrainedTokenizerBase
+
+    tokenizer = getattr(getattr(model, "tokenizer", None), "tokenizer", None)
+    return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+
+
+def hf_architecture(model: Any) -> str | None:
+    """Return the transformers class that NeMo's exporter of a model names, or None where it does not say."""
+    exporter = type(model)._EXPORTERS.get(str(type(model)) + "hf") if hasattr(type(model), "_EXPORTERS") else None
+    for base in getattr(exporter, "__orig_bases__", ()):
+        for argument in getattr(base, "__args__", ())[1:]:
+            name = getattr(argument, "__forward_arg__", getattr(argument, "__name__", None))
+            if name and not name.startswith("Auto"):
+                return name
+    return None
+
+
+def check_model(export_format: str, model: Any) -> None:
+    """Refuse a model that has no way to Hugging Face, before time goes into calibrating it.
+
+    Args:
+        export_format: Format asked for.
+        model: The ``llm.GPTModel``.
+
+    Raises:
+        ModelOptConfigError: If NeMo has no exporter for the model or modelopt no mapping for its architecture.
+    """
+    if export_format != "hf":
+        return
+    exporters = getattr(type(model), "_EXPORTERS", {})
+    if str(type(model)) + "hf" not in exporters:
+        raise ModelOptConfigError(
+            f'export_format="hf": NeMo has no Hugging Face exporter for {type(model).__name__}; a model class such as '
+            f"llm.LlamaModel has one. {_REMEDY}."
+        )
+    architecture = hf_architecture(model)
+    known = known_architectures()
+    if architecture and architecture not in known:
+        raise ModelOptConfigError(
+            f'export_format="hf": modelopt cannot write a quantized {architecture}; it can write {sorted(known)}. '
+            f"{_REMEDY}."
+        )
+
+
+def known_architectures() -> set[str]:
+    """Return the transformers classes that modelopt can write from Megatron-Core models."""
+    from modelopt.torch.export.plugins.mcore_common import all_mcore_hf_export_mapping
+
+    return {name for name in all_mcore_hf_export_mapping if "Eagle" not in name}
+
+
+@contextlib.contextmanager
+def staged(target: Path, kind: str) -> Iterator[Path]:
+    """Yield a path to write a folder to; its content replaces the target if all ranks end without an error.
+
+    The output is locked meanwhile. What a user added to a target of ours stays.
+
+    Args:
+        target: The folder to write.
+        kind: Its kind of content, see ``files.mark``.
+
+    Raises:
+        ModelOptConfigError: If the target holds something that this package did not write.
+        InUseError: If another process writes there.
+        ExportError: On the ranks that succeeded, when another rank failed.
+    """
+    target, writes = Path(target), is_global_rank_zero()
+    with contextlib.ExitStack() as stack:
+        staging = files.staging_path(target)
+        with together(f"The preparation of {target}"):
+            if writes:
+                stack.enter_context(locks.lock(target))
+                files.staging(target, kind)
+        failed = True
+        try:
+            yield staging
+            failed = False
+        finally:
+            elsewhere = _any_rank(failed)
+            if writes and (failed or elsewhere):
+                files.discard(staging, kind)
+            barrier()
+        if elsewhere:
+            raise ExportError(f"The export to {target} failed on another rank, see its log; nothing was left there.")
+        with together(f"Moving {target} into place"):
+            if writes:
+                files.publish(staging, target, kind)
+
+
+def _any_rank(failed: bool) -> bool:
+    """Return whether any rank failed."""
+    if not torch.distributed.is_initialized():
+        return failed
+    flag = torch.tensor(int(failed), device="cuda" if torch.cuda.is_available() else "cpu")
+    torch.distributed.all_reduce(flag)
+    return bool(flag)
+
+
+@contextlib.contextmanager
+def together(what: str) -> Iterator[None]:
+    """Let an error of one rank inside of the context end it on all ranks, before they wait for each other.
+
+    Args:
+        what: What failed, for the ranks that did not.
+
+    Raises:
+        ExportError: On the ranks that succeeded, when another rank failed.
+    """
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        elsewhere = _any_rank(failed)
+    if elsewhere:
+        raise ExportError(f"{what} failed on another rank, see its log.")
+
+
+def write_nemo(tools: ModuleType, model, trainer, target) -> None:
+    """Write a NeMo checkpoint: weights with the quantizers' state, and the context.
+
+    Args:
+        tools: The module `quantizer`, whose attributes are the collaborators.
+        model: The ``llm.GPTModel``.
+        trainer: Its trainer.
+        target: The checkpoint's folder.
+    """
+    trainer.strategy.connect(model)
+    trainer.strategy.setup_environment()
+    trainer.strategy.setup_megatron_parallel(trainer=trainer)
+    trainer.strategy.trainer = trainer
+    trainer.save_checkpoint(target)
+    finalize = getattr(getattr(trainer.strategy, "checkpoint_io", None), "maybe_finalize_save_checkpoint", None)
+    if finalize is not None and getattr(trainer.strategy, "async_save", False) is True:
+        finalize(blocking=True)
+    tools.barrier()
+    if tools.is_global_rank_zero():
+        context = tools.TrainerContext.from_trainer(trainer)
+        context.io_dump(tools.ckpt_to_context_subdir(target), yaml_attrs=["model"])
+
+
+def check_state(weights: Path) -> None:
+    """Raise unless the weights of a NeMo checkpoint have the state of Model Optimizer beside them.
+
+    Raises:
+        ExportError: Naming what is missing.
+    """
+    state = weights / "modelopt_state"
+    if not state.exists():
+        raise ExportError(f"The checkpoint was written without Model Optimizer's state ({state}).")
+
+
+def write_trtllm(tools: ModuleType, quantizer: Any, model, target) -> None:
+    """Write a TensorRT-LLM checkpoint.
+
+    Args:
+        tools: The module `quantizer`, whose attributes are the collaborators.
+        quantizer: The ``Quantizer``.
+        model: The ``llm.GPTModel``.
+        target: The checkpoint's folder.
+
+    Raises:
+        ExportError: If it is not complete.
+    """
+    from accelerate.hooks import remove_hook_from_module
+
+    config = quantizer.export_config
+    # Stages may be on different nodes, which then exchange their parts through the file system.
+    stages = getattr(getattr(model, "config", None), "pipeline_model_parallel_size", 1)
+    with torch.inference_mode():
+        remove_hook_from_module(model, recurse=True)
+        tools.mte.export_tensorrt_llm_checkpoint(
+            model=tools.unwrap_for_modelopt_operations(model),
+            decoder_type=quantizer._get_decoder_type(model),
+            dtype=quantizer.torch_dtype,
+            export_dir=target,
+            inference_tensor_parallel=config.inference_tp,
+            inference_pipeline_parallel=config.inference_pp,
+            use_nfs_workspace=isinstance(stages, int) and stages > 1,
+        )
+    tools.barrier()
+    if tools.is_global_rank_zero() and not quantizer._validate_quantized_checkpoint(target, config.inference_tp):
+        raise ExportError(f"The TensorRT-LLM checkpoint for {config.path} is not complete.")
+
+
+def log_success(target: Path) -> None:
+    """Say where the checkpoint is, on rank zero."""
+    if is_global_rank_zero():
+        logging.info(f"Export succeeded, model has been exported to {target}.")

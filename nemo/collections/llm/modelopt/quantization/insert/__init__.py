@@ -1,0 +1,1 @@
+"""Insertion of quantizers: what is quantized, and in which format."""

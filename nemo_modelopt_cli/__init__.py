@@ -1,0 +1,1 @@
+"""The commands: ptq, prune, distill, compress and demo, with their arguments, ranks and run files."""

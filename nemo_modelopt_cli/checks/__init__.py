@@ -1,0 +1,1 @@
+"""Checks of a command's arguments, before NeMo is imported."""

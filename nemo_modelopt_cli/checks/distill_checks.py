@@ -1,0 +1,143 @@
+"""What is wrong with the arguments of distill.py, before anything heavy is imported."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from nemo_modelopt_cli.checks import data_paths, resume_checks
+from nemo_modelopt_cli.parser import (
+    layout_problems,
+    missing_paths,
+    no_checkpoints,
+    not_positive,
+    template_problems,
+    text_problems,
+    tokenizer_problems,
+)
+from nemo_modelopt_dropin import files
+from nemo_modelopt_dropin.preflight import loss_file, model_sizes, pair_checks, tokenizer_files
+from nemo_modelopt_dropin.preflight.model_checks import pair_problems, split_problems
+from nemo_modelopt_dropin.preflight.output_checks import config_paths, input_paths, place_problems
+
+# The file by which a recording of a teacher is known.
+RECORDING = resume_checks.RECORDING
+_NUMBERS = ("max_steps", "gbs", "mbs", "seq_length", "val_check_interval", "log_interval")
+
+
+def problems(given: argparse.Namespace) -> list[str]:
+    """Return everything that is wrong with the arguments."""
+    models = {name: getattr(given, name) for name in ("model_path", "teacher_path")}
+    found = no_checkpoints({f"--{name}": path for name, path in models.items()})
+    named = pair_checks.name_problems("--name", given.name, given.log_dir)
+    found += named
+    if given.log_dir and given.name and not named:
+        found += _output_problems(given) + resume_checks.problems(given)
+    read = ("distillation_config", "chat_template_path")
+    found += missing_paths({f"--{name}": getattr(given, name) for name in read}, folder=False)
+    texts = {"--text": given.text, "--heldout_text": given.heldout_text}
+    found += text_problems(texts) + template_problems(texts, given.model_path)
+    found += pair_checks.same_text(("--text", given.text), ("--heldout_text", given.heldout_text))
+    found += tokenizer_problems(given) + data_paths.problems(given)
+    found += layout_problems(
+        given.devices, given.num_nodes, given.tp_size, given.pp_size, given.cp_size * given.ep_size
+    )
+    if given.cp_size > 1 and given.cpu:
+        found.append(f"--cp {given.cp_size}: context parallelism needs Transformer Engine, which runs on GPUs only")
+    if sum(map(bool, (given.data_paths, given.text, given.use_mock_data))) != 1:
+        found.append("give exactly one of --data_paths, --text and --use_mock_data")
+    if given.use_chat_data and (len(given.data_paths or []) != 1 or not given.tokenizer):
+        found.append("--use-chat-data needs one path in --data_paths, and --tokenizer")
+    found += _teacher_problems(given) + _training_problems(given) + _tokenizer_problems(given)
+    return found + _model_problems(given)
+
+
+def _output_problems(given: argparse.Namespace) -> list[str]:
+    """Return what would be lost or overwritten by what this command writes."""
+    folder = Path(given.log_dir) / given.name
+    names = ("model_path", "teacher_path", "teacher_topk", "distillation_config", "chat_template_path", "tokenizer")
+    inputs: dict[str, str | None] = {f"--{name}": getattr(given, name) for name in names}
+    for name in ("text", "heldout_text", "data_paths"):
+        inputs |= input_paths(f"--{name}", getattr(given, name))
+    if given.dump_teacher_topk:
+        return place_problems("--dump-teacher-topk", given.dump_teacher_topk, inputs)
+    inputs |= config_paths(given.config, str(folder))
+    found = place_problems("--log_dir/--name", str(folder), inputs)
+    # NeMo moves files of an earlier attempt, our marker too, into folders run_0, run_1, ...
+    known = any(any(folder.glob(one)) for one in ("checkpoints/*-last", "interim/step-*", f"run_*/{files.MARKER}"))
+    # Recording a teacher leaves a logger's folder under the name of the training.
+    known = known or (folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {"tensorboard"})
+    problem = None if found or known else files.problem(folder, files.TRAINING_RUN)
+    return [*found, f"--log_dir/--name: {problem}"] if problem else found
+
+
+def _training_problems(given: argparse.Namespace) -> list[str]:
+    found = [
+        f"--{name} must not be negative, got {getattr(given, name)}"
+        for name in ("lr", "min_lr", "limit_val_batches", "warmup_steps", "save_minutes")
+        if getattr(given, name) < 0
+    ]
+    if given.min_lr > given.lr >= 0:
+        found.append(f"--min_lr {given.min_lr:g} is above --lr {given.lr:g}, the highest learning rate")
+    found += not_positive(given, _NUMBERS)
+    shares = max(1, given.devices * given.num_nodes // max(1, given.tp_size * given.pp_size * given.cp_size))
+    if min(given.gbs or 0, given.mbs or 0) > 0 and given.gbs % (given.mbs * shares):
+        found.append(f"--gbs {given.gbs} must be a multiple of --mbs {given.mbs} x {shares} data parallel ranks")
+    return found
+
+
+def _teacher_problems(given: argparse.Namespace) -> list[str]:
+    """Return what is wrong with the settings of the losses, and with a teacher that is recorded or was."""
+    path, recorded, recording = given.distillation_config, given.dump_teacher_topk, given.teacher_topk
+    found = [f"--distillation_config {one}" for one in loss_file.problems(path)]
+    readable = path is not None and not found and Path(path).is_file()
+    if recorded and (recording or not given.teacher_path):
+        found.append("--dump-teacher-topk needs --teacher_path, the checkpoint to record, and no --teacher-topk")
+    if recorded and Path(recorded).exists():
+        found.append(f"--dump-teacher-topk: {recorded} exists; give a new folder")
+    found += missing_paths({"--teacher_topk": recording})
+    if recording and Path(recording).is_dir() and not Path(recording, RECORDING).is_file():
+        found.append(f"--teacher_topk {recording} is not what --dump-teacher-topk wrote: it has no {RECORDING}")
+    if (recorded or recording) and readable and loss_file.read(path).get("intermediate_layer_pairs"):
+        found.append(
+            "--distillation_config: intermediate_layer_pairs need the teacher itself, and a recording holds logits "
+            "alone; take them out of the file"
+        )
+    return found
+
+
+def _tokenizer_problems(given: argparse.Namespace) -> list[str]:
+    """Return how the student's tokenizer differs from the teacher's, as far as files tell."""
+    path = given.distillation_config
+    if loss_file.problems(path) or (
+        path and Path(path).is_file() and loss_file.read(path).get(tokenizer_files.OVERRIDE)
+    ):
+        return []
+    student = tokenizer_files.of_folder(given.tokenizer or given.model_path)
+    found = tokenizer_files.difference(student, tokenizer_files.of_folder(given.teacher_path))
+    return [f"--teacher_path {given.teacher_path}: {tokenizer_files.message(found)}"] if found else []
+
+
+def _model_problems(given: argparse.Namespace) -> list[str]:
+    found = []
+    for path in filter(None, (given.model_path, given.teacher_path)):
+        found += split_problems(path, given.tp_size, given.pp_size)
+    shape = model_sizes.known(given.model_path)
+    if given.ep_size > 1 and shape is not None and not shape.experts:
+        found.append(f"--ep {given.ep_size} is for models with experts; {given.model_path} has none")
+    layers = {"student": model_sizes.layers(given.model_path)}
+    layers |= {"teacher": model_sizes.layers(given.teacher_path)} if given.teacher_path else {}
+    return found + [f"--distillation_config {one}" for one in pair_problems(given.distillation_config, layers)]
+
+
+def finished(given: argparse.Namespace) -> Path | None:
+    """Return the last checkpoint of an experiment that has seen all samples that are asked for, else None.
+
+    NeMo's names of checkpoints say how many those were.
+    """
+    for folder in sorted(Path(given.log_dir, given.name, "checkpoints").glob("*-last")):
+        seen = re.search(r"consumed_samples=(\d+)", folder.name)
+        if seen and int(seen[1]) >= given.max_steps * given.gbs:
+            return folder
+    return None

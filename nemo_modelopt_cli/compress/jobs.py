@@ -1,0 +1,264 @@
+"""The stages of the compression job: what each does with NeMo's API, and what it reports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
+
+from nemo import lightning as nl
+from nemo.collections import llm
+from nemo.collections.llm.modelopt import ExportConfig, ModelOptConfigError, PruningConfig, QuantizationConfig
+from nemo.collections.llm.modelopt.quantization import comparison
+from nemo_modelopt_cli import intermediate, run_script, tokens
+from nemo_modelopt_cli.compress import exported, heldout, training
+from nemo_modelopt_cli.compress.settings import TARGETS, Job, Layout, Training
+from nemo_modelopt_dropin import files
+from nemo_modelopt_dropin.console import screen
+from nemo_modelopt_dropin.preflight import model_sizes, pair_checks, prune_layout
+from nemo_modelopt_dropin.report import importance
+
+_CHECKPOINT = "checkpoint"
+_SCORES, _REPORT = "scores", "report"
+
+
+def measure(checkpoint: Path, token_folder: Path, job: Job) -> dict[str, Any]:
+    """Return held-out loss, speed, parameters, shape and size of a checkpoint under the job's layout."""
+    return heldout.measure(
+        checkpoint, token_folder / "heldout.npy", job.layout, job.seq_length, job.distillation.micro_batch_size
+    )
+
+
+def tokenize(folder: Path, job: Job) -> dict[str, Any]:
+    """Encode both texts with the teacher's tokenizer into ``train.npy`` and ``heldout.npy``."""
+    counts: dict[str, Any] = {}
+    if training.rank() == 0:
+        tokenizer = load_tokenizer(job.teacher)
+        for name, path in (("train", job.train_text), ("heldout", job.heldout_text)):
+            ids = tokens.encode(path, tokenizer)
+            if len(ids) <= job.seq_length + 1:
+                raise ModelOptConfigError(
+                    f"{path} has {len(ids)} tokens; at least {job.seq_length + 2} are needed for samples of "
+                    f"{job.seq_length}: give more text, or a smaller --seq-length"
+                )
+            np.save(folder / f"{name}.npy", ids)
+            counts[f"{name}_tokens"] = len(ids)
+            counts[f"{name}_documents"] = sum(1 for _ in tokens.read_documents(path))
+    return counts
+
+
+def load_tokenizer(checkpoint: str | Path):
+    """Return the tokenizer saved with a NeMo checkpoint."""
+    return nl.io.load_context(ckpt_to_context_subdir(checkpoint), subpath="model.tokenizer")
+
+
+def prune(folder: Path, job: Job, token_folder: Path) -> dict[str, Any]:
+    """Prune the teacher with llm.prune; ranks that would be data parallel become pipeline stages.
+
+    Importance is measured on whole layers and llm.prune takes one microbatch at a time, so neither tensor- nor
+    data-parallel ranks have a share in it.
+    """
+    settings, layout = job.pruning, job.layout
+    world = layout.devices * layout.num_nodes
+    stages = world // layout.tp
+    shared: dict[str, Any] = {"tp_size": layout.tp, "pp_size": stages}
+    shared |= model_sizes.unequal_stages(job.teacher, stages) if settings.drop_layers else {}
+    if not settings.drop_layers:
+        shared = prune_layout.for_importance(job.teacher, world)
+    prune_layout.announce(layout.tp, shared)
+    config = PruningConfig(
+        **{name: getattr(settings, name) for name in TARGETS},
+        drop_layers=list(settings.drop_layers) if settings.drop_layers else None,
+        **{name: getattr(settings, name) for name in ("target_params", "max_candidates", "heldout_batches")},
+        size_multiples=job.size_multiples() or None,
+        scores_path=None if settings.drop_layers else str(folder / _SCORES),
+        report_path=str(folder / _REPORT),
+    )
+    batch, samples = settings.micro_batch_size, settings.num_samples
+    data = None
+    if not settings.drop_layers:
+        tokenizer = load_tokenizer(job.teacher)
+        data = tokens.TokenDataModule(token_folder, tokenizer, job.seq_length, batch, batch, samples)
+    training.release()
+    with run_script.standing_in(folder):  # where importance may leave its logs
+        llm.prune(
+            nemo_checkpoint=job.teacher,
+            save_path=str(folder / _CHECKPOINT),
+            pruning_config=config,
+            devices=layout.devices,
+            num_nodes=layout.num_nodes,
+            **shared,
+            num_train_samples=samples,
+            data=data,
+        )
+    return measure(folder / _CHECKPOINT, token_folder, job) | {"importance": importance.read(folder / _REPORT)}
+
+
+def check_blocks(student: Path, job: Job) -> None:
+    """Raise before a step's work for a student whose sizes blocks of weights do not divide, rather than at the export.
+
+    Raises:
+        ModelOptConfigError: naming sizes, blocks and options.
+    """
+    found = job.block_problems(model_sizes.known(student))
+    if found:
+        raise ModelOptConfigError(f"{student}: {'; '.join(found)}.")
+
+
+def fit_trainer(
+    folder: Path, title: str, settings: Training, layout: Layout, out: TextIO | None, student: Path | None = None
+) -> nl.Trainer:
+    """Return the trainer of a training run: checkpoints, curve, and held-out losses where they are asked for.
+
+    Args:
+        folder: the stage's.
+        title: of the bar.
+        settings: steps and the like.
+        layout: of the ranks.
+        out: where the bar goes.
+        student: checkpoint of the model, whose layers need not divide by the pipeline stages.
+    """
+    options: dict[str, Any] = {"max_steps": settings.steps, "enable_checkpointing": True}
+    if settings.evaluate_every:
+        options |= {"val_check_interval": settings.evaluate_every, "limit_val_batches": 1.0}
+    curve = training.Curve(folder, title)
+    curve.out = out
+    unequal = model_sizes.unequal_stages(student, layout.pp) if student else {}
+    return training.trainer(layout, unequal, callbacks=[training.Keeper(folder, settings.save_every), curve], **options)
+
+
+def fit_data(token_folder: Path, tokenizer, settings: Training, seq_length: int) -> tokens.TokenDataModule:
+    """Return the data of a training run: as many windows as it has steps for."""
+    return tokens.TokenDataModule(
+        token_folder,
+        tokenizer,
+        seq_length,
+        settings.micro_batch_size,
+        settings.global_batch_size,
+        settings.steps * settings.global_batch_size,
+        settings.seed,
+    )
+
+
+def resume(run: nl.Trainer, start_from: str | None = None) -> nl.AutoResume:
+    """Resume from the newest intermediate checkpoint of the trainer's `Keeper`, else start from other weights."""
+    latest = next(c for c in run.callbacks if isinstance(c, training.Keeper)).latest()
+    # The tokenizer is the student's anyway; AutoResume does not find the artifacts of a path that it is told.
+    restore = nl.RestoreConfig(path=start_from, load_artifacts=False) if start_from else None
+    return nl.AutoResume(resume_from_path=str(latest) if latest else None, restore_config=restore)
+
+
+def logger(folder: Path) -> nl.NeMoLogger:
+    """Return a NeMo logger that writes its files below the stage's folder."""
+    return nl.NeMoLogger(name="log", log_dir=str(folder), use_datetime_version=False, log_global_rank_0_only=True)
+
+
+def distill(folder: Path, job: Job, student: Path, token_folder: Path, out: TextIO | None) -> dict[str, Any]:
+    """Train the pruned student on the teacher's logits with llm.distill; a training that is complete is kept."""
+    if not (folder / _CHECKPOINT).exists():
+        _train_student(folder, job, student, token_folder, out)
+    intermediate.Steps(folder / training.STEPS).remove()  # a kill may have left them beside the complete checkpoint
+    found = measure(folder / _CHECKPOINT, token_folder, job)
+    return found | {"curve": training.read_curve(folder / "losses.jsonl")}
+
+
+def _train_student(folder: Path, job: Job, student: Path, token_folder: Path, out: TextIO | None) -> None:
+    settings = job.distillation
+    check_blocks(student, job)
+    training.release()
+    if warning := pair_checks.larger_student(str(student), job.teacher):
+        screen.warn(warning)
+    torch.manual_seed(settings.seed)
+    run = fit_trainer(folder, "distill", settings, job.layout, out, student)
+    llm.distill(
+        student_model_path=str(student),
+        teacher_model_path=str(job.teacher),
+        data=fit_data(token_folder, load_tokenizer(job.teacher), settings, job.seq_length),
+        trainer=run,
+        distillation_config_path=job.distill_config,
+        log=logger(folder),
+        resume=resume(run, str(student)),
+        optim=training.optimizer(settings, job.layout),
+    )
+
+
+def from_scratch(folder: Path, job: Job, student: Path, token_folder: Path, out: TextIO | None) -> dict[str, Any]:
+    """Train a model of the student's shape from random weights: same steps, same samples, no teacher."""
+    if not (folder / _CHECKPOINT).exists():
+        _train_from_scratch(folder, job, student, token_folder, out)
+    intermediate.Steps(folder / training.STEPS).remove()
+    found = measure(folder / _CHECKPOINT, token_folder, job)
+    return found | {"curve": training.read_curve(folder / "losses.jsonl")}
+
+
+def _train_from_scratch(folder: Path, job: Job, student: Path, token_folder: Path, out: TextIO | None) -> None:
+    settings = job.distillation
+    training.release()
+    torch.manual_seed(settings.seed)
+    model = nl.io.load_context(ckpt_to_context_subdir(student), subpath="model")
+    run = fit_trainer(folder, "from scratch", settings, job.layout, out, student)
+    llm.train(
+        model=model,
+        data=fit_data(token_folder, model.tokenizer, settings, job.seq_length),
+        trainer=run,
+        log=logger(folder),
+        resume=resume(run),
+        optim=training.optimizer(settings, job.layout),
+    )
+
+
+def quantize(folder: Path, job: Job, student: Path, token_folder: Path) -> dict[str, Any]:
+    """Quantize the student with llm.ptq, calibrated on the training text, into a NeMo checkpoint."""
+    settings, layout = job.quantization, job.layout
+    check_blocks(student, job)
+    training.release()
+    llm.ptq(
+        model_path=str(student),
+        export_config=ExportConfig(path=str(folder / _CHECKPOINT), export_format="nemo", dtype="bf16"),
+        calibration_tp=layout.tp,
+        calibration_pp=layout.pp,
+        **model_sizes.unequal_stages(student, layout.pp),
+        devices=layout.devices,
+        num_nodes=layout.num_nodes,
+        quantization_config=QuantizationConfig(
+            algorithm=settings.algorithm,
+            awq_block_size=settings.awq_block_size,
+            enable_kv_cache=settings.enable_kv_cache,
+            calibration_dataset=job.train_text,
+            calibration_dataset_size=settings.calibration_size,
+            calibration_batch_size=settings.calibration_batch_size,
+            calibration_seq_len=settings.calibration_seq_len,
+        ),
+    )
+    return measure(folder / _CHECKPOINT, token_folder, job)
+
+
+def export(folder: Path, job: Job, quantized: Path, token_folder: Path) -> dict[str, Any]:
+    """Write the quantized model in the other formats asked for, and read Hugging Face's back.
+
+    On rank zero alone: NeMo's exporters load the whole model in one process. The others wait for the stage's end.
+    """
+    training.release()
+    result: dict[str, Any] = {}
+    if training.rank() != 0:
+        return result
+    for target in job.quantization.formats:
+        path = quantized if target == "nemo" else folder / target
+        if target != "nemo":
+            with files.written(path, files.checkpoint(target)) as beside, training.alone():
+                llm.export_ckpt(
+                    path=quantized,
+                    target=target,
+                    output_path=beside,
+                    overwrite=True,
+                    modelopt_export_kwargs={"verify": job.quantization.verify},
+                )
+        result[target] = {"path": str(path), "bytes": comparison.bytes_on_disk(path)}
+        if target == "hf":
+            ids = np.load(token_folder / "heldout.npy")
+            batch = job.distillation.micro_batch_size
+            result[target]["heldout_loss"] = exported.heldout_loss(path, ids, job.seq_length, batch)
+    return result

@@ -1,0 +1,296 @@
+"""From a script's arguments to finished stages: ranks, lock, log, Ctrl-C, exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from nemo_modelopt_cli import run_file
+from nemo_modelopt_cli.compress import console
+from nemo_modelopt_cli.compress.settings import Layout
+from nemo_modelopt_cli.compress.stages import (
+    Alone,
+    Record,
+    Stage,
+    StageError,
+    check_redo,
+    pending,
+    read_record,
+    run_stages,
+)
+from nemo_modelopt_cli.process import entry, launch, rendezvous, signals
+from nemo_modelopt_dropin import files, locks
+from nemo_modelopt_dropin.console import screen
+from nemo_modelopt_dropin.errors import InUseError, ModelOptConfigError
+from nemo_modelopt_dropin.preflight import output_checks
+
+OK, FAILED, USAGE = 0, 1, 2
+_RANK_ZERO_FIRST_S = 3.0
+
+MakeStages = Callable[[TextIO], list[Stage]]
+Finish = Callable[[Mapping[str, Record]], int]
+Tell = Callable[[str, Stage, "Record | None"], None]
+
+
+def execute(
+    make_stages: MakeStages,
+    root: Path,
+    layout: Layout,
+    finish: Finish,
+    verbose: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    redo: Collection[str] = (),
+) -> int:
+    """Run the stages on the layout's ranks, then ``finish`` on one process; return the exit code.
+
+    Args:
+        make_stages: builds the stages; called on every rank with the stream for progress bars.
+        root: the run's folder, locked while stages run.
+        layout: how many ranks this machine starts; under torchrun the ranks exist and none is started.
+        finish: writes the report and returns the exit code.
+        verbose: let everything that libraries write through to the terminal.
+        settings: of the run, saved as ``run.yaml`` in its folder.
+        redo: names of stages whose results may be replaced if their settings changed.
+    """
+    return signals.guarded(
+        lambda: _execute(make_stages, root, layout, finish, verbose, settings, redo), signals.RESUMABLE
+    )
+
+
+def _execute(
+    make_stages: MakeStages,
+    root: Path,
+    layout: Layout,
+    finish: Finish,
+    verbose: bool,
+    settings: Mapping[str, Any] | None,
+    redo: Collection[str],
+) -> int:
+    try:
+        check_place(make_stages(sys.stderr), root)
+        check_redo(make_stages(sys.stderr), root, redo)
+    except (StageError, ModelOptConfigError) as error:  # before anything is started or loaded
+        sys.stderr.write(f"error: {error}\n")
+        return USAGE
+    started, waiting = time.perf_counter(), pending(make_stages(sys.stderr), root)
+    if layout.cpu:
+        cpu_environment()
+    elif waiting:
+        try:
+            require_gpu()
+        except StageError as error:  # before anything is made in the run's folder
+            sys.stderr.write(f"error: {error}\n")
+            return FAILED
+    started_by_us = launch.STARTED_BY_US in os.environ
+    leads = not started_by_us and int(os.environ.get("RANK", "0")) == 0
+    if leads:
+        try:
+            with locks.lock(root):  # later rank zero holds it, which is the one that writes
+                files.own(root, files.COMPRESSION_RUN, *_names(make_stages(sys.stderr)))
+        except InUseError as error:
+            sys.stderr.write(f"error: {error}\n")
+            return FAILED
+    if not launch.is_rank() and (layout.devices > 1 and waiting):
+        code = launch.run_ranks(layout.devices)
+        locks.tidy(root)
+        if signals.is_ours(code):
+            sys.stderr.write(f"{signals.RESUMABLE}\n")
+    else:
+        code = _as_rank(make_stages, root, layout, verbose, settings, redo)
+    if code == OK and leads:
+        whole = time.perf_counter() - started
+        records = {stage.name: read_record(root / stage.name) for stage in make_stages(sys.stderr)}
+        with locks.lock(root):
+            code = finish({name: record for name, record in records.items() if record is not None})
+        if waiting:
+            from nemo_modelopt_dropin.report.page import duration
+
+            sys.stdout.write(f"All of it took {duration(whole)}: the stages, and loading NeMo on every rank.\n")
+    return code
+
+
+def check_place(stages: Iterable[Stage], root: Path) -> None:
+    """Raise an error if a run would replace something in its folder that is not a run's.
+
+    Raises:
+        ModelOptConfigError: with what is there.
+    """
+    files.check(root, files.COMPRESSION_RUN, "--output")
+    problem = files.taken(root, [*_names(stages), *output_checks.REPORT_FILES])
+    if problem:
+        raise ModelOptConfigError(f"--output: {problem}.")
+
+
+def _names(stages: Iterable[Stage]) -> list[str]:
+    """Return what a run has in its folder, without its report."""
+    folders = [f"{stage.name}{ending}" for stage in stages for ending in ("", ".new", ".old")]
+    return ["log", run_file.NAME, *folders]
+
+
+def cpu_environment() -> None:
+    """Settings that must be there before torch is imported."""
+    # Megatron compiles its small fused functions; with a C++ compiler that takes 20 s, and without one it fails.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Threads that wait by spinning starve the other ranks.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    rendezvous.keep_gloo_on_loopback()
+
+
+def _as_rank(
+    make_stages: MakeStages,
+    root: Path,
+    layout: Layout,
+    verbose: bool,
+    settings: Mapping[str, Any] | None,
+    redo: Collection[str],
+) -> int:
+    rank = int(os.environ.get("RANK", "0"))
+
+    def work(out: TextIO) -> None:
+        with locks.lock(root) if rank == 0 else contextlib.nullcontext():
+            stages = make_stages(out)
+            teller = console.Teller(out, len(stages), rank)
+            tell = _renewing(teller, stages, root, settings) if rank == 0 else teller
+            _run_all(stages, root, layout, teller, tell, redo)
+
+    log = None if verbose else root / "log" / f"rank{rank}.txt"
+    return guarded(work, log, signals.RESUMABLE, output=root)
+
+
+def _renewing(tell: Tell, stages: list[Stage], root: Path, settings: Mapping[str, Any] | None) -> Tell:
+    """Write the run's settings and remove the report of its older ones, at once or when a result is replaced.
+
+    As long as the results in the folder are those of an earlier run, its report and ``run.yaml`` describe them.
+
+    Returns:
+        ``tell``, which does that if it was not done at once.
+    """
+    waiting = pending(stages, root)
+    left = [True]
+
+    def renew() -> None:
+        left.clear()
+        if settings is not None:
+            heading = f"python scripts/compress.py --config {run_file.NAME}"
+            run_file.write(root / run_file.NAME, settings, heading)
+        if waiting:
+            from nemo_modelopt_dropin.report import page
+
+            page.withdraw(root)
+
+    def telling(event: str, stage: Stage, record: Record | None) -> None:
+        if event == "done" and left:
+            renew()
+        tell(event, stage, record)
+
+    if not any(read_record(root / name) is not None for name in waiting):
+        renew()
+    return telling
+
+
+def require_gpu() -> None:
+    """Say what is missing before NeMo is imported, instead of what fails first without it.
+
+    Raises:
+        StageError: where PyTorch sees no GPU.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise StageError("PyTorch sees no GPU on this machine; give --cpu to run on CPU ranks")
+
+
+def guarded(
+    work: Callable[[TextIO], None], log: Path | None, on_interrupt: object, keep_log: bool = True, output: Path = Path()
+) -> int:
+    """Do a script's work on this rank, with what libraries write in ``log``, and return the exit code.
+
+    Args:
+        work: called with the stream to the screen.
+        log: file for everything else; None shows everything.
+        on_interrupt: what rank zero prints after Ctrl-C or SIGTERM.
+        keep_log: whether the log stays if a signal ends this process while modules are imported.
+        output: where the work writes.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    says = signals.reports()
+    with screen.quiet(log) as out, contextlib.ExitStack() as stack:
+
+        def at_once(code: int) -> None:
+            if says:
+                out.write(f"{on_interrupt}\n")
+            if log is not None and not keep_log:
+                log.unlink(missing_ok=True)
+            locks.release_all()
+            os._exit(code)
+
+        seen = stack.enter_context(signals.seen(at_once))
+        try:
+            work(out)
+            return OK
+        except BaseException as error:
+            # A signal decides, whatever came of it: Lightning turns Ctrl-C into SystemExit(1), and libraries may catch
+            # what stops them while they are imported, and raise something else.
+            if seen:
+                logging.disable(logging.CRITICAL)  # libraries complain at exit about what was not finished
+                if says:
+                    screen.close_bars()
+                    out.write(f"{on_interrupt}\n")
+                return signals.CODES[seen[0]]
+            if isinstance(error, BrokenPipeError) and entry.is_closed(out.fileno()):
+                entry.silence(out.fileno())
+                return entry.CLOSED_SCREEN
+            screen.close_bars()
+            return _code_of(error, rank, log, out, output)
+
+
+def _code_of(error: BaseException, rank: int, log: Path | None, out: TextIO, output: Path) -> int:
+    """Report what went wrong, and return the exit code."""
+    if isinstance(error, (StageError, InUseError)):
+        out.write(f"error: {error}\n")
+        return FAILED
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else FAILED
+    if isinstance(error, ModelOptConfigError):
+        # All ranks check alike: the others speak up only where rank zero did not, and so did not end them.
+        time.sleep(0 if rank == 0 else _RANK_ZERO_FIRST_S)
+        out.write(f"error: {error}\n")
+        return USAGE
+    with contextlib.suppress(OSError):  # the log may lie on the disk that is full
+        traceback.print_exception(error)
+    if problem := entry.storage_problem(error, output):
+        out.write(f"error: {problem}\n")
+        return FAILED
+    where = f"\nthe whole story is in {log}" if log else ""
+    # Fiddle, for one, adds all arguments of what it was building.
+    reason = (str(error).strip().splitlines() or [""])[0]
+    out.write(f"error on rank {rank}: {type(error).__name__}: {reason}{where}\n")
+    return FAILED
+
+
+def _run_all(
+    stages: list[Stage], root: Path, layout: Layout, teller: console.Teller, tell: Tell, redo: Collection[str]
+) -> None:
+    if not pending(stages, root):
+        run_stages(stages, root, Alone(), tell)  # all finished: needs no NeMo and no other ranks
+        return
+    if teller.rank == 0:
+        teller.out.write("loading NeMo\n")
+    if layout.cpu:
+        from nemo_modelopt_dropin import cpu_backend
+
+        cpu_backend.enable()
+    rendezvous.keep_on_loopback()
+    from nemo_modelopt_cli.compress import training
+
+    ranks = training.StoreRanks() if launch.is_rank() else Alone()
+    run_stages(stages, root, ranks, tell, redo)
+    training.release()

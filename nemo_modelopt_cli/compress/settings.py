@@ -1,0 +1,383 @@
+"""The job's settings, checked before anything heavy is imported. Standard library only."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from nemo_modelopt_cli.parser import no_checkpoints, template_problems, text_problems
+from nemo_modelopt_dropin.preflight import budget, loss_file, model_checks, model_sizes, pair_checks, prune_layout
+from nemo_modelopt_dropin.preflight.model_sizes import Shape
+
+ALGORITHMS = ("fp8", "int8", "int8_sq", "int4", "int4_awq", "w4a8_awq", "nvfp4")
+EXPORT_FORMATS = ("nemo", "hf")
+VERIFY = ("full", "files", "none")
+TARGETS = (
+    "target_ffn_hidden_size",
+    "target_hidden_size",
+    "target_num_attention_heads",
+    "target_num_query_groups",
+    "target_num_layers",
+)
+
+_NOTHING = "pruning: nothing to prune"
+_TOGETHER = "pruning: target_num_attention_heads and target_num_query_groups go together"
+
+
+class SettingsError(ValueError):
+    """Settings that cannot work; the message lists every problem found."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the job runs: ranks, and how the model is split over them."""
+
+    devices: int = 1
+    num_nodes: int = 1
+    tp: int = 1
+    pp: int = 1
+    cpu: bool = False
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the layout."""
+        found = _positive(self, ("devices", "num_nodes", "tp", "pp"))
+        world = self.devices * self.num_nodes
+        if not found and world % (self.tp * self.pp):
+            found.append(
+                f"{self.devices} devices x {self.num_nodes} nodes = {world} ranks cannot be split into tp={self.tp} x "
+                f"pp={self.pp}; choose --devices as a multiple of {self.tp * self.pp}"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training run: Adam, linear warm-up, cosine decay."""
+
+    steps: int = 1000
+    global_batch_size: int = 16
+    micro_batch_size: int = 4
+    lr: float = 1e-4
+    min_lr: float = 1e-5
+    warmup_steps: int = 50
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+    seed: int = 1234
+    evaluate_every: int = 0  # steps between held-out losses during training; 0: none
+    save_every: int | None = None  # steps between intermediate checkpoints; None: every few minutes, 0: none
+
+    def problems(self, name: str, layout: Layout) -> list[str]:
+        """Return what is wrong with the run called ``name``."""
+        found = _positive(self, ("steps", "global_batch_size", "micro_batch_size", "lr"), name)
+        found += [
+            f"{name}: {setting} must not be negative, got {getattr(self, setting)}"
+            for setting in ("min_lr", "warmup_steps", "weight_decay", "clip_grad", "seed")
+            if getattr(self, setting) < 0
+        ]
+        data_parallel = max(1, layout.devices * layout.num_nodes // (layout.tp * layout.pp or 1))
+        unit = self.micro_batch_size * data_parallel
+        if not found and self.global_batch_size % unit:
+            found.append(
+                f"{name}: global batch size {self.global_batch_size} is not a multiple of micro batch size "
+                f"{self.micro_batch_size} x {data_parallel} data parallel ranks"
+            )
+        for setting in ("evaluate_every", "save_every"):
+            every = getattr(self, setting)
+            if not found and every is not None and not 0 <= every <= self.steps:
+                found.append(f"{name}: {setting} {every} must be between 0 (never) and the {self.steps} steps")
+        if not found and self.warmup_steps >= self.steps:
+            found.append(
+                f"{name}: warm-up of {self.warmup_steps} steps does not fit into {self.steps} steps: lower "
+                "warmup_steps (--distill-warmup-steps)"
+            )
+        if not found and self.min_lr > self.lr:
+            found.append(f"{name}: min_lr {self.min_lr:g} is above lr {self.lr:g}, the highest learning rate")
+        return found
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Targets of llm.prune, by importance, or the layers to drop; None leaves a dimension as it is."""
+
+    target_ffn_hidden_size: int | None = None
+    target_hidden_size: int | None = None
+    target_num_attention_heads: int | None = None
+    target_num_query_groups: int | None = None
+    target_num_layers: int | None = None
+    drop_layers: tuple[int, ...] | None = None
+    num_samples: int = 256
+    micro_batch_size: int = 4
+    target_params: str | None = None
+    max_candidates: int = 16
+    heldout_batches: int = 16
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the pruning targets."""
+        given = [name for name in TARGETS if getattr(self, name) is not None]
+        numbers = ("num_samples", "micro_batch_size", "max_candidates", "heldout_batches")
+        found = _positive(self, (*given, *numbers), "pruning")
+        given += ["target_params"] if self.target_params is not None else []
+        found += budget.problem("pruning: target_params", self.target_params)
+        if given and self.drop_layers:
+            found.append(f"pruning: drop_layers cannot be combined with {', '.join(given)}")
+        if not given and not self.drop_layers:
+            names = ", ".join((*TARGETS, "target_params"))
+            found.append(f"{_NOTHING}; give at least one of {names} or drop_layers")
+        if (self.target_num_attention_heads is None) != (self.target_num_query_groups is None):
+            found.append(_TOGETHER)
+        if self.num_samples < self.micro_batch_size:
+            found.append(f"pruning: {self.num_samples} samples are less than one batch of {self.micro_batch_size}")
+        return found
+
+
+def follows_from_targets(problem: str) -> bool:
+    """Return whether a problem of `Pruning.problems` may only mean that a target could not be read."""
+    return problem.startswith((_NOTHING, _TOGETHER))
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Algorithm and calibration of llm.ptq, and the formats to write."""
+
+    algorithm: str = "fp8"
+    calibration_size: int = 256
+    calibration_batch_size: int = 16
+    calibration_seq_len: int = 128
+    enable_kv_cache: bool | None = False
+    formats: tuple[str, ...] = ("nemo",)
+    awq_block_size: int = 128
+    verify: str = "full"  # what of the hf files is checked: logits too, the files alone, nothing
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the quantization settings."""
+        numbers = ("calibration_size", "calibration_batch_size", "calibration_seq_len", "awq_block_size")
+        found = _positive(self, numbers, "quantization")
+        found += unknown("algorithm", [self.algorithm], ALGORITHMS)
+        found += unknown("export format", self.formats, EXPORT_FORMATS) + unknown("verify", [self.verify], VERIFY)
+        if not found and self.calibration_size < self.calibration_batch_size:
+            found.append(
+                f"quantization: calibration size {self.calibration_size} is less than one batch of "
+                f"{self.calibration_batch_size}"
+            )
+        return found
+
+    def block(self) -> int | None:
+        """Return how many weights share a scale, None if the algorithm has no blocks."""
+        return model_checks.block_size(self.algorithm, self.awq_block_size)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that `compress` needs: one teacher checkpoint, text, and the settings of each stage."""
+
+    teacher: str
+    train_text: str
+    heldout_text: str
+    seq_length: int = 128
+    distill_config: str | None = None
+    layout: Layout = field(default_factory=Layout)
+    pruning: Pruning = field(default_factory=Pruning)
+    distillation: Training = field(default_factory=Training)
+    quantization: Quantization = field(default_factory=Quantization)
+    scratch: bool = False  # also train a student of the pruned shape from random weights, as a baseline
+
+    def check(self, teacher_exists: bool = True) -> None:
+        """Raise where anything is wrong; ``teacher_exists`` False: an earlier stage writes the teacher.
+
+        Raises:
+            SettingsError: listing every problem, not only the first.
+        """
+        raise_all(self.problems(teacher_exists))
+
+    def problems(self, teacher_exists: bool = True) -> list[str]:
+        """Return everything that is wrong; paths that were not given are not looked for."""
+        found = self.layout.problems() + self.pruning.problems()
+        found += self.distillation.problems("distillation", self.layout) + self.quantization.problems()
+        if self.distill_config and not Path(self.distill_config).is_file():
+            found.append(f"distill_config {self.distill_config}: there is no such file")
+        if teacher_exists:
+            texts = {"train_text": self.train_text, "heldout_text": self.heldout_text}
+            found += text_problems(texts) + template_problems(texts, self.teacher)
+            found += pair_checks.same_text(("train_text", self.train_text), ("heldout_text", self.heldout_text))
+            found += no_checkpoints({"teacher": self.teacher})
+        found += loss_file.problems(self.distill_config)
+        if self.seq_length < 2:
+            found.append(f"seq_length must be at least 2, got {self.seq_length}")
+        if not found and teacher_exists and self.teacher and not self.pruning.drop_layers:
+            found += prune_layout.problems(self.teacher, self.layout.devices * self.layout.num_nodes)
+        if teacher_exists and self.teacher:
+            found += model_checks.split_problems(self.teacher, self.layout.tp, self.layout.pp) + self._size_problems()
+        return found
+
+    def _size_problems(self) -> list[str]:
+        """Return what of targets, layers of the losses and INT4 blocks does not fit teacher and pruned model."""
+        shape, layers = model_sizes.known(self.teacher), model_sizes.layers(self.teacher)
+        pruning = self.pruning
+        targets = {name: getattr(pruning, name) for name in TARGETS}
+        unfit = model_checks.target_problems(shape, targets, pruning.target_params is not None)
+        unfit += model_checks.drop_problems(layers, pruning.drop_layers)
+        unfit += (
+            []
+            if unfit
+            else model_checks.budget_problems(shape, pruning.target_params, targets, self.size_multiples(shape))
+        )
+        found = [f"pruning: {one}" for one in unfit]
+        left = None if pruning.target_params is not None else pruning.target_num_layers or layers
+        if left is not None and pruning.drop_layers:
+            left -= len(pruning.drop_layers)
+        found += model_checks.pair_problems(self.distill_config, {"student": left, "teacher": layers})
+        return found or (self._block_problems(shape, targets) if shape is not None else [])
+
+    def _block_problems(self, shape: Shape, targets: Mapping[str, int | None]) -> list[str]:
+        """Return what of the pruned model's sizes blocks of weights do not divide."""
+        if self.pruning.target_params is None:
+            return self.block_problems(shape.pruned(targets))
+        # A search takes only sizes that fit; those that are given, or too small from the start, do not become right.
+        found = self.block_problems(shape, chosen=True)
+        multiples = self.size_multiples(shape)
+        found += [
+            f"pruning: {name} {size} is not a multiple of {multiples[name.removeprefix('target_')]}, which "
+            f"{self.quantization.algorithm} as {' and '.join(self.quantization.formats)} on tp {self.layout.tp} needs"
+            for name, size in targets.items()
+            if size is not None and size % multiples.get(name.removeprefix("target_"), 1)
+        ]
+        return found
+
+    def block_problems(self, shape: Shape | None, chosen: bool = False) -> list[str]:
+        """Return what of a model's sizes blocks of weights do not divide.
+
+        Args:
+            shape: the model, None if unknown.
+            chosen: whether a search is yet to choose its sizes.
+        """
+        block, to_hf = self.quantization.block(), "hf" in self.quantization.formats
+        option = None if self.quantization.algorithm == "int4" else "--awq-block-size"
+        return model_checks.block_problems(shape, self.layout.tp, block, to_hf, option, chosen)
+
+    def size_multiples(self, shape: Shape | None = None) -> dict[str, int]:
+        """Return the numbers that sizes chosen for ``target_params`` must be multiples of, by hparam.
+
+        Args:
+            shape: the teacher's; None reads it.
+        """
+        if self.pruning.target_params is None:
+            return {}
+        known = shape or model_sizes.known(self.teacher)
+        block, to_hf = self.quantization.block(), "hf" in self.quantization.formats
+        return model_checks.size_multiples(known, self.layout.tp, block, to_hf)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as nested dictionaries."""
+        return asdict(self)
+
+
+def raise_all(problems: list[str]) -> None:
+    """Raise one error that lists every problem; do nothing where there is none.
+
+    Raises:
+        SettingsError: with one line a problem.
+    """
+    if problems:
+        raise SettingsError("\n".join(problems))
+
+
+def unknown(what: str, values: Iterable[str], allowed: Iterable[str]) -> list[str]:
+    """Return a sentence for each value that is not allowed, with the nearest name."""
+    import difflib
+
+    allowed = list(allowed)
+    found = []
+    for value in values:
+        if value not in allowed:
+            near = difflib.get_close_matches(value, allowed, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            found.append(f"unknown {what} {value!r}; allowed: {', '.join(allowed)}{hint}")
+    return found
+
+
+def from_dict(cls, content: Mapping[str, Any], where: str = ""):
+    """Build a settings dataclass from nested dictionaries; texts get the type of their setting, as flags do.
+
+    Raises:
+        SettingsError: listing unknown names, each with the nearest one, and values that do not fit.
+    """
+    nested = {"layout": Layout, "pruning": Pruning, "distillation": Training, "quantization": Quantization}
+    types = {f.name: str(f.type) for f in fields(cls)}
+    problems = unknown(f"setting{f' in {where}' if where else ''}", content, types)
+    values = {}
+    for name, value in content.items():
+        try:
+            if name in nested and isinstance(value, Mapping):
+                values[name] = from_dict(nested[name], value, name)
+            elif name in types and name not in nested:
+                values[name] = _typed(value, types[name])
+            elif name in types and isinstance(value, nested[name]):
+                values[name] = value
+            elif name in types:
+                problems.append(f"{name} must hold settings by name, got {value!r}")
+        except SettingsError as error:
+            problems += str(error).splitlines()
+        except ValueError as error:
+            problems.append(f"{where + ': ' if where else ''}{name} {error}, got {value!r}")
+    raise_all(problems)
+    # None is a value only where the setting may be None.
+    return cls(**{name: value for name, value in values.items() if value is not None or "None" in types[name]})
+
+
+def _typed(value: Any, annotation: str) -> Any:
+    """Return a value as the annotation of its setting has it; None stays None."""
+    if value is None:
+        return None
+    kind = annotation.partition(" | ")[0]
+    if kind.startswith("tuple["):
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_typed(item, kind.removeprefix("tuple[").partition(",")[0]) for item in items)
+    if kind == "bool":
+        found = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.get(
+            str(value).lower()
+        )
+        if found is None:
+            raise ValueError("is a switch, true or false")
+        return found
+    if isinstance(value, (list, tuple, Mapping)):
+        raise ValueError("takes one value")
+    convert, name = {"int": (int, "a whole number"), "float": (float, "a number")}.get(kind, (str, "a text"))
+    try:
+        found = convert(str(value))
+    except ValueError:
+        raise ValueError(f"must be {name}") from None
+    if isinstance(found, float) and not math.isfinite(found):
+        raise ValueError("must be a finite number")
+    return found
+
+
+def file_digest(path: str | Path) -> str:
+    """Return the SHA-256 of a file's content: text that changed is another text."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def folder_digest(path: str | Path) -> str:
+    """Return a SHA-256 of names, sizes and times below a folder: enough to see that a checkpoint was replaced."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(path).rglob("*")):
+        if file.is_file():
+            stat = file.stat()
+            digest.update(f"{file.relative_to(path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _positive(settings: Any, names: Iterable[str], where: str = "") -> list[str]:
+    prefix = f"{where}: " if where else ""
+    return [
+        f"{prefix}{name} must be positive, got {getattr(settings, name)}"
+        for name in names
+        if not getattr(settings, name) > 0
+    ]

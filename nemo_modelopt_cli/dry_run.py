@@ -1,0 +1,244 @@
+"""What a script would do, from its arguments and the checkpoint's configuration: ``--dry-run``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from nemo_modelopt_cli import run_file
+from nemo_modelopt_cli.compress.settings import TARGETS, Job
+from nemo_modelopt_cli.run_script import Rows, aligned
+from nemo_modelopt_dropin.preflight import loss_file, model_sizes, pair_checks, prune_layout
+from nemo_modelopt_dropin.preflight.model_sizes import Memory, Shape, UnknownModel
+from nemo_modelopt_dropin.report.page import megabytes, millions
+
+_NEMO = "context/, weights/"
+
+
+def show(rows: Rows) -> int:
+    """Print the plan and return the exit code."""
+    sys.stdout.writelines(f"{line}\n" for line in aligned(rows))
+    return 0
+
+
+def model(label: str, path: str | Path) -> tuple[Rows, Shape | None]:
+    """Return the rows of a checkpoint, and its shape where the configuration tells it."""
+    try:
+        shape = model_sizes.read(path)
+    except UnknownModel as reason:
+        return [(label, str(path)), ("", f"sizes unknown: {reason}")], None
+    return [(label, f"{path} ({shape.name})"), ("", size(shape))], shape
+
+
+def size(shape: Shape) -> str:
+    """Return shape and size in one line."""
+    return f"{shape.describe()}: {millions(shape.parameters)}, {megabytes(2 * shape.parameters)} in 16 bits"
+
+
+def layout(devices: int, num_nodes: int, cpu: bool, **sizes: int) -> tuple[str, str]:
+    """Return the row of the ranks and how they share the model; what is left over is data parallel."""
+    product = 1
+    for one in sizes.values():
+        product *= one
+    shared = " x ".join(f"{name} {one}" for name, one in {**sizes, "dp": devices * num_nodes // product}.items())
+    kind = "CPU over gloo" if cpu else "GPU"
+    return "ranks", f"{devices} x {num_nodes} nodes ({kind}): {shared}"
+
+
+def _device(cpu: bool) -> str:
+    return "cpu" if cpu else "cuda"
+
+
+def memory(found: Memory | None) -> tuple[str, str]:
+    """Return the row of the memory of one rank."""
+    if found is None:
+        return "memory", "unknown"
+    parts = ", ".join(f"{name} {megabytes(amount)}" for name, amount in found.parts.items())
+    return "memory", f"about {megabytes(found.total)} a rank, libraries not counted: {parts}"
+
+
+_REPORT = "report.html, report.json, figures/"
+
+
+def quantization(given: argparse.Namespace) -> Rows:
+    """Return the plan of ptq.py."""
+    rows, shape = model("model", given.nemo_checkpoint)
+    width = 4 if given.cpu else 2
+    written = ""
+    if shape is not None:
+        whole = width * shape.parameters
+        small = model_sizes.quantized_bytes(shape, given.algorithm, given.auto_quantize_bits)
+        written = f", about {megabytes(whole if given.export_format == 'nemo' else small)}"
+    tp, pp = given.calibration_tp, given.calibration_pp
+    files = {"nemo": _NEMO, "hf": "config.json, *.safetensors, tokenizer"}.get(
+        given.export_format, "config, *.safetensors"
+    )
+    beside: Rows = []
+    done = f"{given.algorithm}; matrices in {_bits(given)} bits, {given.export_format} format{written}"
+    data: Rows = []
+    if given.algorithm == "no_quant":
+        done = f"not at all: {given.export_format} format{written}"
+    else:
+        asked = f"at most {given.calibration_dataset_size} rows of {given.calibration_dataset}"
+        data.append(("data", f"{asked}, {given.seq_len} tokens each"))
+        beside += [] if given.no_report else [("", f"{given.report_path}: {_REPORT}")]
+        if given.export_format == "nemo":
+            done += "; simulated with wide weights, only hf and trtllm files are small"
+        if not given.no_calibration_state:
+            beside.append(("", f"{given.calibration_state}: the calibrated state, until the export has succeeded"))
+    return rows + [
+        ("quantize", done),
+        *data,
+        layout(given.devices, given.num_nodes, given.cpu, tp=tp, pp=pp),
+        memory(
+            model_sizes.forward_memory(shape, given.batch_size, given.seq_len, tp, pp, width, True) if shape else None
+        ),
+        ("writes", f"{given.export_path}: {files}, {run_file.NAME}"),
+        *beside,
+    ]
+
+
+def _bits(given: argparse.Namespace) -> str:
+    if given.algorithm == "no_quant":
+        return "16"
+    bits = given.auto_quantize_bits or model_sizes.WEIGHT_BITS.get(given.algorithm)
+    return f"{bits:g}" if bits else "its preset's"
+
+
+def pruning(given: argparse.Namespace, targets: Iterable[str]) -> Rows:
+    """Return the plan of prune.py; ``targets`` are the names of its target flags."""
+    rows, shape = model("model", given.restore_path)
+    wanted = {name: getattr(given, name) for name in targets}
+    asked = ", ".join(f"{name.removeprefix('target_')} {size}" for name, size in wanted.items() if size is not None)
+    limits = {name: getattr(given, name, None) for name in ("target_params", "target_active_params")}
+    limited = [f"{name.removeprefix('target_')} at most {limit}" for name, limit in limits.items() if limit is not None]
+    if limited:
+        tried = f"the best of up to {given.max_candidates} candidates by held-out loss"
+        asked = ", ".join([*limited, *([asked] if asked else []), tried])
+    rows.append(("prune", f"drop layers {', '.join(map(str, given.drop_layers))}" if given.drop_layers else asked))
+    width = 4 if given.cpu else 2
+    written = ""
+    if shape is not None and not limited:
+        small = shape.pruned(wanted, given.drop_layers)
+        rows += [("after", size(small)), ("", f"{small.parameters / shape.parameters:.0%} of the parameters")]
+        written = f", about {megabytes(width * small.parameters)}"
+    if not given.drop_layers:
+        source = given.text or " ".join(given.data_paths or []) or "random tokens"
+        rows.append(("data", f"{given.num_train_samples} samples of {given.seq_length} tokens of {source}"))
+        if limited and given.text:
+            rows.append(("", f"candidates are compared on {given.heldout_text or 'the same: no --heldout_text'}"))
+    tokens = given.seq_length or 1
+    shared = prune_layout.of(given)
+    tp, pp = shared["tp_size"], shared["pp_size"]
+    rows.append(layout(given.devices, given.num_nodes, given.cpu, tp=tp, pp=pp))
+    if tp != given.tp_size:
+        rows.append(("", prune_layout.note(given.tp_size, shared)))
+    rows += [
+        memory(model_sizes.forward_memory(shape, given.mbs, tokens, tp, pp, width) if shape else None),
+        ("writes", f"{given.save_path}: {_NEMO}, {run_file.NAME}{written}"),
+    ]
+    if given.scores_path and not given.drop_layers:
+        rows.append(("", f"{given.scores_path}: the measured importance"))
+    return rows if given.no_report else [*rows, ("", f"{given.report_path}: {_REPORT}")]
+
+
+def distillation(given: argparse.Namespace, resumes: Sequence[tuple[str, str]] = ()) -> Rows:
+    """Return the plan of distill.py.
+
+    Args:
+        given: checked arguments.
+        resumes: rows about the training that would be resumed.
+    """
+    rows, student = model("model", given.model_path)
+    teacher = None
+    if given.teacher_path and not given.teacher_topk:
+        more, teacher = model("teacher", given.teacher_path)
+        rows += more
+        warning = pair_checks.larger_student(given.model_path, given.teacher_path)
+        rows += [("", f"warning: {warning}")] if warning else []
+    if given.teacher_topk:
+        rows.append(("teacher", f"recorded in {given.teacher_topk}; none is loaded"))
+    if not given.teacher_path and not given.teacher_topk:
+        rows.append(("teacher", "none: plain training on the next token, no distillation"))
+    source = given.text or " ".join(given.data_paths or []) or "random tokens"
+    sizes = {"tp": given.tp_size, "pp": given.pp_size, "cp": given.cp_size, "ep": given.ep_size}
+    dp = max(1, given.devices * given.num_nodes // (sizes["tp"] * sizes["pp"] * sizes["cp"]))
+    width = 4 if given.precision.startswith("32") else 2
+    tokens = given.max_steps * given.gbs * given.seq_length
+    estimate = None
+    if given.dump_teacher_topk:
+        return rows + [
+            ("record", f"the teacher on {given.max_steps} steps of {given.gbs} x {given.seq_length} tokens"),
+            ("data", source),
+            layout(given.devices, given.num_nodes, given.cpu, **sizes),
+            ("writes", f"{given.dump_teacher_topk}: about {4 + width} bytes for each recorded entry of a token"),
+        ]
+    if student is not None and (teacher is not None or not given.teacher_path or given.teacher_topk):
+        tp, pp, seq = sizes["tp"], sizes["pp"], given.seq_length // sizes["cp"]
+        estimate = model_sizes.training_memory(student, teacher, given.mbs, seq, tp, pp, dp, width, _device(given.cpu))
+    minimised = (
+        [("losses", loss_file.describe(given.distillation_config))] if given.teacher_path or given.teacher_topk else []
+    )
+    return rows + [
+        (
+            "train",
+            f"{given.max_steps} steps of {given.gbs} x {given.seq_length} tokens, {millions(tokens)} in all, "
+            f"warm-up in {min(given.warmup_steps, given.max_steps - 1)} of them"
+            + (" (all but the last: lower --warmup_steps)" if given.warmup_steps >= given.max_steps > 1 else ""),
+        ),
+        *resumes,
+        *minimised,
+        ("data", source),
+        layout(given.devices, given.num_nodes, given.cpu, **sizes),
+        memory(estimate),
+        ("writes", f"{Path(given.log_dir) / given.name}: checkpoints/ (two, with optimizer), logs, {run_file.NAME}"),
+        *([("", "interim/: a checkpoint every few minutes, until the end")] if given.save_minutes else []),
+    ]
+
+
+def compression(job: Job, output: Path, stages: Iterable[str], waiting: Mapping[str, str]) -> Rows:
+    """Return the plan of compress.py: its stages first, then as for the other scripts.
+
+    Args:
+        job: checked settings.
+        output: the run's folder.
+        stages: names of all stages, in order.
+        waiting: what would happen to each stage that is not finished.
+    """
+    rows: Rows = [(name, waiting.get(name, "finished")) for name in stages]
+    more, shape = model("model", job.teacher)
+    rows += more
+    targets = {name: getattr(job.pruning, name) for name in TARGETS}
+    own, width = job.layout, 4 if job.layout.cpu else 2
+    dp = own.devices * own.num_nodes // (own.tp * own.pp)
+    estimate = None
+    files = [_REPORT, "a checkpoint below each stage's folder", run_file.NAME]
+    if shape is not None:
+        small = shape.pruned(targets, job.pruning.drop_layers)
+        limit = job.pruning.target_params
+        if limit is None:
+            rows += [("pruned", size(small)), ("", f"{small.parameters / shape.parameters:.0%} of the parameters")]
+        else:  # sizes are known only once candidates are measured: what follows is at most
+            tried = f"the best of up to {job.pruning.max_candidates} candidates by held-out loss"
+            rows.append(("pruned", f"params at most {limit}, {tried}"))
+        if "hf" in job.quantization.formats:
+            amount = model_sizes.quantized_bytes(small, job.quantization.algorithm)
+            files.append(f"export/hf, about {megabytes(amount)}")
+        batch = job.distillation.micro_batch_size
+        estimate = model_sizes.training_memory(
+            small, shape, batch, job.seq_length, own.tp, own.pp, dp, width, _device(own.cpu)
+        )
+
+    return rows + [
+        (
+            "distill",
+            f"{job.distillation.steps} steps of {job.distillation.global_batch_size} x {job.seq_length} tokens",
+        ),
+        ("losses", loss_file.describe(job.distill_config)),
+        ("quantize", f"{job.quantization.algorithm}, as {' and '.join(job.quantization.formats)}"),
+        layout(own.devices, own.num_nodes, own.cpu, tp=own.tp, pp=own.pp),
+        memory(estimate),
+        ("writes", f"{output}: {', '.join(files)}"),
+    ]

@@ -1,0 +1,1 @@
+"""Processes of a command: start, end, signals, ranks and their rendezvous."""

@@ -1,0 +1,105 @@
+"""Start this script once per local rank, as torchrun would, and end all of them when one fails or we are ended.
+
+torchrun works as well (and is the way across nodes); this launcher only spares the CPU user the second command, and
+imports no torch: the parent stays at a few megabytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from nemo_modelopt_cli.process import processes, signals
+
+# Tells a rank that `run_ranks` started it, and so that a parent writes the report.
+STARTED_BY_US = "NEMO_MODELOPT_LOCAL_RANKS"
+# Below the range from which systems give out ports of outgoing connections.
+_PORTS = range(20000, 32000)
+_GRACE_S = 10.0
+
+
+def is_rank() -> bool:
+    """Return whether this process already is one rank of a job (torchrun, Slurm with torchrun, or `run_ranks`)."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def run_ranks(count: int, argv: Sequence[str] | None = None) -> int:
+    """Run ``argv`` (this command by default) in ``count`` processes; return the first exit code that is not zero."""
+    command = [sys.executable, *(argv if argv is not None else sys.argv)]
+    port = free_port()
+    children: list[subprocess.Popen] = []
+    with signals.seen() as arrived:
+        try:
+            for rank in range(count):
+                environment = _environment(rank, count, port)
+                end = functools.partial(processes.end_with, os.getpid())
+                children.append(subprocess.Popen(command, env=environment, preexec_fn=end))
+            return _wait(children)
+        except (KeyboardInterrupt, signals.Stopped):
+            return signals.CODES[arrived[0]]
+        finally:
+            _end(children)
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """Return a port of an address of this machine ("" for all) that nobody listens on now."""
+    for port in random.sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe:
+            try:
+                probe.bind((host, port))
+            except OSError:
+                continue
+            return port
+    raise OSError("no free port for local ranks")
+
+
+def _environment(rank: int, count: int, port: int) -> dict[str, str]:
+    return {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        STARTED_BY_US: str(count),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))),
+        "TORCHELASTIC_RUN_ID": "local",  # Lightning then knows that the processes exist and starts none itself
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_MAX_RESTARTS": "0",
+    }
+
+
+def _wait(children: list[subprocess.Popen]) -> int:
+    """Wait for all children, or for the first that fails."""
+    while True:
+        codes = [child.poll() for child in children]
+        failed = [code for code in codes if code]
+        if failed:
+            return failed[0] if failed[0] > 0 else 128 - failed[0]
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(0.1)
+
+
+def _end(children: list[subprocess.Popen]) -> None:
+    """End the children that still run; more signals do not cut this short, and after the grace time it kills."""
+    for number in signals.CODES:
+        signal.signal(number, signal.SIG_IGN)
+    alive = [child for child in children if child.poll() is None]
+    for child in alive:
+        child.terminate()
+    deadline = time.monotonic() + _GRACE_S
+    for child in alive:
+        try:
+            child.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()

@@ -1,0 +1,333 @@
+"""Quantize a NeMo 2 checkpoint after training (PTQ) and export it. Flags as in NeMo's scripts/llm/ptq.py, and --cpu.
+
+Start it with torchrun for more than one GPU; with --cpu it starts its ranks itself. The settings are saved as run.yaml
+with the output; --config takes such a file, flags win over it. Until the export has succeeded the calibrated state lies
+beside the output: the same command, run again after a failure, does not calibrate again. Exit codes: 0 done, 1 failed,
+2 wrong arguments or settings, 130 interrupted, 143 ended by SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import os
+from pathlib import Path
+
+from nemo_modelopt_cli.parser import (
+    Parser,
+    default_devices,
+    default_nodes,
+    derive,
+    layout_problems,
+    nearest,
+    no_checkpoints,
+    not_positive,
+    template_problems,
+    tokenizer_problems,
+)
+from nemo_modelopt_dropin import files
+from nemo_modelopt_dropin.preflight import data_files, output_checks, quant_file
+from nemo_modelopt_dropin.preflight.model_checks import block_problems, block_size, derive_stages, split_problems
+from nemo_modelopt_dropin.preflight.model_sizes import STAGES, known
+
+ALGORITHMS = ("no_quant", "auto", "int8", "int8_sq", "fp8", "block_fp8", "int4_awq", "w4a8_awq", "int4", "nvfp4")
+PATHS = (
+    "nemo_checkpoint",
+    "tokenizer",
+    "calibration_dataset",
+    "auto_quantize_checkpoint",
+    "export_path",
+    "calibration_state",
+    "report_path",
+    "algorithm",
+)
+CUDA_ONLY = ("nvfp4",)
+FORMATS = {
+    "trtllm": "a TensorRT-LLM checkpoint",
+    "nemo": "a NeMo checkpoint that simulates it with wide weights; only hf and trtllm files are small",
+    "hf": "Hugging Face files with weights in that format",
+}
+HUB = ("cnn_dailymail", "wikitext")
+_FOLDERS = {"trtllm": "./qnemo_{algorithm}_tp{inference_tp}_pp{inference_pp}", "hf": "./hf_{algorithm}"}
+
+
+def parser() -> Parser:
+    """Return the command line."""
+    found = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    model = found.add_argument_group("model")
+    model.add_argument("-nc", "--nemo_checkpoint", required=True, help="NeMo 2 checkpoint")
+    model.add_argument("--tokenizer", help="tokenizer to use in place of the checkpoint's")
+    model.add_argument("--decoder_type", help="architecture as modelopt calls it, where it cannot be inferred")
+    model.add_argument("--legacy_ckpt", action="store_true", help="checkpoint of Transformer Engine before 1.14")
+    model.add_argument("--trust_remote_code", action="store_true", help="for Hugging Face models")
+    layout = found.add_argument_group("layout")
+    layout.add_argument("-ctp", "--calibration_tp", "--calib_tp", "--tp", type=int, default=1)
+    layout.add_argument("-cpp", "--calibration_pp", "--calib_pp", "--pp", type=int, default=1)
+    layout.add_argument("--num_layers_in_first_pipeline_stage", type=int, help="where stages are unequal")
+    layout.add_argument("--num_layers_in_last_pipeline_stage", type=int, help="where stages are unequal")
+    layout.add_argument("--devices", type=int, help="ranks of each node (default: torchrun's, or what the model needs)")
+    layout.add_argument(
+        "-nodes", "--num_nodes", type=int, help="nodes (default: torchrun's, else calibration_pp, 1 with --cpu)"
+    )
+    layout.add_argument("--cpu", action="store_true", help="run on CPU ranks over gloo")
+    found.add_run_options()
+    quantization = found.add_argument_group("quantization")
+    quantization.add_argument(
+        "-algo",
+        "--algorithm",
+        default="fp8",
+        type=algorithm,
+        metavar="NAME",
+        help=f"one of {', '.join(ALGORITHMS)}, a preset of modelopt (..._CFG) or a JSON file with a quant_cfg",
+    )
+    quantization.add_argument("-awq_bs", "--awq_block_size", type=int, default=128)
+    quantization.add_argument("--sq_alpha", type=float, default=0.5, help="SmoothQuant's alpha")
+    quantization.add_argument("--enable_kv_cache", action="store_true", default=None, help="quantize the KV cache")
+    quantization.add_argument("--disable_kv_cache", dest="enable_kv_cache", action="store_false")
+    quantization.add_argument(
+        "--kv_cache_qformat", default="fp8", choices=("fp8", "nvfp4"), help="format of the KV cache (default: fp8)"
+    )
+    quantization.add_argument(
+        "-dt", "--dtype", default="bf16", choices=("16", "bf16"), help="of what stays unquantized"
+    )
+    mixed = found.add_argument_group("mixed precision (--algorithm auto)")
+    mixed.add_argument("--auto_quantize_bits", type=float, help="bits of a weight on average")
+    mixed.add_argument("--auto_quantize_formats", default="int4_awq,fp8", help="algorithms to choose among")
+    mixed.add_argument("--auto_quantize_checkpoint", help="file or folder from which an interrupted search goes on")
+    calibration = found.add_argument_group("calibration")
+    calibration.add_argument("-bs", "--batch_size", type=int, default=64)
+    calibration.add_argument("-sl", "--seq_len", type=int, default=128)
+    calibration.add_argument("-calib_size", "--calibration_dataset_size", type=int, default=512)
+    calibration.add_argument(
+        "-calib_ds",
+        "--calibration_dataset",
+        default="cnn_dailymail",
+        help="wikitext, cnn_dailymail, or a JSON, JSON-lines, Parquet or text file, a folder or glob of such",
+    )
+    calibration.add_argument("--calibration_column", help="column of the texts, where it is not text")
+    calibration.add_argument(
+        "--sensitivity_scan", action="store_true", help="measure what each group of layers costs, one at a time"
+    )
+    calibration.add_argument("--calibration_shuffle_seed", type=int, help="shuffle the calibration data")
+    export = found.add_argument_group("export")
+    export.add_argument("-out", "--export_path", "--output_path", help="folder to write (default: named by algorithm)")
+    export.add_argument(
+        "--export_format",
+        default="trtllm",
+        choices=tuple(FORMATS),
+        help="; ".join(f"{name}: {what}" for name, what in FORMATS.items()),
+    )
+    export.add_argument("-itp", "--inference_tp", "--tensor_parallelism_size", type=int, default=1, help="for trtllm")
+    export.add_argument("-ipp", "--inference_pp", "--pipeline_parallelism_size", type=int, default=1, help="for trtllm")
+    export.add_argument("--report_path", help="folder of report.html and .json (default: export_path + .report)")
+    export.add_argument("--no_report", action="store_true", help="write neither")
+    export.add_argument("--generate_sample", action="store_true", help="let the quantized model write a sample")
+    export.add_argument(
+        "--verify",
+        default="full",
+        choices=("full", "files", "none"),
+        help="what is checked of hf files before they appear: their logits too, the files alone, nothing",
+    )
+    state = found.add_argument_group("calibrated state")
+    state.add_argument("--calibration_state", help="folder to keep it in (default: export_path + .calibration-state)")
+    state.add_argument(
+        "--no_calibration_state", action="store_true", help="neither keep nor use one: calibrate every time"
+    )
+    return found
+
+
+def algorithm(name: str) -> str:
+    """Return a name that may be an algorithm; which presets modelopt has is known once it is imported."""
+    if name in ALGORITHMS or name.endswith("_CFG") or os.path.isfile(name):
+        return name
+    raise argparse.ArgumentTypeError(
+        f"unknown algorithm {name!r} (one of {', '.join(ALGORITHMS)}, or a file){nearest(name, ALGORITHMS)}"
+    )
+
+
+def resolve(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the checked arguments with the defaults that depend on others."""
+    line = parser()
+    arguments = line.read(argv)
+    derive(arguments, "num_nodes", default_nodes(1 if arguments.cpu else arguments.calibration_pp))
+    needed = default_devices(arguments.num_nodes, arguments.calibration_tp, arguments.calibration_pp)
+    derive(arguments, "devices", needed)
+    if arguments.export_path is None:
+        name = _FOLDERS.get(arguments.export_format, "./nemo_{algorithm}")
+        arguments.export_path = name.format(**vars(arguments))
+    derive_stages(arguments, arguments.nemo_checkpoint, arguments.calibration_pp)
+    for option, ending in (("calibration_state", "calibration-state"), ("report_path", "report")):
+        derive(arguments, option, f"{arguments.export_path.rstrip('/')}.{ending}")
+    problems = no_checkpoints({"--nemo_checkpoint": arguments.nemo_checkpoint})
+    problems += output_problems(arguments)
+    if arguments.algorithm != "no_quant":
+        limit = max(1, arguments.calibration_dataset_size)
+        problems += data_problems(arguments.calibration_dataset, arguments.calibration_column, limit)
+        if arguments.calibration_dataset not in HUB:
+            texts = {"--calibration_dataset": arguments.calibration_dataset}
+            tokenizer = arguments.tokenizer or arguments.nemo_checkpoint
+            problems += template_problems(texts, tokenizer, arguments.calibration_column)
+    problems += tokenizer_problems(arguments)
+    problems += layout_problems(
+        arguments.devices, arguments.num_nodes, arguments.calibration_tp, arguments.calibration_pp
+    )
+    sizes = ("batch_size", "calibration_dataset_size", "awq_block_size", "inference_tp", "inference_pp")
+    problems += not_positive(arguments, sizes)
+    problems += number_problems(arguments)
+    if arguments.algorithm not in ALGORITHMS and os.path.isfile(arguments.algorithm):
+        problems += [f"--algorithm {one}" for one in quant_file.problems(arguments.algorithm)]
+    if (arguments.algorithm == "auto") is (arguments.auto_quantize_bits is None):
+        problems.append("--algorithm auto and --auto_quantize_bits go together: give both or neither")
+    if arguments.cpu and arguments.algorithm in CUDA_ONLY:
+        problems.append(
+            f"--algorithm {arguments.algorithm} needs CUDA kernels: leave --cpu out on a machine with a GPU"
+        )
+    for name in arguments.auto_quantize_formats.split(","):
+        if name not in ALGORITHMS[2:] and not name.endswith("_CFG") and not os.path.isfile(name):
+            known_names = f"one of {', '.join(ALGORITHMS[2:])}, or a preset of modelopt (..._CFG)"
+            problems.append(f"--auto_quantize_formats: {name!r} is not {known_names}{nearest(name, ALGORITHMS[2:])}")
+    problems += split_problems(arguments.nemo_checkpoint, arguments.calibration_tp, arguments.calibration_pp)
+    block = block_size(arguments.algorithm, arguments.awq_block_size)
+    shape = known(arguments.nemo_checkpoint)
+    flag = None if arguments.algorithm == "int4" else "--awq_block_size"
+    problems += block_problems(shape, arguments.calibration_tp, block, arguments.export_format == "hf", flag)
+    line.refuse(problems)
+    return arguments
+
+
+def number_problems(arguments: argparse.Namespace) -> list[str]:
+    """Return a sentence for each number outside of its range."""
+    ranges = {
+        "sq_alpha": (0, 1),
+        "auto_quantize_bits": (1, 16),
+        "calibration_shuffle_seed": (0, float("inf")),
+        "seq_len": (2, float("inf")),
+    }
+    found = []
+    for name, (least, most) in ranges.items():
+        value = getattr(arguments, name)
+        if value is not None and not least <= value <= most:
+            allowed = f"at least {least}" if most == float("inf") else f"from {least} to {most}"
+            found.append(f"--{name} must be {allowed}, got {value:g}")
+    return found
+
+
+def output_problems(arguments: argparse.Namespace) -> list[str]:
+    """Return what would be lost or overwritten by what this command writes."""
+    state = None if arguments.no_calibration_state else arguments.calibration_state
+    report = None if arguments.no_report else arguments.report_path
+    outputs = {"--export_path": arguments.export_path, "--calibration_state": state, "--report_path": report}
+    inputs = {
+        "--nemo_checkpoint": arguments.nemo_checkpoint,
+        "--tokenizer": arguments.tokenizer,
+        "--algorithm": None if arguments.algorithm in ALGORITHMS else arguments.algorithm,
+        **output_checks.input_paths("--calibration_dataset", arguments.calibration_dataset),
+        **output_checks.config_paths(arguments.config, arguments.export_path),
+    }
+    found = output_checks.problems("--export_path", arguments.export_path, inputs, arguments.export_format)
+    for flag in ("--calibration_state", "--report_path"):
+        found += output_checks.place_problems(flag, outputs[flag], inputs)
+    others = {"--export_path": arguments.export_path, "--report_path": report}
+    found += output_checks.state_problems("--calibration_state", state, files.CALIBRATION_STATE, others)
+    search = arguments.auto_quantize_checkpoint
+    found += output_checks.nesting_problems(
+        "--auto_quantize_checkpoint", search, {**others, "--calibration_state": state}
+    )
+    return found + output_checks.report_problems("--report_path", report, {"--export_path": arguments.export_path})
+
+
+def data_problems(name: str, column: str | None = None, limit: int = 1) -> list[str]:
+    """Return what is wrong with a data set that must be on the hub, or here and readable.
+
+    Args:
+        name: the data set.
+        column: of the texts, None for the usual one.
+        limit: how many rows of files to look at.
+    """
+    if name in HUB:
+        return []
+    if os.path.exists(name) or glob.glob(name, recursive=True):
+        problem = data_files.problem(name, column, limit=limit)
+        hint = " (--calibration_column)" if problem and "no column" in problem else ""
+        return [f"--calibration_dataset: {problem}{hint}"] if problem else []
+    known = f"neither one of {', '.join(HUB)} nor a file, folder or pattern that is there"
+    return [f"--calibration_dataset {name}: {known}{nearest(name, HUB)}"]
+
+
+def work(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    """Quantize and export; return what came of it."""
+    from nemo.collections import llm
+    from nemo.collections.llm.modelopt import ExportConfig, QuantizationConfig
+
+    quantization = QuantizationConfig(
+        algorithm=None if arguments.algorithm == "no_quant" else arguments.algorithm,
+        awq_block_size=arguments.awq_block_size,
+        sq_alpha=arguments.sq_alpha,
+        enable_kv_cache=arguments.enable_kv_cache,
+        kv_cache_qformat=arguments.kv_cache_qformat,
+        calibration_dataset=arguments.calibration_dataset,
+        calibration_dataset_size=arguments.calibration_dataset_size,
+        calibration_batch_size=arguments.batch_size,
+        calibration_seq_len=arguments.seq_len,
+        calibration_column=arguments.calibration_column,
+        calibration_shuffle_seed=arguments.calibration_shuffle_seed,
+        auto_quantize_bits=arguments.auto_quantize_bits,
+        auto_quantize_formats=arguments.auto_quantize_formats.split(","),
+        auto_quantize_checkpoint=arguments.auto_quantize_checkpoint,
+        sensitivity_scan=arguments.sensitivity_scan,
+        calibration_state=None if arguments.no_calibration_state else arguments.calibration_state,
+    )
+    export = ExportConfig(
+        path=arguments.export_path,
+        export_format=arguments.export_format,
+        decoder_type=arguments.decoder_type,
+        dtype=arguments.dtype,
+        inference_tp=arguments.inference_tp,
+        inference_pp=arguments.inference_pp,
+        generate_sample=arguments.generate_sample,
+        verify=arguments.verify,
+        report_path=None if arguments.no_report else arguments.report_path,
+    )
+    same_name = ("calibration_tp", "calibration_pp", "devices", "num_nodes", "legacy_ckpt", "trust_remote_code")
+    llm.ptq(
+        model_path=arguments.nemo_checkpoint,
+        export_config=export,
+        quantization_config=quantization,
+        tokenizer_path=arguments.tokenizer,
+        **{name: getattr(arguments, name) for name in same_name + STAGES},
+    )
+    return outcome(arguments)
+
+
+def outcome(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    """Return algorithm, format and size of what was written."""
+    from nemo.collections.llm.modelopt.quantization import comparison
+    from nemo_modelopt_dropin.report.page import megabytes
+
+    sizes = [comparison.bytes_on_disk(Path(path)) for path in (arguments.nemo_checkpoint, arguments.export_path)]
+    before, after = ("unknown" if size is None else megabytes(size) for size in sizes)
+    return [
+        ("algorithm", arguments.algorithm),
+        ("format", f"{arguments.export_format} ({FORMATS[arguments.export_format]})"),
+        ("on disk", f"{after}; the original {before}"),
+    ]
+
+
+def _others(arguments: argparse.Namespace) -> tuple[Path, ...]:
+    """Return what is written beside the export."""
+    state = [] if arguments.no_calibration_state else [Path(arguments.calibration_state)]
+    return (*state, *([] if arguments.no_report else [Path(arguments.report_path)]))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Quantize and export, or print the plan; return the exit code."""
+    arguments = resolve(argv)
+    if arguments.dry_run:
+        from nemo_modelopt_cli import dry_run
+
+        return dry_run.show(dry_run.quantization(arguments))
+    from nemo_modelopt_cli.run_script import Script, execute
+
+    state = None if arguments.no_calibration_state else Path(arguments.calibration_state)
+    script = Script("ptq", Path(arguments.export_path), PATHS, others=_others(arguments), state=state)
+    return execute(script, arguments, work)

@@ -1,0 +1,1 @@
+"""Progress bars, and the lines that a person sees on the screen."""

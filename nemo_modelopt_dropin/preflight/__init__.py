@@ -1,0 +1,1 @@
+"""Checks and sizes that need nothing but files: standard library, YAML and pyarrow only."""

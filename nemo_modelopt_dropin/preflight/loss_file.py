@@ -1,0 +1,121 @@
+"""Files of distillation settings before NeMo is imported: their names, and what they ask for in words."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nemo_modelopt_cli.parser import nearest
+
+# The fields of DistillationConfig.
+SETTINGS = (
+    "intermediate_layer_pairs",
+    "logit_layers",
+    "skip_lm_loss",
+    "kd_loss_scale",
+    "criterion",
+    "loss_balancer",
+    "logit_kl_temperature",
+    "logit_kl_direction",
+    "logit_kl_temperature_squared",
+    "logit_kl_topk",
+    "logit_kl_in_place",
+    "loss_weights",
+    "fused_logits",
+    "validation_metrics",
+    "allow_other_tokenizer",
+)
+# The index of a layer in a path of modules: the first number that is a whole component.
+LAYER_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_DIVERGENCES = {"forward": "KL(teacher || student)", "reverse": "KL(student || teacher)", "jsd": "Jensen-Shannon"}
+
+
+def read(path: str | None) -> dict[str, Any]:
+    """Return the settings in a file, none where there is no file.
+
+    Raises:
+        ValueError: where it cannot be read, or holds no settings by name.
+    """
+    import yaml
+
+    try:
+        settings = (yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else None) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds no settings by name")
+    return settings
+
+
+def problems(path: str | None) -> list[str]:
+    """Return what is wrong with a file's form, names and values; a file that is missing is another's to tell."""
+    if not path or not Path(path).is_file():
+        return []
+    try:
+        settings = read(path)
+    except ValueError as error:
+        return [str(error)]
+    unknown = [str(name) for name in settings if name not in SETTINGS]
+    found = [f"{path}: unknown setting {name!r}{nearest(name, SETTINGS)}" for name in unknown]
+    for name, value in settings.items():
+        legal, what = _VALUES.get(name, (None, ""))
+        if legal is not None and not legal(value):
+            found.append(f"{path}: {name} must be {what}, got {value!r}")
+    return found
+
+
+def _is_positive(value: Any) -> bool:
+    try:  # YAML 1.1 reads 1e-1 as text
+        return not isinstance(value, bool) and 0 < float(value) < math.inf
+    except (TypeError, ValueError):
+        return False
+
+
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_pair(value: Any) -> bool:
+    words = isinstance(value, list) and all(isinstance(part, str) for part in value)
+    return words and len(value) in (2, 3) and (len(value) == 2 or value[2] in _PAIR_LOSSES)
+
+
+_PAIR_LOSSES = ("cosine", "mse")
+_SWITCH = (_is_switch, "true or false")
+_POSITIVE = (_is_positive, "a positive number")
+# What can be told of a value by itself; the configuration checks the rest.
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "kd_loss_scale": _POSITIVE,
+    "logit_kl_temperature": _POSITIVE,
+    "skip_lm_loss": _SWITCH,
+    "logit_kl_temperature_squared": _SWITCH,
+    "logit_kl_in_place": _SWITCH,
+    "validation_metrics": _SWITCH,
+    "allow_other_tokenizer": _SWITCH,
+    "logit_kl_direction": (lambda value: value in [*_DIVERGENCES], f"one of {', '.join(_DIVERGENCES)}"),
+    "logit_kl_topk": (lambda value: value is None or (type(value) is int and value > 0), "a positive whole number"),
+    "fused_logits": (lambda value: value in ("auto", "on", "off", True, False), "auto, on or off"),
+    "intermediate_layer_pairs": (
+        lambda value: isinstance(value, list) and all(map(_is_pair, value)),
+        f"a list of [student layer, teacher layer] or [.., .., loss], the loss one of {', '.join(_PAIR_LOSSES)}",
+    ),
+}
+
+
+def describe(path: str | None) -> str:
+    """Return in words what is minimised."""
+    try:
+        asked = {"logit_kl_direction": "forward", "logit_kl_temperature": 1.0, "skip_lm_loss": True, **read(path)}
+    except ValueError as error:
+        return f"unknown: {error}"
+    kind = _DIVERGENCES.get(asked["logit_kl_direction"], asked["logit_kl_direction"])
+    parts = [f"{kind} of the logits at temperature {asked['logit_kl_temperature']}"]
+    if asked.get("logit_kl_topk"):
+        parts[0] += f", the teacher's top {asked['logit_kl_topk']}"
+    for pair in asked.get("intermediate_layer_pairs") or []:
+        if isinstance(pair, list) and len(pair) in (2, 3):
+            parts.append(f"{(*pair, 'cosine')[2]} of {pair[0]} to {pair[1]}")
+    return "; ".join([*parts, "no LM loss" if asked["skip_lm_loss"] else "LM loss"])

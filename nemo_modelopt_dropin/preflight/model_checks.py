@@ -1,0 +1,275 @@
+"""What of a request does not fit a model, from the model's configuration alone. Nothing heavy is imported."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nemo_modelopt_cli.parser import derive
+from nemo_modelopt_dropin.preflight import budget, loss_file, model_sizes
+from nemo_modelopt_dropin.preflight.model_sizes import STAGES, Shape
+
+# Width hparams whose size GPU kernels want as a multiple of something.
+ROUNDED = ("hidden_size", "ffn_hidden_size", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
+TENSOR_CORE_MULTIPLE = 8
+_ROUND_TO = 64
+Targets = Mapping[str, int | float | None]
+
+
+def size_step(name: str, original: int) -> int:
+    """Return the number that sizes chosen by us are multiples of."""
+    if name not in ROUNDED:
+        return 1
+    if original % _ROUND_TO == 0 and original >= 16 * _ROUND_TO:
+        return _ROUND_TO
+    return TENSOR_CORE_MULTIPLE if original % TENSOR_CORE_MULTIPLE == 0 else 1
+
+
+def legal_heads(heads: int, groups: int, target_groups: int) -> list[int]:
+    """Return the numbers of attention heads that a model of ``heads`` in ``groups`` can be pruned to."""
+    return [target_groups * n for n in range(1, heads // groups + 1)]
+
+
+def target_problems(shape: Shape | None, targets: Targets, budget_too: bool = False) -> list[str]:
+    """Return a sentence for each target, as the flags name them, that the model cannot be pruned to.
+
+    Args:
+        shape: the model, None where it is not known.
+        targets: sizes, or shares of the model's; None for what is not given.
+        budget_too: whether other sizes are chosen to reach a number of parameters.
+    """
+    asked = {name: size for name, size in targets.items() if size is not None}
+    own: dict[str, Any] = {name: getattr(shape, name.removeprefix("target_"), None) for name in asked}
+    given = {name: size for name, size in asked.items() if own[name] is not None}
+    found = [f"{name} {size} is above the model's {own[name]}" for name, size in given.items() if size > own[name]]
+    heads, groups = targets.get("target_num_attention_heads"), targets.get("target_num_query_groups")
+    if shape is not None and not found and isinstance(heads, int) and not isinstance(groups, float):
+        allowed = legal_heads(shape.num_attention_heads, shape.num_query_groups, groups or shape.num_query_groups)
+        if heads not in allowed:
+            found.append(
+                f"target_num_attention_heads {heads} is impossible with {groups or shape.num_query_groups} query groups"
+                f"; of this model's {shape.num_attention_heads} heads in {shape.num_query_groups} groups can stay: "
+                f"{', '.join(map(str, allowed))}"
+            )
+    kept = all(own[name] == size for name, size in asked.items())
+    if asked and kept and not budget_too:
+        found.append(f"{', '.join(given)}: all are the model's own sizes, there is nothing to prune")
+    return found
+
+
+def drop_problems(layers: int | None, dropped: Sequence[int] | None) -> list[str]:
+    """Return what is wrong with the numbers of layers to drop, counted from 1; ``layers`` None where unknown."""
+    if not dropped:
+        return []
+    found = []
+    wrong = [n for n in dropped if n < 1 or (layers is not None and n > layers)]
+    twice = sorted({n for n in dropped if [*dropped].count(n) > 1})
+    if wrong:
+        end = f"; the model has layers 1 to {layers}" if layers is not None else "; the first layer is 1"
+        found.append(f"drop_layers: there is no layer {', '.join(map(str, wrong))}{end}")
+    if twice:
+        found.append(f"drop_layers: {', '.join(map(str, twice))} given more than once")
+    if not found and layers is not None and len(dropped) >= layers:
+        found.append(f"drop_layers: these are all {layers} layers; keep at least one")
+    return found
+
+
+def size_multiples(shape: Shape | None, tp: int, block: int | None, to_hf: bool = True) -> dict[str, int]:
+    """Return the numbers that sizes must be multiples of so that each rank's layers hold whole blocks of weights.
+
+    Args:
+        shape: the original model, None if unknown.
+        tp: tensor-parallel ranks.
+        block: weights that share a scale along a layer's inputs; None for formats without blocks.
+        to_hf: see `block_problems`.
+    """
+    if shape is None or min(tp, block or 1) < 1:
+        return {}
+    unit = (block or 1) if to_hf or tp > 1 else 1
+    heads = math.lcm(tp, unit * tp // math.gcd(unit * tp, shape.kv_channels))
+    found = {"hidden_size": unit if to_hf else 1, "ffn_hidden_size": unit * tp, "num_attention_heads": heads}
+    if shape.experts:
+        found["moe_ffn_hidden_size"] = unit * tp
+    return {name: multiple for name, multiple in found.items() if multiple > 1}
+
+
+def _least(step: int, multiple: int, size: int) -> int:
+    """Return the smallest size that a search tries, the original one if there is none below it."""
+    return min(math.lcm(step, multiple), size)
+
+
+def smallest(shape: Shape, targets: Targets, multiples: Mapping[str, int] | None = None) -> Shape:
+    """Return the smallest shape that a search of sizes reaches; what ``targets`` give stays.
+
+    Args:
+        shape: the original model.
+        targets: sizes or shares that are given.
+        multiples: what `size_multiples` returned.
+    """
+    need = multiples or {}
+    joint = shape.num_query_groups == shape.num_attention_heads
+    # Without query groups every head is a group of its own.
+    groups = 1 if joint else shape.num_query_groups
+    heads = _least(groups, need.get("num_attention_heads", 1), shape.num_attention_heads)
+    widths = {
+        name: _least(size_step(name, getattr(shape, name)), need.get(name, 1), getattr(shape, name))
+        for name in ("hidden_size", "ffn_hidden_size")
+    }
+    least: dict[str, Any] = {
+        **widths,
+        "num_layers": 1,
+        "num_attention_heads": heads,
+        "num_query_groups": heads if joint else groups,
+        "experts": min(1, shape.experts),
+        "shared_expert_size": 0,
+    }
+    fixed = {name.removeprefix("target_") for name, size in targets.items() if size is not None}
+    wanted = shape.pruned(targets)
+    return replace(shape, **{name: getattr(wanted, name) if name in fixed else size for name, size in least.items()})
+
+
+def budget_problems(
+    shape: Shape | None, limit: Any, targets: Targets, multiples: Mapping[str, int] | None = None
+) -> list[str]:
+    """Return why a model cannot be pruned to a number of parameters.
+
+    Args:
+        shape: the model, None if unknown.
+        limit: ``target_params`` as it was given.
+        targets: sizes or shares that are given.
+        multiples: what `size_multiples` returned.
+    """
+    if shape is None or limit is None or budget.problem("", limit):
+        return []
+    number = budget.parse(limit)
+    most = int(number * shape.parameters if number < 1 else number)
+    if most >= shape.parameters:
+        return [f"target_params {limit} is {most:,} parameters, not fewer than the model's {shape.parameters:,}"]
+    least = smallest(shape, targets, multiples).parameters
+    if most < least:
+        return [
+            f"target_params {limit} is {most:,} of the model's {shape.parameters:,} parameters; below {least:,} no "
+            "sizes reach, because embedding and output layer keep the whole vocabulary"
+            + "".join(f"; {name} must be a multiple of {number}" for name, number in (multiples or {}).items())
+            + ("; give fewer target_* sizes" if any(size is not None for size in targets.values()) else "")
+        ]
+    return []
+
+
+def split_problems(path: str | Path | None, tp: int, pp: int) -> list[str]:
+    """Return what of a model cannot be split over tensor-parallel ranks and pipeline stages."""
+    if min(tp, pp) < 1:
+        return []  # told with the layout
+    shape, found = model_sizes.known(path), []
+    if shape is not None and shape.num_attention_heads % tp:
+        found.append(f"{shape.num_attention_heads} attention heads of {path} cannot be split over tp {tp}")
+    elif shape is not None and shape.num_query_groups % tp:
+        found.append(f"{shape.num_query_groups} query groups of {path} cannot be split over tp {tp}")
+    if shape is not None and shape.num_layers < pp:
+        found.append(f"{shape.num_layers} layers of {path} cannot be split over pp {pp}")
+    return found
+
+
+def derive_stages(given: argparse.Namespace, path: str | None, stages: int) -> None:
+    """Let first and last pipeline stage follow from the model's depth, unless one of them was given.
+
+    Nothing is set where `split_problems` has something to tell.
+    """
+    if not path or stages < 1 or any(getattr(given, name) for name in STAGES):
+        return
+    with contextlib.suppress(ValueError):
+        for name, layers in model_sizes.unequal_stages(path, stages).items():
+            derive(given, name, layers)
+
+
+def block_problems(
+    shape: Shape | None,
+    tp: int,
+    block: int | None,
+    to_hf: bool = True,
+    option: str | None = "--awq_block_size",
+    chosen: bool = False,
+) -> list[str]:
+    """Return the inputs of a model's layers, on each of the tp ranks, that blocks of weights do not divide.
+
+    Returns [] for no blocks (None), and for numbers below 1, which are reported elsewhere.
+
+    Args:
+        shape: The model's sizes, None if unknown.
+        tp: Tensor-parallel size.
+        block: Weights that share a scale.
+        to_hf: Whether hf files are written, which hold whole blocks only. Elsewhere a row may end with a shorter block,
+            unless ranks cut the row there: no other tensor-parallel size could restore the scales.
+        option: Flag that sets the block; None if the algorithm's is fixed.
+        chosen: Whether a search will choose the sizes: then only a model that is too small is a problem.
+    """
+    if shape is None or block is None or min(tp, block) < 1:
+        return []
+    widths = {
+        "hidden_size": (shape.hidden_size, 1),
+        "ffn_hidden_size": (shape.ffn_hidden_size, tp),
+        "attention heads x channels": (shape.num_attention_heads * shape.kv_channels, tp),
+    }
+    if not to_hf:
+        widths = {name: size for name, size in widths.items() if size[1] > 1}
+    fitting = _searched(shape, size_multiples(shape, tp, block, to_hf)) if chosen else {}
+    smaller = f", or a smaller tp than {tp}" if tp > 1 else ""
+    found = []
+    for name, (width, parts) in widths.items():
+        if width % (block * parts) and not fitting.get(name):
+            start = f"blocks of {block} ({(option or 'fixed for int4').lstrip('-')})"
+            common = math.gcd(width // parts, block)
+            advice = f"use {option} {common}" if option else f"use int4_awq with a block size of {common}"
+            found.append(
+                f"{start} do not divide the {width // parts} inputs on each rank of layers after {name}; {advice}"
+                f"{smaller}"
+            )
+    return found
+
+
+def _searched(shape: Shape, multiples: Mapping[str, int]) -> dict[str, bool]:
+    """Return whether a search finds any size that is a multiple of what is needed, by the names of `block_problems`."""
+    groups = 1 if shape.num_query_groups == shape.num_attention_heads else shape.num_query_groups
+    steps = {
+        "hidden_size": ("hidden_size", size_step("hidden_size", shape.hidden_size)),
+        "ffn_hidden_size": ("ffn_hidden_size", size_step("ffn_hidden_size", shape.ffn_hidden_size)),
+        "attention heads x channels": ("num_attention_heads", groups),
+    }
+    return {
+        name: math.lcm(step, multiples.get(hparam, 1)) <= getattr(shape, hparam)
+        for name, (hparam, step) in steps.items()
+    }
+
+
+def block_size(algorithm: str, awq_block_size: int) -> int | None:
+    """Return how many weights share a scale, None if the algorithm has no blocks."""
+    if algorithm not in ("int4", "int4_awq", "w4a8_awq"):
+        return None
+    return 128 if algorithm == "int4" else awq_block_size  # plain INT4 has its preset's
+
+
+def pair_problems(loss_path: str | None, layers: Mapping[str, int | None]) -> list[str]:
+    """Return the layers of a file of losses that student or teacher does not have.
+
+    Args:
+        loss_path: the file.
+        layers: how many layers "student" and "teacher" have, None where that is unknown.
+    """
+    try:
+        pairs = loss_file.read(loss_path).get("intermediate_layer_pairs") or []
+    except ValueError:
+        return []  # told by `loss_file.problems`
+    found = []
+    for pair in pairs if isinstance(pairs, list) else []:
+        for name, (whose, number) in zip(pair if isinstance(pair, list) else [], layers.items(), strict=False):
+            index = loss_file.LAYER_INDEX.search(str(name))
+            if index and number is not None and int(index.group()) >= number:
+                found.append(
+                    f"{loss_path}: there is no layer {name!r}: the {whose} has {number} layers, counted from 0"
+                )
+    return found

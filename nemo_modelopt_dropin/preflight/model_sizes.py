@@ -1,0 +1,363 @@
+"""Sizes of a model from its checkpoint's configuration alone: parameters, bytes, memory. Nothing heavy is imported.
+
+Formulas of parameters and activations are those of Megatron-Core's GPT; attention keeps no scores.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nemo_modelopt_dropin.preflight import loss_memory
+
+# Bits of a weight on disk, with its block's scale where the format has blocks.
+WEIGHT_BITS = {
+    "fp8": 8.0,
+    "block_fp8": 8.0,
+    "int8": 8.0,
+    "int8_sq": 8.0,
+    "int4": 4.125,
+    "int4_awq": 4.125,
+    "w4a8_awq": 4.125,
+    "nvfp4": 4.5,
+}
+
+
+# Settings of how many layers the outer pipeline stages hold.
+STAGES = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+
+
+class UnknownModel(ValueError):
+    """A model whose sizes cannot be told from its configuration; the message says why."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a GPT that its number of parameters depends on."""
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    tied: bool = False
+    gated: bool = False
+    bias: bool = False
+    qkv_bias: bool = False
+    layer_norm: bool = False
+    qk_norm: bool = False
+    learned_positions: int = 0
+    experts: int = 0
+    shared_expert_size: int = 0
+
+    def pruned(
+        self, targets: Mapping[str, int | float | None], drop_layers: list[int] | tuple[int, ...] | None = None
+    ) -> Shape:
+        """Return the shape after pruning; ``targets`` as the flags name them, None for what stays."""
+        sizes = {name.removeprefix("target_"): size for name, size in targets.items() if size is not None}
+        # A size below one is a share of the original's; pruning rounds it to a legal size near by.
+        known: dict[str, Any] = {
+            name: size if size >= 1 else max(1, round(size * getattr(self, name)))
+            for name, size in sizes.items()
+            if hasattr(self, name)
+        }
+        if drop_layers:
+            known["num_layers"] = self.num_layers - len(set(drop_layers))
+        return replace(self, **known)
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Parameters of embedding and output layer."""
+        return self.hidden_size * (self.vocab_size * (1 if self.tied else 2) + self.learned_positions)
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of the layers' matrices, which quantization stores in fewer bits."""
+        h, width, groups = self.hidden_size, *self._attention_widths()
+        attention = h * (width + 2 * groups) + width * h
+        mlp = (3 if self.gated else 2) * h * self.ffn_hidden_size * max(1, self.experts)
+        shared = (3 if self.gated else 2) * h * self.shared_expert_size
+        return self.num_layers * (attention + mlp + shared)
+
+    @property
+    def body_parameters(self) -> int:
+        """Parameters outside of embedding and output layer."""
+        h, width, groups = self.hidden_size, *self._attention_widths()
+        norm = (2 if self.layer_norm else 1) * h
+        rest = (
+            h * self.experts + 2 * norm + (2 * self.kv_channels * (2 if self.layer_norm else 1) if self.qk_norm else 0)
+        )
+        if self.bias or self.qkv_bias:
+            rest += width + 2 * groups
+        if self.bias:
+            rest += 2 * h + (2 if self.gated else 1) * self.ffn_hidden_size
+        return self.linear_parameters + self.num_layers * rest + norm
+
+    @property
+    def parameters(self) -> int:
+        """All parameters."""
+        return self.embedding_parameters + self.body_parameters
+
+    def _attention_widths(self) -> tuple[int, int]:
+        return self.num_attention_heads * self.kv_channels, self.num_query_groups * self.kv_channels
+
+    def describe(self) -> str:
+        """Return the shape in one line."""
+        experts = f", {self.experts} experts" if self.experts else ""
+        return (
+            f"{self.num_layers} layers, hidden {self.hidden_size}, ffn {self.ffn_hidden_size}{experts}, "
+            f"{self.num_attention_heads} heads in {self.num_query_groups} groups, vocabulary {self.vocab_size}"
+        )
+
+
+def read(checkpoint: str | Path) -> Shape:
+    """Return the shape of a NeMo 2 checkpoint or a Hugging Face folder.
+
+    Raises:
+        UnknownModel: where the folder has no configuration, or one of a model that the formulas do not cover.
+    """
+    folder = Path(checkpoint)
+    content = _context(folder)
+    try:
+        if content is not None:
+            return _from_nemo(str(content.get("_target_", "")).rpartition(".")[2], content.get("config") or {}, folder)
+        if (folder / "config.json").is_file():
+            return _from_hugging_face(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except UnknownModel:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise UnknownModel(f"its configuration cannot be read ({type(error).__name__}: {error})") from None
+    raise UnknownModel(f"{checkpoint} holds neither context/model.yaml nor config.json")
+
+
+def _context(folder: Path) -> Any:
+    """Return the description of the model in a NeMo 2 checkpoint, None if there is none or it is broken."""
+    file = folder / "context" / "model.yaml"
+    if not file.is_file():
+        return None
+    import yaml
+
+    try:
+        found = yaml.load(file.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None  # `checkpoint_files` reports it
+    return found if isinstance(found, dict) else None
+
+
+def layers(checkpoint: str | Path | None) -> int | None:
+    """Return the number of layers of a NeMo 2 checkpoint of any kind, None where its configuration has none."""
+    config = (_context(Path(checkpoint)) or {}).get("config") if checkpoint else None
+    number = config.get("num_layers") if isinstance(config, dict) else None
+    return number if isinstance(number, int) else None
+
+
+def stage_layers(layers: int, stages: int) -> tuple[int, int] | tuple[None, None]:
+    """Return how many layers the first and the last pipeline stage hold, None for both where all hold as many.
+
+    What does not divide goes to the outer stages: Megatron lets only those differ.
+
+    Raises:
+        ValueError: for more stages than layers.
+    """
+    if layers < stages:
+        raise ValueError(f"{layers} layers cannot be split over {stages} pipeline stages")
+    if layers % stages == 0:
+        return None, None
+    outer = layers - (layers // stages) * (stages - 2)
+    return outer // 2, outer - outer // 2
+
+
+def unequal_stages(checkpoint: str | Path, stages: int) -> dict[str, int]:
+    """Return how many layers a checkpoint's first and last pipeline stages hold, by name; nothing where all hold alike.
+
+    So deep a model as pruning leaves need not divide by the number of stages.
+
+    Args:
+        checkpoint: the model; only its configuration is read.
+        stages: number of pipeline stages.
+
+    Raises:
+        ValueError: for more stages than layers.
+    """
+    depth = layers(checkpoint)
+    first, last = (None, None) if depth is None else stage_layers(depth, stages)
+    if first is None or last is None:
+        return {}
+    return dict(zip(STAGES, (first, last), strict=True))
+
+
+def _from_nemo(name: str, config: Mapping[str, Any], folder: Path) -> Shape:
+    _only_known(config, ("hybrid_override_pattern", "multi_latent_attention", "heterogeneous_block_specs"))
+    heads = config["num_attention_heads"]
+    experts = config.get("num_moe_experts") or 0
+    if experts and config.get("moe_layer_freq", 1) != 1:
+        raise UnknownModel("layers with and without experts are mixed")
+    learned = config.get("position_embedding_type") == "learned_absolute"
+    return Shape(
+        name=name,
+        num_layers=config["num_layers"],
+        hidden_size=config["hidden_size"],
+        ffn_hidden_size=(config.get("moe_ffn_hidden_size") if experts else None) or config["ffn_hidden_size"],
+        num_attention_heads=heads,
+        num_query_groups=config.get("num_query_groups") or heads,
+        kv_channels=config.get("kv_channels") or config["hidden_size"] // heads,
+        vocab_size=_vocabulary(config, folder),
+        tied=bool(config.get("share_embeddings_and_output_weights")),
+        gated=bool(config.get("gated_linear_unit")),
+        bias=bool(config.get("add_bias_linear")),
+        qkv_bias=bool(config.get("add_qkv_bias")),
+        layer_norm=config.get("normalization", "LayerNorm") == "LayerNorm",
+        qk_norm=bool(config.get("qk_layernorm")),
+        learned_positions=(config.get("seq_length") or 0) if learned else 0,
+        experts=experts,
+        shared_expert_size=config.get("moe_shared_expert_intermediate_size") or 0,
+    )
+
+
+def _only_known(config: Mapping[str, Any], unknown: tuple[str, ...]) -> None:
+    for name in unknown:
+        if config.get(name):
+            raise UnknownModel(f"models with {name} are not covered")
+    missing = [name for name in ("num_layers", "hidden_size", "num_attention_heads") if not config.get(name)]
+    if missing:
+        raise UnknownModel(f"its configuration has no {', '.join(missing)}")
+
+
+def _vocabulary(config: Mapping[str, Any], folder: Path) -> int:
+    """Return the vocabulary as the model pads it; a configuration without one takes its tokenizer's."""
+    size = config.get("vocab_size")
+    if size:
+        return size
+    for file in sorted((folder / "context").rglob("tokenizer.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        entries = {*content.get("model", {}).get("vocab", {})} | {one["content"] for one in content["added_tokens"]}
+        unit = config.get("make_vocab_size_divisible_by") or 1
+        return -(-len(entries) // unit) * unit
+    raise UnknownModel("its configuration has no vocab_size and no tokenizer.json is beside it")
+
+
+def _from_hugging_face(config: Mapping[str, Any]) -> Shape:
+    name = (config.get("architectures") or ["a Hugging Face model"])[0]
+    try:
+        heads = config["num_attention_heads"]
+        return Shape(
+            name=name,
+            num_layers=config["num_hidden_layers"],
+            hidden_size=config["hidden_size"],
+            ffn_hidden_size=config["intermediate_size"],
+            num_attention_heads=heads,
+            num_query_groups=config.get("num_key_value_heads") or heads,
+            kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
+            vocab_size=config["vocab_size"],
+            tied=bool(config.get("tie_word_embeddings")),
+            gated="rms_norm_eps" in config,  # families with RMSNorm gate their MLPs
+            bias="rms_norm_eps" not in config,
+            layer_norm="rms_norm_eps" not in config,
+        )
+    except KeyError as missing:
+        raise UnknownModel(f"the configuration of {name} has no {missing}") from None
+
+
+def known(path: str | Path | None) -> Shape | None:
+    """Return a checkpoint's shape, None where there is none or its sizes cannot be told."""
+    try:
+        return read(path) if path else None
+    except UnknownModel:
+        return None
+
+
+def quantized_bytes(shape: Shape, algorithm: str, bits: float | None = None) -> float:
+    """Return the bytes of a checkpoint in a quantized format: matrices in its bits, the rest in 16."""
+    wide = 16 if algorithm == "no_quant" else None
+    width = bits or wide or WEIGHT_BITS.get(algorithm, 8.0)
+    return shape.linear_parameters * width / 8 + 2 * (shape.parameters - shape.linear_parameters)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank, by what they are for."""
+
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """Their sum."""
+        return sum(self.parts.values())
+
+
+def forward_memory(shape: Shape, batch: int, seq: int, tp: int, pp: int, width: int, compared: bool = False) -> Memory:
+    """Estimate what forward passes without gradients need on one rank.
+
+    Args:
+        shape: the model.
+        batch: sequences of a microbatch.
+        seq: tokens of a sequence.
+        tp: tensor-parallel ranks.
+        pp: pipeline stages.
+        width: bytes of a weight or activation.
+        compared: whether the original model's logits are there too, as where quantization is judged.
+    """
+    attention = shape.num_attention_heads * shape.kv_channels + 2 * shape.num_query_groups * shape.kv_channels
+    units = 4 * shape.hidden_size + (attention + 3 * shape.ffn_hidden_size) / tp
+    return Memory(
+        {
+            "weights": width * shape.parameters / (tp * pp),
+            "activations": batch * seq * units * width,
+            "logits": 4.0 * batch * seq * shape.vocab_size / tp * (2 if compared else 1),
+        }
+    )
+
+
+def training_memory(
+    student: Shape,
+    teacher: Shape | None,
+    batch: int,
+    seq: int,
+    tp: int,
+    pp: int,
+    dp: int,
+    width: int,
+    device: str = "cuda",
+) -> Memory:
+    """Estimate what a training step needs on one rank: Adam in fp32, shared by the data-parallel ranks.
+
+    Args:
+        student: the model that is trained.
+        teacher: the frozen one, where there is one.
+        batch: sequences of a microbatch.
+        seq: tokens of a sequence.
+        tp: tensor-parallel ranks.
+        pp: pipeline stages.
+        dp: data-parallel ranks.
+        width: bytes of a weight or activation, 2 or 4; fp32 weights need no second copy.
+        device: its type, which decides how much of the logits is worked on at a time.
+    """
+    own = student.parameters / (tp * pp)
+    # On CPU ranks each has the whole optimizer.
+    optimizer = (8 if width == 4 else 12) / (1 if device == "cpu" else dp)
+    queries, keys = student.num_attention_heads * student.kv_channels, student.num_query_groups * student.kv_channels
+    inner = (4 if student.gated else 2) * student.ffn_hidden_size
+    # What Megatron's own layers keep of a token (`benchmarks/kd_memory.py` checks it); Transformer Engine's keep less.
+    per_token = (6 * student.hidden_size + 6 * queries + 4 * keys + inner) * width / tp
+    logits = 4.0 * batch * seq * student.vocab_size / tp * 2
+    if teacher is not None:
+        sizes = student.hidden_size, teacher.hidden_size, width, tp, device
+        both = loss_memory.Sizes(batch * seq, student.vocab_size // tp, *sizes)
+        logits = min(both.chunked(), both.fused())
+    # Pipelining keeps up to pp microbatches of layers / pp each: one whole model's activations.
+    parts = {
+        "weights": width * own,
+        "gradients": 4 * own,
+        "optimizer": optimizer * own,
+        "activations": batch * seq * per_token * student.num_layers,
+        "logits": logits,
+    }
+    if teacher is not None:
+        parts["teacher"] = width * teacher.parameters / (tp * pp)
+    return Memory(parts)

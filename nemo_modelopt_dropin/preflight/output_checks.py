@@ -1,0 +1,158 @@
+"""Whether a folder can be written, and whether something would be lost there. Standard library only."""
+
+from __future__ import annotations
+
+import glob
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from nemo_modelopt_cli import run_file
+from nemo_modelopt_dropin import files
+
+# What a report consists of.
+REPORT_FILES = ("report.json", "report.html", "figures")
+
+# Names by which a checkpoint's format is known.
+_MARKS = {
+    "nemo": ("context", "weights"),
+    "hf": ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors", "pytorch_model*.bin"),
+    "trtllm": ("rank*.safetensors",),
+}
+
+
+def formats_in(folder: Path) -> list[str]:
+    """Return the formats of the checkpoints in a folder."""
+    return [name for name, marks in _MARKS.items() if any(any(folder.glob(mark)) for mark in marks)]
+
+
+def problems(flag: str, output: str | None, inputs: Mapping[str, str | None], wanted: str) -> list[str]:
+    """Return why a checkpoint of the format ``wanted`` cannot be written to a folder; see the two that follow."""
+    return place_problems(flag, output, inputs) or content_problems(flag, output, wanted)
+
+
+def place_problems(flag: str, output: str | None, inputs: Mapping[str, str | None]) -> list[str]:
+    """Return why a folder cannot be written, or what of the inputs would be overwritten.
+
+    Args:
+        flag: that names the folder.
+        output: the folder, which need not exist.
+        inputs: flag -> path of what is read.
+    """
+    if not output:
+        return []
+    folder = Path(output)
+    for name, path in inputs.items():
+        if not path or not _exists(path):
+            continue
+        own, other = folder.resolve(), Path(path).resolve()
+        if own == other:
+            return [f"{flag} {output} is {name} itself, which would be overwritten; give another folder"]
+        if other in own.parents:
+            return [f"{flag} {output} lies inside of {name} {path}; give a folder outside of it"]
+        if own in other.parents:
+            return [f"{name} {path} lies inside {flag} {output}, which this command writes; use another folder"]
+    above = folder.absolute()
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir():
+        return [f"{flag} {output} cannot be made: {above} is a file; give a folder"]
+    try:
+        with tempfile.TemporaryDirectory(dir=above, prefix=".nemo-modelopt-"):
+            return []
+    except OSError as error:
+        return [f"{flag} {output} cannot be written: {above}: {error.strerror}"]
+
+
+def _exists(path: str) -> bool:
+    """Return whether there is a file or folder, or a tokenized data set of Megatron that is named by its prefix."""
+    return any(os.path.lexists(f"{path}{ending}") for ending in ("", ".bin", ".idx"))
+
+
+def input_paths(flag: str, values: Iterable[str] | str | None) -> dict[str, str]:
+    """Return the paths of a setting that takes several, by flag; of a pattern its first match counts.
+
+    Args:
+        flag: that names them.
+        values: one or more paths or patterns; the weights of a blend lead nowhere.
+    """
+    found = {}
+    for number, value in enumerate([values] if isinstance(values, str) else values or ()):
+        path = value if _exists(value) else next(glob.iglob(value, recursive=True), value)
+        found[flag if number == 0 else f"{flag} ({number + 1})"] = path
+    return found
+
+
+def config_paths(config: str | os.PathLike[str] | None, output: str | None) -> dict[str, str]:
+    """Return a file of settings as an input, unless it is the one that this command keeps in its output."""
+    if not config or not output or Path(config).resolve() == (Path(output) / run_file.NAME).resolve():
+        return {}
+    return {"--config": str(config)}
+
+
+def state_problems(flag: str, folder: str | None, kind: str, outputs: Mapping[str, str | None]) -> list[str]:
+    """Return why a folder of ours beside the output cannot be used: what it holds, or that it is in the way.
+
+    Args:
+        flag: that names the folder.
+        folder: that is written and removed.
+        kind: of its content.
+        outputs: flag -> other paths that this command writes.
+    """
+    if not folder:
+        return []
+    nested = nesting_problems(flag, folder, outputs)
+    found = None if nested else files.problem(Path(folder), kind)
+    return [f"{flag}: {found}"] if found else nested
+
+
+def nesting_problems(flag: str, path: str | None, outputs: Mapping[str, str | None]) -> list[str]:
+    """Return that a path is, or lies in, something else that is written as a whole.
+
+    Args:
+        flag: that names the path.
+        path: of what is written first.
+        outputs: flag -> other paths that are written.
+    """
+    for name, other in outputs.items():
+        if path and other:
+            own, whole = Path(path).resolve(), Path(other).resolve()
+            if own == whole or whole in own.parents:
+                return [f"{flag} {path} lies inside {name} {other}, or is the same; use another path"]
+    return []
+
+
+def report_problems(flag: str, folder: str | None, outputs: Mapping[str, str | None] | None = None) -> list[str]:
+    """Return why a report cannot be written into a folder.
+
+    Args:
+        flag: that names the folder.
+        folder: of the report.
+        outputs: flag -> checkpoints that this command writes, which hold nothing but the checkpoint.
+    """
+    nested = nesting_problems(flag, folder, outputs or {})
+    if nested:
+        return nested
+    found = files.taken(Path(folder), REPORT_FILES) if folder else None
+    return [f"{flag}: {found}"] if found else []
+
+
+def content_problems(flag: str, output: str | None, wanted: str) -> list[str]:
+    """Return why a checkpoint cannot be written into a folder that exists: it would be mixed with something else.
+
+    What this command wrote there before, in the same format, is replaced.
+
+    Args:
+        flag: that names the folder.
+        output: the folder.
+        wanted: format of the checkpoint to come, a key of ``formats_in``.
+    """
+    folder = Path(output or "")
+    if not output or not folder.is_dir():
+        return []
+    found = files.problem(folder, files.checkpoint(wanted))
+    others = [name for name in formats_in(folder) if name != wanted]
+    if found and others:
+        return [f"{flag} {output} holds a checkpoint of format {', '.join(others)} already; give another folder"]
+    return [f"{flag}: {found}"] if found else []

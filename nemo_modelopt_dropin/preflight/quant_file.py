@@ -1,0 +1,27 @@
+"""The form of a JSON file with a quant_cfg, before modelopt is imported; its fields are checked by modelopt's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from nemo_modelopt_cli.parser import nearest
+
+_KEYS = ("quant_cfg", "algorithm")
+
+
+def problems(path: str) -> list[str]:
+    """Return what is wrong with the form of a file.
+
+    Args:
+        path: of the file, which exists.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        return [f"{path} cannot be read: {error.strerror or error}"]
+    except ValueError as error:
+        return [f"{path} is not valid JSON: {error}"]
+    if not isinstance(content, dict) or not isinstance(content.get("quant_cfg"), dict):
+        return [f'{path} must hold an object "quant_cfg": patterns of quantizer names and their attributes']
+    return [f"{path}: unknown field {name!r}{nearest(name, _KEYS)}" for name in content if name not in _KEYS]

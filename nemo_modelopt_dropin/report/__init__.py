@@ -1,0 +1,1 @@
+"""Report pages: figures, tables and their JSON."""

@@ -1,0 +1,553 @@
+"""Kills, signals, full disks and closed screens: nothing is left running, and the same command resumes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+
+from nemo_modelopt_cli import run_file
+from nemo_modelopt_cli.compress import stages
+from nemo_modelopt_cli.process import entry, signals
+from nemo_modelopt_dropin import files
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def _wait_for(condition, seconds: float, what: str = "it") -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen in time"
+        time.sleep(0.005)
+
+
+def _alive(text: str) -> list[str]:
+    """Return the command lines of running processes that hold a text."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+            if text in line and state != "Z" and int(folder.name) != os.getpid():
+                found.append(f"{folder.name} {line}")
+    return found
+
+
+# --- children end with their parent -----------------------------------------------------------------------------------
+
+_PARENT = """
+    import multiprocessing, sys, time
+    from pathlib import Path
+    from nemo_modelopt_dropin import processes
+
+    def stay(folder):
+        import os
+        Path(folder, str(os.getpid())).touch()
+        time.sleep(100)
+
+    if __name__ == "__main__":
+        processes.children_end_with_this_process()
+        for method in ("fork", "spawn"):
+            multiprocessing.get_context(method).Process(target=stay, args=(sys.argv[1],)).start()
+        time.sleep(100)
+    elif __name__ == "__mp_main__":
+        processes.spawned_child()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux signals a child when its parent ends")
+def test_forked_and_spawned_children_end_with_a_killed_parent(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(textwrap.dedent(_PARENT))
+    (tmp_path / "pids").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, str(script), str(tmp_path / "pids")], env=environment) as process:
+        _wait_for(lambda: len(list((tmp_path / "pids").iterdir())) == 2, 60)
+        assert len(_alive(str(tmp_path))) >= 2
+        process.kill()
+    pids = [int(path.name) for path in (tmp_path / "pids").iterdir()]
+    _wait_for(lambda: not any(_runs(pid) for pid in pids), 10, "the end of the children")
+
+
+_RANK = """
+    import os, sys, time
+    from pathlib import Path
+    from nemo_modelopt_dropin import entry
+
+    def main():
+        Path(sys.argv[1], str(os.getpid())).touch()
+        time.sleep(100)
+
+    sys.exit(entry.run(main))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux signals a child when its parent ends")
+def test_ranks_end_with_a_killed_torchrun(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(textwrap.dedent(_RANK))
+    (tmp_path / "pids").mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([*command, str(tmp_path / "pids")], env=environment, stderr=subprocess.DEVNULL) as process:
+        _wait_for(lambda: len(list((tmp_path / "pids").iterdir())) == 2, 120)
+        process.kill()
+    pids = [int(path.name) for path in (tmp_path / "pids").iterdir()]
+    _wait_for(lambda: not any(_runs(pid) for pid in pids), 10, "the end of the ranks")
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+# --- a full disk ------------------------------------------------------------------------------------------------------
+
+
+def _torch(path):
+    import torch
+
+    torch.save({"weight": torch.ones(1 << 20)}, path)
+
+
+def _safetensors(path):
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.ones(1 << 20)}, path)
+
+
+def _distributed(path):
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is")
+        dcp.save({"weight": torch.ones(1 << 20)}, checkpoint_id=f"{path}.folder", no_dist=True)
+
+
+def _tensorstore(path):
+    import numpy as np
+    import tensorstore as ts
+
+    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{path}.zarr"}}
+    store = ts.open(spec, create=True, dtype=ts.float32, shape=[1 << 20]).result()
+    store.write(np.random.default_rng(0).random(1 << 20, dtype=np.float32)).result()
+
+
+def _python(path):
+    with open(path, "wb") as file:
+        file.write(bytes(4 << 20))
+
+
+WRITERS = [_python, _torch, _safetensors, _distributed, _tensorstore]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_file_over_the_limit_is_reported_as_such(write, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(BaseException, match=r"(?s).") as caught:
+            write(tmp_path / "file")
+        found = entry.storage_problem(caught.value, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert found is not None and found.startswith("a file is larger than the file system or the limit (ulimit -f)")
+
+
+def test_a_full_disk_is_reported_as_such():
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        _python("/dev/full")
+    assert entry.storage_problem(caught.value, "/dev/full").startswith("the disk is full: /dev/full. Free some space")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mount a file system of 2 MiB, for users who may."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(tmp_path)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield tmp_path
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_small_disk_that_fills_up(write, small_disk):
+    with pytest.raises(BaseException, match=r"(?s).") as caught:
+        write(small_disk / "file")
+    assert entry.storage_problem(caught.value, small_disk).startswith(f"the disk is full: {small_disk}")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EACCES, "Permission denied"), RuntimeError("file write failed"), ValueError("x")]
+)
+def test_other_errors_are_no_full_disk(error, tmp_path):
+    assert entry.storage_problem(error, tmp_path) is None
+
+
+def test_the_cause_of_an_error_counts(tmp_path):
+    try:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "weights.bin")
+        except OSError as cause:
+            raise RuntimeError("saving failed") from cause
+    except RuntimeError as error:
+        assert entry.storage_problem(error, tmp_path).startswith("the disk is full: weights.bin.")
+
+
+# --- a closed screen --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["compress", "distill", "prune", "ptq", "demo"])
+def test_a_reader_that_leaves_ends_a_script_quietly(script):
+    command = f"{sys.executable} {ROOT / 'scripts' / script}.py --help | true; echo ${{PIPESTATUS[0]}}"
+    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert found.stderr == ""
+    assert found.stdout.strip() in ("0", str(entry.CLOSED_SCREEN))
+
+
+def test_a_screen_that_is_closed_while_a_rank_works(tmp_path):
+    code = """
+        import sys, time
+        from pathlib import Path
+        from nemo_modelopt_dropin import entry
+        from nemo_modelopt_cli.compress import runner
+
+        def work(out):
+            print("noise")
+            for _ in range(1000):
+                out.write("a line\\n")
+                time.sleep(0.01)
+
+        sys.exit(entry.run(lambda: runner.guarded(work, Path(sys.argv[1]), "", output=Path())))
+    """
+    (tmp_path / "script.py").write_text(textwrap.dedent(code))
+    command = f"{sys.executable} {tmp_path}/script.py {tmp_path}/log 2>&1 | head -n 2; echo ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, env=environment)
+    assert (found.stdout.splitlines(), found.stderr) == (["a line", "a line", str(entry.CLOSED_SCREEN)], "")
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+# --- when to save -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step_seconds", [0.01, 1.0, 45.0, 1000.0])
+def test_checkpoints_come_every_few_minutes(cpu_backend, step_seconds):
+    from nemo_modelopt_cli.intermediate import Schedule
+
+    now, asked, saved = [0.0], [], []
+    schedule = Schedule(300, clock=lambda: now[0])
+
+    def agree(value):
+        asked.append(now[0])
+        return value
+
+    while now[0] < 3600:
+        now[0] += step_seconds
+        if schedule.is_due(agree):
+            saved.append(now[0])
+            now[0] += 2
+            schedule.saved(2, agree)
+    gaps = [later - earlier for earlier, later in zip([0.0, *saved], saved, strict=False)]
+    assert saved and min(gaps) >= 300
+    assert max(gaps) <= 302 + 2 * step_seconds
+    assert len(asked) <= 30 * len(saved), "clocks are compared a few times for each checkpoint, not after each step"
+
+
+def test_slow_checkpoints_come_less_often(cpu_backend):
+    from nemo_modelopt_cli.intermediate import Schedule
+
+    schedule = Schedule(300, clock=lambda: 0.0)
+    schedule.saved(90, lambda value: value)
+    assert schedule.seconds == 900
+
+
+def test_the_newest_whole_checkpoint_is_resumed_from(cpu_backend, tmp_path):
+    from nemo.lightning.pytorch.callbacks import ModelCheckpoint
+
+    from nemo_modelopt_cli.intermediate import Steps, newest
+
+    checkpoints, steps = tmp_path / "checkpoints", Steps(tmp_path / "interim")
+    assert newest(checkpoints, steps) is None
+    for i, folder in enumerate(("checkpoints/a-last", "interim/step-00000004", "checkpoints/b-last")):
+        (tmp_path / folder).mkdir(parents=True)
+        os.utime(tmp_path / folder, (i, i))
+    # What a killed run leaves: a checkpoint that it was writing, and its lock.
+    files.staging(tmp_path / "interim" / "step-00000009", files.TRAINING_CHECKPOINT).mkdir()
+    (tmp_path / "interim" / ".step-00000009.lock").touch()
+    assert newest(checkpoints, steps) == checkpoints / "b-last"
+    ModelCheckpoint.set_checkpoint_unfinished_marker(checkpoints / "b-last")
+    assert newest(checkpoints, steps) == tmp_path / "interim" / "step-00000004"
+    steps.remove_before(checkpoints)
+    assert steps.latest() is not None
+    os.utime(tmp_path / "checkpoints" / "a-last", (5, 5))
+    steps.remove_before(checkpoints)
+    assert steps.latest() is None and not (tmp_path / "interim").exists()
+    assert newest(checkpoints, steps) == checkpoints / "a-last"
+    ModelCheckpoint.set_checkpoint_unfinished_marker(checkpoints / "a-last")
+    assert newest(checkpoints, steps) is None
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_intermediate_checkpoints_are_whole(ranks, tmp_path, asynchronous):
+    from test_code.support import jobs_restored
+
+    found = ranks(2).run(jobs_restored.train_with_interim, str(tmp_path), asynchronous, timeout=300)
+    for first, second, saved in found:
+        assert saved == ["step-00000005"], "the last step is left to the final checkpoint, earlier ones are removed"
+        assert second == first[-len(second) :], "the resumed steps repeat those of the first run"
+        assert len(second) == 1
+
+
+# --- kill -9 in the middle of compress.py -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def teacher(ranks_factory, tmp_path_factory) -> Path:
+    """Make a tiny teacher checkpoint and its texts."""
+    from test_code.support import jobs_compress
+
+    folder = tmp_path_factory.mktemp("teacher")
+    ranks_factory(1).run(jobs_compress.make_teacher, str(folder), llama=True, timeout=400)
+    return folder
+
+
+def _compress(teacher: Path, output: Path, *more: str) -> list[str]:
+    flags = f"""--teacher {teacher}/checkpoint --train-text {teacher}/train.jsonl --heldout-text {teacher}/heldout.jsonl
+        --output {output} --seq-length 32 --target-ffn-hidden-size 64 --prune-samples 8 --distill-steps 8
+        --distill-global-batch-size 4 --distill-micro-batch-size 2 --distill-warmup-steps 2 --distill-save-every 2
+        --distill-evaluate-every 4
+        --calibration-size 4 --calibration-batch-size 2 --calibration-seq-len 32 --formats nemo hf --cpu"""
+    return [sys.executable, str(ROOT / "scripts" / "compress.py"), *flags.split(), *more]
+
+
+def _finish(command: list[str], output: Path) -> dict:
+    """Run the command to its end and return its figures."""
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
+    log = output / "log" / "rank0.txt"
+    assert done.returncode == 0, done.stderr + (log.read_text()[-3000:] if log.exists() else "")
+    return _figures(output)
+
+
+def _figures(output: Path) -> dict:
+    """Return what the report says of the models."""
+    report = json.loads((output / "report.json").read_text())
+    names = ("heldout_loss", "parameters", "bytes", "shape")
+    found = {model["name"]: {name: model[name] for name in names} for model in report["models"]}
+    found["hf"] = report["exports"]["hf"]["heldout_loss"]
+    found["curve"] = [point for curve in report["curves"] for point in curve["points"]]
+    return found
+
+
+def _assert_same_figures(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    assert [point["step"] for point in found["curve"]] == [point["step"] for point in expected["curve"]]
+    for name in found:
+        if isinstance(found[name], dict):
+            # A file of a checkpoint holds times and paths: some bytes more or less.
+            assert found[name].pop("bytes") == pytest.approx(expected[name]["bytes"], rel=0.02)
+            loss = expected[name]["heldout_loss"]
+            assert found[name].pop("heldout_loss") == pytest.approx(loss, abs=1e-6), name
+            assert found[name].items() <= expected[name].items()
+    assert found["hf"] == pytest.approx(expected["hf"], abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def whole(teacher, tmp_path_factory) -> Path:
+    """Make a run that nothing interrupts, and return its folder."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    _finish(_compress(teacher, output), output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(whole) -> dict:
+    """Return the figures of that run."""
+    return _figures(whole)
+
+
+# While what is written: the pruned checkpoint, one of the training, the quantized checkpoint, the exported files.
+MOMENTS = [
+    ("prune", "**/*.distcp"),
+    ("distill", "steps/.step-0000000[4-9].partial/**/*.distcp"),
+    ("quantize", "**/*.distcp"),
+    ("export", "**/*.safetensors"),
+]
+
+
+@pytest.mark.timeout(3000)
+def test_kill_9_while_each_kind_of_file_is_written(teacher, uninterrupted, tmp_path):
+    output = tmp_path / "run"
+    command = _compress(teacher, output)
+    for stage, pattern in MOMENTS:
+        with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
+            _wait_for_file(process, output / stage, pattern)
+            process.kill()
+            assert process.wait() == -signal.SIGKILL, process.stderr.read()
+        assert stages.read_record(output / stage) is None
+        _wait_for(lambda: not _alive(str(output)), 10, f"the end of {_alive(str(output))}")
+    _assert_same_figures(_finish(command, output), uninterrupted)
+    attempts = {stage: stages.read_record(output / stage).attempts for stage, _ in MOMENTS}
+    assert attempts == dict.fromkeys(attempts, 2)
+    assert not [path for path in output.rglob("*") if path.name.endswith((".part", ".partial", ".new", ".old"))]
+
+
+@pytest.mark.timeout(3000)
+def test_a_disk_that_fills_up_in_the_middle(teacher, uninterrupted, small_disk):
+    output = small_disk / "run"
+    command = _compress(teacher, output)
+    found = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
+    assert found.returncode == 1, found.stderr
+    assert f"error: the disk is full: {small_disk}" in found.stderr
+    assert "Traceback" not in found.stderr
+    _wait_for(lambda: not _alive(str(output)), 10, f"the end of {_alive(str(output))}")
+    subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
+    _assert_same_figures(_finish(command, output), uninterrupted)
+
+
+def _wait_for_file(process: subprocess.Popen, folder: Path, files: str) -> None:
+    _wait_for(lambda: any(folder.glob(files)) or process.poll() is not None, 600, f"{folder}/{files}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_kill_9_at_random_moments(teacher, uninterrupted, tmp_path):
+    seed = random.SystemRandom().randrange(1 << 30)
+    moments, kills, runs = random.Random(seed), 0, 0
+    while kills < 20:
+        output = tmp_path / f"run{runs:02d}"
+        command = _compress(teacher, output)
+        with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL) as process:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                # Most of the time goes into importing NeMo: half of the kills come once a stage has started.
+                _wait_for_start(process, output) if moments.random() < 0.5 else None
+                process.wait(moments.uniform(0, 25))
+            process.kill()
+        _wait_for_end(output, f"seed {seed}")
+        if process.returncode == -signal.SIGKILL:
+            kills += 1
+        else:  # the run has come to its end between two kills
+            assert process.returncode == 0, f"seed {seed}"
+            _assert_same_figures(_finish(command, output), uninterrupted)
+            runs += 1
+    _assert_same_figures(_finish(command, output), uninterrupted)
+
+
+def _wait_for_end(output: Path, what: str) -> None:
+    _wait_for(lambda: not _alive(str(output)), 10, f"{what}: the end of {_alive(str(output))}")
+
+
+def _wait_for_start(process: subprocess.Popen, output: Path) -> None:
+    working = {path: path.stat().st_mtime for path in output.glob("*/working.json")}
+
+    def started() -> bool:
+        now = {path: path.stat().st_mtime for path in output.glob("*/working.json")}
+        return now != working or process.poll() is not None
+
+    with contextlib.suppress(OSError):
+        _wait_for(started, 300, "the start of a stage")
+
+
+# --- distill.py -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(1800)
+def test_a_distillation_resumes_between_validations(teacher, whole, tmp_path):
+    model, text = f"{teacher}/checkpoint", f"{teacher}/train.jsonl"
+    flags = f"--cpu --model_path {whole}/prune/checkpoint --teacher_path {model} --text {text} --log_dir {tmp_path} "
+    flags += "--seq_length 32 --max_steps 100 --gbs 4 --mbs 2 --lr 1e-3 --warmup_steps 5 --limit_val_batches 2"
+    command = [sys.executable, str(ROOT / "scripts" / "distill.py"), *flags.split(), "--name"]
+    output = tmp_path / "killed"
+    resumed = [*command, "killed", "--save_minutes", "0.002"]
+    # While the first one is written, and once it is whole.
+    for pattern in (".step-*.partial/**/*.distcp", "step-????????/weights"):
+        with subprocess.Popen(resumed, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
+            _wait_for_file(process, output / "interim", pattern)
+            process.kill()
+            assert process.wait() == -signal.SIGKILL, process.stderr.read()
+        _wait_for_end(tmp_path, pattern)
+    assert not list(output.glob("checkpoints/*")), "nothing was validated yet"
+    done = {
+        name: subprocess.run([*command, name, *more], env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+        for name, more in (("killed", resumed[-2:]), ("whole", ["--save_minutes", "0"]))
+    }
+    losses = {}
+    for name, found in done.items():
+        assert found.returncode == 0, found.stderr
+        losses[name] = re.search(r"training loss +(\d\.\d{4}).*began at (\d\.\d{4})", found.stderr)
+        assert losses[name], found.stderr
+        assert not (tmp_path / name / "interim").exists()
+        assert list((tmp_path / name / "checkpoints").glob("*-last"))
+    assert losses["killed"][1] == losses["whole"][1]
+    assert losses["killed"][2] != losses["whole"][2], "the second run began in the middle"
+
+
+# --- Ctrl-C and SIGTERM in the middle of each script ------------------------------------------------------------------
+
+
+def _scripts(teacher: Path, output: Path) -> dict[str, tuple[list[str], str]]:
+    """Return each script's arguments, and what is on the screen once it works."""
+    text = f"{teacher}/train.jsonl"
+    model = f"{teacher}/checkpoint"
+    return {
+        "compress": (_compress(teacher, output, "--distill-steps", "400")[2:], "step/s"),
+        "distill": (
+            f"--cpu --name run --log_dir {output} --model_path {model} --teacher_path {model} --text {text} "
+            "--seq_length 32 --max_steps 400 --gbs 4 --mbs 2 --limit_val_batches 0 --save_minutes 0.01".split(),
+            "step/s",
+        ),
+        "prune": (
+            f"--cpu --restore_path {model} --save_path {output} --text {text} --seq_length 32 --mbs 2 "
+            "--target_ffn_hidden_size 64 --num_train_samples 2000".split(),
+            "importance:",
+        ),
+        "ptq": (
+            f"--cpu -nc {model} -out {output} --export_format nemo -calib_ds {text} -algo int8 -bs 1 -sl 8 "
+            "-calib_size 100".split(),
+            "ibration",
+        ),
+    }
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("ranks_of_run", [1, 2])
+@pytest.mark.parametrize("script", ["compress", "distill", "prune", "ptq"])
+def test_sigterm_ends_like_ctrl_c(teacher, tmp_path, script, ranks_of_run):
+    output = tmp_path / "run"
+    arguments, working = _scripts(teacher, output)[script]
+    command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *arguments, "--devices", str(ranks_of_run)]
+    if script in ("prune", "ptq"):
+        command += ["--pp", str(ranks_of_run)]
+    with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        seen = ""
+        while working not in seen:
+            character = process.stderr.read(1)
+            assert character, seen
+            seen += character
+        process.send_signal(signal.SIGTERM)
+        seen += process.stderr.read()
+    assert process.returncode == 143, seen
+    resumes = script in ("compress", "distill")
+    message = signals.RESUMABLE if resumes else signals.NOTHING_WRITTEN
+    assert any(line.endswith(message) for line in seen.splitlines()[-2:]), seen
+    assert "Traceback" not in seen and "error" not in seen
+    assert not _alive(str(output))
+    if not resumes:
+        assert not [path for path in (output / "weights", output / run_file.NAME) if path.exists()]

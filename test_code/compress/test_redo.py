@@ -1,0 +1,57 @@
+"""``compress.py --redo``: unknown names, and permission that nothing needs. NeMo's trainer is not started."""
+
+from __future__ import annotations
+
+import pytest
+
+from nemo_modelopt_cli.compress import plan, runner, stages
+from nemo_modelopt_cli.compress.stages import Stage
+from nemo_modelopt_dropin import files
+from test_code.support import command_lines
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """Finish a job whose stages do nothing, and return its command line."""
+    for name in ("model", "teacher"):
+        command_lines.checkpoint(tmp_path / name)
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "heldout.jsonl").write_text('{"text": "b"}\n')
+    monkeypatch.chdir(tmp_path)
+    command = [*command_lines.COMPRESS.split(), "--output", "out", "--cpu"]
+    job, output, _ = command_lines.script_of("compress").resolve(command)
+    idle = [
+        Stage(one.name, lambda folder, records: {}, one.settings, one.after)
+        for one in plan.compression_stages(job, output)
+    ]
+    files.own(output, files.COMPRESSION_RUN, *(one.name for one in idle))
+    stages.run_stages(idle, output)
+    return command
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_an_unknown_stage_is_reported_like_any_wrong_argument(finished, capsys, more):
+    with pytest.raises(SystemExit, match="2"):
+        command_lines.script_of("compress").main([*finished, "--redo", "distil", "export", "scratch", *more])
+    found = capsys.readouterr().err.splitlines()
+    program = found[-1].removesuffix(": see --help")
+    names = "the stages are tokens, teacher, prune, distill, quantize, export"
+    assert found[:-1] == [
+        f"{program}: --redo distil: there is no such stage; {names}; did you mean distill?",
+        f"{program}: --redo scratch: there is no such stage; {names}",
+    ]
+
+
+def test_a_redo_without_effect_is_reported_in_one_line(finished, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(runner, "execute", lambda *arguments: 0)
+    main = command_lines.script_of("compress").main
+    for more in ([], ["--dry-run"]):
+        assert main([*finished, "--redo", "distill", "export", *more]) == 0
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("compress.py: --redo distill export has no effect, its settings and inputs did not")
+        assert line.endswith(f"{tmp_path / 'out' / 'distill'}, {tmp_path / 'out' / 'export'}")
+        assert main([*finished, "--algorithm", "int8", "--redo", "quantize", *more]) == 0
+        assert capsys.readouterr().err == ""
+    monkeypatch.setenv("NEMO_MODELOPT_LOCAL_RANKS", "2")  # a rank that this command started
+    assert main([*finished, "--redo", "distill"]) == 0
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,235 @@
+"""Output layers and logits loss in one: against fp64 PyTorch, its memory, and trainings with and without it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo.collections.llm.modelopt._divergence.fused_linear import Objective, fused_linear_losses
+from test_code.support import jobs_distill, jobs_fused, tiny
+
+# fp32 sums of some hundred products of unit size.
+FP32 = {"rtol": 2e-5, "atol": 2e-5}
+
+
+def compare(tensors, labels, objective, scales=(0.5, 3.0), tolerance=None, **reference):
+    """Compare losses and gradients with the fp64 reference."""
+    mine = [x.clone() for x in tensors]
+    mine[0].requires_grad_()
+    mine[1].requires_grad_()
+    losses = fused_linear_losses(*mine, objective, labels)
+    (scales[0] * losses.divergence + scales[1] * losses.lm).backward()
+    expected = jobs_fused.reference(
+        tensors, labels, scales, objective.temperature, objective.direction, objective.topk, objective.student_cap
+    )
+    for value, wanted in zip((*losses, mine[0].grad, mine[1].grad), expected, strict=True):
+        torch.testing.assert_close(value.double(), wanted.double(), **(tolerance or FP32))
+    assert not losses.agreement.requires_grad
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 20),
+    h=st.integers(1, 9),
+    v=st.integers(2, 60),
+    rows=st.integers(1, 9),
+    temperature=st.floats(0.5, 4.0),
+    direction=st.sampled_from(["forward", "reverse", "jsd"]),
+    topk=st.none() | st.integers(1, 70),
+    with_lm=st.booleans(),
+    cap=st.sampled_from([None, 2.0]),
+    seed=st.integers(0, 99),
+)
+def test_losses_and_gradients_equal_fp64(n, h, v, rows, temperature, direction, topk, with_lm, cap, seed):
+    *tensors, labels = jobs_fused.problem(n, h, h + 2, v, seed)
+    objective = Objective(temperature, direction, topk, student_cap=cap, teacher_cap=cap, chunk_rows=rows)
+    compare(tensors, labels if with_lm else None, objective)
+
+
+@pytest.mark.parametrize("with_lm", [False, True])
+def test_bf16_weights_are_accumulated_in_fp32(with_lm):
+    *tensors, labels = jobs_fused.problem(64, 16, 24, 120, dtype=torch.bfloat16)
+    # Logits, their gradient and the results are rounded to 8 bits of mantissa each.
+    tolerance = {"rtol": 2e-2, "atol": 6e-2}
+    tensors[:4] = [x * 0.5 for x in tensors[:4]]
+    tensors[4] = torch.ones(64)
+    mine = [x.clone() for x in tensors]
+    for x in mine[:2]:
+        x.requires_grad_()
+    losses = fused_linear_losses(*mine, Objective(chunk_rows=5), labels if with_lm else None)
+    (losses.divergence + losses.lm).backward()
+    expected = jobs_fused.reference(tensors, labels if with_lm else None, (1.0, 1.0))
+    for value, wanted in zip((losses.divergence, losses.lm), expected[:2], strict=True):
+        torch.testing.assert_close(value.double(), wanted.double(), rtol=1e-2, atol=1e-2)
+    for x, wanted in zip(mine[:2], expected[3:], strict=True):
+        assert x.grad.dtype == torch.bfloat16
+        torch.testing.assert_close(x.grad.double(), wanted, **tolerance)
+
+
+@pytest.mark.parametrize("with_lm", [False, True])
+def test_a_frozen_output_layer_gets_no_gradient(with_lm):
+    *tensors, labels = jobs_fused.problem()
+    student = tensors[0].clone().requires_grad_()
+    losses = fused_linear_losses(student, *tensors[1:], Objective(chunk_rows=4), labels if with_lm else None)
+    (0.5 * losses.divergence + 3.0 * losses.lm).backward()
+    expected = jobs_fused.reference(tensors, labels if with_lm else None, (0.5, 3.0))
+    torch.testing.assert_close(student.grad.double(), expected[3], **FP32)
+
+
+@pytest.mark.parametrize("with_lm", [False, True])
+def test_accumulation_fusion_adds_to_main_grad(with_lm):
+    *tensors, labels = jobs_fused.problem()
+    weight = torch.nn.Parameter(tensors[1].clone())
+    weight.main_grad = torch.ones_like(weight)
+    weight.grad_added_to_main_grad = False
+    for _ in range(2):
+        losses = fused_linear_losses(
+            tensors[0], weight, *tensors[2:], Objective(main_grad=True), labels if with_lm else None
+        )
+        (0.5 * losses.divergence + 3.0 * losses.lm).backward()
+    expected = jobs_fused.reference(tensors, labels if with_lm else None, (0.5, 3.0))[4]
+    torch.testing.assert_close(weight.main_grad.double(), 1 + 2 * expected, **FP32)
+    # Megatron's hook wants a gradient to be there, and does not add it.
+    assert weight.grad_added_to_main_grad and (weight.grad == 0).all()
+
+
+def test_a_second_backward_pass_is_refused():
+    *tensors, _ = jobs_fused.problem()
+    tensors[0].requires_grad_()
+    losses = fused_linear_losses(*tensors, Objective())
+    losses.divergence.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second forward pass"):
+        losses.divergence.backward()
+
+
+@pytest.mark.parametrize("with_lm", [False, True])
+def test_memory_does_not_grow_with_the_logits(with_lm):
+    v, h, rows = 2000, 16, 8
+
+    def extra(n):
+        *tensors, labels = jobs_fused.problem(n, h, h, v)
+        for x in tensors[:2]:
+            x.requires_grad_()
+
+        def step():
+            losses = fused_linear_losses(*tensors, Objective(chunk_rows=rows), labels if with_lm else None)
+            (losses.divergence + losses.lm).backward()
+
+        return tiny.peak_bytes(step)
+
+    small, large = extra(64), extra(512)
+    # What grows is d_hidden and a few numbers a token: 448 tokens' logits would take 3.6 MB.
+    assert large - small < 448 * (4 * h + 200)
+    assert small < 4 * v * (h + 12 * rows)
+
+
+def test_a_split_vocabulary_equals_fp64(ranks):
+    for results in ranks(2).run(jobs_fused.split_vocabulary):
+        assert len(results) == 12
+        for label, (mine, expected) in results.items():
+            for value, wanted in zip(mine, expected, strict=True):
+                torch.testing.assert_close(value.double(), wanted.double(), **FP32, msg=lambda m, x=label: f"{x}: {m}")
+
+
+def test_what_is_not_exact_is_not_fused_and_named(ranks):
+    expected = {
+        "plain": None,
+        "quantized": "the teacher's output layer is a QuantColumnParallelLinear",
+        "hooked": "the student's output layer has hooks",
+        "gathered": "the student's output layer gathers the logits",
+        "bias": "the student's output layer has a bias",
+        "layers": "are not the output layers",
+    }
+    for reasons in ranks(2).run(jobs_fused.output_layers, list(expected)):
+        for case, text in expected.items():
+            assert reasons[case] is None if text is None else text in reasons[case], (case, reasons[case])
+
+
+SLOWER = "made a second time"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "vocabulary", "options", "slower", "reason"),
+    [
+        # The gradient of the output weight in fp32 is more than the logits of few tokens.
+        (4096, 128256 // 8, {"tensor_parallel": 8}, None, r"take about 298 MiB.* would take 566 MiB"),
+        (4096, 128256 // 8, {"tensor_parallel": 8, "trained": False}, None, r"take about 298 MiB"),
+        (32768, 128256, {}, None, None),
+        (8192, 128256, {"trained": False}, None, None),
+        (8192, 128256, {"lm_loss": True}, SLOWER, None),
+        (2048, 32000, {"lm_loss": True}, SLOWER, r"take about 562 MiB.* would take 826 MiB"),
+        (4096, 64000, {"lm_loss": True}, SLOWER, r"made a second time, and only \d+ MiB would be saved"),
+    ],
+)
+def test_auto_goes_by_memory(cpu_backend, tokens, vocabulary, options, slower, reason):
+    from nemo.collections.llm.modelopt.distill._fusion import _not_worth_it
+    from nemo_modelopt_dropin.preflight.loss_memory import Sizes
+
+    found = _not_worth_it(Sizes(tokens, vocabulary, 3072, 4096, 2, **options), slower)
+    assert found is None if reason is None else re.search(reason, found)
+
+
+# --- trainings ---
+
+
+@pytest.fixture(scope="module")
+def teacher_path(ranks_factory, tmp_path_factory):
+    path = tmp_path_factory.mktemp("teacher") / "checkpoint"
+    return ranks_factory(2).run(jobs_distill.teacher, str(path))[0]
+
+
+CASES = {
+    "with a language-model loss": ("skip_lm_loss: false\n", {}),
+    "tied, topk, fixed weights": (
+        "skip_lm_loss: false\nlogit_kl_topk: 20\nlogit_kl_direction: jsd\nlogit_kl_temperature: 2\n"
+        "loss_weights: {kd_logits: 2.0, lm: 0.3}\n",
+        {"share_embeddings_and_output_weights": True},
+    ),
+    "a pair of layers, per-token loss": (
+        "intermediate_layer_pairs: [[decoder.final_layernorm, decoder.final_layernorm]]\n",
+        {"calculate_per_token_loss": True},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def trainings(ranks_factory, teacher_path, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("settings")
+    cases = {}
+    for number, (label, (text, student)) in enumerate(CASES.items()):
+        paths = [folder / f"{number}-{fused}.yaml" for fused in ("on", "off")]
+        for path in paths:
+            path.write_text(f"{text}fused_logits: {path.stem.split('-')[1]}\n")
+        cases[label] = ([str(path) for path in paths], student)
+    return ranks_factory(2).run(jobs_fused.fused_and_chunked, teacher_path, cases)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("layout", ["1 rank", "TP=2", "TP=2 SP", "PP=2"])
+def test_trainings_are_the_same_with_and_without(trainings, layout, case):
+    for results in trainings:
+        fused, chunked = results[layout, case]
+        assert len(fused) == len(chunked) == 3
+        for mine, theirs in zip(fused, chunked, strict=True):
+            # Counted in the fused pass, and with the logits at hand.
+            assert mine["kd_top1_agreement"] == pytest.approx(theirs["kd_top1_agreement"], abs=1e-6)
+            assert 0.0 <= mine["kd_top1_agreement"] <= 1.0 and mine["teacher_lm_loss"] > 1.0
+            # fp32 sums in another order. Adam carries the rounding of the smallest gradients on at full size.
+            common = {name: value for name, value in theirs.items() if "loss" in name}
+            assert {name: mine[name] for name in common} == pytest.approx(common, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(("cap", "expected"), [(30.0, 30.0), (None, None)])
+def test_the_cap_of_gemma_is_found(cpu_backend, cap, expected):
+    from nemo.collections.llm.gpt.model import gemma2
+
+    from nemo.collections.llm.modelopt.distill._fusion import softcap
+
+    layer = gemma2.Gemma2OutputLayer.__new__(gemma2.Gemma2OutputLayer)
+    torch.nn.Module.__init__(layer)
+    layer.config = gemma2.Gemma2Config2B(final_logit_softcapping=cap)
+    assert softcap(layer) == expected

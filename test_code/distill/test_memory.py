@@ -1,0 +1,59 @@
+"""The memory that a dry run says against what tensors take at the peak of the real run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from test_code.support import jobs_memory, jobs_prune, tiny
+
+# Wide enough that logits, weights and activations are each a good part of the whole.
+SIZES = {"vocab_size": 4096, "hidden_size": 128, "ffn_hidden_size": 512}
+BATCHES = [(2, 32), (16, 64)]  # weights outweigh what a batch needs, and the other way round
+# The estimate is a sum of what lives at the peak by formula. It knows neither the copies that loading, cutting and
+# saving weights make for a moment, nor what dies early: within 1.5 it still says which machine is large enough.
+FACTOR = 1.5
+# Checksums and divergences are computed in pieces of a fixed size, which matters for a model of 8 MB only.
+BUFFERS = 12e6
+
+
+@pytest.fixture(scope="module")
+def folder(ranks_factory, tmp_path_factory) -> Path:
+    """A folder with a checkpoint and a text."""
+    found = tmp_path_factory.mktemp("memory")
+    (found / "text.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in tiny.texts(100)))
+    ranks_factory(1).run(jobs_prune.save_checkpoint, str(found / "model"), **SIZES)
+    return found
+
+
+def _commands(folder: Path, output: Path, batch: int, seq: int) -> dict[str, list[str]]:
+    model, text = str(folder / "model"), str(folder / "text.jsonl")
+    common = ["--cpu", "--text", text, "--seq_length", str(seq), "--mbs", str(batch)]
+    prune = ["--restore_path", model, "--save_path", str(output / "pruned"), "--target_ffn_hidden_size", "256"]
+    distill = ["--name", "kd", "--log_dir", str(output / "log"), "--model_path", model, "--teacher_path", model]
+    ptq = ["--cpu", "-nc", model, "-out", str(output / "quantized"), "--export_format", "nemo", "--no_report"]
+    return {
+        "prune": [*prune, "--num_train_samples", str(2 * batch), "--no_report", *common],
+        "distill": [*distill, "--max_steps", "2", "--gbs", str(batch), "--lr", "1e-4", "--precision", "32", *common],
+        "ptq": [*ptq, "-calib_ds", text, "-algo", "int8", "-bs", str(batch), "-calib_size", "16", "-sl", str(seq)],
+    }
+
+
+@pytest.mark.parametrize(("batch", "seq"), BATCHES)
+@pytest.mark.parametrize("name", ["prune", "distill", "ptq"])
+def test_the_estimate_is_near_the_measured_peak(ranks, folder, tmp_path, name, batch, seq):
+    found = ranks(1).run(jobs_memory.peak_of_script, name, _commands(folder, tmp_path, batch, seq)[name])[0]
+    fixed = BUFFERS if name == "ptq" else 0
+    assert found["estimate"] / FACTOR <= found["peak"] <= found["estimate"] * FACTOR + fixed, found
+
+
+def test_the_estimate_follows_the_batch(ranks, folder, tmp_path):
+    """What a larger batch adds is seen in both, and not hidden behind the weights."""
+    small, large = (
+        ranks(1).run(jobs_memory.peak_of_script, "distill", _commands(folder, tmp_path / str(i), *batch)["distill"])[0]
+        for i, batch in enumerate(BATCHES)
+    )
+    added = large["peak"] - small["peak"]
+    assert added == pytest.approx(large["estimate"] - small["estimate"], rel=0.25)

@@ -1,0 +1,377 @@
+"""Hugging Face checkpoints hold input scales where readers look for them, and list the layers in 16 bits."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from test_code.support import installed, jobs_prune_after, jobs_quant
+from test_code.support import jobs_scales as jobs
+
+
+@pytest.fixture(scope="module")
+def work(ranks_factory, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scales")
+    ranks_factory(1).run(jobs.import_all, str(folder), jobs.FAMILIES)
+    jobs_quant.corpus(folder / "text.jsonl")
+    return folder
+
+
+def settings(work, **more):
+    data = {"calibration_dataset": str(work / "text.jsonl"), "calibration_dataset_size": 16}
+    return {**data, "awq_block_size": 16, "enable_kv_cache": False, **more}
+
+
+@pytest.fixture(scope="module")
+def exported(ranks_factory, work):
+    """Return a function that gives the Hugging Face folder of a family and an algorithm, and the state in memory."""
+    done = {}
+
+    def make(family, algorithm):
+        if (family, algorithm) not in done:
+            target = work / f"{family}-{algorithm}"
+            chosen = jobs.plain_int4(str(work / "int4.json")) if algorithm == "int4" else algorithm
+            arguments = (str(work / family), str(target), chosen, settings(work))
+            done[family, algorithm] = target, ranks_factory(1).run(jobs.export_both, *arguments)[0]
+        return done[family, algorithm]
+
+    return make
+
+
+def tensors_of(folder):
+    from nemo.collections.llm.modelopt.quantization.export import hf_files
+
+    return dict(hf_files.read_tensors(folder))
+
+
+def configurations(folder):
+    section = json.loads((folder / "config.json").read_text())["quantization_config"]
+    return json.loads((folder / "hf_quant_config.json").read_text())["quantization"], section
+
+
+# --- layers in 16 bits ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["fp8", "int4_awq"])
+@pytest.mark.parametrize("family", jobs.FAMILIES)
+def test_the_output_layer_is_listed_stored_or_not(exported, family, algorithm):
+    folder, _ = exported(family, algorithm)
+    stored, section = configurations(folder)
+    assert stored["exclude_modules"] == section["ignore"] == ["lm_head"]
+    assert ("lm_head.weight" in tensors_of(folder)) is (family in ("llama", "qwen2"))
+
+
+def test_the_configuration_says_whether_the_output_layer_is_tied(ranks, work):
+    """NeMo's exporter of Qwen2 calls it untied, and readers would look for a weight that is not there."""
+    ranks(1).run(jobs.make_tied_qwen2, str(work / "qwen2-tied"))
+    ranks(1).run(jobs_quant.ptq, str(work / "qwen2-tied"), str(work / "tied"), "fp8", "hf", 1, 1, settings(work))
+    assert json.loads((work / "tied" / "config.json").read_text())["tie_word_embeddings"] is True
+    assert configurations(work / "tied")[0]["exclude_modules"] == ["lm_head"]
+
+
+def test_every_linear_layer_without_a_scale_is_listed(exported, tmp_path):
+    """As transformers builds them: whatever is not stored under its own name, too."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from nemo.collections.llm.modelopt.quantization.export import hf_describe
+
+    folder = tmp_path / "hf"
+    shutil.copytree(exported("llama", "fp8")[0], folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    file = folder / index["model.layers.1.mlp.gate_proj.weight"]
+    tensors = load_file(file)
+    for leaf in ("weight", "weight_scale", "input_scale"):
+        tensors[f"model.layers.1.mlp.gate_up.{leaf}"] = tensors.pop(f"model.layers.1.mlp.gate_proj.{leaf}")
+    del tensors["model.layers.1.self_attn.o_proj.weight_scale"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    del index["model.layers.1.mlp.gate_proj.weight"]
+    found = hf_describe.unquantized(folder, "lm_head")
+    assert found == ["lm_head", "model.layers.1.mlp.gate_proj", "model.layers.1.self_attn.o_proj"]
+
+
+def test_a_quantized_output_layer_without_a_weight_of_its_own_is_refused(cpu_backend):
+    from types import SimpleNamespace
+
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+    from nemo.collections.llm.modelopt.quantization.export import support
+
+    core = torch.nn.Module()
+    core.output_layer, core.share_embeddings_and_output_weights = torch.nn.Linear(2, 2), True
+    weights = {"*weight_quantizer": {"num_bits": 8, "axis": 0}, "default": {"enable": False}}
+    model = SimpleNamespace()
+    with pytest.raises(ModelOptConfigError, match="output layer shares the embedding's weight.*nemo"):
+        support.check_contents("hf", {"quant_cfg": weights}, model, core)
+    off = {**weights, "*output_layer*": {"enable": False}}
+    support.check_contents("hf", {"quant_cfg": off}, model, core)
+    support.check_contents("nemo", {"quant_cfg": weights}, model, core)
+    core.share_embeddings_and_output_weights = False
+    support.check_contents("hf", {"quant_cfg": weights}, model, core)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        ({"*input_quantizer": {"num_bits": 8}}, "only together with weights, and linear_fc1 has no weight quantizer"),
+        (
+            {"*weight_quantizer": {"num_bits": 8, "axis": 0}, "*output_quantizer": {"num_bits": 8}},
+            "readers do not quantize outputs, such as those of linear_fc1",
+        ),
+    ],
+)
+def test_quantizers_that_files_have_no_place_for_are_refused(cpu_backend, patterns, message):
+    from types import SimpleNamespace
+
+    import modelopt.torch.quantization as mtq
+
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+    from nemo.collections.llm.modelopt.quantization.export import support
+
+    core = torch.nn.ModuleDict({"linear_fc1": torch.nn.Linear(4, 4)})
+    quant_cfg = {"quant_cfg": {"default": {"enable": False}, **patterns}, "algorithm": "max"}
+    support.check_contents("nemo", quant_cfg, SimpleNamespace(), core)
+    with pytest.raises(ModelOptConfigError, match=message):
+        support.check_contents("hf", quant_cfg, SimpleNamespace(), core)
+    mtq.quantize(core, quant_cfg, lambda model: model["linear_fc1"](torch.ones(1, 4)))
+    with pytest.raises(ModelOptConfigError, match=message):
+        support.check_converted(core)
+
+
+# --- scales of inputs -------------------------------------------------------------------------------------------------
+
+
+SCALED = [
+    ("llama", "int4_awq"),
+    ("llama", "int8_sq"),
+    ("llama", "w4a8_awq"),
+    ("qwen2", "int4_awq"),
+    ("qwen3", "int4_awq"),
+]
+
+
+@pytest.mark.parametrize(("family", "algorithm"), SCALED)
+def test_scales_of_fused_layers_are_in_the_norms(exported, family, algorithm):
+    folder, memory = exported(family, algorithm)
+    stored = tensors_of(folder)
+    scales = {name for name in stored if name.endswith("pre_quant_scale")}
+    parts = [f"model.layers.{n}.{layer}" for n in range(2) for layer in ("self_attn.o_proj", "mlp.down_proj")]
+    assert scales == {f"{part}.pre_quant_scale" for part in parts}
+    assert {stored[name].dtype for name in scales} == {torch.bfloat16}
+    for number in range(2):
+        own, theirs = f"decoder.layers.{number}.", f"model.layers.{number}."
+        for norm, linear, name in [
+            ("input_layernorm", "self_attention.linear_qkv", "input_layernorm"),
+            ("pre_mlp_layernorm", "mlp.linear_fc1", "post_attention_layernorm"),
+        ]:
+            scale = memory[f"{own}{linear}.input_quantizer._pre_quant_scale"].flatten()
+            folded = (memory[f"{own}{norm}.weight"].float() * scale.float()).bfloat16()
+            assert torch.equal(stored[f"{theirs}{name}.weight"], folded)
+            assert float((scale - 1).abs().max()) > 0.01, "nothing was scaled"
+        for linear, name in [
+            ("self_attention.linear_proj", parts[2 * number]),
+            ("mlp.linear_fc2", parts[2 * number + 1]),
+        ]:
+            scale = memory[f"{own}{linear}.input_quantizer._pre_quant_scale"].flatten()
+            assert torch.equal(stored[f"{name}.pre_quant_scale"], scale.bfloat16())
+    if "awq" in algorithm:
+        assert all(content["pre_quant_scale"] is True for content in configurations(folder))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_folding_does_not_change_the_function(ranks, exported, tmp_path, family):
+    folder, _ = exported(family, "int4_awq")
+    theirs, ours = ranks(1).run(jobs.fp32_export_and_logits, f"{folder}-nemo", str(tmp_path / "fp32"))[0]
+    # fp32 on both sides and no rounded inputs: what is left is the order of sums.
+    assert float((theirs - ours).norm() / ours.norm()) < 1e-5
+
+
+def test_plain_int4_has_scales_of_ones_where_readers_insist_on_them(exported):
+    folder, _ = exported("llama", "int4")
+    stored = tensors_of(folder)
+    scales = {name.split(".", 3)[3]: value for name, value in stored.items() if name.endswith("pre_quant_scale")}
+    assert set(scales) == {"self_attn.o_proj.pre_quant_scale", "mlp.down_proj.pre_quant_scale"}
+    assert all(
+        torch.equal(value, torch.ones_like(value)) and value.dtype == torch.bfloat16 for value in scales.values()
+    )
+    assert [len(scales[f"{name}.pre_quant_scale"]) for name in ("self_attn.o_proj", "mlp.down_proj")] == [64, 128]
+    assert all(content["pre_quant_scale"] is True for content in configurations(folder))
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)], ids=["tp2", "pp2"])
+@pytest.mark.parametrize(("family", "algorithm"), [("qwen2", "int4_awq"), ("llama", "int4")])
+def test_files_are_the_same_in_every_layout(ranks, exported, tmp_path, family, algorithm, tp, pp):
+    one, _ = exported(family, algorithm)
+    ranks(2).run(jobs_quant.export_loaded, f"{one}-nemo", str(tmp_path / "hf"), tp, pp)
+    first, second = tensors_of(one), tensors_of(tmp_path / "hf")
+    assert set(first) == set(second)
+    assert [name for name in first if not torch.equal(first[name].float(), second[name].float())] == []
+    assert configurations(one) == configurations(tmp_path / "hf")
+
+
+def test_nemotron_has_scales_in_zero_centred_norms_with_biases(ranks, work):
+    """Its MLP has no gate, so readers load the up projection by itself, with its scale."""
+    target = work / "nemotron-hf"
+    ranks(1).run(jobs.make_nemotron, str(work / "nemotron"))
+    more = settings(work, enable_kv_cache=installed.KV_CACHE)
+    memory = ranks(1).run(jobs.export_both, str(work / "nemotron"), str(target), "int4_awq", more)[0]
+    assert json.loads((target / "config.json").read_text())["architectures"] == ["NemotronForCausalLM"]
+    stored = tensors_of(target)
+    scaled = {name.split(".", 3)[3] for name in stored if name.endswith("pre_quant_scale")}
+    assert scaled == {f"{name}.pre_quant_scale" for name in ("self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")}
+    cache = {"k_proj.k_scale", "v_proj.v_scale"} if installed.KV_CACHE else set()
+    assert {name.rpartition("self_attn.")[2] for name in stored if name.endswith(("k_scale", "v_scale"))} == cache
+    for number in range(2):
+        own, theirs = f"decoder.layers.{number}.", f"model.layers.{number}."
+        scale = memory[f"{own}self_attention.linear_qkv.input_quantizer._pre_quant_scale"].flatten()
+        weight, bias = (memory[f"{own}input_layernorm.{leaf}"] for leaf in ("weight", "bias"))
+        assert torch.equal(stored[f"{theirs}input_layernorm.weight"], ((weight + 1) * scale - 1).bfloat16())
+        assert torch.equal(stored[f"{theirs}input_layernorm.bias"], (bias * scale).bfloat16())
+        assert torch.equal(
+            stored[f"{theirs}post_attention_layernorm.weight"], memory[f"{own}pre_mlp_layernorm.weight"].bfloat16()
+        )
+
+
+def test_experts_keep_their_scales_and_the_router_its_input(ranks, work):
+    target = work / "moe-hf"
+    ranks(1).run(jobs.make_moe, str(work / "moe"))
+    memory = ranks(1).run(jobs.export_both, str(work / "moe"), str(target), "int4_awq", settings(work))[0]
+    assert json.loads((target / "config.json").read_text())["architectures"] == ["Qwen3MoeForCausalLM"]
+    stored = tensors_of(target)
+    scaled = {name.split(".", 3)[3] for name in stored if name.endswith("pre_quant_scale")}
+    parts = [f"mlp.experts.{n}.{leaf}_proj" for n in range(4) for leaf in ("gate", "up", "down")]
+    assert scaled == {f"{name}.pre_quant_scale" for name in ("self_attn.o_proj", *parts)}
+    norm = memory["decoder.layers.1.pre_mlp_layernorm.weight"].bfloat16()
+    assert torch.equal(stored["model.layers.1.post_attention_layernorm.weight"], norm)
+    excluded = ["lm_head", *(f"model.layers.{n}.mlp.gate" for n in range(2))]
+    assert configurations(target)[0]["exclude_modules"] == excluded
+
+
+def test_a_pruned_model_has_its_scales_in_its_norms(ranks, work):
+    ranks(1).run(jobs_prune_after.make, str(work), {"target_hidden_size": 48, "target_ffn_hidden_size": 64})
+    more = settings(work, enable_kv_cache=installed.KV_CACHE)
+    memory = ranks(1).run(jobs.export_both, str(work / "pruned"), str(work / "pruned-hf"), "int4_awq", more)[0]
+    stored = tensors_of(work / "pruned-hf")
+    scale = memory["decoder.layers.0.mlp.linear_fc1.input_quantizer._pre_quant_scale"].flatten()
+    norm = memory["decoder.layers.0.pre_mlp_layernorm.weight"]
+    assert norm.shape == (48,)
+    assert torch.equal(stored["model.layers.0.post_attention_layernorm.weight"], (norm * scale).bfloat16())
+    assert len([name for name in stored if name.endswith("k_scale")]) == (4 if installed.KV_CACHE else 0)
+
+
+@pytest.mark.parametrize("zero_centred", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_norm_with_bias_is_folded_in_any_form(cpu_backend, zero_centred, fused):
+    """Whether the norm is a module of its own or a part of the linear layer, and adds one to its weight or not."""
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    from nemo.collections.llm.modelopt.quantization.export import hf_encoding, input_scales
+
+    core, linear, scale = scaled_layer(zero_centred, fused)
+    norm = core.input_layernorm
+    assert isinstance(norm, IdentityOp) is fused
+    (fold,) = input_scales.folds(core)
+    weight, bias = (parameter for parameter, _ in fold.parameters())
+    before = [parameter.detach().clone() for parameter in (weight, bias)]
+    value = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+
+    def output():
+        plain = torch.nn.functional.layer_norm(value, (8,))
+        return plain * (weight + (1.0 if zero_centred else 0.0)) + bias
+
+    expected = output() * scale
+    layer = hf_encoding.Layer("W4A16_AWQ", torch.ones(()), pre_quant_scale=scale)
+    with input_scales.settled(core, {id(linear): layer}, torch.float32):
+        torch.testing.assert_close(output(), expected)
+    assert layer.pre_quant_scale is None
+    assert all(torch.equal(now, then) for now, then in zip((weight, bias), before, strict=True))
+
+
+def test_norms_are_rounded_as_they_are_stored(cpu_backend):
+    """The check of the logits compares with this: the stored norm, divided by the scale that memory still applies."""
+    from nemo.collections.llm.modelopt.quantization.export import input_scales
+
+    core, _, scale = scaled_layer(zero_centred=True, fused=False)
+    found = input_scales.norms_as_stored(core, torch.bfloat16)
+    (fold,) = input_scales.folds(core)
+    weight, bias = (parameter for parameter, _ in fold.parameters())
+    stored = ((weight + 1) * scale - 1).bfloat16()
+    torch.testing.assert_close((found[id(weight)] + 1) * scale - 1, stored.float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[id(bias)] * scale, (bias * scale).bfloat16().float(), rtol=1e-5, atol=1e-6)
+
+
+def scaled_layer(zero_centred: bool, fused: bool):
+    """Return a transformer layer with one linear layer that has a scale on its input, that layer, and the scale."""
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    generator = torch.Generator().manual_seed(0)
+    scale, linear = torch.rand(8, generator=generator) + 0.5, torch.nn.Linear(8, 4)
+    linear.input_quantizer = TensorQuantizer()
+    linear.input_quantizer.pre_quant_scale = scale
+    norm = linear if fused else torch.nn.LayerNorm(8)
+    norm.zero_centered_gamma = zero_centred
+    names = ("layer_norm_weight", "layer_norm_bias") if fused else ("weight", "bias")
+    for name in names:
+        setattr(norm, name, torch.nn.Parameter(torch.randn(8, generator=generator)))
+    layer = object.__new__(TransformerLayer)
+    torch.nn.Module.__init__(layer)
+    layer.input_layernorm = IdentityOp() if fused else norm
+    layer.self_attention, layer.mlp = torch.nn.Module(), IdentityOp()
+    layer.self_attention.linear_qkv = linear
+    return layer, linear, scale
+
+
+def test_scales_that_have_no_place_are_refused_before_calibrating(cpu_backend):
+    from types import SimpleNamespace
+
+    from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+    from nemo.collections.llm.modelopt.quantization.export import input_scales, support
+
+    scaled = {"quant_cfg": {}, "algorithm": {"method": "awq_lite"}}
+    latent = object.__new__(MLASelfAttention)
+    torch.nn.Module.__init__(latent)
+    core = torch.nn.Sequential(latent)
+    with pytest.raises(ModelOptConfigError, match="multi-latent attention differently.*nemo"):
+        support.check_contents("hf", scaled, SimpleNamespace(), core)
+    support.check_contents("nemo", scaled, SimpleNamespace(), core)
+    support.check_contents("hf", {"quant_cfg": {}, "algorithm": "max"}, SimpleNamespace(), core)
+    experts = torch.nn.Module()
+    experts.config = SimpleNamespace(num_moe_experts=4)
+    assert "experts' inputs" in input_scales.obstacle(experts, packs_experts=True)
+    assert input_scales.obstacle(experts) is None
+    assert support.packs_experts("Llama4ForConditionalGeneration") and not support.packs_experts("LlamaForCausalLM")
+
+
+# --- blocks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", ["nemo", "trtllm", "hf"])
+def test_blocks_that_ranks_would_cut_are_refused_before_calibrating(ranks, work, fmt):
+    more = settings(work, awq_block_size=64)
+    answers = ranks(2).run(
+        jobs_quant.ptq_error, str(work / "llama"), str(work / f"cut-{fmt}"), "int4_awq", fmt, 2, 1, more
+    )
+    assert all(kind == "ModelOptConfigError" and not left for kind, _, left in answers)
+    assert all("blocks of 64 do not divide the 32 inputs of" in text and fmt in text for _, text, _ in answers)
+    assert all("Calibration" not in text for _, text, _ in answers)
+
+
+def test_blocks_are_restored_only_at_a_size_that_has_the_same_ones(ranks, work):
+    """At two ranks one block of 64 would cover what belongs to two halves of a row."""
+    target = work / "one-block"
+    more = settings(work, awq_block_size=64)
+    ranks(1).run(jobs_quant.ptq, str(work / "llama"), str(target), "int4_awq", "nemo", 1, 1, more)
+    ranks(1).run(jobs_quant.restored_amax, str(target))
+    ranks(2).run(jobs_quant.restored_amax, str(target), 1, 2)
+    message = ranks(2).run(jobs.restore_error, str(target), 2)[0]
+    assert (
+        "quantized in blocks of 64 inputs at tensor parallel size 1. At size 2 ranks would cut the 64 inputs of"
+        in message
+    )
+    assert "restore it at size 1" in message

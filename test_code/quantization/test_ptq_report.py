@@ -1,0 +1,140 @@
+"""The quantization report: errors of layers, KL, sensitivity, sizes on disk, and the page."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from test_code.support import installed, jobs_quant
+from test_code.support import jobs_ptq_report as jobs
+
+FP8 = {"algorithm": "fp8", "sensitivity_scan": True}
+W4A8 = {"algorithm": "w4a8_awq", "awq_block_size": 16}
+ERRORS = ("weight_sqnr_db", "activation_sqnr_db")
+
+
+@pytest.fixture(scope="module")
+def work(ranks_factory, tmp_path_factory):
+    """Return a folder with a trained checkpoint of a tiny llm.LlamaModel and a calibration file."""
+    folder = tmp_path_factory.mktemp("report")
+    ranks_factory(1).run(jobs_quant.make_checkpoint, str(folder / "llama"), True)
+    jobs_quant.corpus(folder / "text.jsonl")
+    return folder
+
+
+def paths(work) -> tuple[str, str]:
+    return str(work / "llama"), str(work / "text.jsonl")
+
+
+@pytest.fixture(scope="module")
+def one_rank(ranks_factory, work):
+    runs = [FP8, W4A8, {"algorithm": "int4", "layer_errors": False}]
+    return ranks_factory(1).run(jobs.reports, *paths(work), 1, 1, runs)[0]
+
+
+def worst(row) -> float:
+    return min(row[key] for key in ERRORS if key in row)
+
+
+def test_every_layer_is_there_worst_first(one_rank):
+    fp8, w4a8, without = one_rank
+    attentions = 4 if installed.KV_CACHE else 0
+    for report in (fp8, w4a8):
+        rows = report["layers"]
+        assert len({row["layer"] for row in rows}) == len(rows) == 4 * 4 + attentions
+        assert [worst(row) for row in rows] == sorted(worst(row) for row in rows)
+        attention = [row for row in rows if row["layer"].endswith("core_attention")]
+        assert len(attention) == attentions
+        assert all("weight_sqnr_db" not in row and row["activation_sqnr_db"] > 20 for row in attention)
+    linear = {row["layer"]: row for row in fp8["layers"] if "weight_format" in row}
+    assert {row["weight_format"] for row in linear.values()} == {"fp8"}
+    # Three bits of mantissa: relative errors up to 1/16, on average 1/40 or so, that is 32 dB.
+    assert all(28 < row[key] < 36 for row in linear.values() for key in ERRORS)
+    quantized = [row for row in w4a8["layers"] if "weight_format" in row]
+    assert {row["weight_format"] for row in quantized} == {"int4/16 + fp8"}
+    # Blocks of 16 in 15 steps: about 20 dB.
+    assert all(15 < row["weight_sqnr_db"] < 25 for row in quantized)
+    assert "layers" not in without and without["kl_to_original"] > fp8["kl_to_original"] > 0
+
+
+def test_the_figures_are_those_of_the_definitions(ranks, work, one_rank):
+    layer = "decoder.layers.1.mlp.linear_fc1"
+    expected = ranks(1).run(jobs.by_hand, *paths(work), layer)[0]
+    row = next(row for row in one_rank[0]["layers"] if row["layer"] == layer)
+    for key in ERRORS:
+        # Rounded to two digits; sums in fp32.
+        assert row[key] == pytest.approx(expected[key], abs=0.02)
+    # Differences of logits of about 1 in fp32 carry 1e-7, the divergence is 1e-4 or more.
+    assert one_rank[0]["kl_to_original"] == pytest.approx(expected["kl_to_original"], rel=1e-2)
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (1, 1)], ids=["tp2", "pp2", "dp2"])
+def test_layouts_report_as_one_rank_does(ranks, work, one_rank, tp, pp):
+    for (report,) in ranks(2).run(jobs.reports, *paths(work), tp, pp, [FP8]):
+        rows = {row["layer"]: row for row in report["layers"]}
+        assert set(rows) == {row["layer"] for row in one_rank[0]["layers"]}
+        for row in one_rank[0]["layers"]:
+            for key in ERRORS:
+                # Data-parallel ranks compare as many microbatches each, so other inputs; the weights are the same.
+                limit = 1.0 if key.startswith("activation") else 0.02
+                assert rows[row["layer"]].get(key) == pytest.approx(row[key], abs=limit) if key in row else True
+        assert report["kl_to_original"] == pytest.approx(one_rank[0]["kl_to_original"], rel=0.02)
+        key = "relative_output_error"
+        ours, theirs = ({row["group"]: row[key] for row in found["sensitivity"]} for found in (report, one_rank[0]))
+        # A value that rounds to the neighbouring FP8 number under TP moves the error slightly.
+        assert ours == pytest.approx(theirs, rel=0.02)
+
+
+def test_the_sensitivity_scan_quantizes_one_group_at_a_time(one_rank):
+    rows = one_rank[0]["sensitivity"]
+    groups = {f"decoder.layers.{layer}.{part}" for layer in range(4) for part in ("self_attention", "mlp")}
+    assert {row["group"] for row in rows} == groups
+    costs = [row["kl_to_original"] for row in rows]
+    assert costs == sorted(costs, reverse=True) and costs[-1] > 0
+    assert costs[0] < one_rank[0]["kl_to_original"] < 3 * sum(costs)
+    assert all(row["relative_output_error"] < one_rank[0]["relative_output_error"] for row in rows)
+
+
+def test_files_and_sizes(ranks, work):
+    out, folder = work / "out", work / "out.report"
+    settings = {"sensitivity_scan": True, "algorithm": "int8"}
+    report = ranks(1).run(jobs.exported_report, *paths(work), str(out), str(folder), **settings)[0]
+    assert {p.name for p in folder.iterdir()} == {".nemo-modelopt.json", "report.json", "report.html", "figures"}
+    assert {p.name for p in (folder / "figures").iterdir()} == {"sqnr.png", "sensitivity.png"}
+    assert {p.name for p in out.iterdir()} == {".nemo-modelopt.json", "weights", "context"}
+    found = json.loads((folder / "report.json").read_text())
+    assert {name: found[name] for name in report} == report and found["settings"]["algorithm"] == "int8"
+    weights = sum(p.stat().st_size for p in (out / "weights").glob("*.distcp"))
+    # Of a NeMo checkpoint the model's entries count: the original's optimizer (twice the weights) does not.
+    assert report["disk_bytes_after"] == pytest.approx(weights, rel=0.1)
+    assert report["disk_bytes_before"] == pytest.approx(report["disk_bytes_after"], rel=0.1)
+    page = (folder / "report.html").read_text()
+    for text in ("Quantization with int8", 'id="layers"', 'id="sensitivity"', report["layers"][0]["layer"], "on disk"):
+        assert text in page
+    assert not re.search(r'(?:src|href)="(?!data:)', page.partition("<script")[0]), (
+        "the page asks the network for nothing"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"sensitivity_scan": True, "comparison_size": 0}, "sensitivity_scan=True compares on held-out rows")],
+)
+def test_a_scan_of_nothing_is_refused(cpu_backend, settings, message):
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+    from nemo.collections.llm.modelopt.quantization import quantizer as q
+
+    with pytest.raises(ModelOptConfigError, match=message):
+        q.Quantizer(q.QuantizationConfig(calibration_dataset=["a text"], **settings), None)
+
+
+def test_a_report_that_cannot_be_written_does_not_fail_the_export(tmp_path, caplog):
+    from nemo.collections.llm.modelopt.quantization import comparison
+    from nemo.collections.llm.modelopt.quantization.config import QuantizationConfig
+
+    (tmp_path / "file").write_text("")
+    comparison.write({"quantizers": {"weight": 1}}, QuantizationConfig(), tmp_path / "file" / "folder")
+    comparison.write({"quantizers": {"weight": 1}}, QuantizationConfig(), tmp_path / "folder")
+    assert "weight quantizers" in (tmp_path / "folder" / "report.html").read_text()

@@ -1,0 +1,82 @@
+"""The benchmarks run, compare like with like, and write what they found."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def kd_step(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import kd_step
+
+    return kd_step
+
+
+@pytest.fixture
+def ptq(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.delitem(sys.modules, "benchmarks.ptq", raising=False)
+    from benchmarks import ptq
+
+    return ptq
+
+
+def test_ptq_benchmark(ptq, ranks, stock_ranks, tmp_path):
+    pools = {"stock": stock_ranks(1), "ours": ranks(1), "ours x 2": ranks(2)}
+    result = ptq.measure(pools, tmp_path, ptq.QUICK, 1, "fp8")
+    ptq.write(result, tmp_path / "results")
+    rows = json.loads((tmp_path / "results" / "ptq.json").read_text())["rows"]
+    # Stock pads; two ranks share what one does.
+    assert rows["stock"]["positions computed"] == 16 * 64 >= rows["stock"]["real tokens"] > 0
+    assert rows["ours x 2"]["real tokens"] == rows["ours"]["real tokens"] >= rows["stock"]["real tokens"]
+    assert all(row["seconds"]["best"] > 0 and row["peak MiB"] >= 0 for row in rows.values())
+    text = (tmp_path / "results" / "ptq.txt").read_text()
+    assert all(name in text for name in (*rows, *result["ratios"])) and "target" in text
+    assert (tmp_path / "results" / "ptq.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_kd_step_benchmark(kd_step, ranks, stock_ranks, tmp_path):
+    case = kd_step.SIZES["quick"]
+    found = kd_step.measure({"stock": stock_ranks(1), "ours": ranks(1)}, case, 1, 1)
+    rows = kd_step.compare(found, case)
+    kd_step.write("kd_step", rows, tmp_path, kd_step.notes(rows))
+    rows = json.loads((tmp_path / "kd_step.json").read_text())["rows"]
+    # fp32 sums over the vocabulary; stock's are the less exact ones.
+    assert all(r["gradient difference"] < 1e-5 and r["loss difference"] < 1e-5 for n, r in rows.items() if n[0] != "m")
+    peaks = {name: r["peak bytes"] for name, r in found.items()}
+    logits = 4 * case["sequences"] * case["length"] * case["vocabulary"]
+    # Stock: both logits and 7 L; chunked: both logits, the teacher's taking the gradient.
+    assert peaks["stock"] > 9 * logits and peaks["stock"] - peaks["chunked"] > 5 * logits
+    assert (tmp_path / "kd_step.svg").read_text().count("<rect") == 1 + 2 * len(rows)
+    assert all(name in (tmp_path / "kd_step.md").read_text() for name in rows)
+
+
+def test_memory_of_the_teachers_logits_is_reused_unless_somebody_sees_them(kd_step, ranks):
+    from test_code.support import jobs_bench_step
+
+    off = {"fused_logits": "off"}
+    cases = {"alone": off, "with LM loss": {**off, "skip_lm_loss": False}, "seen": off, "fused": {"fused_logits": "on"}}
+    found = ranks(1).run(jobs_bench_step.reuses_teacher_logits, kd_step.SIZES["quick"], cases)[0]
+    assert found == {"alone": True, "with LM loss": True, "seen": False, "fused": False}
+
+
+def test_formulas_of_memory_are_what_megatron_takes(monkeypatch, ranks, stock_ranks):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import kd_memory
+
+    checks = kd_memory.check({"stock": stock_ranks(1), "ours": ranks(1)}, {"small": kd_memory.QUICK}, "small")
+    for row in checks:
+        # Tensors of a few numbers a token (statistics, masks, losses) are in no formula.
+        assert abs(row["deviation"]) < 0.1 and abs(row["weights, formula / simulation"] - 1) < 1e-3, row
+        assert abs(row["allocator"] / row["simulation"] - 1) < 0.02, row
+    table = kd_memory.text(kd_memory.rows(), checks)
+    assert table.count("8B -> 4B") == len(kd_memory.LAYOUTS["8B -> 4B"]) and "70B -> 8B" in table
+    for row in kd_memory.rows():
+        assert row["total"]["chunked"] < row["total"]["stock"]

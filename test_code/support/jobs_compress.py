@@ -1,0 +1,78 @@
+"""Jobs of the compression tests, run on live ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nemo import lightning as nl
+from nemo.collections import llm
+from nemo.collections.llm.modelopt import ModelOptConfigError
+from nemo_modelopt_cli import tokens
+from nemo_modelopt_cli.compress import heldout, jobs, training
+from nemo_modelopt_cli.compress.settings import Job, Layout, Pruning, Quantization
+from test_code.support import tiny
+
+_AWQ_HF = {"algorithm": "int4_awq", "formats": ("nemo", "hf")}
+
+
+def make_teacher(folder: str, in_bf16: bool = False, llama: bool = False) -> None:
+    """Write a tiny trained checkpoint, training and held-out texts, and the held-out tokens."""
+    here = Path(folder)
+    texts = tiny.texts(120)
+    for name, rows in (("train", texts[:100]), ("heldout", texts[100:])):
+        (here / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    np.save(here / "heldout.npy", tokens.encode(here / "heldout.jsonl", tiny.tokenizer()))
+    options: dict = {}
+    kind: dict = {}
+    if in_bf16:
+        kind = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
+        options["plugins"] = nl.MegatronMixedPrecision("bf16-mixed", params_dtype=torch.bfloat16)
+    model = tiny.model(vocab_size=tiny.VOCABULARY, **kind)
+    if llama:  # a kind of model that has a Hugging Face format
+        names = llm.LlamaConfig.__dataclass_fields__
+        settings = {name: getattr(model.config, name) for name in names if hasattr(model.config, name)}
+        model = llm.LlamaModel(llm.LlamaConfig(**settings), optim=tiny.optim(), tokenizer=tiny.tokenizer())
+    tiny.fit(model, max_steps=4, save_to=here / "checkpoint", **options)
+    training.release()
+
+
+def _pruning(here: Path, layout: dict, pruning: dict, quantization: dict | None = None) -> Job:
+    texts = {f"{name}_text": str(here / f"{name}.jsonl") for name in ("train", "heldout")}
+    settings = Pruning(num_samples=8, **pruning)
+    return Job(str(here / "checkpoint"), **texts, seq_length=32, layout=Layout(cpu=True, **layout), pruning=settings,
+        quantization=Quantization(**(quantization or {})))  # fmt: skip
+
+
+def tokenize(folder: str) -> None:
+    """Write the tokens that `prune` reads below ``folder``/pruned."""
+    here = Path(folder)
+    (here / "pruned").mkdir(exist_ok=True)
+    jobs.tokenize(here / "pruned", _pruning(here, {}, {}))
+
+
+def prune(folder: str, layout: dict, pruning: dict, quantization: dict | None = None) -> dict:
+    """Return what the stage that prunes reports of the tiny teacher, pruned below ``folder``/pruned."""
+    here = Path(folder)
+    return jobs.prune(here / "pruned", _pruning(here, layout, pruning, quantization), here / "pruned")
+
+
+def quantize_too_wide(folder: str, blocks: int) -> tuple[str, str]:
+    """Return the errors with which distillation and quantization start for a student that blocks do not divide."""
+    here, found = Path(folder), []
+    job = _pruning(here, {}, {"target_num_layers": 2}, {**_AWQ_HF, "awq_block_size": blocks})
+    for work, more in ((jobs.distill, (here, None)), (jobs.quantize, (here,))):
+        try:
+            work(here / "no such stage", job, here / "checkpoint", *more)
+        except ModelOptConfigError as error:
+            found.append(str(error))
+    return found[0], found[1]
+
+
+def measure(folder: str, layout: dict) -> dict:
+    """Return what `heldout.measure` finds under a layout."""
+    here = Path(folder)
+    return heldout.measure(here / "checkpoint", here / "heldout.npy", Layout(cpu=True, **layout), 32, 4)
