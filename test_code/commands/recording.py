@@ -1,0 +1,19 @@
+"""The file that holds what the commands did."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+FILE = Path(__file__).resolve().parent.parent / "data" / "commands.json"
+
+
+def read() -> dict[str, Any]:
+    """Return what was recorded."""
+    return json.loads(FILE.read_text(encoding="utf-8"))
+
+
+def write(content: dict[str, Any]) -> None:
+    """Write what was observed."""
+    FILE.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
