@@ -1,4 +1,4 @@
-"""Two compression runs side by side: a table in the terminal and ``compare.html``, from their ``report.json`` files."""
+"""Compare two compression runs: a table in the terminal and ``compare.html``, from their ``report.json`` files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_modelopt_dropin import files
 from nemo_modelopt_dropin.report import charts as report_charts
+from nemo_modelopt_dropin.report import headline
 from nemo_modelopt_dropin.report import page as report
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ _NUMBERS = {
     "heldout_loss": ("held-out loss", "{:.4f}".format),
     "perplexity": ("perplexity", "{:.2f}".format),
     "parameters": ("parameters", report.millions),
+    "bf16_bytes": ("in bf16", report.megabytes),
     "bytes": ("on disk", report.megabytes),
     "heldout_tokens_per_second": ("tokens/s", "{:,.0f}".format),
 }
@@ -48,7 +50,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def labels(first: Path, second: Path) -> tuple[str, str]:
-    """Return the shortest ends of the two paths that differ."""
+    """Return the shortest trailing parts of the two paths that differ."""
     one, two = first.resolve().parts, second.resolve().parts
     for length in range(1, max(len(one), len(two)) + 1):
         found = "/".join(one[-length:]), "/".join(two[-length:])
@@ -58,8 +60,11 @@ def labels(first: Path, second: Path) -> tuple[str, str]:
 
 
 def numbers(contents: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Return a row for each number of each model that either run has: both values and by how much the second is off."""
-    models = [{model["name"]: model for model in content["models"]} for content in contents]
+    """Return one row per model and number that either run has: both values and the relative change."""
+    models = [
+        {model["name"]: {**model, "bf16_bytes": headline.in_bf16(model)} for model in content["models"]}
+        for content in contents
+    ]
     for of_run, content in zip(models, contents, strict=True):
         exported = (content.get("exports") or {}).get("hf")
         if exported:
@@ -88,7 +93,7 @@ def _pair(pair: list[Any], as_text) -> dict[str, str]:
 
 
 def different_settings(contents: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """Return name and both values of every setting of the jobs that differs."""
+    """Return the name and both values of every setting that differs between the jobs."""
     flat = [dict(_flat(content["settings"].get("job", {}))) for content in contents]
     names = dict.fromkeys([*flat[0], *flat[1]])
     return [
@@ -143,5 +148,6 @@ def render(names: tuple[str, str], contents: list[dict[str, Any]]) -> str:
         runs=contents,
         rows=numbers(contents),
         remark=_remark(contents),
+        sizes=headline.SIZES,
         settings=different_settings(contents),
     )

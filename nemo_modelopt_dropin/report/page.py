@@ -1,20 +1,22 @@
-"""Write a compression run's report: ``report.json``, one self-contained ``report.html``, PNG figures, a table.
+"""Write the report of a compression run: ``report.json``, a self-contained ``report.html``, PNG figures, a table.
 
-The page carries Vega, its data and its style inside and asks the network for nothing. It shows the very numbers of
-``report.json``, which it embeds; the figures are drawn from it by `report_charts`.
+The page embeds Vega, its data and its style, and needs no network. It shows the numbers of ``report.json``, which it
+embeds too; `report_charts` makes the figures.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_modelopt_dropin import files
 from nemo_modelopt_dropin.preflight.output_checks import REPORT_FILES
 from nemo_modelopt_dropin.report import charts as report_charts
+from nemo_modelopt_dropin.report import headline
+from nemo_modelopt_dropin.report.headline import megabytes, millions
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,16 +31,16 @@ def write(content: Mapping[str, Any], folder: Path) -> Path:
 
 
 def write_files(folder: Path, content: Any, charts: Mapping[str, Mapping[str, Any]], page: str) -> Path:
-    """Write ``report.json``, the figures as PNG and ``report.html``; return the latter's path.
+    """Write ``report.json``, the figures as PNG and ``report.html``, and return the path of the page.
 
     Args:
-        folder: made if it is missing; an earlier report in it is replaced.
+        folder: created if it is missing; an earlier report in it is replaced.
         content: the numbers.
-        charts: name -> specification and more.
+        charts: the figures, from `report_charts.figures`.
         page: the text of the page.
 
     Raises:
-        ModelOptConfigError: if a user's file or folder has the name of one of the report's.
+        ModelOptConfigError: if the folder has a file or folder with the name of a report file that is not ours.
     """
     files.own(folder, files.REPORT, *REPORT_FILES)
     (folder / "figures").mkdir(exist_ok=True)
@@ -51,7 +53,7 @@ def write_files(folder: Path, content: Any, charts: Mapping[str, Mapping[str, An
 
 
 def withdraw(folder: Path) -> None:
-    """Remove the report of a run that continues, because it is out of date."""
+    """Remove the report of a run that resumes, because it is out of date."""
     files.remove_entries(folder, *REPORT_FILES)
 
 
@@ -59,17 +61,18 @@ def render(content: Mapping[str, Any], charts: Mapping[str, Mapping[str, Any]] |
     """Return the page."""
     charts = report_charts.charts(content) if charts is None else charts
     values = {"title": content["title"], "rows": rows(content), "remark": remark(content)}
+    values |= {"answers": headline.answers(content), "sizes": headline.SIZES}
     return render_template(_TEMPLATE, charts, content, report=content, **values)
 
 
 def render_template(template: str, charts: Mapping[str, Mapping[str, Any]], data: Any, **values) -> str:
-    """Return a page with its figures, the numbers it shows, and the library that draws them inside.
+    """Return a page that embeds its figures, its numbers and the library that draws the figures.
 
     Args:
-        template: name of the template beside this file.
-        charts: name -> title, caption and specification.
+        template: name of the template in the folder of this file.
+        charts: the figures, from `report_charts.figures`.
         data: the numbers, embedded as JSON.
-        **values: what the template uses.
+        **values: variables of the template.
     """
     import jinja2
     from vl_convert import javascript_bundle
@@ -80,6 +83,7 @@ def render_template(template: str, charts: Mapping[str, Mapping[str, Any]], data
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"millions": millions, "megabytes": megabytes, "duration": duration}
+    environment.filters["data_uri"] = report_charts.data_uri
     return environment.get_template(template).render(
         charts=charts,
         data=_embedded(data),
@@ -90,11 +94,11 @@ def render_template(template: str, charts: Mapping[str, Mapping[str, Any]], data
 
 
 def rows(content: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return the table of models as text, the same on the page and in the terminal."""
-    found: list[dict[str, str]] = []
+    """Return the table of models as text, for the page and the terminal."""
+    lines: list[dict[str, str]] = []
     for model in content["models"]:
         first = content["models"][0]
-        found.append(
+        lines.append(
             {
                 "model": model["name"],
                 "held-out loss": f"{model['heldout_loss']:.4f}",
@@ -103,35 +107,40 @@ def rows(content: Mapping[str, Any]) -> list[dict[str, str]]:
                 "params": millions(model["parameters"]),
                 "body": f"{millions(model['body_parameters'])}, "
                 f"{model['body_parameters'] / first['body_parameters']:.0%}",
+                "in bf16": megabytes(headline.in_bf16(model)),
                 "on disk": megabytes(model["bytes"]),
                 "tokens/s": f"{model['heldout_tokens_per_second']:,.0f}",
             }
         )
     exported = (content.get("exports") or {}).get("hf")
-    if found and exported:
-        found.append(dict.fromkeys(found[0], "") | _of_files(exported, content["models"][0]["heldout_loss"]))
-    return found
+    if lines and exported:
+        lines.append(dict.fromkeys(lines[0], "") | _exported_row(exported, content["models"]))
+    return lines
 
 
-def _of_files(exported: Mapping[str, Any], reference: float) -> dict[str, str]:
-    """Return what a row of the table says of Hugging Face files: their loss was measured, their speed was not."""
-    loss, found = exported.get("heldout_loss"), {"model": "hf files", "on disk": megabytes(exported["bytes"])}
+def _exported_row(exported: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the cells of the Hugging Face files; they have no speed, because it was not measured."""
+    row = {"model": "hf files", "on disk": megabytes(exported["bytes"])}
+    source = next((model for model in models if model["name"] == "quantized"), None)
+    if source is not None:  # the files hold the parameters of this model
+        row |= {"params": millions(source["parameters"]), "in bf16": megabytes(headline.in_bf16(source))}
+    loss = exported.get("heldout_loss")
     if loss is not None:
-        found |= {
+        row |= {
             "held-out loss": f"{loss:.4f}",
-            "against teacher": f"{loss - reference:+.4f}",
+            "against teacher": f"{loss - models[0]['heldout_loss']:+.4f}",
             "perplexity": f"{math.exp(loss):.2f}",
         }
-    return found
+    return row
 
 
 def remark(content: Mapping[str, Any]) -> str:
-    """Return what must be known of the table's numbers, nothing where nothing was quantized."""
+    """Return what a reader must know about the numbers of a quantized model; "" if no model is quantized."""
     if not any(model["name"] == "quantized" for model in content["models"]):
         return ""
     return (
-        "quantized: a NeMo checkpoint that simulates the format. Its weights are as wide as before, and simulation "
-        "takes time: neither its size nor its speed is that of the format."
+        '"quantized" is a NeMo checkpoint that simulates the format: its weights are as wide as before and the '
+        "simulation takes time, so neither its size nor its speed is that of the format."
     )
 
 
@@ -140,30 +149,20 @@ def table(content: Mapping[str, Any]) -> Table:
     from rich import box
     from rich.table import Table
 
-    # 80 columns are enough: no perplexity, headings wrap, numbers do not.
+    # To fit 80 columns, perplexity is left out and headings break between words; numbers do not.
     text = [{name: value for name, value in row.items() if name != "perplexity"} for row in rows(content)]
     title = f"{content['title']}, stages took {duration(content['total_seconds'])}"
-    found = Table(title=title, caption=remark(content), box=box.SIMPLE_HEAD, padding=(0, 0, 0, 0), pad_edge=False)
+    caption = "\n".join(filter(None, [headline.SIZES if text else "", remark(content)]))
+    shown = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 0), pad_edge=False)
     for name in text[0] if text else ("model",):
-        width = max(len(row[name]) for row in text) if text else None
-        found.add_column(name, justify="left" if name == "model" else "right", min_width=width)
+        shown.add_column(name.replace(" ", "\n"), justify="left" if name == "model" else "right")
     for row in text:
-        found.add_row(*row.values())
-    return found
-
-
-def millions(count: float) -> str:
-    """Return a count of parameters as people read it."""
-    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
-
-
-def megabytes(count: float) -> str:
-    """Return a number of bytes as people read it."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+        shown.add_row(*row.values())
+    return shown
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people read it."""
+    """Return a time as readers expect it, in seconds, minutes or hours."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -172,11 +171,11 @@ def duration(seconds: float) -> str:
 
 
 def _embedded(content: Any) -> str:
-    """Return JSON that is safe inside of a script element."""
-    return json.dumps(content).replace("<", "\\u003c")
+    """Return JSON that is safe inside a script element and that browsers can parse."""
+    return json.dumps(report_charts.finite(content), allow_nan=False).replace("<", "\\u003c")
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write beside the file and rename, so that a reader never sees half of it."""
+    """Write to a temporary file and rename it, so that readers never see a half-written file."""
     with files.replacing(path) as beside:
         beside.write_bytes(content)

@@ -1,6 +1,6 @@
-"""The report of one pruning: ``report.json``, one self-contained ``report.html`` and PNG figures.
+"""Write the report of a pruning: ``report.json``, a self-contained ``report.html`` and PNG figures.
 
-It has what `describe_pruning` returns: sizes and costs before and after, scores by layer and hparam, and candidates.
+It shows what `describe_pruning` returns: sizes and costs before and after, scores by layer and hparam, and candidates.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def write(content: Mapping[str, Any], folder: Path) -> Path:
     """Write all files of the report and return the page's path.
 
     Args:
-        content: what `describe_pruning` returned.
-        folder: made where it is missing; files of the same name are replaced.
+        content: the dictionary that `describe_pruning` returns.
+        folder: created if it is missing; an earlier report in it is replaced.
     """
     content = {
         "title": "Pruning",
         "created": datetime.datetime.now().isoformat(sep=" ", timespec="minutes"),
-        # As a reader of the file gets it: keys are texts.
+        # As it is after reading it from the file: keys are strings.
         **json.loads(json.dumps(content)),
     }
     figures = charts(content)
@@ -59,7 +59,7 @@ def rows(content: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def charts(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return name -> title, caption and specification of every figure that the report has data for."""
+    """Return every figure for which the report has data, as `report_charts.figures` does."""
     made: dict[str, tuple[str, str, alt.TopLevelMixin | None]] = {
         "candidates": (
             "Candidates",
@@ -67,16 +67,16 @@ def charts(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             report_figures.candidates(content.get("candidates", [])),
         ),
         "layer_scores": (
-            "Importance of the layers",
-            "One minus the cosine of a layer's input and output, summed over the data; the lowest go first.",
+            "Importance of layers",
+            "One minus the cosine of a layer's input and output, summed over the data. The lowest are dropped first.",
             _layers(content.get("layer_scores", {}), set(content["kept_layers"])),
         ),
     }
     for hparam, layers in content.get("hparam_scores", {}).items():
         made[f"scores_{hparam}"] = (
             f"Importance: {hparam}",
-            "Units of each layer from the most to the least important, relative to the layer's best"
-            + (" (0: the whole model)." if "0" in layers else "."),
+            "Units of each layer from most to least important, relative to the most important unit of the layer"
+            + (" (0 is the whole model)." if "0" in layers else "."),
             _units(layers),
         )
     return report_charts.figures(made)
@@ -92,7 +92,7 @@ def _layers(scores: Mapping[str, float], kept: set[int]) -> alt.Chart | None:
         for number, score in scores.items()
     ]
     return (
-        alt.Chart(alt.Data(values=values))
+        alt.Chart(report_figures.inline(values))
         .mark_bar()
         .encode(
             x=alt.X("layer:O", title="layer"),
@@ -112,12 +112,18 @@ def _units(layers: Mapping[str, list[float]]) -> alt.Chart:
         for index, value in enumerate(curve)
     ]
     return (
-        alt.Chart(alt.Data(values=values))
+        alt.Chart(report_figures.inline(values))
         .mark_line(strokeWidth=1.2)
         .encode(
             x=alt.X("place:Q", title="units, from most to least important", axis=alt.Axis(format="%")),
             y=alt.Y("importance:Q", title="relative importance"),
-            color=alt.Color("layer:O", scale=alt.Scale(scheme="viridis")),
+            # A gradient, because a model has too many layers for a legend with one entry per layer.
+            color=alt.Color(
+                "layer:Q",
+                scale=alt.Scale(scheme="viridis"),
+                legend=alt.Legend(format="d", tickMinStep=1) if len(layers) > 1 else None,
+            ),
+            detail="layer:O",
             tooltip=["layer:O", alt.Tooltip("importance:Q", format=".3f")],
         )
     )

@@ -1,8 +1,9 @@
-"""The report of a quantization as ``report.json`` and as one self-contained page; rendered as the compress job's is."""
+"""Write the report of a quantization: ``report.json``, a self-contained ``report.html`` and PNG figures."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import time
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_modelopt_dropin.report import charts as report_charts
+from nemo_modelopt_dropin.report import figures as report_figures
 from nemo_modelopt_dropin.report import page as report
 
 if TYPE_CHECKING:
@@ -20,16 +22,16 @@ _PACKAGES = ("nemo-toolkit", "megatron-core", "nvidia-modelopt", "torch")
 _SERIES = {"weight_sqnr_db": "weight", "activation_sqnr_db": "activations"}
 _COLOURS = {"weight": "#3b82c4", "activations": "#c98a1b"}
 _ROW_HEIGHT = 16
-# A figure of more would be no figure; the table has them all.
+# More rows would make the figure unreadable; the table has all of them.
 _DRAWN = 60
 
 
 def write(content: Mapping[str, Any], folder: Path) -> Path:
-    """Write the files into ``folder`` and return the page's path.
+    """Write all files of the report and return the page's path.
 
     Args:
         content: ``Quantizer.report`` with "settings".
-        folder: Made where it is missing.
+        folder: created if it is missing; an earlier report in it is replaced.
     """
     found = {
         "title": f"Quantization with {content.get('algorithm', content['settings'].get('algorithm'))}",
@@ -44,9 +46,9 @@ def write(content: Mapping[str, Any], folder: Path) -> Path:
 
 
 def facts(content: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return (what, original, quantized) of what was measured, as text."""
+    """Return the rows of the first table as text: what was measured, for the original, for the quantized model."""
     shown = {
-        "loss": ("loss, nats a token", "{:.4f}"),
+        "loss": ("loss, nats per token", "{:.4f}"),
         "perplexity": ("perplexity", "{:.2f}"),
         "weight_bytes": ("weights, in 16 bits and in this format", None),
         "disk_bytes": ("on disk, measured", None),
@@ -61,23 +63,23 @@ def facts(content: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         found.append(("KL to the original, nats", "", f"{content['kl_to_original']:.2e}"))
         found.append(("relative error of the logits", "", f"{content['relative_output_error']:.2%}"))
     if "effective_bits" in content:
-        found.append(("bits of a weight on average", "16", f"{content['effective_bits']:.2f}"))
+        found.append(("average bits per weight", "16", f"{content['effective_bits']:.2f}"))
     found += [(f"{kind} quantizers", "0", str(count)) for kind, count in content.get("quantizers", {}).items()]
     return found
 
 
 def charts(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return name -> title, caption and specification of every figure that the report has data for."""
+    """Return every figure for which the report has data, as `report_charts.figures` does."""
     return report_charts.figures(
         {
             "sqnr": (
                 "Error of each layer",
-                "Signal-to-quantization-noise ratio in dB, worst layer first: 6 dB more are a bit more.",
+                "Signal-to-quantization-noise ratio in dB, worst layer first; 6 dB more correspond to one bit more.",
                 _errors(content),
             ),
             "sensitivity": (
                 "Sensitivity",
-                "KL to the original model, in nats a token, when only this group of layers is quantized.",
+                "KL to the original model, in nats per token, if only this group of layers is quantized.",
                 _sensitivity(content),
             ),
         }
@@ -88,12 +90,21 @@ def _height(rows: int) -> int:
     return max(80, _ROW_HEIGHT * rows)
 
 
+def _names(field: str, names: list[str]) -> alt.Y:
+    """Return the axis of layers in this order; labels leave out the beginning that all names share."""
+    import altair as alt
+
+    shared = os.path.commonprefix(names).rpartition(".")[0]
+    label = f"slice(datum.label, {len(shared) + 1 if shared else 0})"
+    return alt.Y(f"{field}:N", sort=names, title=None, axis=alt.Axis(labelExpr=label))
+
+
 def _errors(content: Mapping[str, Any]) -> alt.Chart | None:
     import altair as alt
 
     layers = content.get("layers", [])[:_DRAWN]
     values = [
-        {"layer": row["layer"], "of": series, "dB": row[key]}
+        {"layer": row["layer"], "quantized": series, "dB": row[key]}
         for row in layers
         for key, series in _SERIES.items()
         if key in row
@@ -102,14 +113,14 @@ def _errors(content: Mapping[str, Any]) -> alt.Chart | None:
         return None
     scale = alt.Scale(domain=list(_COLOURS), range=list(_COLOURS.values()))
     return (
-        alt.Chart(report_charts.inline(values))
+        alt.Chart(report_figures.inline(values))
         .mark_point(filled=True, size=70, opacity=1)
         .encode(
             x=alt.X("dB:Q", scale=alt.Scale(zero=False)),
-            y=alt.Y("layer:N", sort=[row["layer"] for row in layers], title=None, axis=alt.Axis(labelLimit=320)),
-            color=alt.Color("of:N", scale=scale),
-            shape=alt.Shape("of:N", legend=None),
-            tooltip=["layer:N", "of:N", alt.Tooltip("dB:Q", format=".1f")],
+            y=_names("layer", [row["layer"] for row in layers]),
+            color=alt.Color("quantized:N", scale=scale),
+            shape=alt.Shape("quantized:N", legend=None),
+            tooltip=["layer:N", "quantized:N", alt.Tooltip("dB:Q", format=".1f")],
         )
         .properties(height=_height(len(layers)))
     )
@@ -123,11 +134,11 @@ def _sensitivity(content: Mapping[str, Any]) -> alt.Chart | None:
         return None
     values = [{"group": row["group"], "kl": row["kl_to_original"]} for row in rows]
     return (
-        alt.Chart(report_charts.inline(values))
+        alt.Chart(report_figures.inline(values))
         .mark_bar(color="#8e6bbf")
         .encode(
-            x=alt.X("kl:Q", title="nats a token"),
-            y=alt.Y("group:N", sort=[row["group"] for row in rows], title=None, axis=alt.Axis(labelLimit=320)),
+            x=alt.X("kl:Q", title="nats per token"),
+            y=_names("group", [row["group"] for row in rows]),
             tooltip=["group:N", alt.Tooltip("kl:Q", format=".2e")],
         )
         .properties(height=_height(len(rows)))

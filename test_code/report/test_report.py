@@ -1,8 +1,10 @@
-"""The report: the page, the figures and the table show the numbers of report.json and need nothing from outside."""
+"""The report: page, figures and table show the numbers of report.json and need nothing from outside."""
 
 from __future__ import annotations
 
+import base64
 import copy
+import csv
 import io
 import json
 import math
@@ -19,7 +21,7 @@ from nemo_modelopt_cli.compress import summary
 from nemo_modelopt_cli.compress.settings import Job
 from nemo_modelopt_cli.compress.stages import Record
 from nemo_modelopt_dropin.report import charts as report_charts
-from nemo_modelopt_dropin.report import compare, figures, importance
+from nemo_modelopt_dropin.report import compare
 from nemo_modelopt_dropin.report import page as report
 
 LOSSES = {"teacher": 3.44, "prune": 3.83, "distill": 3.52, "scratch": 3.88, "quantize": 3.53}
@@ -61,11 +63,12 @@ def folder(content, tmp_path_factory):
 
 
 class _Page(HTMLParser):
-    """Collects what the tests ask for."""
+    """Collects the parts of a page that the tests compare."""
 
     def __init__(self, text: str):
         super().__init__()
         self.addresses: list[str] = []
+        self.downloads: dict[str, str] = {}
         self.ids: set[str] = set()
         self.scripts: dict[str, str] = {}
         self.cells: list[str] = []
@@ -77,7 +80,13 @@ class _Page(HTMLParser):
         named = dict(attributes)
         self._inside = (tag, named.get("id") or "")
         self.addresses += [value for name, value in attributes if name in ("src", "href") and value]
-        self.ids |= {named["id"]} if named.get("id") else set()
+        if "download" in named:
+            self.downloads[named["download"] or ""] = named["href"] or ""
+        if named.get("id"):
+            assert named["id"] not in self.ids, (
+                f"two elements are called {named['id']}: a figure would replace the other"
+            )
+            self.ids.add(named["id"])
 
     def handle_endtag(self, tag):
         self._inside = ("", "")
@@ -129,12 +138,33 @@ def test_the_page_fits_phones_paper_and_dark_rooms(folder):
 
 def test_every_figure_has_its_place_and_its_png(folder, page, content):
     charts = report_charts.charts(content)
-    assert len(charts) == 8
+    assert len(charts) == 7
     for name, chart in charts.items():
         assert name in page.ids
         assert (folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert chart["spec"]["width"] == "container"
     assert not list(folder.rglob("*.part"))
+
+
+def test_every_figure_has_its_data_as_a_download(page, content):
+    charts = report_charts.charts(content)
+    assert set(page.downloads) == {f"{name}.csv" for name in charts}
+    tables = {}
+    for name, address in page.downloads.items():
+        kind, _, encoded = address.partition(";base64,")
+        assert kind == "data:text/csv;charset=utf-8"
+        tables[name] = list(csv.DictReader(io.StringIO(base64.b64decode(encoded).decode())))
+        assert tables[name], name
+    losses = {model["name"]: model["heldout_loss"] for model in content["models"]}
+    assert {row["model"]: float(row["loss"]) for row in tables["heldout_by_stage.csv"]} == losses
+    seconds = {stage["name"]: stage["seconds"] for stage in content["stages"]}
+    assert {row["stage"]: float(row["seconds"]) for row in tables["times.csv"]} == seconds
+    assert len(tables["tradeoff.csv"]) == len(content["models"]), "all models, and not only those on the line"
+
+
+def test_tables_without_a_value_have_an_empty_cell():
+    assert report_charts.csv_text([{"a": 1}, {"a": None, "b": "x, y"}]) == 'a,b\n1,\n,"x, y"\n'
+    assert report_charts.finite({"a": [math.nan, 1.5, (math.inf, "x")]}) == {"a": [None, 1.5, [None, "x"]]}
 
 
 def test_figures_show_the_held_out_losses(content):
@@ -222,6 +252,7 @@ def test_a_run_with_good_numbers_ends_well(tmp_path, capsys):
     [
         (report.millions, 1_404_640, "1.40 M"),
         (report.millions, 8_030_000_000, "8.03 B"),
+        (report.megabytes, 226_706, "227 kB"),
         (report.megabytes, 5_822_310, "5.8 MB"),
         (report.megabytes, 2_500_000_000, "2.50 GB"),
         (report.duration, 9.06, "9.1 s"),
@@ -239,108 +270,9 @@ def test_embedded_text_cannot_end_its_script_element():
     assert json.loads(text)["a"].startswith("</script>")
 
 
-# --- figures that need more data --------------------------------------------------------------------------------------
-
-
-def test_the_front_holds_what_nothing_beats_in_size_and_loss():
-    points = [{"bytes": size, "loss": loss} for size, loss in ((4, 1.0), (2, 3.0), (3, 3.5), (2, 2.0), (5, 1.0))]
-    assert [(point["bytes"], point["loss"]) for point in figures.front(points)] == [(2, 2.0), (4, 1.0)]
-
-
-def test_the_files_are_in_the_table_and_simulation_is_called_so(content):
-    with_loss = {**content, "exports": {"hf": {"path": "p", "bytes": 7_000_000, "heldout_loss": 3.54}}}
-    last = report.rows(with_loss)[-1]
-    assert (last["model"], last["held-out loss"], last["on disk"], last["tokens/s"]) == (
-        "hf files",
-        "3.5400",
-        "7.0 MB",
-        "",
-    )
-    assert last["against teacher"] == "+0.1000"
-    assert "simulates" in report.render(with_loss) and "simulates" in report.remark(with_loss)
-    numbers = compare.numbers([with_loss, content])
-    of_files = [row for row in numbers if row["model"] == "hf files"]
-    assert [(row["number"], row["first"], row["second"]) for row in of_files] == [
-        ("held-out loss", "3.5400", ""),
-        ("perplexity", f"{math.exp(3.54):.2f}", ""),
-        ("on disk", "7.0 MB", "1.2 MB"),
-    ]
-    unquantized = {**content, "models": content["models"][:2], "exports": {}}
-    assert report.remark(unquantized) == "" and len(report.rows(unquantized)) == 2
-
-
-def test_the_tradeoff_shows_every_model_and_the_file_that_was_read_back(content):
-    with_file = {**content, "exports": {"hf": {"path": "p", "bytes": 7, "heldout_loss": 3.6}}}
-    found = figures.tradeoff_points([("", with_file)])
-    assert [point["model"] for point in found] == [model["name"] for model in content["models"]] + ["exported"]
-    assert found[-1]["bytes"] == 7
-
-
-def test_importance_of_layers_and_units(tmp_path):
-    heads = [99.0 - 99.0 * place / 31 for place in range(32)]
-    pruned = {
-        "layer_scores": {"1": 3.0, "2": 0.5, "3": 1.0},
-        "kept_layers": [1, 3],
-        "candidates": [{"parameters": 3, "loss": 2.0}],
-        "hparam_scores": {
-            "hidden_size": {"0": [4.0, 1.0]},
-            "ffn_hidden_size": {"1": [4.0, 2.0, 1.0], "2": [4.0, 2.0, 1.0]},
-            "num_attention_heads": {"2": heads},
-        },
-    }
-    (tmp_path / "report.json").write_text(json.dumps(pruned))
-    found = importance.read(tmp_path)
-    assert [(one["layer"], one["fate"]) for one in found["layers"]] == [(1, "kept"), (2, "dropped"), (3, "kept")]
-    assert [(one["kind"], one["layer"], len(one["shares"])) for one in found["units"]] == [
-        ("attention", 2, 32),
-        ("ffn", 1, 3),
-        ("ffn", 2, 3),
-    ]
-    assert found["units"][1]["shares"] == [1.0, 0.5, 0.25]
-    assert found["candidates"] == pruned["candidates"]
-    assert importance.read(Path("nowhere")) == {}
-
-
 def _candidate(parameters: int, loss: float, chosen: bool = False) -> dict:
     sizes = {"ffn_hidden_size": parameters, "num_layers": 2}
     return {"parameters": parameters, "loss": loss, "kl": loss / 10, "sizes": sizes, "chosen": chosen}
-
-
-def test_candidates_are_drawn_with_those_that_nothing_beats(content, tmp_path):
-    tried = [_candidate(70, 2.0, True), _candidate(60, 2.5), _candidate(65, 2.7), _candidate(50, math.nan)]
-    with_them = json.loads(json.dumps({**content, "importance": {"candidates": tried}}))
-    found = report_charts.charts(with_them)["candidates"]["spec"]
-    datasets = [layer["data"]["values"] for layer in found["layer"]]
-    line = [(row["parameters"], row["loss"]) for row in datasets[0]]
-    dots = {(row["parameters"], row["loss"], row["kept"]) for row in datasets[1]}
-    assert line == [(60, 2.5), (70, 2.0)]
-    assert dots == {(70, 2.0, "kept"), (60, 2.5, "tried"), (65, 2.7, "tried")}, "a loss that is no number has no place"
-    page = report.write(with_them, tmp_path)
-    assert (tmp_path / "figures" / "candidates.png").read_bytes().startswith(b"\x89PNG")
-    assert '"candidates"' in _Page(page.read_text(encoding="utf-8")).scripts["specifications"]
-
-
-def test_recovery_goes_from_no_to_full_distillation():
-    found = summary.build(_records(), "t", Job("t", "a", "b"))["recovery"]
-    tokens = 16 * 128  # of a step of the default job
-    assert [(point["steps"], point["tokens"], point["loss"]) for point in found] == [
-        (0, 0, LOSSES["prune"]),
-        (20, 20 * tokens, 3.5),
-        (1000, 1000 * tokens, LOSSES["distill"]),
-    ]
-    lost = LOSSES["prune"] - LOSSES["teacher"]
-    assert [point["regained"] for point in found] == [
-        pytest.approx(share) for share in (0, (3.83 - 3.5) / lost, (3.83 - 3.52) / lost)
-    ]
-    assert summary.build({"teacher": _records()["teacher"]}, "t", Job("t", "a", "b"))["recovery"] == []
-
-
-def test_what_was_done_is_said_in_words():
-    records = _records()
-    records["prune"].result["shape"] = {"num_layers": 3}
-    found = summary.build(records, "t", Job("t", "a", "b"))["done"]
-    assert found[0] == "Pruned: num layers 4 to 3."
-    assert found[1].startswith("Distilled: 1000 steps, 2,048,000 tokens")
 
 
 # --- two runs ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The pages in a real headless browser: they render without a complaint, fit a phone, show report.json's numbers."""
+"""The pages in a headless browser: they render without errors, fit a phone and show the numbers of report.json."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nemo_modelopt_dropin.report import charts as report_charts
-from nemo_modelopt_dropin.report import compare
+from nemo_modelopt_dropin.report import compare, pruning, quantization
 from nemo_modelopt_dropin.report import page as report
 from test_code.report.test_report import (
     _candidate,
@@ -26,9 +26,11 @@ _FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=20000"
 )
-# Shows a page on a phone's and on a desk's width and writes down what is seen there.
+# Shows a page at several widths and writes what it looks like there as JSON: "clipped" are texts of figures outside
+# their figure, "cut" are tables and texts that are wider than the page and do not scroll in a box of their own.
 _HARNESS = """<!doctype html><meta name="color-scheme" content="light dark"><body><script type="module">
 const page = %s, widths = %s, seen = {};
+const beyond = (part, box) => part.left < box.left - 1 || part.right > box.right + 1 || part.top < box.top - 1;
 for (const width of widths) {
   const frame = document.createElement("iframe");
   Object.assign(frame, { width, height: 900, srcdoc: page });
@@ -40,6 +42,16 @@ for (const width of widths) {
     overflow: inside.documentElement.scrollWidth - inside.documentElement.clientWidth,
     wide: charts.filter((chart) => chart.scrollWidth > chart.clientWidth).map((chart) => chart.id),
     rows: [...inside.querySelectorAll("#models tbody tr")].map((row) => [...row.cells].map((cell) => cell.innerText)),
+    clipped: charts.flatMap((chart) => [...chart.querySelectorAll("svg text")]
+      .filter((text) => text.textContent && text.getBoundingClientRect().width
+        && beyond(text.getBoundingClientRect(), chart.getBoundingClientRect()))
+      .map((text) => chart.id + ": " + text.textContent)),
+    cut: [...inside.querySelectorAll("body *:not(.scroll *):not(svg *):not(pre *):not(thead *):not(script)")]
+      .filter((part) => part.getBoundingClientRect().width && part.getBoundingClientRect().right > width + 1)
+      .map((part) => part.outerHTML.slice(0, 80)),
+    scrolled: [...inside.querySelectorAll(".scroll")].filter((box) => box.scrollWidth > box.clientWidth)
+      .map((box) => box.querySelector("table").id + " " + frame.contentWindow.getComputedStyle(box).overflowX),
+    cards: [...inside.querySelectorAll(".answers .card")].map((card) => card.innerText),
     embedded: JSON.parse(inside.getElementById("report").textContent),
     texts: Object.fromEntries(charts.map((chart) =>
       [chart.id, [...chart.querySelectorAll("svg text")].map((text) => text.textContent)])),
@@ -63,13 +75,22 @@ def _chromium(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return found
 
 
-def _seen(page: str, folder: Path, *flags: str, widths: tuple[int, ...] = (360, 1100)) -> dict:
+def _seen(page: str, folder: Path, *flags: str, widths: tuple[int, ...] = (360, 390, 1100)) -> dict:
     harness = folder / "harness.html"
     harness.write_text(_HARNESS % (json.dumps(page).replace("</", "<\\/"), list(widths)), encoding="utf-8")
     dumped = _chromium(folder, *flags, "--dump-dom", harness.as_uri()).stdout
     found = re.search(r'<pre id="seen">(.*?)</pre>', dumped, re.DOTALL)
     assert found, dumped[-2000:]
     return json.loads(re.sub("&(amp|lt|gt);", lambda m: {"amp": "&", "lt": "<", "gt": ">"}[m[1]], found[1]))
+
+
+def _fits(found: dict) -> None:
+    """Check that nothing is cut at this width: what is too wide scrolls in a box of its own."""
+    assert found["overflow"] <= 0, "the page must not scroll sideways"
+    assert found["wide"] == []
+    assert found["clipped"] == []
+    assert found["cut"] == []
+    assert all(box.endswith(" auto") for box in found["scrolled"]), found["scrolled"]
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +112,11 @@ def test_the_report_renders_and_shows_the_numbers_of_report_json(whole, tmp_path
     page = report.write(whole, tmp_path)
     seen = _seen(page.read_text(encoding="utf-8"), tmp_path)
     stored = json.loads((tmp_path / "report.json").read_text())
-    for width in ("360", "1100"):
+    for width in ("360", "390", "1100"):
         found = seen[width]
-        assert found["overflow"] <= 0, "the page must not scroll sideways"
-        assert found["wide"] == []
+        _fits(found)
+        assert found["scrolled"] == [], "no table of this page needs to scroll"
+        assert [card.split("\n")[0] for card in found["cards"]] == ["How small?", "How good?", "How fast?"]
         assert found["embedded"] == stored
         assert set(found["texts"]) == set(report_charts.charts(whole))
         assert min(found["marks"].values()) > 0
@@ -103,7 +125,7 @@ def test_the_report_renders_and_shows_the_numbers_of_report_json(whole, tmp_path
         ]
         assert [(row[0], row[1], row[3]) for row in found["rows"]][: len(expected)] == expected
         files = stored["exports"]["hf"]
-        assert [(row[0], row[6]) for row in found["rows"]][len(expected) :] == [
+        assert [(row[0], row[7]) for row in found["rows"]][len(expected) :] == [
             ("hf files", report.megabytes(files["bytes"]))
         ]
         for model in stored["models"]:
@@ -128,9 +150,52 @@ def test_a_comparison_shows_both_runs(whole, tmp_path):
         model["heldout_loss"] += 0.5
     seen = _seen(compare.render(("runs/a", "runs/b"), [whole, other]), tmp_path)
     for found in seen.values():
-        assert found["overflow"] <= 0
+        _fits(found)
         assert set(found["texts"]) == {"losses", "tradeoff", "curves"}
         teacher = whole["models"][0]["heldout_loss"]
         row = next(row for row in found["rows"] if row[:2] == ["teacher", "held-out loss"])
         assert row[2:4] == [f"{teacher:.4f}", f"{teacher + 0.5:.4f}"]
         assert {"runs/a", "runs/b"} <= set(found["texts"]["losses"])
+
+
+def test_the_pages_of_a_pruning_and_of_a_quantization_fit_a_phone(tmp_path):
+    sizes = {"parameters": 8_030_261_248, "num_layers": 32, "hidden_size": 4096, "ffn_hidden_size": 14336}
+    cost = {"weight_bytes": 16_060_522_496, "flops_per_token": 15_009_316_864, "kv_cache_bytes_per_token": 131_072}
+    curve = [1 / (1 + i / 9) for i in range(33)]
+    pruned = {
+        "before": sizes,
+        "after": {**sizes, "parameters": 5_000_000_000},
+        "cost": {"before": cost, "after": cost},
+        "kept_layers": list(range(1, 33)),
+        "layer_scores": {str(i): 1 / i for i in range(1, 33)},
+        "hparam_scores": {"ffn_hidden_size": {str(i): curve for i in range(1, 33)}},
+        "candidates": [
+            {**_candidate(5_000_000_000 + i * 61_000_000, 2.0 + i / 10, not i), "active_parameters": 5_000_000_000}
+            for i in range(9)
+        ],
+        "original_heldout_loss": 1.9,
+    }
+    layer = {"weight_format": "int4/128 + fp8", "weight_sqnr_db": 20.1, "activation_format": "fp8"}
+    quantized = {
+        "algorithm": "w4a8_awq",
+        "loss_before": 2.0,
+        "loss_after": 2.1,
+        "kl_to_original": 1e-3,
+        "relative_output_error": 0.1,
+        "layers": [
+            {"layer": f"decoder.layers.{i}.self_attention.linear_qkv", **layer, "activation_sqnr_db": 30.0 + i}
+            for i in range(32)
+        ],
+        "sensitivity": [
+            {"group": f"decoder.layers.{i}.self_attention", "kl_to_original": 1e-3 / (i + 1)}
+            | {"relative_output_error": 0.1, "loss_increase": 0.01}
+            for i in range(32)
+        ],
+        "settings": {"algorithm": "w4a8_awq", "calibration_dataset": "a/long/path/of/a/corpus" * 9},
+    }
+    for write, numbers in ((pruning.write, pruned), (quantization.write, quantized)):
+        page = write(numbers, tmp_path / write.__module__)
+        seen = _seen(page.read_text(encoding="utf-8"), tmp_path)
+        for found in seen.values():
+            _fits(found)
+            assert min(found["marks"].values()) > 0
