@@ -1,4 +1,4 @@
-"""What pruning by importance measured, from the pruner's own report: scores of layers, profiles of their units."""
+"""Read the importance of layers and units from the report that the pruner writes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ _KINDS = {"ffn_hidden_size": "ffn", "num_attention_heads": "attention"}
 
 
 def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return ``layers`` (score and fate), ``units`` (shares of the layer's best) and ``candidates`` that were tried.
-
-    It is empty where nothing was measured.
+    """Return the importance that a pruning measured; {} if it measured none.
 
     Args:
-        folder: where pruning wrote its report.
+        folder: the folder with the report of the pruning.
+
+    Returns:
+        ``layers`` (score and fate), ``units`` (importance relative to the best unit of the layer) and ``candidates``.
     """
     file = folder / "report.json"
     if not file.is_file():
@@ -40,7 +41,7 @@ def layers(scores: Mapping[str, float], kept: list[int]) -> list[dict[str, Any]]
 
 
 def units(curves: Mapping[str, Mapping[str, list[float]]]) -> list[dict[str, Any]]:
-    """Return for each kind of units and layer how important they are, from most to least, as shares of the best."""
+    """Return, per kind of unit and layer, the importance of units in descending order, as shares of the best."""
     return [
         {"kind": kind, "layer": int(layer), "shares": [round(value / max(curve[0], 1e-12), 4) for value in curve]}
         for hparam, kind in sorted(_KINDS.items(), key=lambda pair: pair[1])
