@@ -139,7 +139,7 @@ def measured(case: dict[str, Any], settings: dict[str, Any]) -> int:
         case: As for `simulate`; one rank.
         settings: Of the DistillationConfig.
     """
-    from benchmarks.measure import peak_bytes
+    from benchmarks._measure import peak_bytes
 
     tiny.init_parallel()
     model, reduction = models(case, settings)

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.measure import peak_bytes, row, write
+from benchmarks._measure import peak_bytes, row, write
 
 STOCK = Path(sysconfig.get_paths()["purelib"]) / "nemo/collections/llm/modelopt/distill/loss.py"
 FP32, BF16 = torch.float32, torch.bfloat16

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.measure import about
+from benchmarks._measure import about
 from nemo_modelopt_dropin.preflight.loss_memory import Sizes
 
 GIB = 2**30
@@ -147,18 +147,18 @@ def check(pools: dict[str, Any], cases: dict[str, dict[str, Any]], small: str) -
         cases: by label.
         small: the label of the case that is really run.
     """
-    from test_code.support import jobs_bench_memory
+    from benchmarks import _kd_memory_rank
 
     found = []
     for label, case in cases.items():
         for form, settings in SETTINGS.items():
             pool = pools["stock" if form == STOCK else "ours"]
             expected = memory(case, form, "cpu")
-            simulated = pool.run(jobs_bench_memory.simulate, case, settings, timeout=1800.0)[0]
+            simulated = pool.run(_kd_memory_rank.simulate, case, settings, timeout=1800.0)[0]
             row = {"case": label, "form": form, "formula": expected.step, "simulation": simulated["step"]}
             row["weights, formula / simulation"] = expected.weights / simulated["weights"]
             if label == small:
-                row["allocator"] = pool.run(jobs_bench_memory.measured, case, settings, timeout=600.0)[0]
+                row["allocator"] = pool.run(_kd_memory_rank.measured, case, settings, timeout=600.0)[0]
             row["deviation"] = expected.step / row.get("allocator", row["simulation"]) - 1.0
             found.append(row)
     return found

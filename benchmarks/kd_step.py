@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.measure import row, write
+from benchmarks._measure import row, write
 
 
 def _model(layers: int, hidden: int, heads: int) -> dict[str, int]:
@@ -53,13 +53,13 @@ def measure(pools: dict[str, Any], case: dict[str, Any], rounds: int, steps: int
         rounds: how often the contestants take turns.
         steps: timed in each turn.
     """
-    from test_code.support import jobs_bench_step
+    from benchmarks import _kd_step_rank
 
     found: dict[str, dict[str, Any]] = {}
     for _ in range(rounds):
         for name, settings in CONTESTANTS.items():
             pool = pools["stock" if name == STOCK else "ours"]
-            turn = pool.run(jobs_bench_step.steps, case, settings, steps, name == ALONE, timeout=1800.0)[0]
+            turn = pool.run(_kd_step_rank.steps, case, settings, steps, name == ALONE, timeout=1800.0)[0]
             if turn["package"] != ("stock" if name == STOCK else "ours"):
                 raise RuntimeError(f"{name} ran the {turn['package']} subpackage.")
             first = found.setdefault(name, turn)

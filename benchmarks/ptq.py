@@ -68,7 +68,7 @@ def measure(pools: dict[str, Any], folder: Path, case: dict[str, Any], repeats: 
         repeats: Best of so many.
         algorithm: Quantization algorithm.
     """
-    from test_code.support import jobs_bench_ptq
+    from benchmarks import _ptq_rank
 
     files = prepare(folder, case["vocabulary"], case["samples"])
     settings = {
@@ -79,7 +79,7 @@ def measure(pools: dict[str, Any], folder: Path, case: dict[str, Any], repeats: 
         "calibration_batch_size": case["batch"],
         "calibration_seq_len": case["seq_len"],
     }
-    job = (jobs_bench_ptq.quantize, {**case["sizes"], "seq_length": case["seq_len"]}, files["tokenizer"], settings)
+    job = (_ptq_rank.quantize, {**case["sizes"], "seq_length": case["seq_len"]}, files["tokenizer"], settings)
     runs = {
         "stock": (pools["stock"], True),
         "ours": (pools["ours"], True),

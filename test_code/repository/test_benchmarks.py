@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
 from pathlib import Path
@@ -26,6 +27,29 @@ def ptq(monkeypatch):
     from benchmarks import ptq
 
     return ptq
+
+
+def _imports(path: Path) -> set[str]:
+    """Return the modules that a file imports anywhere."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_benchmarks_need_live_ranks_and_small_models_of_the_tests_and_nothing_else():
+    allowed = ("test_code.support.ranks.RankPool", "test_code.support.tiny")
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        assert {name for name in _imports(path) if name.startswith("test_code")} <= set(allowed), path.name
+    importers = [
+        path
+        for path in (ROOT / "test_code").rglob("*.py")
+        if any(name.partition(".")[0] == "benchmarks" for name in _imports(path))
+    ]
+    assert importers == [Path(__file__)]
 
 
 def test_ptq_benchmark(ptq, ranks, stock_ranks, tmp_path):
@@ -59,11 +83,11 @@ def test_kd_step_benchmark(kd_step, ranks, stock_ranks, tmp_path):
 
 
 def test_memory_of_the_teachers_logits_is_reused_unless_somebody_sees_them(kd_step, ranks):
-    from test_code.support import jobs_bench_step
+    from benchmarks import _kd_step_rank
 
     off = {"fused_logits": "off"}
     cases = {"alone": off, "with LM loss": {**off, "skip_lm_loss": False}, "seen": off, "fused": {"fused_logits": "on"}}
-    found = ranks(1).run(jobs_bench_step.reuses_teacher_logits, kd_step.SIZES["quick"], cases)[0]
+    found = ranks(1).run(_kd_step_rank.reuses_teacher_logits, kd_step.SIZES["quick"], cases)[0]
     assert found == {"alone": True, "with LM loss": True, "seen": False, "fused": False}
 
 
