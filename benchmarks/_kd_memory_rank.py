@@ -1,7 +1,8 @@
-"""What a rank of ``benchmarks/kd_memory.py`` executes: a distillation step of one rank of many, on fake tensors.
+"""Run the part of ``benchmarks/kd_memory.py`` that a rank executes: a distillation step on fake tensors.
 
-Tensors have shapes and no data, collectives of the fake process group do nothing, so models of any size and layout are
-run by one CPU process: Megatron's own code, modelopt's hooks, stock's losses or ours. PyTorch's ``MemTracker`` counts.
+Fake tensors have shapes but no data, and the collectives of the fake process group do nothing. One CPU process can
+therefore run models of any size and layout, with Megatron's own code, modelopt's hooks, and stock's losses or ours.
+PyTorch's ``MemTracker`` counts the memory.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from test_code.support import tiny
 
 
 class FlashAttention(torch.nn.Module):
-    """PyTorch's attention without a stored [s, s], in the place of Megatron's that stores it."""
+    """Replace Megatron's attention, which stores scores of shape [s, s], by PyTorch's, which does not."""
 
     def __init__(self, *args, **kwargs):
         super().__init__()
 
     def forward(self, query, key, value, *args, **kwargs):
-        """Return [s, b, h] of query [s, b, n, d], key and value [s, b, groups, d]; causal."""
+        """Return causal attention, [s, b, h], of query [s, b, n, d] and of key and value [s, b, groups, d]."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return out.permute(2, 0, 1, 3).flatten(2)
@@ -39,7 +40,7 @@ def flash_spec(config: Any) -> Any:
 
 
 def join_fake_world(tp: int, pp: int) -> None:
-    """Be the last rank of a world of tp x pp ranks, whose collectives do nothing."""
+    """Join a fake process group of tp x pp ranks as its last rank."""
     from megatron.core import parallel_state, tensor_parallel
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -52,7 +53,7 @@ def join_fake_world(tp: int, pp: int) -> None:
 
 
 def models(case: dict[str, Any], settings: dict[str, Any]) -> tuple[Any, Any]:
-    """Return (distillation model of this stage, reduction of its losses)."""
+    """Build the distillation model of this pipeline stage and the reduction of its losses."""
     import modelopt.torch.distill as mtd
 
     from nemo.collections.llm.modelopt.distill import model as reduction_module
@@ -83,16 +84,16 @@ def models(case: dict[str, Any], settings: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def simulate(case: dict[str, Any], settings: dict[str, Any]) -> dict[str, int]:
-    """Return bytes of a distillation step of the last pipeline stage, beyond gradient buffers.
+    """Simulate a distillation step of the last pipeline stage and return its memory without gradient buffers.
 
     Args:
-        case: Sizes "student" and "teacher", "sequences", "length", "vocabulary", "tp", "pp", "dtype".
-        settings: Of the DistillationConfig.
+        case: the sizes "student" and "teacher", "sequences", "length", "vocabulary", "tp", "pp" and "dtype".
+        settings: settings of the DistillationConfig.
 
     Returns:
-        ``weights`` (of both models), ``activations`` (kept when the student's forward pass ends, both models' logits
-        among them), ``forward`` (its peak, the loss included) and ``step`` (the peak of all), the last three beyond
-        the weights.
+        Bytes: ``weights`` of both models; beyond the weights, ``activations`` (held at the end of the student's forward
+        pass, including both models' logits), ``forward`` (peak of the forward pass and the loss) and ``step`` (peak of
+        the whole step).
     """
     from megatron.core.tensor_parallel import random
     from torch._subclasses import FakeTensorMode
@@ -110,11 +111,11 @@ def simulate(case: dict[str, Any], settings: dict[str, Any]) -> dict[str, int]:
             received = torch.zeros(*shape, sum(widths), dtype=getattr(torch, case["dtype"]), requires_grad=True)
             model.set_input_tensor([received])
         _add_up_gradients(model)
-        # The tracker hooks every parameter; the teacher runs without a graph all the same.
+        # The tracker registers hooks on every parameter; the teacher still runs without a graph.
         model.teacher_model.requires_grad_(True)
         tracker = MemTracker()
         tracker.track_external(model)
-        # Nothing is random, and states of generators cannot be compared without data.
+        # No random numbers are drawn, and the generators' states cannot be compared without data.
         fork = mock.patch.object(random.CudaRNGStatesTracker, "fork", lambda *_: contextlib.nullcontext())
         with fork, tracker:
             weights = _total(tracker, "current")
@@ -133,11 +134,11 @@ def simulate(case: dict[str, Any], settings: dict[str, Any]) -> dict[str, int]:
 
 
 def measured(case: dict[str, Any], settings: dict[str, Any]) -> int:
-    """Return what a step allocates beyond models and gradient buffers by the allocator's events, on real tensors.
+    """Run a step on real tensors and return its peak beyond models and gradient buffers, by the allocator's events.
 
     Args:
-        case: As for `simulate`; one rank.
-        settings: Of the DistillationConfig.
+        case: as for `simulate`, with one rank.
+        settings: settings of the DistillationConfig.
     """
     from benchmarks._measure import peak_bytes
 
@@ -162,7 +163,7 @@ def _total(tracker: Any, when: str) -> int:
 
 
 def _add_up_gradients(model: torch.nn.Module) -> None:
-    """Drop each gradient when it is there: Megatron's DDP adds it to a buffer of its own."""
+    """Drop each gradient once it is computed, because Megatron's DDP adds it to a buffer of its own."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))

@@ -1,4 +1,4 @@
-"""What a rank of ``benchmarks/kd_step.py`` executes: timed distillation steps on stock's subpackage or on ours."""
+"""Run the part of ``benchmarks/kd_step.py`` that a rank executes: timed distillation steps, on stock or on ours."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 from test_code.support import tiny
 
-# Of the output layer's gradient, every so manieth row is compared: all of them would be long to send.
+# Only every 50th row of the output layer's gradient is compared: sending all of them would take too long.
 _EVERY = 50
 
 
 def build(student: dict[str, int], teacher: dict[str, int], settings: dict[str, Any]) -> tuple[Any, Any]:
-    """Return (student with its teacher in Megatron's DDP, reduction of the losses); weights come from a seed.
+    """Build student and teacher from a fixed seed, wrapped in Megatron's DDP, and the reduction of their losses.
 
     Args:
-        student: Sizes.
-        teacher: Sizes.
-        settings: Of the DistillationConfig; those that stock does not know are left out.
+        student: sizes of the student.
+        teacher: sizes of the teacher.
+        settings: settings of the DistillationConfig; ignored if the running subpackage lacks one of them.
+
+    Returns:
+        The wrapped model and NeMo's loss reduction.
     """
     import modelopt.torch.distill as mtd
 
@@ -49,7 +52,7 @@ def _sizes(case: dict[str, Any]) -> list[dict[str, int]]:
 
 
 def batch(sequences: int, length: int, vocabulary: int) -> dict[str, torch.Tensor]:
-    """Return random tokens; the loss mask leaves out every fifth."""
+    """Return random tokens with a loss mask that excludes every fifth token."""
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(vocabulary, (sequences, length + 1), generator=generator)
     mask = torch.ones(sequences, length)
@@ -59,15 +62,15 @@ def batch(sequences: int, length: int, vocabulary: int) -> dict[str, torch.Tenso
 
 
 def distillation_step(ddp: Any, reduction: Any, data: dict[str, torch.Tensor]) -> float:
-    """Forward of teacher and student, the loss, and backward into Megatron's gradient buffers."""
+    """Run both forward passes, the loss, and the backward pass into Megatron's gradient buffers; return the loss."""
     output = ddp(data["tokens"], data["position_ids"], None, labels=data["labels"])
-    loss, *_ = reduction.forward(data, output)  # NeMo wraps the call itself
+    loss, *_ = reduction.forward(data, output)  # NeMo calls the reduction itself
     loss.backward()
     return float(loss.detach())
 
 
 def models_alone(ddp: Any, gradient: torch.Tensor, data: dict[str, torch.Tensor]) -> float:
-    """Do the step without any loss: a gradient of the logits [s, b, v] is given."""
+    """Run the step without a loss: backpropagate a fixed gradient of the logits, [s, b, v]."""
     ddp(data["tokens"], data["position_ids"], None, labels=data["labels"])
     student, teacher = ddp.module.output_layer, ddp.module.teacher_model.output_layer
     (logits, _), student._intermediate_output = student._intermediate_output, None
@@ -77,16 +80,16 @@ def models_alone(ddp: Any, gradient: torch.Tensor, data: dict[str, torch.Tensor]
 
 
 def steps(case: dict[str, Any], settings: dict[str, Any], repeats: int, alone: bool = False) -> dict[str, Any]:
-    """Run steps and return CPU seconds, the peak of what a step allocates beyond models and gradient buffers, the loss.
+    """Time distillation steps and measure the peak that a step allocates beyond models and gradient buffers.
 
     Args:
-        case: Sizes "student" and "teacher", "sequences", "length", "vocabulary".
-        settings: Of the DistillationConfig.
-        repeats: Steps that are timed.
-        alone: The models without a loss.
+        case: the sizes "student" and "teacher", "sequences", "length" and "vocabulary".
+        settings: settings of the DistillationConfig.
+        repeats: number of timed steps.
+        alone: whether to run the models without a loss.
 
     Returns:
-        ``seconds`` of each step, ``peak bytes``, ``loss``, ``gradients`` by name and ``package``.
+        CPU ``seconds`` of each step, ``peak bytes``, ``loss``, ``gradients`` by name, and the ``package`` that ran.
     """
     from benchmarks._measure import peak_bytes
     from nemo.collections.llm import modelopt
@@ -115,11 +118,11 @@ def steps(case: dict[str, Any], settings: dict[str, Any], repeats: int, alone: b
 
 
 def reuses_teacher_logits(case: dict[str, Any], changes: dict[str, dict[str, Any]]) -> dict[str, bool]:
-    """Return, for settings of the DistillationConfig, whether the loss takes the memory of the teacher's logits.
+    """Return for each label whether the loss reuses the memory of the teacher's logits.
 
     Args:
-        case: As for `steps`.
-        changes: Settings by label; under "seen" somebody else looks at the teacher's logits, too.
+        case: as for `steps`.
+        changes: settings of the DistillationConfig by label; under "seen", a hook also receives the teacher's logits.
     """
     tiny.init_parallel()
     found = {}

@@ -1,4 +1,4 @@
-"""What the benchmarks of the distillation share: peak memory, and how figures are compared, written and drawn."""
+"""Measure peak memory, and compare, write and draw the figures of the distillation benchmarks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LONGEST_BAR = 30.0
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """Return the most bytes a function has allocated at one time, by the allocator's own events."""
+    """Return the peak of the bytes that a function allocates, counted from the allocator's events."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     now = peak = 0
@@ -29,19 +29,19 @@ def peak_bytes(function: Callable[[], Any]) -> int:
 
 
 def about() -> dict[str, Any]:
-    """Return the machine and the versions that figures belong to."""
+    """Return the machine and the package versions of this run."""
     return {
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, one thread a rank",
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, one thread per rank",
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
     }
 
 
 def row(ours: dict[str, Any], other: dict[str, Any] | None, unit: int) -> dict[str, Any]:
-    """Return two contestants side by side.
+    """Compare one of our variants with stock's or with a naive implementation.
 
     Args:
         ours: ``seconds``, ``worst``, ``peak bytes``.
-        other: the same of stock or the naive form, where there is one.
+        other: the same figures of the implementation it is compared with, or None.
         unit: bytes of one logits tensor.
     """
     found = {"ours": ours, "other": other, "peak in L": {"ours": ours["peak bytes"] / unit}}
@@ -53,8 +53,10 @@ def row(ours: dict[str, Any], other: dict[str, Any] | None, unit: int) -> dict[s
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Return the rows as a Markdown table."""
     lines = [
-        "| | CPU s, ours (worst) | stock or naive | ratio | peak / L, ours | stock or naive | ratio | gradients |",
+        "| | CPU seconds, ours (worst) | stock or naive | ratio | peak / L, ours | stock or naive | ratio "
+        "| gradient difference |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, found in rows.items():
@@ -66,12 +68,13 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         cells += [f"{found['gradient difference']:.0e}" if "gradient difference" in found else ""]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
         if "time fused / matrix products alone" in found:
-            lines.append(f"| fused / the matrix products alone | {found['time fused / matrix products alone']:.2f} |")
+            alone = found["time fused / matrix products alone"]
+            lines.append(f"| time of fused / time of the matrix products alone | {alone:.2f} |")
     return "\n".join(lines) + "\n"
 
 
 def plot(rows: dict[str, dict[str, Any]]) -> str:
-    """Return an SVG with two bars a row: how many times less time and memory ours takes."""
+    """Return an SVG with two bars for each row: the ratios of CPU time and of peak memory."""
     found = [(name, r["time other / ours"], r["peak other / ours"]) for name, r in rows.items() if r["other"]]
     widest = max(max(a, min(b, _LONGEST_BAR)) for _, a, b in found)
     parts, height = [], 44 + 26 * len(found)
@@ -82,19 +85,19 @@ def plot(rows: dict[str, dict[str, Any]]) -> str:
             width = 330 * min(value, _LONGEST_BAR) / widest
             parts.append(f'<rect x="338" y="{y + offset}" width="{width:.1f}" height="9" fill="{colour}"/>')
             parts.append(f'<text x="{342 + width:.1f}" y="{y + offset + 8}">{value:.1f}x</text>')
-    title = '<text x="8" y="18">times less: CPU time (blue), peak extra memory (yellow); stock or naive / ours</text>'
+    title = '<text x="8" y="18">ratio stock (or naive) / ours: CPU time (blue), peak extra memory (yellow)</text>'
     style = '<style>text{font:10px sans-serif}</style><rect width="100%" height="100%" fill="white"/>'
     body = style + title + "".join(parts)
     return f'<svg xmlns="http://www.w3.org/2000/svg" width="740" height="{height}">{body}</svg>\n'
 
 
 def write(name: str, rows: dict[str, dict[str, Any]], folder: Path, notes: str = "", more: dict | None = None) -> str:
-    """Write ``name`` as JSON, table and plot; return the table.
+    """Write the results as a JSON file, a table and a plot, and return the table.
 
     Args:
-        name: of the files.
-        rows: by label, as `row` returns them.
-        folder: made where it is missing.
+        name: name of the files, without an ending.
+        rows: results of `row` by label.
+        folder: folder of the files; created if it does not exist.
         notes: text below the table.
         more: further entries of the JSON file.
     """

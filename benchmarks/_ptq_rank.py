@@ -1,4 +1,4 @@
-"""What a rank of ``benchmarks/ptq.py`` executes: one timed `quantize` of a GPT, on stock's subpackage or on ours."""
+"""Run the part of ``benchmarks/ptq.py`` that a rank executes: one timed `quantize` of a GPT, on stock or on ours."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CALIBRATES: list[bool] = []
 
 
 def _mark_calibration() -> None:
-    """Let `_CALIBRATES` be filled while the calibration data runs; of ours only."""
+    """Mark in `_CALIBRATES` when our subpackage runs the calibration data through the model."""
     from nemo.collections.llm.modelopt.quantization.calibration import batching
 
     if hasattr(batching, "run_loader_unmarked"):
@@ -32,13 +32,13 @@ def _mark_calibration() -> None:
 
 
 def _memory(name: str) -> int:
-    """Return a figure of /proc/self/status in bytes."""
+    """Return an entry of /proc/self/status in bytes."""
     with open("/proc/self/status") as status:
         return next(1024 * int(line.split()[1]) for line in status if line.startswith(name + ":"))
 
 
 def build(sizes: dict[str, int], tokenizer_folder: str) -> Any:
-    """Return an ``llm.LlamaModel`` whose weights are drawn from a seed."""
+    """Return an ``llm.LlamaModel`` with weights drawn from a fixed seed."""
     from nemo.collections.common.tokenizers import AutoTokenizer
 
     from nemo.collections import llm
@@ -55,13 +55,16 @@ def build(sizes: dict[str, int], tokenizer_folder: str) -> Any:
 def quantize(
     sizes: dict[str, int], tokenizer: str, settings: dict[str, Any], comparison: bool = True
 ) -> dict[str, Any]:
-    """Quantize a fresh model; return seconds, bytes of memory beyond the model, and the tokens that calibrated.
+    """Quantize a new model and measure time, memory beyond the model, and the number of calibration tokens.
 
     Args:
-        sizes: Of the model.
-        tokenizer: Folder of a Hugging Face tokenizer.
-        settings: Of the QuantizationConfig.
-        comparison: Whether ours compares the result with the original, as it does by default; stock cannot.
+        sizes: sizes of the model.
+        tokenizer: folder of a Hugging Face tokenizer.
+        settings: settings of the QuantizationConfig.
+        comparison: whether our quantizer compares the result with the original, its default; stock has no comparison.
+
+    Returns:
+        ``seconds``, ``peak`` bytes, ``rank``, computed ``positions``, ``real`` tokens and the ``package`` that ran.
     """
     from nemo.collections.llm.modelopt.quantization import quantizer as module
     from test_code.support import tiny
@@ -77,7 +80,7 @@ def quantize(
 
     def see(_, arguments, keywords):
         ids = keywords["input_ids"] if "input_ids" in keywords else arguments[0]
-        # Tokens of the comparison calibrate nothing.
+        # Forward passes of the comparison are not calibration.
         if not ours or _CALIBRATES:
             tokens["positions"] += ids.numel()
             tokens["real"] += int((ids != model.tokenizer.eos).sum())
@@ -86,7 +89,7 @@ def quantize(
     if ours:
         _mark_calibration()
     gc.collect()
-    # What earlier runs have freed goes back to the system: the peak would hide in it.
+    # Return freed memory of earlier runs to the system; otherwise the peak would not show.
     ctypes.CDLL(None).malloc_trim(0)
     torch.distributed.barrier()
     with open("/proc/self/clear_refs", "w") as reset:

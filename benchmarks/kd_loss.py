@@ -1,9 +1,9 @@
-"""Losses on logits, stock against ours side by side in one run: forward + backward, TP=1 and TP=2, on CPU ranks.
+"""Benchmark the losses on logits against stock: forward and backward pass at TP=1 and TP=2, on CPU ranks.
 
-Stock's loss module is loaded from nemo-toolkit under another name. Times are CPU seconds of one rank with one thread,
-the contestants interleaved, best and worst of n. Memory is the peak of what a step allocates beside its inputs, counted
-by PyTorch's allocator, in units of one logits tensor in its own dtype. The same run shows that the gradients agree.
-Writes a JSON file, a table and a plot to ``benchmarks/results``.
+Stock's loss module is loaded from nemo-toolkit under another name. Times are CPU seconds of one rank with one thread;
+the contestants take turns, and best and worst are reported. Memory is the peak of what a step allocates in addition to
+its inputs, counted by PyTorch's allocator, in units of one logits tensor in its own dtype. The same run compares the
+gradients. The results are a JSON file, a table and a plot in ``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from benchmarks._measure import peak_bytes, row, write
 
 STOCK = Path(sysconfig.get_paths()["purelib"]) / "nemo/collections/llm/modelopt/distill/loss.py"
 FP32, BF16 = torch.float32, torch.bfloat16
-# [s, b, v] over all ranks, dtype.
+# Shapes [s, b, v] over all ranks, and the dtype.
 SIZES = {
     "full": [((512, 2, 32000), FP32), ((512, 2, 32000), BF16), ((256, 1, 128256), FP32), ((1024, 1, 151936), BF16)],
     "default": [((32, 2, 32000), FP32), ((32, 2, 32000), BF16), ((256, 2, 32000), FP32), ((256, 1, 128256), BF16)],
     "quick": [((16, 2, 8000), FP32), ((16, 2, 8000), BF16)],
 }
-# [n, v, h of the student, h of the teacher] with their output layers.
+# Shapes [n, v, h of the student, h of the teacher], for the losses that include the output layers.
 LINEAR = {
     "full": [((1024, 128256, 512, 1024), BF16)],
     "default": [((256, 32000, 256, 512), FP32), ((1024, 32000, 64, 128), BF16)],
@@ -42,6 +42,7 @@ TOPK = 100
 
 
 def stock_loss_class():
+    """Return stock's loss class, loaded from the installed nemo-toolkit."""
     spec = importlib.util.spec_from_file_location("stock_distill_loss", STOCK)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -49,7 +50,7 @@ def stock_loss_class():
 
 
 def naive_topk(student, teacher):
-    """The top-k divergence as one would write it: whole log-probabilities, then the entries."""
+    """Compute the top-k divergence naively: all log-probabilities first, then the selected entries."""
     log_p, log_q = (torch.log_softmax(x.float(), -1) for x in (student, teacher))
     kept, positions = log_q.topk(TOPK, -1)
     picked = log_p.gather(-1, positions)
@@ -59,7 +60,7 @@ def naive_topk(student, teacher):
 
 
 class _Logits(torch.autograd.Function):
-    """Stands for an output layer: gives logits, and takes their gradient without keeping it after the first time."""
+    """Replace an output layer: pass the logits on, and store their gradient the first time only."""
 
     @staticmethod
     def forward(ctx, anchor, logits, name, gradients):
@@ -75,12 +76,16 @@ class _Logits(torch.autograd.Function):
 
 
 def prepare(step):
+    """Run the preparation of a step that has one."""
     if getattr(step, "prepare", None):
         step.prepare()
 
 
 def measure(contestants, repeats):
-    """Return {name: {seconds, spread, peak}} of interleaved steps, the first of them not timed."""
+    """Run the contestants in turn and return their figures by name.
+
+    A first step of each is not timed. The figures are ``seconds`` (best), ``worst`` and ``peak bytes``.
+    """
     times = {name: [] for name in contestants}
     peaks = {}
     for name, step in contestants.items():
@@ -98,7 +103,7 @@ def measure(contestants, repeats):
 
 
 def compare_logits(shape, dtype, config, repeats):
-    """Every loss on logits at one size; a step is forward + backward of the mean."""
+    """Compare all losses on logits at one size; a step is the forward and backward pass of the mean loss."""
     from nemo.collections.llm.modelopt.distill.loss import LogitsKLLoss
 
     tp = config.tensor_model_parallel_size
@@ -143,7 +148,7 @@ def compare_logits(shape, dtype, config, repeats):
 
 
 def compare_linear(shape, dtype, config, repeats):
-    """Output layers and forward KL: stock, ours on logits, ours fused, and the matrix products alone."""
+    """Compare output layers with forward KL: stock, ours on logits, ours fused, and the matrix products alone."""
     from nemo.collections.llm.modelopt._divergence.fused_linear import Objective, fused_linear_losses
     from nemo.collections.llm.modelopt.distill.loss import LogitsKLLoss
 
@@ -199,7 +204,7 @@ def compare_linear(shape, dtype, config, repeats):
 
 
 def on_rank(rank, tp, port, size, repeats, pipe):
-    """Measure on one rank and send the rows of rank zero."""
+    """Run the measurements on one rank; rank zero sends its rows."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(tp))
     torch.set_num_threads(1)
     from megatron.core import parallel_state
@@ -222,6 +227,7 @@ def on_rank(rank, tp, port, size, repeats, pipe):
 
 
 def run_ranks(tp, size, repeats):
+    """Start the ranks and return the rows of rank zero."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -238,8 +244,14 @@ def run_ranks(tp, size, repeats):
 
 
 def main():
+    """Run the benchmark, write its results and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", choices=sorted(SIZES), default="default", help="full needs 8 GB a rank")
+    parser.add_argument(
+        "--size",
+        choices=sorted(SIZES),
+        default="default",
+        help="sizes to measure; full needs 8 GB per rank (default: default)",
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")

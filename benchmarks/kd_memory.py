@@ -1,11 +1,11 @@
-"""Memory of a distillation step on one GPU, stock against ours: by formula, and the formulas checked in the same run.
+"""Compute the memory of a distillation step on one GPU, stock against ours, and check the formulas in the same run.
 
-The table is of the last pipeline stage, which has the logits: weights of both models, gradients and optimizer of the
-student (whole, or over the data-parallel ranks with a distributed optimizer), the student's activations without
-recomputation, logits and loss. The same formulas are compared with what Megatron's models take on fake tensors (rank by
-rank, any size; PyTorch's MemTracker counts), and at a small size with what the allocator really gives out.
-Activations are those of Megatron's local layers with PyTorch's attention: Transformer Engine's keep somewhat less, for
-stock and for ours alike.
+The table covers the last pipeline stage, which holds the logits: weights of both models, gradients and optimizer of the
+student (whole, or divided over the data-parallel ranks with a distributed optimizer), the student's activations without
+recomputation, logits and loss. The formulas are compared with the memory of Megatron's models on fake tensors (one rank
+at a time, any size; counted by PyTorch's MemTracker), and at a small size with the allocator's own events. Activations
+are those of Megatron's local layers with PyTorch's attention. Transformer Engine's layers keep somewhat less, with
+stock and with ours alike.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ QUICK = {**SMALL, "student": _model(2, 64, 96, 4, 2, 16), "teacher": _model(2, 9
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank of the last pipeline stage.
+    """Hold the memory of one rank of the last pipeline stage, in bytes except for ``trained``.
 
     Attributes:
-        weights: of both models.
-        trained: weights of the student there, a number.
-        activations: what the student's layers keep.
-        logits_and_loss: the most that logits and loss take beside them.
+        weights: weights of both models.
+        trained: number of the student's weights on this rank.
+        activations: activations that the student's layers keep.
+        logits_and_loss: peak of logits and loss, in addition to the activations.
     """
 
     weights: int
@@ -70,16 +70,16 @@ class Memory:
 
     @property
     def step(self) -> int:
-        """The peak beyond weights, gradients and optimizer."""
+        """Return the peak beyond weights, gradients and optimizer."""
         return self.activations + self.logits_and_loss
 
     def total(self, data_parallel: int = 1) -> float:
-        """Everything, with fp32 gradients and Adam on fp32 weights shared by so many data-parallel ranks."""
+        """Return the total, with fp32 gradients, and Adam on fp32 weights divided over the data-parallel ranks."""
         return self.weights + self.trained * (4 + 12 / data_parallel) + self.step
 
 
 def parameters(model: dict[str, int], case: dict[str, Any]) -> int:
-    """Return the weights of a model on this rank: matrices over the TP ranks, norms whole."""
+    """Return the number of a model's weights on this rank: matrices are split over the TP ranks, norms are whole."""
     h, q, kv = _widths(model)
     layers = model["num_layers"] // case["pp"]
     matrices = layers * (h * (q + 2 * kv) + q * h + 3 * h * model["ffn_hidden_size"])
@@ -88,11 +88,11 @@ def parameters(model: dict[str, int], case: dict[str, Any]) -> int:
 
 
 def activations(case: dict[str, Any]) -> int:
-    """Return the bytes that the student keeps for backward: everything a rank's 1/TP, sequence parallelism included.
+    """Return the bytes that the student keeps for the backward pass, 1/TP of them on each rank (sequence parallelism).
 
-    A token of a layer: inputs, normalised and outputs of two norms (6 h), queries before and after the rotation, keys
-    and values repeated for them, attention's output twice (6 q), keys twice, values and a copy (4 kv), the halves of
-    the MLP, their activation and product (4 f). Then the last norm.
+    Each layer keeps for each token: inputs, normalised values and outputs of two norms (6 h); queries before and after
+    the rotation, keys and values repeated for them, and the attention's output twice (6 q); keys twice, values and a
+    copy (4 kv); the halves of the MLP, their activation and product (4 f). The last norm follows.
     """
     student = case["student"]
     h, q, kv = _widths(student)
@@ -102,12 +102,12 @@ def activations(case: dict[str, Any]) -> int:
 
 
 def logits_and_loss(case: dict[str, Any], form: str, device: str = "cuda") -> int:
-    """Return what both models' logits and the loss take at their peak, by the formulas of ``fused_logits: auto``.
+    """Return the peak of both models' logits and the loss, by the formulas of ``fused_logits: auto``.
 
     Args:
-        case: what is distilled.
+        case: the pair of models and its layout.
         form: `STOCK`, `CHUNKED` or `FUSED`.
-        device: decides the size of chunks.
+        device: device that determines the size of chunks.
     """
     student, teacher = (case[who]["hidden_size"] for who in ("student", "teacher"))
     sizes = Sizes(_tokens(case), case["vocabulary"] // case["tp"], student, teacher, _width(case), case["tp"], device)
@@ -128,24 +128,24 @@ def _width(case: dict[str, Any]) -> int:
 
 
 def memory(case: dict[str, Any], form: str, device: str = "cuda") -> Memory:
-    """Return the memory of a step by formula."""
+    """Return the memory of a step, computed by formula."""
     trained = parameters(case["student"], case)
     weights = (trained + parameters(case["teacher"], case)) * _width(case)
     return Memory(weights, trained, activations(case), logits_and_loss(case, form, device))
 
 
 def at(pair: str, layout: tuple[int, int, int, int]) -> dict[str, Any]:
-    """Return a pair of models in a layout."""
+    """Return the case of a pair of models in a layout."""
     return {**PAIRS[pair], **dict(zip(("tp", "pp", "length", "sequences"), layout, strict=True))}
 
 
 def check(pools: dict[str, Any], cases: dict[str, dict[str, Any]], small: str) -> list[dict[str, Any]]:
-    """Return, for each case and form, what the formula, the simulation and (small only) the allocator say of a step.
+    """Compare the formula, the simulation and (for the small case) the allocator, for each case and form.
 
     Args:
-        pools: "stock" and "ours": ``test_code.support.ranks.RankPool`` of one rank.
-        cases: by label.
-        small: the label of the case that is really run.
+        pools: rank pools (``test_code.support.ranks.RankPool``) with one rank each: "stock" and "ours".
+        cases: cases by label.
+        small: label of the case that runs on real tensors.
     """
     from benchmarks import _kd_memory_rank
 
@@ -165,7 +165,7 @@ def check(pools: dict[str, Any], cases: dict[str, dict[str, Any]], small: str) -
 
 
 def rows() -> list[dict[str, Any]]:
-    """Return the table by formula."""
+    """Return the rows of the table that the formulas give."""
     found = []
     for pair, layouts in LAYOUTS.items():
         for layout in layouts:
@@ -181,7 +181,7 @@ def text(table: list[dict[str, Any]], checks: list[dict[str, Any]]) -> str:
     """Return both tables as Markdown, in GiB and MiB."""
     distributed = "total, distributed optimizer"
     lines = [
-        f"GiB on a GPU of the last pipeline stage; {distributed}: over {DATA_PARALLEL} data-parallel ranks.",
+        f"GiB on one GPU of the last pipeline stage; {distributed}: divided over {DATA_PARALLEL} data-parallel ranks.",
         "",
         "| | TP | PP | s | b | weights | activations | logits and loss: stock | chunked | fused "
         f"| total: stock | chunked | fused | {distributed}: stock | chunked | fused |",
@@ -195,9 +195,9 @@ def text(table: list[dict[str, Any]], checks: list[dict[str, Any]]) -> str:
         lines.append("| " + " | ".join(cells + [f"{n / GIB:.1f}" for n in numbers]) + " |")
     lines += [
         "",
-        "What a step takes beyond weights, gradients and optimizer, MiB, with chunks as on a CPU:",
+        "Memory of a step beyond weights, gradients and optimizer, in MiB, with the chunk sizes of a CPU:",
         "",
-        "| | | formula | fake tensors | allocator | deviation of the formula | its weights / simulated |",
+        "| | | formula | fake tensors | allocator | deviation of the formula | weights, formula / simulation |",
         "|---" * 7 + "|",
     ]
     for row in checks:
@@ -208,8 +208,9 @@ def text(table: list[dict[str, Any]], checks: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
+    """Check the formulas, write the results and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="check the formulas at a small size only")
+    parser.add_argument("--quick", action="store_true", help="check the formulas only at a small size")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     from test_code.support.ranks import RankPool

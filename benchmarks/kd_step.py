@@ -1,10 +1,10 @@
-"""A whole distillation step, stock against ours in one run: both forward passes, the loss, backward; on a CPU rank.
+"""Benchmark a whole distillation step on a CPU rank against stock: both forward passes, the loss, the backward pass.
 
-Megatron's GPT models, modelopt's hooks and Megatron's gradient buffers are the real ones in both. Stock's subpackage
-runs in a process of its own. Jobs of the contestants alternate, each builds the same models from a seed and times some
-steps after one that is not timed; CPU seconds of one thread, best and worst of all. Memory is the peak of what a step
-allocates beyond models and gradient buffers, counted by PyTorch's allocator, in units of one logits tensor. The same
-run shows that losses and gradients agree, and what the step would take without any loss, which bounds the ratio.
+Both sides use Megatron's GPT models, modelopt's hooks and Megatron's gradient buffers. Stock's subpackage runs in a
+process of its own. The contestants take turns: each builds the same models from a seed and times several steps after a
+first step that is not timed. Times are CPU seconds of one thread, best and worst of all steps. Memory is the peak of
+what a step allocates beyond models and gradient buffers, counted by PyTorch's allocator, in units of one logits tensor.
+The same run compares losses and gradients, and measures the step without any loss, which bounds the ratio.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "quick": {**SMALL, "sequences": 2, "length": 64, "vocabulary": 4000},
 }
 STOCK, ALONE = "stock", "models without a loss"
-# Of the DistillationConfig.
+# Settings of the DistillationConfig.
 CONTESTANTS: dict[str, dict[str, Any]] = {
     STOCK: {},
     "chunked": {"fused_logits": "off"},
@@ -40,7 +40,7 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     "fused": {"fused_logits": "on"},
     ALONE: {"fused_logits": "off"},
 }
-# At least these.
+# Lower bounds.
 TARGETS = {"time other / ours": 1.2, "peak other / ours": 2.8}
 
 
@@ -48,10 +48,13 @@ def measure(pools: dict[str, Any], case: dict[str, Any], rounds: int, steps: int
     """Return the figures of each contestant.
 
     Args:
-        pools: "stock" and "ours": ``test_code.support.ranks.RankPool`` of one rank.
+        pools: rank pools (``test_code.support.ranks.RankPool``) with one rank each: "stock" and "ours".
         case: one of `SIZES`.
-        rounds: how often the contestants take turns.
-        steps: timed in each turn.
+        rounds: number of turns of each contestant.
+        steps: number of timed steps in each turn.
+
+    Raises:
+        RuntimeError: If a contestant ran the other subpackage.
     """
     from benchmarks import _kd_step_rank
 
@@ -69,7 +72,7 @@ def measure(pools: dict[str, Any], case: dict[str, Any], rounds: int, steps: int
 
 
 def compare(found: dict[str, dict[str, Any]], case: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return a row for each of ours against stock, with the largest relative difference of a weight's gradient."""
+    """Compare each of our variants with stock, including the largest relative difference of a gradient."""
     logits = 4 * case["sequences"] * case["length"] * case["vocabulary"]
     expected = found[STOCK]["gradients"]
     rows = {}
@@ -87,9 +90,9 @@ def compare(found: dict[str, dict[str, Any]], case: dict[str, Any]) -> dict[str,
 
 
 def notes(rows: dict[str, dict[str, Any]]) -> str:
-    """Return which targets are met, and what bounds them."""
+    """Return which targets are met, and what limits them, as Markdown."""
     alone = rows[ALONE]
-    lines = [f"The models without any loss bound the time: {alone['time other / ours']:.2f}x faster than stock."]
+    lines = [f"The models without any loss limit the speedup to {alone['time other / ours']:.2f}x."]
     for name, found in rows.items():
         if name == ALONE:
             continue
@@ -99,19 +102,21 @@ def notes(rows: dict[str, dict[str, Any]]) -> str:
         ]
         lines.append(f"{name}: {', '.join(verdicts)}; the loss differs by {found['loss difference']:.0e}.")
     lines.append(
-        "L: one logits tensor. Stock holds 7 L for its loss beside both models' logits (2 L) and the student's "
-        "activations. Chunked and in place hold the two logits, one of which takes the gradient (the teacher's, the "
-        "student's): equal peaks. Fused holds neither: chunks, the output weight's gradient and the activations, "
-        "which none of them can save, are its peak. The models' matrix products are most of the time in all of them."
+        "L is the size of one logits tensor. Stock holds 7 L for its loss, in addition to both models' logits (2 L) "
+        "and the student's activations. The chunked variants hold both logits tensors and write the gradient into one "
+        "of them (the teacher's, or in place into the student's), so their peaks are equal. The fused variant holds "
+        "neither; its peak consists of chunks, the output weight's gradient and the activations, which no variant can "
+        "avoid. In all variants, most of the time is spent in the models' matrix products."
     )
     return "\n".join(f"- {line}" for line in lines)
 
 
 def main() -> int:
+    """Run the benchmark, write its results and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=sorted(SIZES), default="default")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of a turn")
+    parser.add_argument("--rounds", type=int, default=3, help="number of turns of each contestant")
+    parser.add_argument("--steps", type=int, default=3, help="number of timed steps in each turn")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     from test_code.support.ranks import RankPool

@@ -1,9 +1,10 @@
-"""Pruning quality on real text: importance against random units, and distillation against training from scratch.
+"""Benchmark pruning on real text: importance against random scores, and distillation against training from scratch.
 
-For each seed a small Llama-style teacher is trained on Python's help texts (the demo's corpus) and pruned to half of
-its body: by importance, and several times to the same shape with random scores. The importance-pruned student is then
-distilled, and a model of the same shape is trained from random weights on the same samples for as many steps. All
-losses are held-out, in nats a token, measured the same way on saved checkpoints. One CPU process.
+For each seed, a small Llama-style teacher is trained on Python's help texts (the demo's corpus) and pruned to half of
+its body: once by importance, and several times to the same shape with random scores. The student that was pruned by
+importance is then distilled, and a model of the same shape is trained from random weights on the same samples for the
+same number of steps. All losses are held-out losses in nats per token, measured on saved checkpoints. Everything runs
+in one CPU process.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ TEACHER = {
     "num_query_groups": 2,
     "kv_channels": 32,
 }
-# Half of the parameters (45% of the body), in width alone: with depth, a random choice of layers would decide.
+# Half of the parameters (45% of the body), in width only: with depth, the random choice of layers would dominate.
 PRUNING = Pruning(
     target_hidden_size=96,
     target_ffn_hidden_size=200,
@@ -44,7 +45,7 @@ LAYOUT = Layout(cpu=True)
 
 
 def training_run(steps: int, lr: float, seed: int, every: int) -> Training:
-    """Return a run with a tenth of warm-up."""
+    """Return the settings of a training whose warm-up is a tenth of its steps."""
     return Training(
         steps=steps,
         global_batch_size=16,
@@ -58,7 +59,7 @@ def training_run(steps: int, lr: float, seed: int, every: int) -> Training:
 
 
 def prune_at_random(teacher: Path, target: Path, seed: int) -> None:
-    """Prune a checkpoint to the benchmark's shape with random numbers in place of the measured importance."""
+    """Prune a checkpoint to the benchmark's shape with random scores instead of the measured importance."""
     import torch
     from megatron.core import parallel_state
 
@@ -92,7 +93,7 @@ def prune_at_random(teacher: Path, target: Path, seed: int) -> None:
 
 
 def one_seed(root: Path, seed: int, steps: tuple[int, int], draws: int) -> dict[str, Any]:
-    """Return all losses of one seed."""
+    """Train, prune, distill and measure with one seed; return all losses."""
     import torch
 
     from nemo_modelopt_cli.compress import corpus, jobs
@@ -150,7 +151,7 @@ def one_seed(root: Path, seed: int, steps: tuple[int, int], draws: int) -> dict[
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return margins and their spread over the seeds."""
+    """Return the margins and their spread over the seeds."""
     margins = {
         "random - importance": [statistics.mean(row["random"]) - row["importance"] for row in rows],
         "best random - importance": [min(row["random"]) - row["importance"] for row in rows],
@@ -170,7 +171,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def figure(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw held-out loss over training tokens: distillation, from scratch, and the teacher as a line."""
+    """Plot held-out loss over training tokens: distillation, training from scratch, and the teacher as a line."""
     import altair as alt
 
     from nemo_modelopt_dropin.report import charts
@@ -199,12 +200,12 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> int:
-    """Run all seeds; return 0 where the claims hold for each of them."""
+    """Run all seeds; return 0 if the claims hold for each of them, else 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--teacher-steps", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=160, help="of distillation and of training from scratch")
-    parser.add_argument("--draws", type=int, default=3, help="random prunings of each teacher")
+    parser.add_argument("--steps", type=int, default=160, help="steps of distillation and of training from scratch")
+    parser.add_argument("--draws", type=int, default=3, help="number of random prunings of each teacher")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "prune_quality.json")
     arguments = parser.parse_args()
     start_on_cpu()

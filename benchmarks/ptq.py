@@ -1,10 +1,11 @@
-"""Post-training quantization, stock against ours in one run: seconds and peak memory of `quantize` for each real token.
+"""Benchmark post-training quantization against stock: time per real token and peak memory of `Quantizer.quantize`.
 
-A real token is one of the text: stock pads each row to the sequence length with the end-of-text token and calibrates
-on that too; ours joins rows by one such token. Runs of stock, of ours on one rank and of ours on two data-parallel
-ranks alternate, each rank computes on one thread, and the best of n counts. Ours includes its comparison with the
-original model (held-out loss before and after, errors of each layer), which stock does not have; the figures without
-it are given too. Peak memory is what a rank needs beyond the model while `quantize` runs.
+A real token is a token of the text. Stock pads each row to the sequence length with the end-of-text token and
+calibrates on the padding as well; our quantizer joins rows with one such token. The runs alternate: stock, ours on one
+rank, and ours on two data-parallel ranks. Each rank computes on one thread, and the best run counts. Our figures
+include the comparison with the original model (held-out loss before and after, error of each layer), which stock does
+not do; the figures without it are reported as well. Peak memory is what a rank needs beyond the model while
+`quantize` runs.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ QUICK = {
     "batch": 4,
 }
 HELD_OUT = 32
-# At most these: stock's time x 1/3 on one rank, that x 0.6 on two data-parallel ranks, stock's memory.
+# Upper bounds: a third of stock's time on one rank, 0.6 of that on two data-parallel ranks, and stock's memory.
 TARGETS = {"time ours / stock": 1 / 3, "time two ranks / one": 0.6, "memory ours / stock": 1.0}
 
 
 def prepare(folder: Path, vocabulary: int, samples: int) -> dict[str, str]:
-    """Write the text and a tokenizer of exactly ``vocabulary`` entries; return their paths."""
+    """Write the text and a tokenizer with exactly ``vocabulary`` entries, and return their paths."""
     from nemo_modelopt_cli.compress import corpus
 
     documents = list(corpus.documents().values())
     rows: list[str] = []
     for turn in range(1 + (samples + HELD_OUT) // len(documents)):
         for text in documents:
-            # The same documents from another paragraph on, so that rows differ and keep their natural lengths.
+            # Each turn starts the same documents at another paragraph, so that rows differ and keep natural lengths.
             paragraphs = text.split("\n\n")
             rest = "\n\n".join(paragraphs[turn % max(1, len(paragraphs)) :])
             rows.append(rest if rest.strip() else text)
@@ -59,14 +60,17 @@ def prepare(folder: Path, vocabulary: int, samples: int) -> dict[str, str]:
 
 
 def measure(pools: dict[str, Any], folder: Path, case: dict[str, Any], repeats: int, algorithm: str) -> dict[str, Any]:
-    """Run everything and return the figures.
+    """Run all contestants and return the figures.
 
     Args:
-        pools: "stock" and "ours" of one rank, "ours x 2" of two: of ``test_code.support.ranks.RankPool``.
-        folder: For text and tokenizer.
+        pools: rank pools (``test_code.support.ranks.RankPool``): "stock" and "ours" with one rank, "ours x 2" with two.
+        folder: folder for the text and the tokenizer.
         case: `FULL` or `QUICK`.
-        repeats: Best of so many.
-        algorithm: Quantization algorithm.
+        repeats: number of runs; the best one counts.
+        algorithm: quantization algorithm.
+
+    Returns:
+        The figures of each contestant ("rows"), their "ratios", the "targets" and the "case".
     """
     from benchmarks import _ptq_rank
 
@@ -87,7 +91,7 @@ def measure(pools: dict[str, Any], folder: Path, case: dict[str, Any], repeats: 
         "ours, not compared": (pools["ours"], False),
     }
     limit = {"timeout": 3600.0}
-    # Imports and first calls, on a few rows.
+    # A few rows first: imports and first calls are not measured.
     few = (*job[:-1], {**settings, "calibration_dataset_size": case["batch"]})
     packages = {name: pool.run(*few, comparison=comparison)[0]["package"] for name, (pool, comparison) in runs.items()}
     assert packages == {name: "stock" if name == "stock" else "ours" for name in runs}
@@ -110,7 +114,7 @@ def measure(pools: dict[str, Any], folder: Path, case: dict[str, Any], repeats: 
 
 
 def ratios(rows: dict[str, Any]) -> dict[str, float]:
-    """Return what the targets speak of."""
+    """Return the ratios that the targets bound."""
     cost = {name: row["microseconds a real token"] for name, row in rows.items()}
     return {
         "time ours / stock": cost["ours"] / cost["stock"],
@@ -121,7 +125,7 @@ def ratios(rows: dict[str, Any]) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the figures as text."""
+    """Return the figures as an aligned table, with a verdict for each target."""
     lines = [f"{'':22}{'real tokens':>12}{'computed':>10}{'best s':>9}{'worst s':>9}{'us/token':>10}{'peak MiB':>10}"]
     for name, row in result["rows"].items():
         seconds = row["seconds"]
@@ -137,11 +141,11 @@ def table(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Draw cost and memory as bars."""
+    """Draw time per token and peak memory as bars."""
     import altair as alt
     import vl_convert
 
-    titles = {"microseconds a real token": "µs / real token", "peak MiB": "peak memory beyond the model, MiB"}
+    titles = {"microseconds a real token": "µs per real token", "peak MiB": "peak memory beyond the model, MiB"}
     charts = []
     for key, title in titles.items():
         values = [{"run": name, "value": row[key]} for name, row in result["rows"].items()]
@@ -154,10 +158,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def write(result: dict[str, Any], folder: Path) -> None:
-    """Write JSON, table and plot."""
+    """Write the results as a JSON file, a table and a plot."""
     packages = ("torch", "nemo-toolkit", "megatron-core", "nvidia-modelopt")
     about = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread a rank",
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, one thread per rank",
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -167,9 +171,10 @@ def write(result: dict[str, Any], folder: Path) -> None:
 
 
 def main() -> int:
+    """Run the benchmark, write its results and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a small model and little text")
-    parser.add_argument("--samples", type=int, help="rows that calibrate")
+    parser.add_argument("--quick", action="store_true", help="use a small model and little text")
+    parser.add_argument("--samples", type=int, help="number of calibration rows")
     parser.add_argument("--batch", type=int, help="calibration batch size")
     parser.add_argument("--algorithm", default="fp8")
     parser.add_argument("--repeats", type=int, default=3)
