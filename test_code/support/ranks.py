@@ -1,11 +1,11 @@
-"""A pool of live CPU ranks: started once a test run, it executes named functions on every rank.
+"""Run module-level functions on a pool of live CPU ranks, which starts once in a test run.
 
-Importing NeMo takes 15 seconds, so ranks are forked from a server that has most of it loaded (`preload`), and kept
-alive between tests. A function runs on all ranks at once with the
-CPU backend enabled and the environment torchrun would set; NeMo's strategy (or `tiny.init_parallel`) makes the process
-groups, and `reset` takes them down after the job. Its return values come back in order of rank. When a rank raises, the
-error shows the traceback of each rank and the ends of their logs; when one hangs, the stack where it hangs. A pool
-that failed is thrown away, because its ranks may be in the middle of a collective, and the next test gets a fresh one.
+Importing NeMo takes 15 seconds. Ranks are therefore forked from a server that has most of it loaded (`preload`), and
+they stay alive between tests. A function runs on all ranks at the same time, with the CPU backend enabled and with the
+environment variables that torchrun sets. NeMo's strategy (or `tiny.init_parallel`) creates the process groups, and
+`reset` destroys them after the job. The return values are ordered by rank. If a rank raises an error, `RankError` shows
+the traceback and the end of the log of each rank; if a rank hangs, its log ends with the stack. After a failure the
+ranks are killed, because they may be in the middle of a collective, and the next job starts new ones.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ _PORTS = 1000
 
 
 class RankError(RuntimeError):
-    """A function failed, or did not end in time, on at least one rank."""
+    """A function raised an error or did not finish in time on at least one rank."""
 
 
 class RankPool:
-    """``world_size`` live processes that form one gloo group."""
+    """Keep ``world_size`` processes alive that form one gloo group."""
 
     def __init__(self, world_size: int, log_dir: Path, env: dict[str, str] | None = None):
-        """Remember the settings; the ranks start with the first job.
+        """Store the settings; the ranks start with the first job.
 
         Args:
             world_size: number of ranks.
-            log_dir: folder that receives what each rank prints.
-            env: environment variables set in the ranks before anything is imported.
+            log_dir: folder of the ranks' logs, which hold everything that they print.
+            env: environment variables that are set in the ranks before anything is imported.
         """
         self.world_size = world_size
         self.log_dir = Path(log_dir)
@@ -54,16 +54,19 @@ class RankPool:
         self._reserved: socket.socket | None = None
 
     def run(self, function, *args, timeout: float = 180.0, **kwargs) -> list:
-        """Execute a module-level function on every rank and return its values in order of rank.
+        """Run a module-level function on every rank and return the results, ordered by rank.
 
         Args:
-            function: found again in the ranks by its module and name.
-            *args: positional arguments, pickled.
-            timeout: seconds until the job counts as hanging.
-            **kwargs: keyword arguments, pickled.
+            function: the function; the ranks import it by its module and name.
+            *args: positional arguments, which are pickled.
+            timeout: seconds after which the job counts as hanging.
+            **kwargs: keyword arguments, which are pickled.
+
+        Returns:
+            One result for each rank.
 
         Raises:
-            RankError: where a rank raised, died or did not end in time.
+            RankError: If a rank raised an error, died or did not finish in time.
         """
         if not self._processes:
             self._start()
@@ -73,7 +76,7 @@ class RankPool:
         return self._collect(f"{function.__module__}.{function.__qualname__}", timeout)
 
     def close(self) -> None:
-        """End the ranks: politely first, then not."""
+        """Ask the ranks to exit, and kill those that do not."""
         for pipe in self._pipes:
             with contextlib.suppress(OSError):
                 pipe.send_bytes(b"")
@@ -158,17 +161,18 @@ class RankPool:
 
 
 def _kill(process) -> None:
-    """End a rank with what it started: saving a checkpoint leaves a process of its own behind."""
+    """Kill a rank and its child processes; saving a checkpoint leaves one behind."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.join()
 
 
 def _reserve_ports() -> socket.socket:
-    """Return a socket bound to the first of a thousand ports, below those of `launch.free_port`, one a reset.
+    """Return a socket that is bound to the first port of a free block; every `reset` uses the next port.
 
-    As long as it is open no other pool takes them, of this test process or of another: a pool that ran into another's
-    ports would meet the other's store there and wait for ranks that are long gone.
+    The blocks are below the ports of `launch.free_port`. While the socket is open, no other pool uses the block, in
+    this test process or in another. A pool that ran into another pool's ports would connect to the other's store and
+    wait for ranks that no longer exist.
     """
     blocks = list(range(2_000, 20_000, _PORTS))
     random.SystemRandom().shuffle(blocks)
@@ -185,9 +189,9 @@ def _reserve_ports() -> socket.socket:
 
 
 def _is_free(port: int) -> bool:
-    """Return whether nothing listens on a port, a service of the machine for instance."""
+    """Return whether no process, for example a service of the machine, listens on a port."""
     with socket.socket() as probe:
-        # What a store of before has left behind does not count.
+        # Connections that an earlier store left behind do not count.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
@@ -197,14 +201,14 @@ def _is_free(port: int) -> bool:
 
 
 def _serve(rank: int, world_size: int, port: int, pipe, log: str, env: dict[str, str]) -> None:
-    """Be one rank: set up, then execute jobs until an empty one comes."""
+    """Run as one rank: set it up, then execute jobs until an empty one arrives."""
     os.setpgid(0, 0)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
-    # As torchrun would: Lightning then takes the ranks as they are instead of starting its own.
+    # torchrun sets the same variables. With them, Lightning uses these ranks instead of starting its own.
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -247,7 +251,7 @@ def _set_up() -> None:
     from test_code.support import other_sums
 
     other_sums.enable_if_asked()
-    # What is imported stays; without this, collecting garbage after a job would look through all of it, half a second.
+    # Imported objects stay alive. Without freezing them, each garbage collection would visit all of them (0.5 s).
     gc.collect()
     gc.freeze()
 
@@ -259,7 +263,7 @@ def _execute(job: bytes) -> bytes:
         function = getattr(importlib.import_module(module), name)
         answer = pickle.dumps((True, function(*args, **kwargs)))
     except BaseException:
-        # The pool throws its ranks away after a failure; a reset would wait for ranks that hang.
+        # The pool kills its ranks after a failure; a reset would wait for ranks that hang.
         return pickle.dumps((False, traceback.format_exc()))
     try:
         reset()
@@ -271,12 +275,12 @@ def _execute(job: bytes) -> bytes:
 
 @contextlib.contextmanager
 def world(rank: int, size: int, port_offset: int):
-    """Let this rank be one of a world of another size inside of the context: fewer ranks of a pool, or itself alone.
+    """Make this rank part of a smaller world inside the context: several ranks of the pool, or this rank alone.
 
     Args:
-        rank: Number in that world.
-        size: Ranks of it.
-        port_offset: Added to the pool's port; worlds that exist at the same time need different ones.
+        rank: rank in that world.
+        size: number of ranks in that world.
+        port_offset: offset from the pool's port; worlds that exist at the same time need different offsets.
     """
     changed = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     changed["MASTER_PORT"] = int(os.environ["MASTER_PORT"]) + port_offset
@@ -290,10 +294,10 @@ def world(rank: int, size: int, port_offset: int):
 
 
 def reset() -> None:
-    """Take a rank back to where a fresh process is: no process group, no batch calculator, no NeMo state.
+    """Reset a rank to the state of a new process: no process group, no batch calculator, no NeMo state.
 
-    NeMo builds Megatron's groups only where it initialises ``torch.distributed`` itself, so that goes too. All ranks
-    must call it. A job that runs two layouts in a row calls it in between.
+    NeMo creates Megatron's groups only if it initialises ``torch.distributed`` itself, so the process group is
+    destroyed as well. All ranks must call this function. A job that runs several layouts calls it between them.
     """
     import torch.distributed as dist
     from megatron.core import num_microbatches_calculator, parallel_state, tensor_parallel
@@ -305,15 +309,15 @@ def reset() -> None:
     parallel_state.destroy_model_parallel()
     num_microbatches_calculator.unset_num_microbatches_calculator()
     tensor_parallel.get_cuda_rng_tracker().reset()
-    # NeMo keeps the parallel layout of a process in a singleton for good.
+    # NeMo keeps the parallel layout of a process in a singleton.
     Singleton._Singleton__instances.pop(AppState, None)
-    # So does its logger with the folder of a run, which ranks would name by their own clocks.
+    # Its logger keeps the folder of a run in an environment variable; each rank would name it by its own clock.
     os.environ.pop(NEMO_ENV_VARNAME_VERSION, None)
-    # Megatron 0.14 numbers the saves of a process, and its ranks must agree: a job may have saved on some of them only.
+    # Megatron 0.14 counts a process's saves. The ranks must agree, but a job may have saved on some of them only.
     base.async_calls = async_utils.AsyncCallsQueue()
     gc.collect()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-    # The next group meets at a new port: the old store may not have left its own yet.
+    # The next group uses another port, because the old store may not have released its own yet.
     os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)

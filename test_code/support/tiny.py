@@ -1,6 +1,6 @@
-"""Small real models, data and trainers for the tests: everything is NeMo's and Megatron's own, only the sizes are ours.
+"""Build small real models, data and trainers for the tests: NeMo's and Megatron's own classes in small sizes.
 
-Import it after `cpu_backend.enable()` (the ranks and ``conftest.py`` see to that).
+Import it after `cpu_backend.enable()`, which the ranks and ``conftest.py`` call.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SEQ_LENGTH = 32
 
 @functools.cache
 def tokenizer_folder() -> str:
-    """Train a BPE tokenizer of `VOCABULARY` entries on a few sentences and return its Hugging Face folder."""
+    """Train a BPE tokenizer with `VOCABULARY` entries on a few sentences and return its Hugging Face folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -35,7 +35,7 @@ def tokenizer_folder() -> str:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        # 256 bytes would fill the vocabulary: keep to the letters that occur.
+        # An alphabet of all 256 bytes would fill the vocabulary, so only the characters that occur are used.
         vocab_size=VOCABULARY,
         special_tokens=["<s>", "</s>", "<pad>"],
         show_progress=False,
@@ -65,7 +65,7 @@ def texts(count: int) -> list[str]:
 
 
 def tokenizer():
-    """Return NeMo's own tokenizer class over the tiny vocabulary."""
+    """Return NeMo's AutoTokenizer with the tiny vocabulary."""
     from nemo.collections.common.tokenizers import AutoTokenizer
 
     return AutoTokenizer(tokenizer_folder())
@@ -98,7 +98,7 @@ def config(**overrides) -> llm.GPTConfig:
 
 
 def model(model_config: llm.GPTConfig | None = None, optimizer=None, **overrides) -> llm.GPTModel:
-    """Return an ``llm.GPTModel`` that is not yet configured (weights are drawn when a trainer or restore does it)."""
+    """Return an ``llm.GPTModel`` without weights; a trainer or a restore configures it and draws them."""
     return llm.GPTModel(model_config or config(**overrides), optim=optimizer or optim(), tokenizer=tokenizer())
 
 
@@ -118,7 +118,7 @@ def optim(lr: float = 1e-3, clip_grad: float = 1.0, distributed: bool = False) -
 
 
 def strategy(tp: int = 1, pp: int = 1, sp: bool = False, cp: int = 1, distributed: bool = False, **kwargs):
-    """Return a MegatronStrategy for that layout."""
+    """Return a MegatronStrategy for a layout."""
     settings = {
         "tensor_model_parallel_size": tp,
         "pipeline_model_parallel_size": pp,
@@ -141,7 +141,7 @@ def trainer(
     strategy_kwargs=None,
     **kw,
 ) -> nl.Trainer:
-    """Return a trainer over all ranks of this process group that logs nothing and writes nothing by itself."""
+    """Return a trainer over all ranks of the process group that neither logs nor writes files."""
     settings = {
         "accelerator": "cpu",
         "devices": int(os.environ.get("WORLD_SIZE", 1)),
@@ -161,7 +161,7 @@ def trainer(
 
 
 class TinyDataset(torch.utils.data.Dataset):
-    """Deterministic token sequences with some structure to learn; the loss mask leaves a prompt out of every third."""
+    """Generate deterministic token sequences that can be learned; in every third, the loss mask excludes a prompt."""
 
     def __init__(self, length: int, seq_length: int, seed: int, masked: bool):
         self.length, self.seq_length, self.seed, self.masked = length, seq_length, seed, masked
@@ -189,7 +189,7 @@ class TinyDataset(torch.utils.data.Dataset):
 
 
 class TinyData(pl.LightningDataModule):
-    """A data module over `TinyDataset` with Megatron's sampler: the global batch is the same in every layout."""
+    """Serve `TinyDataset` with Megatron's sampler; the global batch is the same in every layout."""
 
     def __init__(self, global_batch_size=4, micro_batch_size=2, seq_length=SEQ_LENGTH, samples=64, seed=1, masked=True):
         super().__init__()
@@ -215,12 +215,12 @@ class TinyData(pl.LightningDataModule):
 
 
 def data(global_batch_size: int = 4, micro_batch_size: int = 2, seq_length: int = SEQ_LENGTH, **kw) -> TinyData:
-    """Return the data module; ``samples``, ``seed`` and ``masked`` (loss mask with zeros) may be given too."""
+    """Return the data module; ``samples``, ``seed`` and ``masked`` (loss mask with zeros) are passed on."""
     return TinyData(global_batch_size, micro_batch_size, seq_length, **kw)
 
 
 def init_parallel(tp: int = 1, pp: int = 1, cp: int = 1, seed: int = 1234, **kw) -> None:
-    """Initialise gloo and Megatron's groups and random trackers, for jobs that need no trainer."""
+    """Initialise gloo, Megatron's groups and its random number trackers, for jobs without a trainer."""
     from megatron.core import parallel_state, tensor_parallel
 
     if not torch.distributed.is_initialized():
@@ -234,12 +234,12 @@ def init_parallel(tp: int = 1, pp: int = 1, cp: int = 1, seed: int = 1234, **kw)
 
 
 def core(wrapped) -> torch.nn.Module:
-    """Return the Megatron-Core model inside of NeMo's and DDP's wrappers."""
+    """Return the Megatron-Core model inside NeMo's and DDP's wrappers."""
     return unwrap_model(wrapped)
 
 
 class LossRecorder(pl.Callback):
-    """Keep the reduced training and validation loss of every step (the same number on every rank)."""
+    """Record the reduced training loss of every step and every validation loss; all ranks record the same numbers."""
 
     def __init__(self):
         self.losses: list[float] = []
@@ -254,21 +254,21 @@ class LossRecorder(pl.Callback):
 
 
 class RoundAtEnd(pl.Callback):
-    """Round the trained weights to numbers of bf16, as those of a checkpoint from Hugging Face are."""
+    """Round the trained weights to bf16, the precision of most Hugging Face checkpoints."""
 
     def on_train_end(self, trainer, pl_module):
         round_weights(core(trainer.strategy.model))
 
 
 def round_weights(model: torch.nn.Module) -> None:
-    """Round the weights of a model to numbers of bf16 in place; their dtype stays."""
+    """Round the weights of a model to bf16 precision in place, without changing their dtype."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16())
 
 
 class SaveAtEnd(pl.Callback):
-    """Write a full NeMo checkpoint while ``fit`` is still running (keys ``module.``), as ModelCheckpoint does."""
+    """Write a full NeMo checkpoint at the end of ``fit`` (keys begin with ``module.``), as ModelCheckpoint does."""
 
     def __init__(self, path):
         self.path = path
@@ -278,7 +278,7 @@ class SaveAtEnd(pl.Callback):
 
 
 def save(trainer: nl.Trainer, path) -> Path:
-    """Write weights and context to ``path`` as NeMo's own checkpoints have them."""
+    """Write weights and context to ``path`` in the format of NeMo's checkpoints."""
     from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
     from nemo.lightning.io.pl import TrainerContext
 
@@ -296,12 +296,15 @@ def fit(
 
     Args:
         llm_model: an ``llm.GPTModel``.
-        data_module: `data()` by default.
-        save_to: folder for a full checkpoint written at the end, inside of ``fit``.
+        data_module: data module; `data()` by default.
+        save_to: folder of a full checkpoint that is written at the end of ``fit``.
         restore: checkpoint whose weights are loaded first.
-        callbacks: further callbacks.
-        bf16_weights: round the trained weights to numbers of bf16 before they are saved.
+        callbacks: additional callbacks.
+        bf16_weights: whether to round the trained weights to bf16 before they are saved.
         **layout: arguments of `trainer`.
+
+    Returns:
+        The loss of each step.
     """
     recorder = LossRecorder()
     extra = [RoundAtEnd()] if bf16_weights else []
@@ -315,7 +318,7 @@ def fit(
 
 
 def peak_bytes(function) -> int:
-    """Return the most bytes a function has allocated at one time, counted by the allocator."""
+    """Return the peak of the bytes that a function allocates, counted from the allocator's events."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
