@@ -19,14 +19,14 @@ ON_GPU = torch.cuda.is_available()
 
 
 def data(samples: int) -> TextDataModule:
-    """Return the texts as token sequences; any data module of NeMo's does as well."""
+    """Return the texts as token sequences; any of NeMo's data modules works too."""
     return TextDataModule(
         "texts.jsonl",
         "my_checkpoint",
         "heldout.jsonl",
         train_samples=samples,
         seq_length=SEQ_LENGTH,
-        micro_batch_size=4,  # llm.prune wants micro = global batch; one process keeps one of each
+        micro_batch_size=4,  # llm.prune needs equal micro and global batch sizes, and a process has one setting
         global_batch_size=4,
     )
 

@@ -1,4 +1,4 @@
-"""Quantize a NeMo checkpoint, then train it on with its quantizers in place (QAT)."""
+"""Quantize a NeMo checkpoint, then continue training it with its quantizers (QAT)."""
 
 import torch
 
