@@ -11,6 +11,9 @@ DOCS_VENV := .venv-docs
 # Test files that run side by side.
 JOBS ?= 2
 SOURCES := nemo nemo_modelopt_dropin nemo_modelopt_cli scripts test_code benchmarks examples
+PAGES := README.md CONTRIBUTING.md CHANGELOG.md docs
+# What scripts/check_prose.py reads.
+PROSE := README.md CHANGELOG.md docs examples
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -33,6 +36,8 @@ demo: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/codespell $(PAGES) $(SOURCES)
+	$(BIN)/python scripts/check_prose.py $(PROSE)
 
 types: $(READY)
 	$(BIN)/mypy nemo nemo_modelopt_dropin nemo_modelopt_cli scripts
