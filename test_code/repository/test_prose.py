@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 _SPEC = importlib.util.spec_from_file_location(
-    "check_prose", Path(__file__).resolve().parent.parent / "scripts" / "check_prose.py"
+    "check_prose", Path(__file__).resolve().parents[2] / "scripts" / "check_prose.py"
 )
 check_prose = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(check_prose)
