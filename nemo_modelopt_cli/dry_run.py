@@ -130,7 +130,9 @@ def pruning(given: argparse.Namespace, targets: Iterable[str]) -> Rows:
         if limited and given.text:
             rows.append(("", f"candidates are compared on {given.heldout_text or 'the same: no --heldout_text'}"))
     tokens = given.seq_length or 1
-    shared = prune_layout.of(given)
+    requested = {name: getattr(given, name) for name in prune_layout.NAMES}
+    ranks = given.devices * given.num_nodes
+    shared = prune_layout.used(given.restore_path, ranks, requested, by_importance=not given.drop_layers)
     tp, pp = shared["tp_size"], shared["pp_size"]
     rows.append(layout(given.devices, given.num_nodes, given.cpu, tp=tp, pp=pp))
     if tp != given.tp_size:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import math
 import os
 import sys
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_modelopt_cli import run_file
-from nemo_modelopt_dropin.preflight import checkpoint_files, data_files
+from nemo_modelopt_dropin.errors import did_you_mean, nearest
+from nemo_modelopt_dropin.preflight import checkpoint_files, data_files, model_sizes
 
 USAGE = 2
 EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 wrong arguments or settings, 130 interrupted."
@@ -152,8 +152,8 @@ class Parser(argparse.ArgumentParser):
             if flag or not after_flag:
                 known = [name for action in self._actions for name in action.option_strings]
                 name = word.partition("=")[0]
-                found.append(f"unknown argument {word}{nearest(name, known)}")
-                self.told |= {self._option_string_actions[meant].dest for meant in near(name, known)}
+                found.append(f"unknown argument {word}{did_you_mean(name, known)}")
+                self.told |= {self._option_string_actions[meant].dest for meant in nearest(name, known)}
             after_flag = after_flag or flag
         return found
 
@@ -176,7 +176,7 @@ class Parser(argparse.ArgumentParser):
         name = "/".join(action.option_strings)
         allowed = ", ".join(map(str, action.choices))
         self.told.add(action.dest)
-        self.problems.append(f"{name}: {value!r} is none of {allowed}{nearest(str(value), action.choices)}")
+        self.problems.append(f"{name}: {value!r} is none of {allowed}{did_you_mean(str(value), action.choices)}")
 
     # --- the run file -------------------------------------------------------------------------------------------------
 
@@ -205,7 +205,7 @@ class Parser(argparse.ArgumentParser):
         action = self._option_string_actions.get(flag) or next((a for a in self._actions if a.dest == key), None)
         if action is None or action.dest in _NOT_SAVED:
             names = [a.dest for a in self._actions if a.dest not in _NOT_SAVED]
-            self.problems.append(f"{path}: unknown setting {key!r}{nearest(key, names)}")
+            self.problems.append(f"{path}: unknown setting {key!r}{did_you_mean(key, names)}")
         elif value is None:
             return
         elif action.nargs == 0:
@@ -232,21 +232,23 @@ def _lacks_value(words: Sequence[str], place: int) -> bool:
     return place + 1 == len(words) or words[place + 1].startswith("-")
 
 
-def nearest(name: str, known: Iterable[Any]) -> str:
-    """Return ``; did you mean ...?`` with the nearest known name, or nothing where none is near."""
-    return "".join(f"; did you mean {one}?" for one in near(name, known))
-
-
-def near(name: str, known: Iterable[Any]) -> list[str]:
-    """Return the nearest known name in a list, an empty one where none is near."""
-    return difflib.get_close_matches(name, list(map(str, known)), n=1)
-
-
 def derive(given: argparse.Namespace, name: str, value: Any) -> None:
     """Set an argument that was not given and follows from others; run files leave it out, so that it follows again."""
     if getattr(given, name) is None:
         setattr(given, name, value)
         setattr(given, _DERIVED, [*getattr(given, _DERIVED, []), name])
+
+
+def derive_stages(given: argparse.Namespace, path: str | None, stages: int) -> None:
+    """Set the layers of the first and last pipeline stage from the model's depth, unless one of them was passed.
+
+    Sets nothing if `model_checks.split_problems` reports a problem.
+    """
+    if not path or stages < 1 or any(getattr(given, name) for name in model_sizes.STAGES):
+        return
+    with contextlib.suppress(ValueError):
+        for name, layers in model_sizes.unequal_stages(path, stages).items():
+            derive(given, name, layers)
 
 
 def saved_settings(given: argparse.Namespace, paths: Iterable[str] = ()) -> dict[str, Any]:

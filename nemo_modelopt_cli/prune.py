@@ -22,6 +22,7 @@ from nemo_modelopt_cli.parser import (
     default_devices,
     default_nodes,
     derive,
+    derive_stages,
     layout_problems,
     loading_options,
     no_checkpoints,
@@ -34,7 +35,6 @@ from nemo_modelopt_dropin import files
 from nemo_modelopt_dropin.preflight import budget, model_sizes, output_checks, pair_checks, prune_layout
 from nemo_modelopt_dropin.preflight.model_checks import (
     budget_problems,
-    derive_stages,
     drop_problems,
     split_problems,
     target_problems,
@@ -245,7 +245,12 @@ def work(arguments: argparse.Namespace) -> None:
 
     same_name = ("devices", "num_nodes", "num_train_samples", "save_path", "legacy_ckpt")
     vars(arguments).update(absolute_paths(arguments, PATHS))
-    layout = prune_layout.of(arguments)
+    layout = prune_layout.used(
+        arguments.restore_path,
+        arguments.devices * arguments.num_nodes,
+        {name: getattr(arguments, name) for name in prune_layout.NAMES},
+        by_importance=not arguments.drop_layers,
+    )
     prune_layout.announce(arguments.tp_size, layout)
     config = PruningConfig(
         **{name: getattr(arguments, name) for name in (*TARGETS, *BUDGETS)},

@@ -18,16 +18,17 @@ from nemo_modelopt_cli.parser import (
     default_devices,
     default_nodes,
     derive,
+    derive_stages,
     layout_problems,
-    nearest,
     no_checkpoints,
     not_positive,
     template_problems,
     tokenizer_problems,
 )
 from nemo_modelopt_dropin import files
+from nemo_modelopt_dropin.errors import did_you_mean
 from nemo_modelopt_dropin.preflight import data_files, output_checks, quant_file
-from nemo_modelopt_dropin.preflight.model_checks import block_problems, block_size, derive_stages, split_problems
+from nemo_modelopt_dropin.preflight.model_checks import block_problems, block_size, split_problems
 from nemo_modelopt_dropin.preflight.model_sizes import STAGES, known
 
 ALGORITHMS = ("no_quant", "auto", "int8", "int8_sq", "fp8", "block_fp8", "int4_awq", "w4a8_awq", "int4", "nvfp4")
@@ -141,7 +142,7 @@ def algorithm(name: str) -> str:
     if name in ALGORITHMS or name.endswith("_CFG") or os.path.isfile(name):
         return name
     raise argparse.ArgumentTypeError(
-        f"unknown algorithm {name!r} (one of {', '.join(ALGORITHMS)}, or a file){nearest(name, ALGORITHMS)}"
+        f"unknown algorithm {name!r} (one of {', '.join(ALGORITHMS)}, or a file){did_you_mean(name, ALGORITHMS)}"
     )
 
 
@@ -185,7 +186,9 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
     for name in arguments.auto_quantize_formats.split(","):
         if name not in ALGORITHMS[2:] and not name.endswith("_CFG") and not os.path.isfile(name):
             known_names = f"one of {', '.join(ALGORITHMS[2:])}, or a preset of modelopt (..._CFG)"
-            problems.append(f"--auto_quantize_formats: {name!r} is not {known_names}{nearest(name, ALGORITHMS[2:])}")
+            problems.append(
+                f"--auto_quantize_formats: {name!r} is not {known_names}{did_you_mean(name, ALGORITHMS[2:])}"
+            )
     problems += split_problems(arguments.nemo_checkpoint, arguments.calibration_tp, arguments.calibration_pp)
     block = block_size(arguments.algorithm, arguments.awq_block_size)
     shape = known(arguments.nemo_checkpoint)
@@ -251,7 +254,7 @@ def data_problems(name: str, column: str | None = None, limit: int = 1) -> list[
         hint = " (--calibration_column)" if problem and "no column" in problem else ""
         return [f"--calibration_dataset: {problem}{hint}"] if problem else []
     known = f"neither one of {', '.join(HUB)} nor a file, folder or pattern that is there"
-    return [f"--calibration_dataset {name}: {known}{nearest(name, HUB)}"]
+    return [f"--calibration_dataset {name}: {known}{did_you_mean(name, HUB)}"]
 
 
 def work(arguments: argparse.Namespace) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from nemo_modelopt_dropin import files
 
-NAME = "run.yaml"
+NAME = files.RUN_FILE
 _NULLS = ("", "~", "null", "Null", "NULL")
 
 

@@ -21,6 +21,8 @@ from nemo_modelopt_dropin import locks
 from nemo_modelopt_dropin.errors import ModelOptConfigError
 
 MARKER = ".nemo-modelopt.json"
+# Holds the settings of a command, in its output.
+RUN_FILE = "run.yaml"
 
 # Kinds of content.
 CALIBRATION_STATE = "calibration state"

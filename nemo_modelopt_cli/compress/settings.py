@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_modelopt_cli.parser import no_checkpoints, template_problems, text_problems
+from nemo_modelopt_dropin.errors import did_you_mean
 from nemo_modelopt_dropin.preflight import budget, loss_file, model_checks, model_sizes, pair_checks, prune_layout
 from nemo_modelopt_dropin.preflight.model_sizes import Shape
 
@@ -287,14 +288,11 @@ def raise_all(problems: list[str]) -> None:
 
 def unknown(what: str, values: Iterable[str], allowed: Iterable[str]) -> list[str]:
     """Return a sentence for each value that is not allowed, with the nearest name."""
-    import difflib
-
     allowed = list(allowed)
     found = []
     for value in values:
         if value not in allowed:
-            near = difflib.get_close_matches(value, allowed, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(value, allowed)
             found.append(f"unknown {what} {value!r}; allowed: {', '.join(allowed)}{hint}")
     return found
 

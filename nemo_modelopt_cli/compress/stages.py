@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from nemo_modelopt_cli.compress import stage_folders
 from nemo_modelopt_cli.compress.stage_folders import DONE, WORKING, StageError, read_json, write_json
-from nemo_modelopt_cli.parser import nearest
+from nemo_modelopt_dropin.errors import did_you_mean
 
 __all__ = ["DONE", "WORKING", "Record", "Stage", "StageError", "run_stages", "write_json"]
 
@@ -178,7 +178,7 @@ def not_allowed(stages: Sequence[Stage], root: Path, redo: Collection[str]) -> l
 def unknown(names: Sequence[str], redo: Collection[str]) -> list[str]:
     """Return a sentence for each name in ``redo`` that is not that of a stage."""
     return [
-        f"--redo {name}: there is no such stage; the stages are {', '.join(names)}{nearest(name, names)}"
+        f"--redo {name}: there is no such stage; the stages are {', '.join(names)}{did_you_mean(name, names)}"
         for name in dict.fromkeys(redo)
         if name not in names
     ]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nemo_modelopt_cli.parser import nearest
+from nemo_modelopt_dropin.errors import did_you_mean
 
 # The fields of DistillationConfig.
 SETTINGS = (
@@ -59,7 +59,7 @@ def problems(path: str | None) -> list[str]:
     except ValueError as error:
         return [str(error)]
     unknown = [str(name) for name in settings if name not in SETTINGS]
-    found = [f"{path}: unknown setting {name!r}{nearest(name, SETTINGS)}" for name in unknown]
+    found = [f"{path}: unknown setting {name!r}{did_you_mean(name, SETTINGS)}" for name in unknown]
     for name, value in settings.items():
         legal, what = _VALUES.get(name, (None, ""))
         if legal is not None and not legal(value):

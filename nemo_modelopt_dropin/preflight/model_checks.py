@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nemo_modelopt_cli.parser import derive
 from nemo_modelopt_dropin.preflight import budget, loss_file, model_sizes
-from nemo_modelopt_dropin.preflight.model_sizes import STAGES, Shape
+from nemo_modelopt_dropin.preflight.model_sizes import Shape
 
 # Width hparams whose size GPU kernels want as a multiple of something.
 ROUNDED = ("hidden_size", "ffn_hidden_size", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
@@ -173,18 +170,6 @@ def split_problems(path: str | Path | None, tp: int, pp: int) -> list[str]:
     if shape is not None and shape.num_layers < pp:
         found.append(f"{shape.num_layers} layers of {path} cannot be split over pp {pp}")
     return found
-
-
-def derive_stages(given: argparse.Namespace, path: str | None, stages: int) -> None:
-    """Let first and last pipeline stage follow from the model's depth, unless one of them was given.
-
-    Nothing is set where `split_problems` has something to tell.
-    """
-    if not path or stages < 1 or any(getattr(given, name) for name in STAGES):
-        return
-    with contextlib.suppress(ValueError):
-        for name, layers in model_sizes.unequal_stages(path, stages).items():
-            derive(given, name, layers)
 
 
 def block_problems(

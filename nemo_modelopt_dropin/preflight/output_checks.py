@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from nemo_modelopt_cli import run_file
 from nemo_modelopt_dropin import files
 
 # What a report consists of.
@@ -53,16 +52,26 @@ def place_problems(flag: str, output: str | None, inputs: Mapping[str, str | Non
             return [f"{flag} {output} lies inside of {name} {path}; give a folder outside of it"]
         if own in other.parents:
             return [f"{name} {path} lies inside {flag} {output}, which this command writes; use another folder"]
-    above = folder.absolute()
-    while not above.exists():
-        above = above.parent
-    if not above.is_dir():
-        return [f"{flag} {output} cannot be made: {above} is a file; give a folder"]
+    reason = unwritable(folder)
+    return [f"{flag} {output} cannot be written: {reason}; use another folder"] if reason else []
+
+
+def unwritable(folder: Path) -> str | None:
+    """Return why a folder cannot be created or written, None if it can.
+
+    Permissions alone do not decide: file systems may be read-only or virtual. So a temporary folder is created in the
+    nearest existing parent.
+    """
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        return f"{place} is a file"
     try:
-        with tempfile.TemporaryDirectory(dir=above, prefix=".nemo-modelopt-"):
-            return []
+        with tempfile.TemporaryDirectory(dir=place, prefix=".nemo-modelopt-"):
+            return None
     except OSError as error:
-        return [f"{flag} {output} cannot be written: {above}: {error.strerror}"]
+        return f"{place} cannot be written to ({error.strerror})"
 
 
 def _exists(path: str) -> bool:
@@ -86,7 +95,7 @@ def input_paths(flag: str, values: Iterable[str] | str | None) -> dict[str, str]
 
 def config_paths(config: str | os.PathLike[str] | None, output: str | None) -> dict[str, str]:
     """Return a file of settings as an input, unless it is the one that this command keeps in its output."""
-    if not config or not output or Path(config).resolve() == (Path(output) / run_file.NAME).resolve():
+    if not config or not output or Path(config).resolve() == (Path(output) / files.RUN_FILE).resolve():
         return {}
     return {"--config": str(config)}
 

@@ -1,52 +1,64 @@
-"""The layout that importance is measured at: whole layers on every rank, so ranks are pipeline stages and nothing else.
+"""The layout at which importance is measured: every rank holds whole layers, so the ranks are pipeline stages.
 
-A NeMo checkpoint loads at any layout: one of a tensor-parallel run is restored here as pipeline stages, and the pruned
-one loads at the tensor-parallel size of before.
+A NeMo checkpoint loads at any layout: the checkpoint of a tensor-parallel run is restored as pipeline stages, and the
+pruned checkpoint loads at the original tensor-parallel size.
 """
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nemo_modelopt_dropin.preflight import model_sizes
 
 FIRST, LAST = model_sizes.STAGES
+# Arguments of ``llm.prune`` that set the layout.
+NAMES = ("tp_size", "pp_size", FIRST, LAST)
 
 
 def for_importance(checkpoint: str | Path, ranks: int) -> dict[str, int | None]:
-    """Return the layout of ``ranks`` pipeline stages, as arguments of ``llm.prune``.
+    """Return the layout with one pipeline stage on each rank, as arguments of ``llm.prune``.
 
     Args:
-        checkpoint: the model to prune; only its configuration is read.
-        ranks: number of ranks.
+        checkpoint: The model to prune; only its configuration is read.
+        ranks: Number of ranks.
 
     Raises:
-        ValueError: for more ranks than the model has layers.
+        ValueError: If there are more ranks than layers.
     """
     even: dict[str, int | None] = {"tp_size": 1, "pp_size": ranks, FIRST: None, LAST: None}
     return even | model_sizes.unequal_stages(checkpoint, ranks)
 
 
 def problems(checkpoint: str | Path, ranks: int) -> list[str]:
-    """Say where so many ranks cannot be pipeline stages of the model."""
+    """Return why the model cannot be split into one pipeline stage per rank, in a list that is empty if it can."""
     try:
         for_importance(checkpoint, ranks)
     except ValueError as error:
-        return [f"{error}; importance is measured on whole layers, one stage a rank: give fewer devices"]
+        return [f"{error}; importance is measured on whole layers, one pipeline stage per rank: use fewer devices"]
     return []
 
 
-def of(given: argparse.Namespace) -> dict[str, Any]:
-    """Return the layout that prune.py runs at: as asked for, unless importance is to be measured at TP > 1."""
-    if given.tp_size == 1 or given.drop_layers:
-        return {name: getattr(given, name) for name in ("tp_size", "pp_size", FIRST, LAST)}
-    return for_importance(given.restore_path, given.devices * given.num_nodes)
+def used(checkpoint: str | Path, ranks: int, requested: Mapping[str, Any], by_importance: bool) -> dict[str, Any]:
+    """Return the layout that a run uses: the requested one, unless importance is to be measured at TP > 1.
+
+    Args:
+        checkpoint: The model to prune; only its configuration is read.
+        ranks: Number of ranks.
+        requested: Value of each of `NAMES`.
+        by_importance: Whether importance is measured; dropping layers by number needs no measurement.
+
+    Raises:
+        ValueError: If there are more ranks than layers.
+    """
+    if requested["tp_size"] == 1 or not by_importance:
+        return dict(requested)
+    return for_importance(checkpoint, ranks)
 
 
-def note(tp: int, layout: dict[str, Any]) -> str:
-    """Return the sentence that says what is restored how, in place of ``tp`` tensor-parallel ranks."""
+def note(tp: int, layout: Mapping[str, Any]) -> str:
+    """Return a sentence that describes the layout used instead of ``tp`` tensor-parallel ranks."""
     stages, first, last = layout["pp_size"], layout[FIRST], layout[LAST]
     unequal = f" ({first} layers in the first, {last} in the last)" if first else ""
     return (
@@ -55,8 +67,8 @@ def note(tp: int, layout: dict[str, Any]) -> str:
     )
 
 
-def announce(tp: int, layout: dict[str, Any]) -> None:
-    """Log the `note` where the layout is another one than was asked for."""
+def announce(tp: int, layout: Mapping[str, Any]) -> None:
+    """Log the `note` if the layout differs from the requested one."""
     from nemo.utils import logging
 
     if layout["tp_size"] != tp:

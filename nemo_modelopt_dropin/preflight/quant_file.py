@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from nemo_modelopt_cli.parser import nearest
+from nemo_modelopt_dropin.errors import did_you_mean
 
 _KEYS = ("quant_cfg", "algorithm")
 
@@ -24,4 +24,4 @@ def problems(path: str) -> list[str]:
         return [f"{path} is not valid JSON: {error}"]
     if not isinstance(content, dict) or not isinstance(content.get("quant_cfg"), dict):
         return [f'{path} must hold an object "quant_cfg": patterns of quantizer names and their attributes']
-    return [f"{path}: unknown field {name!r}{nearest(name, _KEYS)}" for name in content if name not in _KEYS]
+    return [f"{path}: unknown field {name!r}{did_you_mean(name, _KEYS)}" for name in content if name not in _KEYS]

@@ -1,28 +1,12 @@
-"""The one error type for what a user can put right."""
+"""Error types of the subpackage; `ModelOptConfigError` marks everything that a user can correct."""
 
-from nemo_modelopt_dropin.errors import ModelOptConfigError
+from nemo_modelopt_dropin.errors import ModelOptConfigError, one_of
 
-__all__ = ["ModelOptConfigError", "one_of"]
-
-
-def one_of(name: str, value: object, allowed) -> None:
-    """Raise unless ``value`` is among ``allowed``, suggesting the nearest name.
-
-    Raises:
-        ModelOptConfigError: naming the setting, the value, the allowed values and the nearest one.
-    """
-    import difflib
-
-    allowed = list(allowed)
-    if value in allowed:
-        return
-    near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ModelOptConfigError(f"{name}={value!r} is not supported; allowed: {allowed}.{hint}")
+__all__ = ["MissingFileError", "ModelOptConfigError", "UnknownSettingError", "one_of"]
 
 
 class MissingFileError(ModelOptConfigError, FileNotFoundError):
-    """A file of settings that is not there; stock raised ``FileNotFoundError``."""
+    """A missing file of settings; stock raised ``FileNotFoundError``."""
 
 
 class UnknownSettingError(ModelOptConfigError, TypeError):

@@ -6,7 +6,6 @@ A layer is named by its path in the Megatron-Core model, with the layer's index 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 import yaml
 
 from modelopt.torch.distill import DistillationLossBalancer
+from nemo_modelopt_dropin.errors import suggestion
 from nemo_modelopt_dropin.preflight.loss_file import LAYER_INDEX
 
 from .._divergence.vocab_parallel import DIRECTIONS, FORWARD
@@ -328,8 +328,7 @@ def _known_settings(settings: dict, where: str) -> None:
     known = [f.name for f in fields(DistillationConfig)]
     for name in settings:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = suggestion(name, known)
             raise UnknownSettingError(f"{where}: there is no setting {name!r}; there are {known}.{hint}")
 
 

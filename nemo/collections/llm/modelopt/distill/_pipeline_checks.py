@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from torch import nn
+
+from nemo_modelopt_dropin.errors import nearest
 
 from ..errors import ModelOptConfigError
 
@@ -38,8 +39,7 @@ def check_student_layers(student: nn.Module, criterion: Mapping[tuple[str, str],
     """
     names = [name for name, _ in student.named_modules()]
     problems: list[str | None] = [
-        f"The student has no layer {layer!r} on this stage. Similar names: "
-        f"{difflib.get_close_matches(layer, names, n=3)}."
+        f"The student has no layer {layer!r} on this stage. Similar names: {nearest(layer, names, count=3)}."
         for layer, _ in criterion
         if layer not in names
     ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import fnmatch
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -298,18 +297,8 @@ def check_writable(path: Path) -> None:
     """
     if not is_global_rank_zero():
         return
-    place = Path(path).absolute()
-    reason = f"{place} is a file" if place.is_file() else None
-    place = place.parent
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if place.is_file():
-        reason = f"{place} is a file"
-    elif reason is None:
-        try:
-            # Permissions do not tell all: file systems may be read-only, or virtual.
-            os.rmdir(tempfile.mkdtemp(prefix=".writable-", dir=place))
-        except OSError as error:
-            reason = f"{place} cannot be written to ({error.strerror})"
+    folder = Path(path).absolute()
+    # An existing folder is replaced as a whole, in its parent.
+    reason = output_checks.unwritable(folder.parent if folder.is_dir() else folder)
     if reason:
         raise ModelOptConfigError(f"path={str(path)!r}: {reason}; give an export path in a folder that can be written.")

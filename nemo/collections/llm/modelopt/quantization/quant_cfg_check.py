@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from modelopt.torch.quantization import config as definitions
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+from nemo_modelopt_dropin.errors import suggestion
 
 _TOP = ("quant_cfg", "algorithm")
 
@@ -63,7 +63,7 @@ def _check_algorithm(algorithm: Any, where: str) -> None:
         raise ModelOptConfigError(f'{where}: "algorithm" has no "method"; its fields are {sorted(algorithm)}.')
     if method is not None and method not in methods:
         names = sorted(name for name in methods if name)
-        hint = _nearest(method, names)
+        hint = suggestion(method, names)
         raise ModelOptConfigError(f'{where}: unknown "algorithm" {method!r}; allowed: {names}.{hint}')
     if isinstance(algorithm, Mapping):
         _check_model(methods[method], algorithm, f'{where}: "algorithm"')
@@ -89,8 +89,4 @@ def _check_names(values: Mapping[str, Any], known: Iterable[str], where: str) ->
     names = list(known)
     for name in values:
         if name not in names:
-            raise ModelOptConfigError(f"{where}: unknown field {name!r}; allowed: {names}.{_nearest(name, names)}")
-
-
-def _nearest(name: Any, known: list[str]) -> str:
-    return "".join(f" Did you mean {one!r}?" for one in difflib.get_close_matches(str(name), known, n=1))
+            raise ModelOptConfigError(f"{where}: unknown field {name!r}; allowed: {names}.{suggestion(name, names)}")

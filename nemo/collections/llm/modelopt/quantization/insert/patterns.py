@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import torch
 from modelopt.torch.quantization.nn import QuantModuleRegistry, SequentialQuantizer, TensorQuantizer
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
+from nemo_modelopt_dropin.errors import nearest
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,10 @@ def check(model: torch.nn.Module, quant_cfg: dict[str, Any], from_file: bool) ->
         missing = enabling if enabling and all(pattern in missing for pattern in enabling) else []
     if missing:
         known = sorted({re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in names})
-        lines = [f"{str(pattern)!r} (nearest: {_nearest(pattern.wildcard, known)})" for pattern in missing]
+        lines = [
+            f"{str(pattern)!r} (nearest: {nearest(pattern.wildcard, known, count=3, cutoff=0.0)})"
+            for pattern in missing
+        ]
         raise ModelOptConfigError(
             f"quant_cfg patterns that match no quantizer of this model: {'; '.join(lines)}. Patterns are wildcards of "
             "quantizer names, such as '*mlp*weight_quantizer'."
@@ -103,10 +106,6 @@ def _matches(pattern: Pattern, names: list[tuple[str, torch.nn.Module]]) -> bool
         fnmatch.fnmatch(name, pattern.wildcard) and (parent is None or isinstance(owner, parent))
         for name, owner in names
     )
-
-
-def _nearest(wildcard: str, known: list[str]) -> list[str]:
-    return difflib.get_close_matches(wildcard, known, n=3, cutoff=0.0)
 
 
 def _on_any_rank(flags: list[bool]) -> list[bool]:
