@@ -20,15 +20,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_modelopt_cli import run_file
+from nemo_modelopt_cli import options, run_file
 from nemo_modelopt_cli.compress.settings import (
-    ALGORITHMS,
-    EXPORT_FORMATS,
-    VERIFY,
+    TARGETS,
     Job,
-    Layout,
-    Pruning,
-    Quantization,
     SettingsError,
     Training,
     follows_from_targets,
@@ -43,73 +38,23 @@ from nemo_modelopt_dropin.preflight.output_checks import config_paths, formats_i
 if TYPE_CHECKING:
     from nemo_modelopt_cli.compress.stages import Stage
 
-_Flags = dict[str, type]
-_LAYOUT: _Flags = {"devices": int, "num-nodes": int, "tp": int, "pp": int}
-_PRUNING: _Flags = {
-    "target-ffn-hidden-size": int,
-    "target-hidden-size": int,
-    "target-num-attention-heads": int,
-    "target-num-query-groups": int,
-    "target-num-layers": int,
-    "target-params": str,
-    "max-candidates": int,
-    "heldout-batches": int,
-}
-_HELP = {
-    "devices": "ranks of each node (default: torchrun's, or what the model needs)",
-    "num-nodes": "nodes (default: torchrun's, or 1)",
-    "tp": "tensor-parallel ranks",
-    "pp": "pipeline stages",
-    "target-num-attention-heads": "with --target-num-query-groups",
-    "target-params": "parameters to keep at most: 70%%, 5.6e9 or 5.6B; sizes are chosen by held-out loss",
-    "max-candidates": "combinations of sizes to try for it",
-    "heldout-batches": "held-out batches to compare them on",
-    "steps": "optimizer steps",
-    "global-batch-size": "samples of a step",
-    "micro-batch-size": "samples of a pass; measurements take as many",
-    "warmup-steps": "steps in which the learning rate rises (default: 50, or a tenth of the steps if that is less)",
-    "lr": "highest learning rate",
-    "min-lr": "last learning rate",
-    "evaluate-every": "steps between held-out losses, 0: none on the way",
-    "save-every": "steps between checkpoints to resume from, 0: none (default: every few minutes)",
-    "size": "rows of --train-text to calibrate on",
-    "seq-len": "tokens of a row",
-}
-_DISTILLATION: _Flags = {
-    "steps": int,
-    "global-batch-size": int,
-    "micro-batch-size": int,
-    "lr": float,
-    "min-lr": float,
-    "warmup-steps": int,
-    "weight-decay": float,
-    "seed": int,
-    "evaluate-every": int,
-    "save-every": int,
-}
-TARGET_FLAGS = [name.replace("-", "_") for name in (*_PRUNING, "drop-layers")]
-_CALIBRATION: _Flags = {"size": int, "batch-size": int, "seq-len": int}
+TARGET_FLAGS = (*TARGETS, "target_params", "drop_layers")
 
 
 def parser() -> Parser:
-    """Return the command line; every flag is a setting of the same name, and None where it is not given."""
+    """Return the command line; a flag that is not set is None, because the config file may set it."""
     found = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     job = found.add_argument_group("job")
     job.add_argument("--config", type=Path, help="YAML file with the settings; flags win over it")
     job.add_argument("--output", type=Path, help="folder of the run (default: runs/compress)")
-    job.add_argument("--teacher", help="NeMo 2 checkpoint folder")
-    job.add_argument("--train-text", help="file of texts to distill and calibrate on")
-    job.add_argument("--heldout-text", help="file of texts to measure on")
-    job.add_argument("--seq-length", type=int, help="tokens a sample (default: 128)")
     job.add_argument(
         "--redo",
         nargs="+",
         metavar="STAGE",
         default=[],
-        help="stages to run again if their settings changed, with those after them; each old result is kept until the "
-        "new one is complete",
+        help="job steps to run again if their settings changed, and with them the steps that build on them (default: "
+        "no step); each old result is kept until the new one is complete",
     )
-    job.add_argument("--scratch", action="store_true", default=None, help="train a baseline student from scratch too")
     job.add_argument(
         "--compare",
         nargs=2,
@@ -117,48 +62,17 @@ def parser() -> Parser:
         metavar=("A", "B"),
         help="folders of two finished runs; writes compare.html into --output (default: B)",
     )
-    job.add_argument("--dry-run", action="store_true", help="check the settings, say what would run, and stop")
+    job.add_argument("--dry-run", action="store_true", help="check the settings, print what would run, and stop")
     job.add_argument("-v", "--verbose", action="store_true", help="show what the libraries write")
-    layout = found.add_argument_group("layout")
-    for name, kind in _LAYOUT.items():
-        layout.add_argument(f"--{name}", type=kind, help=_help(name, Layout))
-    layout.add_argument("--cpu", action="store_true", default=None, help="run on CPU ranks over gloo")
-    pruning = found.add_argument_group("prune")
-    for name, kind in _PRUNING.items():
-        pruning.add_argument(f"--{name}", type=kind, help=_help(name, Pruning))
-    pruning.add_argument("--drop-layers", type=int, nargs="+", help="layers to drop, counted from 1")
-    pruning.add_argument("--prune-samples", type=int, help="sequences to measure importance on (default: 256)")
-    pruning.add_argument("--prune-batch-size", type=int, help="sequences a pass (default: 4)")
-    distillation = found.add_argument_group("distill")
-    distillation.add_argument("--distill-config", help="YAML of the distillation losses (NeMo's format)")
-    for name, kind in _DISTILLATION.items():
-        distillation.add_argument(f"--distill-{name}", type=kind, help=_help(name, Training))
-    quantization = found.add_argument_group("quantize and export")
-    quantization.add_argument("--algorithm", help=f"one of {', '.join(ALGORITHMS)} (default: fp8)")
-    quantization.add_argument("--formats", nargs="+", help=f"of {', '.join(EXPORT_FORMATS)} (default: nemo)")
-    quantization.add_argument(
-        "--verify", metavar="HOW", help=f"check of hf files, one of {', '.join(VERIFY)} (default: full, with logits)"
-    )
-    quantization.add_argument(
-        "--enable-kv-cache", action="store_true", default=None, help="quantize the KV cache too (default: not)"
-    )
-    quantization.add_argument("--awq-block-size", type=int, help="weights that share an INT4 scale (default: 128)")
-    for name, kind in _CALIBRATION.items():
-        quantization.add_argument(f"--calibration-{name}", type=kind, help=_help(name, Quantization, "calibration_"))
+    options.add(found, Job, separator="-", title="job", unset=True)
     return found
 
 
-def _help(name: str, settings_class: type, before: str = "") -> str:
-    """Return what a flag is and its setting's default: flags themselves have none, so that a file's settings count."""
-    default, text = getattr(settings_class(), before + name.replace("-", "_")), _HELP.get(name, "")
-    return text if default is None or "default" in text else f"{text} (default: {default:g})".strip()
-
-
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the nested settings that the config file and the flags give together; flags win.
+    """Return the nested settings of the config file and the flags; flags win.
 
     Raises:
-        SettingsError: where the config file cannot be read as settings.
+        SettingsError: if the config file cannot be read as settings.
     """
     found: dict[str, Any] = {}
     if arguments.config:
@@ -166,31 +80,14 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
             found = run_file.read(arguments.config)
         except run_file.RunFileError as error:
             raise SettingsError(f"--config {arguments.config} {error}") from None
-
-    def put(section: str | None, key: str, value: Any) -> None:
-        if value is None:
-            return
-        target = found.setdefault(section, {}) if section else found
-        if isinstance(target, dict):  # what else the file has there is refused later
-            target[key] = value
-
-    given = vars(arguments)
-    for key in ("teacher", "train_text", "heldout_text", "seq_length", "scratch", "distill_config", "output"):
-        put(None, key, given[key])
-    for name in (*_LAYOUT, "cpu"):
-        put("layout", name.replace("-", "_"), given[name.replace("-", "_")])
-    for name in (*_PRUNING, "drop-layers"):
-        put("pruning", name.replace("-", "_"), given[name.replace("-", "_")])
-    put("pruning", "num_samples", arguments.prune_samples)
-    put("pruning", "micro_batch_size", arguments.prune_batch_size)
-    for name in _DISTILLATION:
-        key = name.replace("-", "_")
-        put("distillation", key, given[f"distill_{key}"])
-    for key in ("algorithm", "formats", "verify", "awq_block_size", "enable_kv_cache"):
-        put("quantization", key, given[key])
-    for name in _CALIBRATION:
-        key = "calibration_" + name.replace("-", "_")
-        put("quantization", key, given[key])
+    if arguments.output is not None:
+        found["output"] = arguments.output
+    for name, value in options.given(Job, arguments).items():
+        if isinstance(value, dict) and name in found:
+            if isinstance(found[name], dict):  # anything else in the file is reported as a problem later
+                found[name] |= value
+        else:
+            found[name] = value
     return found
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args, get_type_hints
 
+from nemo_modelopt_cli.options import group, is_settings, one_value, option
 from nemo_modelopt_cli.parser import no_checkpoints, template_problems, text_problems
 from nemo_modelopt_dropin.errors import did_you_mean
 from nemo_modelopt_dropin.preflight import budget, loss_file, model_checks, model_sizes, pair_checks, prune_layout
@@ -25,6 +26,9 @@ TARGETS = (
     "target_num_layers",
 )
 
+_Settings = TypeVar("_Settings")
+_SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_KINDS = {int: "a whole number", float: "a number"}
 _NOTHING = "pruning: nothing to prune"
 _TOGETHER = "pruning: target_num_attention_heads and target_num_query_groups go together"
 
@@ -37,11 +41,13 @@ class SettingsError(ValueError):
 class Layout:
     """Where the job runs: ranks, and how the model is split over them."""
 
-    devices: int = 1
-    num_nodes: int = 1
-    tp: int = 1
-    pp: int = 1
-    cpu: bool = False
+    devices: int = field(
+        default=1, metadata=option("ranks on each node (default: torchrun's, or as many as the model needs)")
+    )
+    num_nodes: int = field(default=1, metadata=option("nodes (default: torchrun's, or 1)"))
+    tp: int = field(default=1, metadata=option("tensor-parallel size"))
+    pp: int = field(default=1, metadata=option("pipeline-parallel size"))
+    cpu: bool = field(default=False, metadata=option("run on CPU ranks over gloo"))
 
     def problems(self) -> list[str]:
         """Return what is wrong with the layout."""
@@ -59,17 +65,25 @@ class Layout:
 class Training:
     """One training run: Adam, linear warm-up, cosine decay."""
 
-    steps: int = 1000
-    global_batch_size: int = 16
-    micro_batch_size: int = 4
-    lr: float = 1e-4
-    min_lr: float = 1e-5
-    warmup_steps: int = 50
-    weight_decay: float = 0.1
+    steps: int = field(default=1000, metadata=option("optimizer steps"))
+    global_batch_size: int = field(default=16, metadata=option("samples per optimizer step"))
+    micro_batch_size: int = field(
+        default=4, metadata=option("samples per forward pass, also when the held-out loss is measured")
+    )
+    lr: float = field(default=1e-4, metadata=option("highest learning rate"))
+    min_lr: float = field(default=1e-5, metadata=option("last learning rate"))
+    warmup_steps: int = field(
+        default=50,
+        metadata=option("steps of learning-rate warm-up (default: 50, or a tenth of the steps if that is less)"),
+    )
+    weight_decay: float = field(default=0.1, metadata=option("Adam's weight decay"))
     clip_grad: float = 1.0
-    seed: int = 1234
-    evaluate_every: int = 0  # steps between held-out losses during training; 0: none
-    save_every: int | None = None  # steps between intermediate checkpoints; None: every few minutes, 0: none
+    seed: int = field(default=1234, metadata=option("seed of the training samples"))
+    evaluate_every: int = field(default=0, metadata=option("steps between held-out losses during training, 0 for none"))
+    save_every: int | None = field(
+        default=None,
+        metadata=option("steps between checkpoints to resume from, 0 for none (default: every few minutes)"),
+    )
 
     def problems(self, name: str, layout: Layout) -> list[str]:
         """Return what is wrong with the run called ``name``."""
@@ -104,17 +118,30 @@ class Training:
 class Pruning:
     """Targets of llm.prune, by importance, or the layers to drop; None leaves a dimension as it is."""
 
-    target_ffn_hidden_size: int | None = None
-    target_hidden_size: int | None = None
-    target_num_attention_heads: int | None = None
-    target_num_query_groups: int | None = None
-    target_num_layers: int | None = None
-    drop_layers: tuple[int, ...] | None = None
-    num_samples: int = 256
-    micro_batch_size: int = 4
-    target_params: str | None = None
-    max_candidates: int = 16
-    heldout_batches: int = 16
+    target_ffn_hidden_size: int | None = field(default=None, metadata=option("inner size of the MLP"))
+    target_hidden_size: int | None = field(default=None, metadata=option("hidden size"))
+    target_num_attention_heads: int | None = field(
+        default=None, metadata=option("attention heads; requires --target-num-query-groups")
+    )
+    target_num_query_groups: int | None = field(
+        default=None, metadata=option("query groups; requires --target-num-attention-heads")
+    )
+    target_num_layers: int | None = field(default=None, metadata=option("layers to keep, chosen by importance"))
+    drop_layers: tuple[int, ...] | None = field(
+        default=None, metadata=option("layers to drop, counted from 1; excludes the targets")
+    )
+    num_samples: int = field(
+        default=256, metadata=option("sequences on which importance is measured", "--prune-samples")
+    )
+    micro_batch_size: int = field(
+        default=4, metadata=option("sequences per forward pass of the measurement", "--prune-batch-size")
+    )
+    target_params: str | None = field(
+        default=None,
+        metadata=option("largest number of parameters: 70%, 5.6e9 or 5.6B; sizes are chosen by held-out loss"),
+    )
+    max_candidates: int = field(default=16, metadata=option("combinations of sizes to try when --target-params is set"))
+    heldout_batches: int = field(default=16, metadata=option("held-out batches on which those are compared"))
 
     def problems(self) -> list[str]:
         """Return what is wrong with the pruning targets."""
@@ -144,14 +171,22 @@ def follows_from_targets(problem: str) -> bool:
 class Quantization:
     """Algorithm and calibration of llm.ptq, and the formats to write."""
 
-    algorithm: str = "fp8"
-    calibration_size: int = 256
-    calibration_batch_size: int = 16
-    calibration_seq_len: int = 128
-    enable_kv_cache: bool | None = False
-    formats: tuple[str, ...] = ("nemo",)
-    awq_block_size: int = 128
-    verify: str = "full"  # what of the hf files is checked: logits too, the files alone, nothing
+    algorithm: str = field(default="fp8", metadata=option(f"one of {', '.join(ALGORITHMS)}"))
+    calibration_size: int = field(default=256, metadata=option("rows of --train-text to calibrate on"))
+    calibration_batch_size: int = field(default=16, metadata=option("rows per calibration batch"))
+    calibration_seq_len: int = field(default=128, metadata=option("tokens per calibration row"))
+    enable_kv_cache: bool | None = field(default=False, metadata=option("quantize the KV cache, too"))
+    formats: tuple[str, ...] = field(
+        default=("nemo",), metadata=option(f"formats to export, any of {', '.join(EXPORT_FORMATS)}")
+    )
+    awq_block_size: int = field(default=128, metadata=option("weights that share an INT4 scale"))
+    verify: str = field(
+        default="full",
+        metadata=option(
+            f"how to check Hugging Face files, one of {', '.join(VERIFY)} (default: full, which checks logits, too)",
+            metavar="HOW",
+        ),
+    )
 
     def problems(self) -> list[str]:
         """Return what is wrong with the quantization settings."""
@@ -175,16 +210,21 @@ class Quantization:
 class Job:
     """Everything that `compress` needs: one teacher checkpoint, text, and the settings of each stage."""
 
-    teacher: str
-    train_text: str
-    heldout_text: str
-    seq_length: int = 128
-    distill_config: str | None = None
-    layout: Layout = field(default_factory=Layout)
-    pruning: Pruning = field(default_factory=Pruning)
-    distillation: Training = field(default_factory=Training)
-    quantization: Quantization = field(default_factory=Quantization)
-    scratch: bool = False  # also train a student of the pruned shape from random weights, as a baseline
+    teacher: str = field(metadata=option("NeMo 2 checkpoint folder", path=True))
+    train_text: str = field(metadata=option("file of texts to distill and calibrate on", path=True))
+    heldout_text: str = field(metadata=option("file of texts to measure on", path=True))
+    seq_length: int = field(default=128, metadata=option("tokens per sample"))
+    distill_config: str | None = field(
+        default=None, metadata=option("YAML of the distillation losses (NeMo's format)", path=True, group="distill")
+    )
+    layout: Layout = field(default_factory=Layout, metadata=group("layout"))
+    pruning: Pruning = field(default_factory=Pruning, metadata=group("prune"))
+    distillation: Training = field(default_factory=Training, metadata=group("distill", "distill-"))
+    quantization: Quantization = field(default_factory=Quantization, metadata=group("quantize and export"))
+    scratch: bool = field(
+        default=False,
+        metadata=option("also train a model of the student's shape from random weights, as a baseline"),
+    )
 
     def check(self, teacher_exists: bool = True) -> None:
         """Raise where anything is wrong; ``teacher_exists`` False: an earlier stage writes the teacher.
@@ -297,57 +337,64 @@ def unknown(what: str, values: Iterable[str], allowed: Iterable[str]) -> list[st
     return found
 
 
-def from_dict(cls, content: Mapping[str, Any], where: str = ""):
+def from_dict(cls: type[_Settings], content: Mapping[str, Any], where: str = "") -> _Settings:
     """Build a settings dataclass from nested dictionaries; texts get the type of their setting, as flags do.
 
     Raises:
         SettingsError: listing unknown names, each with the nearest one, and values that do not fit.
     """
-    nested = {"layout": Layout, "pruning": Pruning, "distillation": Training, "quantization": Quantization}
-    types = {f.name: str(f.type) for f in fields(cls)}
-    problems = unknown(f"setting{f' in {where}' if where else ''}", content, types)
+    hints: dict[str, Any] = get_type_hints(cls)
+    problems = unknown(f"setting{f' in {where}' if where else ''}", content, hints)
     values = {}
     for name, value in content.items():
+        hint = hints.get(name)
         try:
-            if name in nested and isinstance(value, Mapping):
-                values[name] = from_dict(nested[name], value, name)
-            elif name in types and name not in nested:
-                values[name] = _typed(value, types[name])
-            elif name in types and isinstance(value, nested[name]):
+            if hint is None:
+                continue  # reported as unknown
+            if not is_settings(hint):
+                values[name] = _typed(value, hint)
+            elif isinstance(value, Mapping):
+                values[name] = from_dict(hint, value, name)
+            elif isinstance(value, hint):
                 values[name] = value
-            elif name in types:
+            else:
                 problems.append(f"{name} must hold settings by name, got {value!r}")
         except SettingsError as error:
             problems += str(error).splitlines()
         except ValueError as error:
             problems.append(f"{where + ': ' if where else ''}{name} {error}, got {value!r}")
     raise_all(problems)
-    # None is a value only where the setting may be None.
-    return cls(**{name: value for name, value in values.items() if value is not None or "None" in types[name]})
+    # None is a value only if the setting may be None; else it stands for the default.
+    return cls(**{name: value for name, value in values.items() if value is not None or _may_be_none(hints[name])})
 
 
-def _typed(value: Any, annotation: str) -> Any:
-    """Return a value as the annotation of its setting has it; None stays None."""
+def _may_be_none(hint: Any) -> bool:
+    return type(None) in get_args(hint)
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    """Return a value converted to the annotation of its setting; None stays None."""
     if value is None:
         return None
-    kind = annotation.partition(" | ")[0]
-    if kind.startswith("tuple["):
-        items = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(_typed(item, kind.removeprefix("tuple[").partition(",")[0]) for item in items)
-    if kind == "bool":
-        found = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.get(
-            str(value).lower()
-        )
-        if found is None:
-            raise ValueError("is a switch, true or false")
-        return found
+    kind, several = one_value(hint)
+    if several:
+        return tuple(_converted(item, kind) for item in (value if isinstance(value, (list, tuple)) else [value]))
+    return _converted(value, kind)
+
+
+def _converted(value: Any, kind: type) -> Any:
+    """Return one value converted to a type."""
+    if kind is bool:
+        switch = _SWITCHES.get(str(value).lower())
+        if switch is None:
+            raise ValueError("must be true or false")
+        return switch
     if isinstance(value, (list, tuple, Mapping)):
         raise ValueError("takes one value")
-    convert, name = {"int": (int, "a whole number"), "float": (float, "a number")}.get(kind, (str, "a text"))
     try:
-        found = convert(str(value))
+        found = kind(str(value))
     except ValueError:
-        raise ValueError(f"must be {name}") from None
+        raise ValueError(f"must be {_KINDS[kind]}") from None
     if isinstance(found, float) and not math.isfinite(found):
         raise ValueError("must be a finite number")
     return found

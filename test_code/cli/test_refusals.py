@@ -256,7 +256,7 @@ def test_every_wrong_setting_of_a_compression_is_reported(tmp_path, capsys, monk
         "layout must hold settings by name",
         "distillation: lr must be a number, got '1e-4x'",
         "in distillation 'stepps'",
-        "scratch is a switch",
+        "scratch must be true or false",
         "--devices: invalid int value: 'x'",
         "did you mean --train-text?",
         "missing: --teacher, --heldout-text",
