@@ -1,1 +1,1 @@
-"""What the scripts do, compared with a recording: flags, plans, settings, files and exit codes."""
+"""Compare what the scripts do with a recording: flags, plans, settings, files and exit codes."""

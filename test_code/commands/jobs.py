@@ -1,4 +1,4 @@
-"""What a rank executes for the test of the commands: a checkpoint to work on, and scripts as they run from a shell."""
+"""Prepare a checkpoint and run scripts on a live rank, for the test of the commands."""
 
 from __future__ import annotations
 

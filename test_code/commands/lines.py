@@ -1,4 +1,4 @@
-"""Command lines of the documentation, lines that set every flag, lines that are wrong, and small real runs."""
+"""List command lines: those of the documentation, lines that set every flag, wrong lines, and small real runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _TEXTS = "--teacher my_checkpoint --train-text texts.jsonl --heldout-text heldou
 _DISTILL = "--model_path my_checkpoint --teacher_path my_checkpoint --seq_length 64 --gbs 4 --mbs 2"
 _PRUNE = "--restore_path my_checkpoint --text texts.jsonl --seq_length 64 --num_train_samples 32"
 
-# As in README.md and docs/. They are planned (--dry-run) and their settings are compared.
+# The command lines of README.md and docs/. Their plans (--dry-run) and their settings are compared.
 DOCUMENTED = {
     "ptq": [
         "--cpu -nc my_checkpoint -algo fp8 -calib_ds texts.jsonl --export_format nemo -out my_fp8",
@@ -44,7 +44,7 @@ DOCUMENTED = {
     "demo": [""],
 }
 
-# Together with the lines above, these set every flag.
+# Together with the documented lines, these set every flag.
 COMPLETE = {
     "ptq": [
         "-nc my_checkpoint --tokenizer my_tokenizer --decoder_type llama --legacy_ckpt --trust_remote_code "
@@ -97,7 +97,7 @@ COMPLETE = {
     "demo": ["--output out --devices 1 --algorithm int8 --steps-scale 0.5 --fresh"],
 }
 
-# Each of these ends with the recorded exit code before NeMo is imported.
+# Each of these exits with the recorded code before NeMo is imported.
 WRONG = {
     "ptq": [
         "",
@@ -133,7 +133,7 @@ WRONG = {
     "demo": ["--algorithm fp88", "--devices 3", "--steps 3"],
 }
 
-# Small real runs on one CPU rank, in this order: later ones need the folders that earlier ones write.
+# Small real runs on one CPU rank, by name: the script and its command line.
 RUNS = {
     "ptq to nemo": "ptq --cpu -nc my_checkpoint -algo fp8 -calib_ds texts.jsonl -calib_size 8 -bs 4 -sl 32 "
     "--export_format nemo -out my_fp8",
@@ -146,7 +146,7 @@ RUNS = {
     "distill": f"distill --cpu --name my_run --log_dir my_logs {_DISTILL} --text texts.jsonl "
     "--heldout_text heldout.jsonl --max_steps 2 --lr 1e-4 --val_check_interval 2 --limit_val_batches 2",
 }
-# These take minutes, each in a process of its own.
+# Whole jobs by script. They take minutes, and each runs in a process of its own.
 WHOLE_JOBS = {
     "compress": f"--cpu {_TEXTS} --output runs/mine --target-ffn-hidden-size 64 --seq-length 32 --prune-samples 4 "
     "--prune-batch-size 2 --distill-steps 2 --distill-global-batch-size 4 --distill-micro-batch-size 2 "
@@ -155,10 +155,10 @@ WHOLE_JOBS = {
     "demo": "--output runs/demo --devices 1 --steps-scale 0.01",
 }
 
-# They say how a command is run; what they do is tested elsewhere.
+# Options that control how a command runs and are no settings; other tests cover what they do.
 NO_SETTINGS = {"--help -h", "--verbose -v", "--config", "--dry-run", "--redo", "--compare"}
 
 
 def accepted(script: str) -> list[str]:
-    """Return the lines of a script that are right."""
+    """Return the lines that a script accepts."""
     return DOCUMENTED[script] + COMPLETE[script]

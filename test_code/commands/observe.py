@@ -1,7 +1,7 @@
-"""See what a script does, from outside: its help, its plan, its exit code, and the files that it writes.
+"""Observe a script from outside: its help, its plan, its exit code, and the files that it writes.
 
-`settings` alone looks inside: a run file is written after the work, so the resolved settings of a line that is not run
-come from the script's own functions. Nothing else here knows how the scripts are made.
+Only `settings` calls functions of the scripts: a run file is written after the work, so the resolved settings of a
+command line that does not run have to come from them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LOSSES = "intermediate_layer_pairs:\n  - [decoder.final_layernorm, decoder.fina
 
 
 def inputs(folder: Path) -> None:
-    """Write what the command lines name: checkpoints that have a configuration alone, texts and small files."""
+    """Write the inputs of the command lines: checkpoints that consist of a configuration, texts and small files."""
     for name, more in (("my_checkpoint", {}), ("my_experts", _EXPERTS)):
         command_lines.checkpoint(folder / name, **{**_SIZES, **more})
     command_lines.shell(folder / "my_hybrid")
@@ -47,12 +47,12 @@ def inputs(folder: Path) -> None:
 
 
 def command(script: str, line: str) -> list[str]:
-    """Return the words of a command line of one of the scripts."""
+    """Return a command line of a script as a list of words."""
     return [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *line.split()]
 
 
 def run(script: str, line: str, folder: Path, timeout: float = 120) -> subprocess.CompletedProcess:
-    """Run a command line in a folder, in a process of its own."""
+    """Run a command line in a process of its own, with ``folder`` as the current folder."""
     ranks = ("RANK", "LOCAL_", "WORLD_", "GROUP_", "MASTER_", "TORCHELASTIC")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ranks)}
     environment |= {"COLUMNS": WIDE, "OMP_NUM_THREADS": "1"}
@@ -65,9 +65,9 @@ def run(script: str, line: str, folder: Path, timeout: float = 120) -> subproces
 
 
 def flags(script: str, folder: Path) -> dict[str, Any]:
-    """Return the options that ``--help`` lists: all spellings -> metavar or choices, and the default where it is one.
+    """Return the options that ``--help`` lists, by their spellings: metavar or choices, and the printed default.
 
-    Help texts are not part of it, nor are defaults that are described instead of printed.
+    Help texts are not included, nor are defaults that the help describes in words.
     """
     shown = run(script, "--help", folder)
     assert shown.returncode == 0, shown.stderr
@@ -84,7 +84,7 @@ def flags(script: str, folder: Path) -> dict[str, Any]:
     usage = shown.stdout.partition("\n\n")[0]
     for spellings, option in found.items():
         one = next(f"{flag} {option['takes']}".strip() for flag in spellings.split() if flag in _words(usage))
-        assert one in usage, f"{one} is not in the usage as in the list of options"
+        assert one in usage, f"the usage does not list {one} as the options do"
     return found
 
 
@@ -105,12 +105,12 @@ def _entries(shown: str) -> list[tuple[str, str]]:
 
 
 def options(recorded: dict[str, Any]) -> dict[str, list[str]]:
-    """Return every spelling in the help -> all spellings of that option."""
+    """Return a mapping from each spelling in the help to all spellings of that option."""
     return {name: spellings.split() for spellings in recorded for name in spellings.split()}
 
 
 def spellings(flag: str) -> set[str]:
-    """Return a long flag with ``-`` and with ``_``; a short one as it is."""
+    """Return a long flag written with ``-`` and with ``_``, and a short flag unchanged."""
     if not flag.startswith("--"):
         return {flag}
     return {flag, "--" + flag[2:].replace("-", "_"), "--" + flag[2:].replace("_", "-")}
@@ -120,7 +120,7 @@ def spellings(flag: str) -> set[str]:
 
 
 def plan(script: str, line: str, folder: Path) -> dict[str, Any]:
-    """Return exit code of ``--dry-run``, and the numbers and paths in what it prints, however they are worded."""
+    """Return the exit code of ``--dry-run``, and the numbers and paths in its output, without the words."""
     before = files(folder)
     shown = run(script, f"{line} --dry-run", folder)
     assert files(folder) == before, "a dry run writes nothing"
@@ -133,7 +133,7 @@ def _figures(text: str) -> list[str]:
 
 
 def settings(script: str, line: str, folder: Path) -> Any:
-    """Return the content of the run file of a line, as it is read; the current folder must be ``folder``."""
+    """Return the settings that the run file of a line would hold; the current folder must be ``folder``."""
     from nemo_modelopt_cli import parser
 
     module, words = command_lines.script_of(script), line.split()
@@ -152,7 +152,7 @@ def settings(script: str, line: str, folder: Path) -> Any:
 
 
 def placed(value: Any, folder: Path) -> Any:
-    """Return settings with the folder's path replaced."""
+    """Return settings in which a placeholder replaces the folder's path."""
     if isinstance(value, dict):
         return {name: placed(one, folder) for name, one in value.items()}
     if isinstance(value, list):
@@ -172,7 +172,7 @@ _VOLATILE = (
 
 
 def files(folder: Path) -> list[str]:
-    """Return the paths of all files below a folder; what differs from run to run is replaced."""
+    """Return the paths of all files below a folder; parts that differ between runs are replaced."""
     found = set()
     for path in folder.rglob("*"):
         if path.is_file():
@@ -184,7 +184,7 @@ def files(folder: Path) -> list[str]:
 
 
 def results(folder: Path, before: list[str]) -> dict[str, Any]:
-    """Return the files that are new in a folder, and the content of the run files among them."""
+    """Return the new files in a folder, and the content of the run files among them."""
     new = sorted({*files(folder)} - {*before})
     kept = {}
     for path in sorted(folder.rglob("run.yaml")):

@@ -1,13 +1,12 @@
-"""Record what the commands do now: ``python -m test_code.commands.record [PART ...]``, by default every part.
+"""Record what the commands do: ``python -m test_code.commands.record [PART ...]``.
 
-The parts are flags, settings, plans, "exit codes" and runs; the last takes minutes.
+The parts are flags, settings, plans, "exit codes" and runs, by default all of them; runs take minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,7 @@ def settings(folder: Path) -> dict[str, Any]:
 
 
 def plans(folder: Path) -> dict[str, Any]:
-    """Return the plan of each accepted line of the scripts that print one."""
+    """Return the plan of each accepted line of the scripts that have ``--dry-run``."""
     with_plan = [script for script in lines.SCRIPTS if script != "demo"]
     return _of_lines(lambda script, line: observe.plan(script, line, folder), with_plan)
 
@@ -83,14 +82,13 @@ def _checked(name: str, code: int, shown: str, found: dict[str, Any]) -> dict[st
 
 
 def main() -> None:
-    """Observe the parts that are asked for and write them into the recording."""
+    """Record the requested parts and keep the others."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parts = parser.parse_args().parts or list(PARTS)
     unknown = set(parts) - set(PARTS)
     if unknown:
         parser.error(f"unknown parts: {', '.join(sorted(unknown))}")
-    sys.path.insert(0, str(observe.ROOT / "scripts"))
     content = recording.read() if recording.FILE.exists() else {}
     for part in parts:
         with tempfile.TemporaryDirectory() as name:

@@ -1,4 +1,4 @@
-"""The file that holds what the commands did."""
+"""Read and write the recording of what the commands do."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ FILE = Path(__file__).resolve().parent.parent / "data" / "commands.json"
 
 
 def read() -> dict[str, Any]:
-    """Return what was recorded."""
+    """Return the recording."""
     return json.loads(FILE.read_text(encoding="utf-8"))
 
 
 def write(content: dict[str, Any]) -> None:
-    """Write what was observed."""
+    """Replace the recording."""
     FILE.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

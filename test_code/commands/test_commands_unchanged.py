@@ -1,7 +1,7 @@
-"""Every command does what it did when `data/commands.json` was recorded: flags, plans, settings, files, exit codes.
+"""Check that every command does what `data/commands.json` records: flags, plans, settings, files and exit codes.
 
-``python -m test_code.commands.record`` records anew after a change on purpose; the difference of the file then shows
-what changed for users.
+After an intended change, ``python -m test_code.commands.record`` records the commands again; the difference of the file
+shows what changes for users.
 """
 
 from __future__ import annotations
