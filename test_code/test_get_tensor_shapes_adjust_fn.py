@@ -9,7 +9,41 @@ import pytest
 
 from nemo.collections.llm.modelopt.distill import utils
 from test_code.drop_in.shapes import TestAdjusting, TestOtherStandIns, TestWhetherToAdjust  # noqa: F401
-from test_code.support import jobs_distill as jobs
+from test_code.support import tiny
+
+
+def pipeline_shapes():
+    """Return what Megatron's own shapes become at PP=2, and where the student's part ends."""
+    import modelopt.torch.distill as mtd
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel.schedules import get_tensor_shapes
+
+    from nemo.collections.llm.modelopt.distill.utils import (
+        DistillationConfig,
+        adjust_distillation_model_for_mcore,
+        get_tensor_shapes_adjust_fn_for_distillation,
+        load_distillation_config,
+    )
+
+    tiny.init_parallel(pp=2)
+    student_config, teacher_config = (
+        tiny.config(hidden_size=hidden, pipeline_model_parallel_size=2) for hidden in (32, 64)
+    )
+    student, teacher_model = (c.configure_model(tiny.tokenizer()) for c in (student_config, teacher_config))
+    settings = load_distillation_config(DistillationConfig(), student_config, teacher_config)
+    kd = {"teacher_model": teacher_model, "criterion": settings.criterion, "loss_balancer": settings.loss_balancer}
+    model = mtd.convert(student, mode=[("kd_loss", kd)])
+    adjust_distillation_model_for_mcore(model, settings)
+    own = get_tensor_shapes(
+        seq_length=32,
+        micro_batch_size=2,
+        decoder_seq_length=None,
+        config=student_config,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
+    )
+    recv, send = get_tensor_shapes_adjust_fn_for_distillation([model], 32, 2, None, False)(list(own), list(own))
+    return recv, send, model._tensor_split_idx
 
 
 class Distilled:
@@ -102,6 +136,6 @@ def test_arguments_are_positional_as_nemo_calls_it(megatron):
 
 def test_real_shapes_at_pp2(ranks):
     """Student of hidden size 32, teacher of 64, s=32 and b=2."""
-    for recv, send, split in ranks(2).run(jobs.pipeline_shapes):
+    for recv, send, split in ranks(2).run(pipeline_shapes):
         assert recv == send == [(32, 2, 96)]
         assert split == 32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from types import SimpleNamespace
 from unittest import mock
@@ -15,8 +16,31 @@ from nemo.collections.llm.modelopt.distill import _teacher, utils
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from test_code.drop_in.teacher import TestNetworks, TestStrictness, TestTeacher  # noqa: F401
 from test_code.support import jobs_distill as jobs
+from test_code.support import tiny
 
 PATH = "/models/teacher"
+
+
+# --- teacher and pipeline ---
+def load_teacher(path, where="", after_fit=False):
+    """Save a teacher on one rank each, load it with TP=2, and return (prefix in the file, differences, left random)."""
+    from nemo.collections.llm.modelopt import _saved_keys
+    from nemo.collections.llm.modelopt.distill.utils import teacher_provider
+
+    own = os.path.join(jobs.teacher(path, after_fit), where)
+    trainer = tiny.trainer(tp=2)
+    holder = tiny.model(perform_initialization=False)
+    trainer.strategy.connect(holder)
+    trainer.strategy._lightning_module = holder
+    trainer.strategy.trainer = trainer
+    tiny.init_parallel(tp=2)
+    config = tiny.config(tensor_model_parallel_size=2, perform_initialization=False)
+    model = teacher_provider(config, own, tiny.tokenizer(), trainer)
+    again = teacher_provider(tiny.config(tensor_model_parallel_size=2), own, tiny.tokenizer(), trainer)
+    pairs = zip(model.named_parameters(), again.parameters(), strict=True)
+    differences = {name: float((a - b).abs().max()) for (name, a), b in pairs}
+    unset = [name for name, a in model.named_parameters() if not a.isfinite().all()]
+    return _saved_keys.saved_prefix(_saved_keys.saved_keys(own)), differences, unset
 
 
 def stand_ins(strict=True, keys=("module.decoder.weight",), model=None):
@@ -229,7 +253,7 @@ def test_too_few_layers_for_the_pipeline_are_refused():
 @pytest.mark.parametrize("after_fit", [False, True])
 @pytest.mark.parametrize("where", ["", "weights"])
 def test_real_checkpoints(ranks, tmp_path, after_fit, where):
-    results = ranks(2).run(jobs.load_teacher, str(tmp_path / "teacher"), where, after_fit)
+    results = ranks(2).run(load_teacher, str(tmp_path / "teacher"), where, after_fit)
     for prefix, differences, frozen_random in results:
         assert prefix == ("module.module." if after_fit else "module.")
         assert max(differences.values()) == 0.0 and len(differences) > 10

@@ -18,6 +18,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from nemo_modelopt_cli import run_file
 from nemo_modelopt_cli.compress import stages
@@ -26,6 +27,36 @@ from nemo_modelopt_dropin import files
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def train_with_interim(folder: str, asynchronous: bool) -> tuple[list[float], list[float], list[str]]:
+    """Train with a checkpoint after each step, resume from the last one; return both curves and what was saved."""
+    import os
+    from pathlib import Path
+
+    from nemo_modelopt_cli import intermediate
+    from test_code.support import jobs_checkpoints, ranks, tiny
+
+    here = Path(folder) / f"async {asynchronous}"
+    layout = {"max_steps": 6, "strategy_kwargs": {"ckpt_async_save": asynchronous}}
+
+    # Else the time that saving takes puts off the next checkpoint.
+    share, intermediate._LONGEST_SHARE = intermediate._LONGEST_SHARE, 1e9
+
+    def train(resume=None) -> list[float]:
+        recorder = tiny.LossRecorder()
+        run = tiny.trainer(callbacks=[recorder, intermediate.Interim(str(here), 1e-9)], **layout)
+        torch.manual_seed(1234)
+        run.fit(tiny.model(), jobs_checkpoints.CountedData(masked=False), ckpt_path=resume)
+        return recorder.losses
+
+    try:
+        first = train()
+        saved = sorted(os.listdir(here))
+        ranks.reset()
+        return first, train(str(here / saved[-1] / "weights")), saved
+    finally:
+        intermediate._LONGEST_SHARE = share
 
 
 def _wait_for(condition, seconds: float, what: str = "it") -> None:
@@ -307,9 +338,8 @@ def test_the_newest_whole_checkpoint_is_resumed_from(cpu_backend, tmp_path):
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_intermediate_checkpoints_are_whole(ranks, tmp_path, asynchronous):
-    from test_code.support import jobs_restored
 
-    found = ranks(2).run(jobs_restored.train_with_interim, str(tmp_path), asynchronous, timeout=300)
+    found = ranks(2).run(train_with_interim, str(tmp_path), asynchronous, timeout=300)
     for first, second, saved in found:
         assert saved == ["step-00000005"], "the last step is left to the final checkpoint, earlier ones are removed"
         assert second == first[-len(second) :], "the resumed steps repeat those of the first run"

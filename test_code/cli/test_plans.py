@@ -10,7 +10,7 @@ import pytest
 from nemo_modelopt_cli import dry_run, parser
 from nemo_modelopt_cli.compress import settings as job_settings
 from nemo_modelopt_dropin.preflight import model_sizes
-from test_code.support import command_lines
+from test_code.support import command_lines, tiny
 
 MODELS = {
     "llama": {},
@@ -28,12 +28,25 @@ MODELS = {
 }
 
 
-def test_parameters_are_those_of_the_models(ranks, tmp_path):
-    from test_code.support import jobs_cli
+def count_parameters(configurations: dict[str, dict]) -> dict[str, dict[str, int]]:
+    """Return the parameters of each model: all, outside of embedding and output layer, and of the layers' matrices."""
+    tiny.init_parallel()
+    found = {}
+    for name, settings in configurations.items():
+        core = tiny.config(**settings).configure_model(tiny.tokenizer())
+        sizes = {"parameters": 0, "body": 0, "linear": 0}
+        for key, parameter in core.named_parameters():
+            body = "embedding" not in key and "output_layer" not in key
+            sizes["parameters"] += parameter.numel()
+            sizes["body"] += parameter.numel() if body else 0
+            sizes["linear"] += parameter.numel() if body and "linear_" in key and parameter.ndim == 2 else 0
+        found[name] = sizes
+    return found
 
-    counted = ranks(1).run(
-        jobs_cli.count_parameters, {name: {**command_lines.LLAMA, **MODELS[name]} for name in MODELS}
-    )[0]
+
+def test_parameters_are_those_of_the_models(ranks, tmp_path):
+
+    counted = ranks(1).run(count_parameters, {name: {**command_lines.LLAMA, **MODELS[name]} for name in MODELS})[0]
     shapes = {name: model_sizes.read(command_lines.checkpoint(tmp_path / name, **MODELS[name])) for name in MODELS}
     assert {
         name: {"parameters": shape.parameters, "body": shape.body_parameters, "linear": shape.linear_parameters}

@@ -15,14 +15,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_modelopt_cli.compress import corpus, plan, stages
+from nemo_modelopt_cli.compress import corpus, heldout, plan, stages
 from nemo_modelopt_cli.compress import settings as job_settings
+from nemo_modelopt_cli.compress.settings import Layout
 from nemo_modelopt_dropin import files
 from nemo_modelopt_dropin.preflight import output_checks
 from nemo_modelopt_dropin.report import charts as report_charts
 from test_code.support import command_lines, jobs_compress
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def measure(folder: str, layout: dict) -> dict:
+    """Return what `heldout.measure` finds under a layout."""
+    here = Path(folder)
+    return heldout.measure(here / "checkpoint", here / "heldout.npy", Layout(cpu=True, **layout), 32, 4)
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -131,8 +138,8 @@ def teacher(ranks_factory, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("layout", [{"devices": 2}, {"devices": 2, "tp": 2}, {"devices": 2, "pp": 2}])
 def test_every_layout_measures_the_same(ranks, teacher, layout):
-    alone = ranks(1).run(jobs_compress.measure, str(teacher), {}, timeout=240)[0]
-    split = ranks(2).run(jobs_compress.measure, str(teacher), layout, timeout=240)
+    alone = ranks(1).run(measure, str(teacher), {}, timeout=240)[0]
+    split = ranks(2).run(measure, str(teacher), layout, timeout=240)
     for found in split:
         # fp32 sums in another order
         assert found["heldout_loss"] == pytest.approx(alone["heldout_loss"], abs=1e-5)
@@ -297,7 +304,7 @@ def test_layers_that_do_not_divide_by_the_pipeline_stages(ranks, teacher, tmp_pa
     losses = {model["name"]: model["heldout_loss"] for model in report["models"]}
     for name in ("distill", "quantize"):
         shutil.copy(teacher / "heldout.npy", tmp_path / name)
-        alone = ranks(1).run(jobs_compress.measure, str(tmp_path / name), {}, timeout=240)[0]
+        alone = ranks(1).run(measure, str(tmp_path / name), {}, timeout=240)[0]
         assert alone["shape"]["num_layers"] == 3
         # fp32 sums in another order
         assert losses[plan.MODELS[name]] == pytest.approx(alone["heldout_loss"], abs=1e-5)

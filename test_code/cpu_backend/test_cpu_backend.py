@@ -2,26 +2,107 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 from nemo_modelopt_dropin import cpu_backend as backend_module
-from test_code.support import jobs_backend as jobs
 from test_code.support.ranks import RankError, RankPool
 
 # Layouts reorder fp32 sums: 4 steps of Adam at lr 1e-3 keep the losses together to this.
 LAYOUT_TOLERANCE = 2e-5
 
 
+def rank_and_sum(value: int) -> tuple[int, int]:
+    torch.distributed.init_process_group("gloo")
+    total = torch.tensor(value + int(os.environ["RANK"]))
+    torch.distributed.all_reduce(total)
+    return int(os.environ["RANK"]), int(total)
+
+
+def fail_on(rank: int) -> None:
+    torch.distributed.init_process_group("gloo")
+    if int(os.environ["RANK"]) == rank:
+        raise KeyError(f"rank {rank} fails on purpose")
+    torch.distributed.barrier()
+
+
+def hang_on(rank: int) -> None:
+    if int(os.environ["RANK"]) == rank:
+        time.sleep(60)
+
+
+def train(steps: int = 4, distributed: bool = False, save_to=None, restore=None, data=None, overrides=None, **layout):
+    from test_code.support import tiny
+
+    model = tiny.model(optimizer=tiny.optim(distributed=distributed), **(overrides or {}))
+    layout.setdefault("strategy_kwargs", {})["distributed"] = distributed
+    return tiny.fit(model, tiny.data(**(data or {})), save_to, restore, max_steps=steps, **layout)
+
+
+def clipped_norms(restore: str, **layout) -> tuple[float, float]:
+    """Return the gradient norm that the optimizer saw in one step, and the norm that it left after clipping at 0.1."""
+    import lightning.pytorch as pl
+
+    from test_code.support import tiny
+
+    seen = {}
+
+    class Norms(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            seen["reported"] = float(trainer.callback_metrics["grad_norm"])
+            grads = [p.main_grad.float() for p in tiny.core(pl_module).parameters()]
+            # Gradients of sharded weights differ by rank, those of norms are the same on all: count these once.
+            shared = [not getattr(p, "tensor_model_parallel", False) for p in tiny.core(pl_module).parameters()]
+            once = int(os.environ["RANK"]) == 0
+            total = sum(g.pow(2).sum() for g, s in zip(grads, shared, strict=True) if once or not s)
+            torch.distributed.all_reduce(total)
+            seen["clipped"] = float(total.sqrt())
+
+    model = tiny.model(optimizer=tiny.optim(clip_grad=0.1))
+    tiny.fit(model, restore=restore, callbacks=[Norms()], max_steps=1, **layout)
+    return seen["reported"], seen["clipped"]
+
+
+def through_nemo_and_back(folder: str, dtype_name: str) -> tuple[int, dict[str, float]]:
+    """Import a Hugging Face Llama with random norms and export it again; return how many weights, and which differ."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    from nemo.collections import llm
+    from test_code.support import tiny
+
+    dtype = getattr(torch, dtype_name)
+    settings = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": tiny.VOCABULARY}
+    torch.manual_seed(0)
+    original = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **settings)).to(dtype)
+    for name, weight in original.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+    original.save_pretrained(f"{folder}/hf")
+    tiny.tokenizer().tokenizer.save_pretrained(f"{folder}/hf")
+
+    config = llm.LlamaConfig(
+        num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4, num_query_groups=2, seq_length=32
+    )
+    llm.import_ckpt(llm.LlamaModel(config), f"hf://{folder}/hf", output_path=f"{folder}/nemo")
+    llm.export_ckpt(f"{folder}/nemo", "hf", output_path=f"{folder}/back")
+    back = AutoModelForCausalLM.from_pretrained(f"{folder}/back").state_dict()
+    wanted = original.state_dict()
+    assert back.keys() == wanted.keys()
+    distances = {name: float((weight.float() - back[name].float()).abs().max()) for name, weight in wanted.items()}
+    return len(wanted), {name: distance for name, distance in distances.items() if distance > 0}
+
+
 @pytest.fixture(scope="module")
 def start(ranks_factory, tmp_path_factory):
     """A checkpoint from one rank that every layout starts from, and the losses one rank gets from there."""
     path = tmp_path_factory.mktemp("backend") / "start"
-    ranks_factory(1).run(jobs.train, steps=2, save_to=str(path))
-    losses = ranks_factory(1).run(jobs.train, restore=str(path))[0]
+    ranks_factory(1).run(train, steps=2, save_to=str(path))
+    losses = ranks_factory(1).run(train, restore=str(path))[0]
     return str(path), losses
 
 
@@ -38,7 +119,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_every_layout_trains_as_one_rank(ranks, start, layout):
     path, expected = start
-    for losses in ranks(2).run(jobs.train, restore=path, **layout):
+    for losses in ranks(2).run(train, restore=path, **layout):
         assert losses == pytest.approx(expected, abs=LAYOUT_TOLERANCE)
     assert expected[0] != pytest.approx(expected[-1], abs=1e-3), "the training must move the loss"
 
@@ -46,7 +127,7 @@ def test_every_layout_trains_as_one_rank(ranks, start, layout):
 def test_clipping_changes_the_training(ranks, start):
     """The gradient norm is above one at the start, so clipping at 0.1 must show in SGD-like small steps."""
     path, _ = start
-    norms = ranks(2).run(jobs.clipped_norms, restore=path, tp=2)
+    norms = ranks(2).run(clipped_norms, restore=path, tp=2)
     for before, after in norms:
         assert before > 0.1
         assert after == pytest.approx(0.1, rel=1e-4)
@@ -56,16 +137,16 @@ def test_checkpoints_move_between_layouts(ranks, start, tmp_path):
     """Saved at TP=2 with the distributed optimizer, loaded at PP=2 and on one rank: the same loss curve."""
     path, _ = start
     saved = str(tmp_path / "tp2")
-    ranks(2).run(jobs.train, restore=path, save_to=saved, tp=2, distributed=True)
-    one = ranks(1).run(jobs.train, restore=saved)[0]
-    two = ranks(2).run(jobs.train, restore=saved, pp=2)[0]
+    ranks(2).run(train, restore=path, save_to=saved, tp=2, distributed=True)
+    one = ranks(1).run(train, restore=saved)[0]
+    two = ranks(2).run(train, restore=saved, pp=2)[0]
     assert two == pytest.approx(one, abs=LAYOUT_TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_hugging_face_weights_go_through_nemo_and_back(ranks, tmp_path, dtype):
     """Norms included, which NeMo's converters lose without Transformer Engine: not one bit differs."""
-    [(count, differing)] = ranks(1).run(jobs.through_nemo_and_back, str(tmp_path), dtype)
+    [(count, differing)] = ranks(1).run(through_nemo_and_back, str(tmp_path), dtype)
     assert count == 21
     assert differing == {}
 
@@ -110,14 +191,14 @@ def test_tensor_types_go_round(cpu_backend):
 
 
 def test_pool_returns_values_in_order_of_rank(ranks):
-    assert ranks(2).run(jobs.rank_and_sum, 3) == [(0, 7), (1, 7)]
+    assert ranks(2).run(rank_and_sum, 3) == [(0, 7), (1, 7)]
 
 
 def test_pool_shows_the_traceback_of_the_rank_that_failed_and_recovers(tmp_path):
     pool = RankPool(2, tmp_path)
     with pytest.raises(RankError, match="(?s)rank 0: no answer.*rank 1: Traceback.*rank 1 fails on purpose"):
-        pool.run(jobs.fail_on, 1)
-    assert pool.run(jobs.rank_and_sum, 1) == [(0, 3), (1, 3)]
+        pool.run(fail_on, 1)
+    assert pool.run(rank_and_sum, 1) == [(0, 3), (1, 3)]
     with pytest.raises(RankError, match=r"(?s)rank 0: finished.*rank 1: no answer \(limit 2 s\).*in hang_on"):
-        pool.run(jobs.hang_on, 1, timeout=2)
+        pool.run(hang_on, 1, timeout=2)
     pool.close()

@@ -2,18 +2,134 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo.collections.llm.modelopt._divergence.fused_linear import Objective, fused_linear_losses
-from test_code.support import jobs_distill, jobs_fused, tiny
+from test_code.support import jobs_distill, ranks, tiny
 
 # fp32 sums of some hundred products of unit size.
 FP32 = {"rtol": 2e-5, "atol": 2e-5}
+
+
+def problem(n=11, h=6, h_teacher=9, v=40, seed=0, dtype=torch.float32):
+    """Return (student [n, h], weight [v, h], teacher, teacher's weight, token weights [n], labels [n])."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [torch.randn(*shape, generator=generator) for shape in ((n, h), (v, h), (n, h_teacher), (v, h_teacher))]
+    mask = (torch.rand(n, generator=generator) < 0.7).float()
+    labels = torch.randint(v, (n,), generator=generator)
+    return [*(x.to(dtype) for x in tensors), mask, labels]
+
+
+def reference_on_ranks(tensors, labels, scales, temperature=1.0, direction="forward", topk=None, cap=None):
+    """Return (divergence, LM loss, agreement, d_hidden, d_weight) in fp64; the gradients of their sum by ``scales``."""
+    student, weight, teacher, teacher_weight, mask = (x.detach().double() for x in tensors)
+    student.requires_grad_()
+    weight.requires_grad_()
+    z, y = student @ weight.t(), teacher @ teacher_weight.t()
+    if cap:
+        z, y = (cap * torch.tanh(x / cap) for x in (z, y))
+    # The divergence and its gradient by jobs_distill's plain formulas, carried on by autograd.
+    value, d_z = jobs_distill.reference_kl(z, y, temperature, direction, mask, topk)
+    divergence = (value * mask).sum()
+    total = scales[0] * (z * d_z).sum()
+    lm = torch.zeros(())
+    if labels is not None:
+        lm = (F.cross_entropy(z, labels, reduction="none") * mask).sum()
+        total = total + scales[1] * lm
+    total.backward()
+    agreement = ((z.argmax(-1) == y.argmax(-1)) * mask).sum()
+    return divergence, lm.detach(), agreement, student.grad, weight.grad
+
+
+def split_vocabulary():
+    """Return, by case, this rank's losses and gradients over two shards beside those of one process in fp64."""
+    from nemo.collections.llm.modelopt._divergence.fused_linear import Objective, fused_linear_losses
+
+    tiny.init_parallel(tp=2)
+    group, rank = torch.distributed.group.WORLD, torch.distributed.get_rank()
+    results = {}
+    for direction in ("forward", "reverse", "jsd"):
+        for topk in (None, 5):
+            for with_lm in (False, True):
+                *tensors, labels = problem()
+                labels = labels if with_lm else None
+                shards = [x.clone() for x in tensors]
+                shards[1], shards[3] = (x[20 * rank :][:20].clone() for x in (tensors[1], tensors[3]))
+                shards[0].requires_grad_()
+                shards[1].requires_grad_()
+                objective = Objective(2.0, direction, topk, group=group, chunk_rows=4)
+                losses = fused_linear_losses(*shards, objective, labels)
+                (0.5 * losses.divergence + 3.0 * losses.lm).backward()
+                # A layer's hidden states are copied to all ranks: their gradient is the sum of the ranks'.
+                torch.distributed.all_reduce(shards[0].grad)
+                expected = reference_on_ranks(tensors, labels, (0.5, 3.0), 2.0, direction, topk)
+                mine = (*losses, shards[0].grad, shards[1].grad)
+                part = slice(20 * rank, 20 * rank + 20)
+                key = f"{direction} topk={topk} lm={with_lm}"
+                results[key] = ([x.detach() for x in mine], [*expected[:4], expected[4][part]])
+    return results
+
+
+def fused_and_chunked(teacher_path, cases):
+    """Return the metrics of each step, fused and not, by (layout, case).
+
+    Args:
+        teacher_path: checkpoint.
+        cases: label -> ((fused settings, other settings), overrides of the student).
+    """
+    layouts = {"1 rank": {}, "TP=2": {"tp": 2}, "TP=2 SP": {"tp": 2, "sp": True}, "PP=2": {"pp": 2}}
+    results = {}
+    for layout, arguments in layouts.items():
+        for label, (paths, student) in cases.items():
+            pair = []
+            for path in paths:
+                with jobs_distill.alone() if layout == "1 rank" else contextlib.nullcontext():
+                    pair.append(
+                        jobs_distill.distill(teacher_path, path, student, steps=3, metrics=True, **arguments)[1]
+                    )
+                ranks.reset()
+            results[layout, label] = pair
+    return results
+
+
+def output_layers(cases):
+    """Return, for output layers changed as ``cases`` say, why they are not fused; None where they are."""
+    from unittest import mock
+
+    import modelopt.torch.quantization as mtq
+
+    from nemo.collections.llm.modelopt.distill import _fusion
+    from nemo.collections.llm.modelopt.distill.loss import LogitsKLLoss
+    from nemo.collections.llm.modelopt.distill.utils import DistillationConfig
+
+    tiny.init_parallel(tp=2)
+    config = tiny.config(tensor_model_parallel_size=2)
+    reasons = {}
+    for case in cases:
+        student, teacher = (config.configure_model(tiny.tokenizer()) for _ in range(2))
+        settings = DistillationConfig(skip_lm_loss=False)
+        if case == "quantized":
+            mtq.quantize(teacher, mtq.INT8_DEFAULT_CFG, lambda model: None)
+        elif case == "hooked":
+            student.output_layer.register_forward_hook(lambda *_: None)
+            student.output_layer.register_forward_hook(lambda *_: None)
+        elif case == "gathered":
+            student.output_layer.gather_output = True
+        elif case == "bias":
+            student.output_layer.bias = torch.nn.Parameter(torch.zeros(4))
+        elif case == "layers":
+            settings = DistillationConfig(logit_layers=("decoder.final_layernorm", "decoder.final_layernorm"))
+        with mock.patch.object(_fusion, "logging"):
+            settings.criterion = {settings.logit_layers: LogitsKLLoss(config)}
+            reasons[case] = _fusion.why_not_fused(student, teacher, settings.criterion[settings.logit_layers], settings)
+    return reasons
 
 
 def compare(tensors, labels, objective, scales=(0.5, 3.0), tolerance=None, **reference):
@@ -23,7 +139,7 @@ def compare(tensors, labels, objective, scales=(0.5, 3.0), tolerance=None, **ref
     mine[1].requires_grad_()
     losses = fused_linear_losses(*mine, objective, labels)
     (scales[0] * losses.divergence + scales[1] * losses.lm).backward()
-    expected = jobs_fused.reference(
+    expected = reference_on_ranks(
         tensors, labels, scales, objective.temperature, objective.direction, objective.topk, objective.student_cap
     )
     for value, wanted in zip((*losses, mine[0].grad, mine[1].grad), expected, strict=True):
@@ -45,14 +161,14 @@ def compare(tensors, labels, objective, scales=(0.5, 3.0), tolerance=None, **ref
     seed=st.integers(0, 99),
 )
 def test_losses_and_gradients_equal_fp64(n, h, v, rows, temperature, direction, topk, with_lm, cap, seed):
-    *tensors, labels = jobs_fused.problem(n, h, h + 2, v, seed)
+    *tensors, labels = problem(n, h, h + 2, v, seed)
     objective = Objective(temperature, direction, topk, student_cap=cap, teacher_cap=cap, chunk_rows=rows)
     compare(tensors, labels if with_lm else None, objective)
 
 
 @pytest.mark.parametrize("with_lm", [False, True])
 def test_bf16_weights_are_accumulated_in_fp32(with_lm):
-    *tensors, labels = jobs_fused.problem(64, 16, 24, 120, dtype=torch.bfloat16)
+    *tensors, labels = problem(64, 16, 24, 120, dtype=torch.bfloat16)
     # Logits, their gradient and the results are rounded to 8 bits of mantissa each.
     tolerance = {"rtol": 2e-2, "atol": 6e-2}
     tensors[:4] = [x * 0.5 for x in tensors[:4]]
@@ -62,7 +178,7 @@ def test_bf16_weights_are_accumulated_in_fp32(with_lm):
         x.requires_grad_()
     losses = fused_linear_losses(*mine, Objective(chunk_rows=5), labels if with_lm else None)
     (losses.divergence + losses.lm).backward()
-    expected = jobs_fused.reference(tensors, labels if with_lm else None, (1.0, 1.0))
+    expected = reference_on_ranks(tensors, labels if with_lm else None, (1.0, 1.0))
     for value, wanted in zip((losses.divergence, losses.lm), expected[:2], strict=True):
         torch.testing.assert_close(value.double(), wanted.double(), rtol=1e-2, atol=1e-2)
     for x, wanted in zip(mine[:2], expected[3:], strict=True):
@@ -72,17 +188,17 @@ def test_bf16_weights_are_accumulated_in_fp32(with_lm):
 
 @pytest.mark.parametrize("with_lm", [False, True])
 def test_a_frozen_output_layer_gets_no_gradient(with_lm):
-    *tensors, labels = jobs_fused.problem()
+    *tensors, labels = problem()
     student = tensors[0].clone().requires_grad_()
     losses = fused_linear_losses(student, *tensors[1:], Objective(chunk_rows=4), labels if with_lm else None)
     (0.5 * losses.divergence + 3.0 * losses.lm).backward()
-    expected = jobs_fused.reference(tensors, labels if with_lm else None, (0.5, 3.0))
+    expected = reference_on_ranks(tensors, labels if with_lm else None, (0.5, 3.0))
     torch.testing.assert_close(student.grad.double(), expected[3], **FP32)
 
 
 @pytest.mark.parametrize("with_lm", [False, True])
 def test_accumulation_fusion_adds_to_main_grad(with_lm):
-    *tensors, labels = jobs_fused.problem()
+    *tensors, labels = problem()
     weight = torch.nn.Parameter(tensors[1].clone())
     weight.main_grad = torch.ones_like(weight)
     weight.grad_added_to_main_grad = False
@@ -91,14 +207,14 @@ def test_accumulation_fusion_adds_to_main_grad(with_lm):
             tensors[0], weight, *tensors[2:], Objective(main_grad=True), labels if with_lm else None
         )
         (0.5 * losses.divergence + 3.0 * losses.lm).backward()
-    expected = jobs_fused.reference(tensors, labels if with_lm else None, (0.5, 3.0))[4]
+    expected = reference_on_ranks(tensors, labels if with_lm else None, (0.5, 3.0))[4]
     torch.testing.assert_close(weight.main_grad.double(), 1 + 2 * expected, **FP32)
     # Megatron's hook wants a gradient to be there, and does not add it.
     assert weight.grad_added_to_main_grad and (weight.grad == 0).all()
 
 
 def test_a_second_backward_pass_is_refused():
-    *tensors, _ = jobs_fused.problem()
+    *tensors, _ = problem()
     tensors[0].requires_grad_()
     losses = fused_linear_losses(*tensors, Objective())
     losses.divergence.backward(retain_graph=True)
@@ -111,7 +227,7 @@ def test_memory_does_not_grow_with_the_logits(with_lm):
     v, h, rows = 2000, 16, 8
 
     def extra(n):
-        *tensors, labels = jobs_fused.problem(n, h, h, v)
+        *tensors, labels = problem(n, h, h, v)
         for x in tensors[:2]:
             x.requires_grad_()
 
@@ -128,7 +244,7 @@ def test_memory_does_not_grow_with_the_logits(with_lm):
 
 
 def test_a_split_vocabulary_equals_fp64(ranks):
-    for results in ranks(2).run(jobs_fused.split_vocabulary):
+    for results in ranks(2).run(split_vocabulary):
         assert len(results) == 12
         for label, (mine, expected) in results.items():
             for value, wanted in zip(mine, expected, strict=True):
@@ -144,7 +260,7 @@ def test_what_is_not_exact_is_not_fused_and_named(ranks):
         "bias": "the student's output layer has a bias",
         "layers": "are not the output layers",
     }
-    for reasons in ranks(2).run(jobs_fused.output_layers, list(expected)):
+    for reasons in ranks(2).run(output_layers, list(expected)):
         for case, text in expected.items():
             assert reasons[case] is None if text is None else text in reasons[case], (case, reasons[case])
 
@@ -205,7 +321,7 @@ def trainings(ranks_factory, teacher_path, tmp_path_factory):
         for path in paths:
             path.write_text(f"{text}fused_logits: {path.stem.split('-')[1]}\n")
         cases[label] = ([str(path) for path in paths], student)
-    return ranks_factory(2).run(jobs_fused.fused_and_chunked, teacher_path, cases)
+    return ranks_factory(2).run(fused_and_chunked, teacher_path, cases)
 
 
 @pytest.mark.parametrize("case", CASES)

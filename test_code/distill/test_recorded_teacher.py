@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -14,9 +16,126 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from test_code.support import jobs_distill, jobs_recorded
+from test_code.support import jobs_distill, ranks, tiny
 
 SETTINGS = "logit_kl_topk: 7\nlogit_kl_temperature: 2.0\n"
+
+TOPK = 7
+
+
+def record_on_ranks(teacher_path, output, settings=None, steps=4, data=None, **layout):
+    """Record a teacher and return what the data module's own loader is afterwards."""
+    from nemo.collections.llm.modelopt.distill import dump_teacher_topk
+
+    module = tiny.data(**(data or {}))
+    dump_teacher_topk(teacher_path, output, module, tiny.trainer(**layout), steps, settings, tiny.tokenizer(), "test")
+    return "val_dataloader" in vars(module)
+
+
+def bars_of_recording(teacher_path, folder, settings):
+    """Return how far each bar got, and its total, where a step has two micro-batches."""
+    from unittest import mock
+
+    from nemo_modelopt_dropin.console import screen
+
+    bars, make = [], screen.bar
+
+    def watched(*args, **options):
+        bars.append(make(*args, **options))
+        return bars[-1]
+
+    own = f"{folder}/bars-{os.environ['RANK']}"
+    shown = mock.patch.multiple(screen, is_quiet=lambda: True, bar=watched)
+    with jobs_distill.alone(), shown:
+        record_on_ranks(teacher_path, own, settings, data={"global_batch_size": 4, "micro_batch_size": 2})
+    return [(bar.n, bar.total) for bar in bars]
+
+
+def record_everywhere(teacher_path, folder, settings):
+    """Record in every layout of two ranks."""
+    layouts = {"tp": {"tp": 2}, "pp": {"pp": 2}, "dp": {}}
+    for name, layout in layouts.items():
+        record_on_ranks(teacher_path, f"{folder}/{name}", settings, **layout)
+        ranks.reset()
+    # Both ranks are alone here: each has a folder of its own.
+    own = f"{folder}/one-{os.environ['RANK']}"
+    with jobs_distill.alone():
+        record_on_ranks(teacher_path, own, settings)
+
+
+def losses_of_both(teacher_path, folder, settings, student=None):
+    """Return, by layout, the metrics of each step with the teacher, and with a recording of another layout."""
+    layouts = {
+        "1 rank": ("tp", {}),
+        "TP=2": ("pp", {"tp": 2}),
+        "TP=2 SP": ("dp", {"tp": 2, "sp": True}),
+        "PP=2": ("one-0", {"pp": 2}),
+        "DP=2": ("tp", {}),
+    }
+    results = {}
+    for name, (recording, layout) in layouts.items():
+        results[name] = []
+        for path in (teacher_path, f"{folder}/{recording}"):
+            with jobs_distill.alone() if name == "1 rank" else contextlib.nullcontext():
+                results[name].append(jobs_distill.distill(path, settings, student, steps=4, metrics=True, **layout))
+            ranks.reset()
+    return results
+
+
+def held(recording, settings):
+    """Distill from a recording; return the teacher's weights and keys that are held, and the validation loss."""
+    held_bytes = {}
+    with jobs_distill.alone():
+        model = jobs_distill.distillation_model(recording, settings)
+        tiny.fit(model, tiny.data(), max_steps=1)
+        core = tiny.core(model)
+        held_bytes["teacher"] = sum(p.numel() for p in core.teacher_model.parameters())
+        held_bytes["keys"] = [key for key in core.sharded_state_dict() if "teacher" in key]
+        held_bytes["validation"] = model.trainer.callback_metrics.get("val_loss")
+    return held_bytes
+
+
+def divergences(cases, v=40, k=6):
+    """Return, by case, this rank's loss and gradient of a recorded teacher beside those with its logits at hand."""
+    from nemo.collections.llm.modelopt._divergence.recorded_topk import RecordedLogits, recorded_divergence, top_entries
+    from nemo.collections.llm.modelopt._divergence.vocab_parallel import kl_divergence
+
+    tiny.init_parallel(tp=2)
+    group, rank = torch.distributed.group.WORLD, torch.distributed.get_rank()
+    results = {}
+    for direction, temperature, topk, scale in cases:
+        generator = torch.Generator().manual_seed(7)
+        whole = [scale * torch.randn(5, 2, 2 * v, generator=generator) for _ in range(2)]
+        student, teacher = (x[..., rank * v : (rank + 1) * v].clone() for x in whole)
+        entries, values, rest = top_entries(teacher.flatten(0, 1), k, temperature, group)
+        record = RecordedLogits(entries.view(5, 2, k), values.view(5, 2, k), rest.view(5, 2), temperature)
+        outcomes = []
+        for recorded in (True, False):
+            logits = student.clone().requires_grad_()
+            if recorded:
+                loss = recorded_divergence(logits, record, direction, group, topk)
+            else:
+                loss = kl_divergence(logits, teacher, temperature, direction, group, topk=topk or k)
+            (loss * torch.arange(1.0, 11).view(5, 2)).sum().backward()
+            outcomes.append((loss.detach(), logits.grad))
+        results[direction, temperature, topk, scale] = outcomes
+    return results
+
+
+def alone_from(recording, settings, data=None):
+    """Distill two steps from a recording."""
+    return jobs_distill.distill(recording, settings, steps=2, data=data)
+
+
+def refusal(job, *args, **kwargs):
+    """Return the error of a job, by name, that must be refused."""
+    from nemo.collections.llm.modelopt import ModelOptConfigError
+
+    try:
+        globals()[job](*args, **kwargs)
+    except ModelOptConfigError as error:
+        return str(error)
+    return ""
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +145,7 @@ def folder(ranks_factory, tmp_path_factory):
     ranks_factory(2).run(jobs_distill.teacher, str(folder / "teacher"))
     (folder / "topk.yaml").write_text(SETTINGS)
     (folder / "with_lm.yaml").write_text(SETTINGS + "skip_lm_loss: false\nloss_weights: {kd_logits: 2, lm: 0.5}\n")
-    ranks_factory(2).run(
-        jobs_recorded.record_everywhere, str(folder / "teacher"), str(folder), str(folder / "topk.yaml")
-    )
+    ranks_factory(2).run(record_everywhere, str(folder / "teacher"), str(folder), str(folder / "topk.yaml"))
     return folder
 
 
@@ -56,13 +173,13 @@ def test_every_layout_records_the_same(folder, layout, cpu_backend):
 
 def test_the_bar_of_a_recording_counts_steps(ranks, folder):
     paths = str(folder / "teacher"), str(folder), str(folder / "topk.yaml")
-    assert ranks(2).run(jobs_recorded.bars_of_recording, *paths)[0] == [(4, 4)]
+    assert ranks(2).run(bars_of_recording, *paths)[0] == [(4, 4)]
 
 
 @pytest.mark.parametrize("objective", ["topk", "with_lm"])
 def test_losses_are_those_with_the_teacher(ranks, folder, objective):
     paths = str(folder / "teacher"), str(folder), str(folder / f"{objective}.yaml")
-    for layout, (online, offline) in ranks(2).run(jobs_recorded.losses_of_both, *paths)[0].items():
+    for layout, (online, offline) in ranks(2).run(losses_of_both, *paths)[0].items():
         for with_teacher, without in zip(online[1], offline[1], strict=True):
             for name in ("reduced_train_loss", "kd_logits_loss", "kd_loss", "lm_loss"):
                 if name in with_teacher:
@@ -72,7 +189,7 @@ def test_losses_are_those_with_the_teacher(ranks, folder, objective):
 
 
 def test_no_teacher_is_held(ranks, folder):
-    for result in ranks(2).run(jobs_recorded.held, str(folder / "dp"), str(folder / "topk.yaml")):
+    for result in ranks(2).run(held, str(folder / "dp"), str(folder / "topk.yaml")):
         assert result["teacher"] == 0 and result["keys"] == []
 
 
@@ -80,7 +197,7 @@ def test_no_teacher_is_held(ranks, folder):
 @pytest.mark.parametrize("topk", [None, 4])
 def test_divergence_over_a_split_vocabulary(ranks, direction, topk):
     cases = [(direction, temperature, topk, scale) for temperature in (1.0, 3.0) for scale in (1.0, 30.0)]
-    for results in ranks(2).run(jobs_recorded.divergences, cases):
+    for results in ranks(2).run(divergences, cases):
         for case, ((loss, gradient), (expected, expected_gradient)) in results.items():
             torch.testing.assert_close(loss, expected, rtol=2e-5, atol=2e-6, msg=str(case))
             torch.testing.assert_close(gradient, expected_gradient, rtol=2e-4, atol=2e-5, msg=str(case))
@@ -134,9 +251,7 @@ class TestRefused:
     )
     def test_settings(self, ranks, folder, tmp_path, text, message):
         (tmp_path / "settings.yaml").write_text(text)
-        found = ranks(1).run(jobs_recorded.refusal, "alone_from", str(folder / "tp"), str(tmp_path / "settings.yaml"))[
-            0
-        ]
+        found = ranks(1).run(refusal, "alone_from", str(folder / "tp"), str(tmp_path / "settings.yaml"))[0]
         assert re.search(message, found), found
 
     @pytest.mark.parametrize(
@@ -144,9 +259,7 @@ class TestRefused:
         [({"seed": 5}, "sample is not among the 16"), ({"seq_length": 16}, "sample is not among the 16")],
     )
     def test_other_data(self, ranks, folder, data, message):
-        found = ranks(1).run(jobs_recorded.refusal, "alone_from", str(folder / "tp"), str(folder / "topk.yaml"), data)[
-            0
-        ]
+        found = ranks(1).run(refusal, "alone_from", str(folder / "tp"), str(folder / "topk.yaml"), data)[0]
         assert re.search(message, found), found
 
     @pytest.mark.parametrize(
@@ -163,14 +276,14 @@ class TestRefused:
         shutil.copytree(folder / "tp", tmp_path / "tp")
         manifest = {**_manifest(folder / "tp"), **change}
         (tmp_path / "tp" / "teacher_topk.json").write_text(json.dumps(manifest))
-        found = ranks(1).run(jobs_recorded.refusal, "alone_from", str(tmp_path / "tp"), str(folder / "topk.yaml"))[0]
+        found = ranks(1).run(refusal, "alone_from", str(tmp_path / "tp"), str(folder / "topk.yaml"))[0]
         assert re.search(message, found), found
 
     def test_a_file_cut_off(self, ranks, folder, tmp_path):
         shutil.copytree(folder / "tp", tmp_path / "tp")
         values = next((tmp_path / "tp" / "topk").glob("*.values"))
         values.write_bytes(values.read_bytes()[:-8])
-        found = ranks(1).run(jobs_recorded.refusal, "alone_from", str(tmp_path / "tp"), str(folder / "topk.yaml"))[0]
+        found = ranks(1).run(refusal, "alone_from", str(tmp_path / "tp"), str(folder / "topk.yaml"))[0]
         assert re.search(r"is damaged: rank-0000.0000.values must have \d+ bytes", found), found
 
     def test_another_teacher(self, folder, tmp_path, cpu_backend):
@@ -198,7 +311,7 @@ class TestRefused:
         output = tmp_path / kwargs.pop("output", "new")
         if "settings" in kwargs:
             kwargs["settings"] = str(tmp_path / kwargs["settings"])
-        found = ranks(1).run(jobs_recorded.refusal, "record", str(folder / "teacher"), str(output), **kwargs)[0]
+        found = ranks(1).run(refusal, "record", str(folder / "teacher"), str(output), **kwargs)[0]
         assert re.search(message, found), found
         assert sorted(path.name for path in tmp_path.iterdir()) == ["pair.yaml", "teacher"]
 

@@ -7,13 +7,62 @@ import shutil
 from pathlib import Path
 from unittest.mock import Mock
 
+import lightning.pytorch as pl
 import pytest
 import sentencepiece
 import torch
 
 from nemo_modelopt_dropin.preflight import tokenizer_files
 from nemo_modelopt_dropin.preflight.tokenizer_files import Vocabulary
-from test_code.support import command_lines, jobs_teachers, tiny
+from test_code.support import command_lines, jobs_distill, tiny
+
+
+class Damage(pl.Callback):
+    """Change weights before the checkpoint is written."""
+
+    def __init__(self, how: str):
+        self.how = how
+
+    @torch.no_grad()
+    def on_train_end(self, trainer, pl_module):
+        core = tiny.core(pl_module)
+        if self.how == "nan":
+            core.decoder.layers[1].mlp.linear_fc1.weight[3, 5] = float("nan")
+        elif self.how == "inf":
+            core.decoder.layers[2].self_attention.linear_proj.weight[0, 0] = float("-inf")
+        elif self.how == "overflow":
+            core.output_layer.weight.fill_(1e38)
+            core.decoder.final_layernorm.weight.fill_(1e3)
+
+
+def make(path: str, how: str) -> str:
+    """Write a teacher damaged in its weights ("nan", "inf", "overflow") or tokenizer ("vocabulary", "merges")."""
+    with jobs_distill.alone():
+        # The callback comes first: those that were given run before the one that saves.
+        run = tiny.trainer(max_steps=1, callbacks=[Damage(how), tiny.SaveAtEnd(path)])
+        run.fit(tiny.model(), tiny.data())
+    file = next((Path(path) / "context").rglob("tokenizer.json"))
+    content = json.loads(file.read_text())
+    merges, words = content["model"]["merges"], content["model"]["vocab"]
+    if how == "vocabulary":
+        a, b = sorted(words)[40], sorted(words)[41]
+        words[a], words[b] = words[b], words[a]
+    elif how == "merges":
+        merges[-1], merges[-2] = merges[-2], merges[-1]
+    file.write_text(json.dumps(content))
+    return path
+
+
+def train(teacher_path: str, settings: str | None) -> tuple[str | None, int]:
+    """Distill for two steps; return the class and text of the error, and the number of steps that were made."""
+    with jobs_distill.alone():
+        model = jobs_distill.distillation_model(teacher_path, settings)
+        run = tiny.trainer(max_steps=2)
+        try:
+            run.fit(model, tiny.data())
+        except Exception as error:
+            return f"{type(error).__name__}: {error}", run.global_step
+    return None, run.global_step
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +70,7 @@ def teachers(ranks_factory, tmp_path_factory) -> dict[str, str]:
     """Real checkpoints, by what is wrong with them."""
     folder = tmp_path_factory.mktemp("teachers")
     kinds = ("whole", "vocabulary", "merges", "nan", "inf", "overflow")
-    return {kind: ranks_factory(1).run(jobs_teachers.make, str(folder / kind), kind, timeout=240)[0] for kind in kinds}
+    return {kind: ranks_factory(1).run(make, str(folder / kind), kind, timeout=240)[0] for kind in kinds}
 
 
 @pytest.mark.parametrize(
@@ -36,7 +85,7 @@ def teachers(ranks_factory, tmp_path_factory) -> dict[str, str]:
     ],
 )
 def test_wrong_teachers_are_named_on_the_first_step(ranks, teachers, kind, message):
-    found, steps = ranks(1).run(jobs_teachers.train, teachers[kind], None, timeout=240)[0]
+    found, steps = ranks(1).run(train, teachers[kind], None, timeout=240)[0]
     if message is None:
         assert (found, steps) == (None, 2)
         return
@@ -49,7 +98,7 @@ def test_wrong_teachers_are_named_on_the_first_step(ranks, teachers, kind, messa
 @pytest.mark.parametrize("kind", ["vocabulary", "merges"])
 def test_another_tokenizer_may_be_allowed(ranks, teachers, kind, tmp_path):
     (tmp_path / "kd.yaml").write_text("allow_other_tokenizer: true\n")
-    assert ranks(1).run(jobs_teachers.train, teachers[kind], str(tmp_path / "kd.yaml"), timeout=240)[0] == (None, 2)
+    assert ranks(1).run(train, teachers[kind], str(tmp_path / "kd.yaml"), timeout=240)[0] == (None, 2)
 
 
 @pytest.mark.parametrize("kind", ["whole", "vocabulary", "merges"])

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from test_code.support import installed
-from test_code.support import jobs_prune as base
-from test_code.support import jobs_prune_budget as jobs
+from test_code.support import jobs_prune as jobs
 
 needs_experts = pytest.mark.skipif(
     not installed.EXPERTS_PRUNE,
@@ -24,6 +23,168 @@ SIZES = {
     "num_attention_heads": 16,
     "num_query_groups": 4,
 }
+
+MOE = {
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 48,
+    "moe_shared_expert_intermediate_size": 32,
+    "moe_grouped_gemm": False,
+    "moe_token_dispatcher_type": "alltoall",
+    "num_layers": 3,
+}
+
+
+def counts(models: list[tuple[dict, dict]]) -> list[dict]:
+    """Return, for each model and request, counted and real numbers of parameters before and after pruning."""
+    from nemo.collections.llm.modelopt.prune import _checks, _count, _report, describe_pruning
+    from test_code.support import ranks, tiny
+
+    out = []
+    for sizes, request in models:
+        model, module, run = jobs.build(**sizes)
+        core = tiny.core(model)
+        terms, before = _count.model_terms(core), _checks.model_sizes(core)
+        found = {"before": (_count.count(terms, before, range(1, before["num_layers"] + 1)), _report.measure(core))}
+        jobs.run_prune(model, request, module, run)
+        after = _checks.model_sizes(core)
+        kept = describe_pruning(model)["kept_layers"]
+        real = sum(parameter.numel() for parameter in core.parameters())
+        out.append(found | {"after": (_count.count(terms, after, kept), _report.measure(core)), "real": real})
+        ranks.reset()
+    return out
+
+
+def budget_on_ranks(request: dict, **settings) -> dict:
+    """Prune to a budget; return report, sizes, the data's tokens, and logits on held-out data before and after."""
+    from nemo.collections.llm.modelopt.prune import describe_pruning
+    from test_code.support import tiny
+
+    model, module, run = jobs.build(**settings)
+    forwards: list[int] = []
+    handle = tiny.core(model).register_forward_pre_hook(lambda *_: forwards.append(1))
+    whole = torch.distributed.get_world_size() == 1
+    heldout = [module.val_dataloader().dataset[i] for i in range(8)]
+    tokens = torch.stack([row["tokens"] for row in heldout])
+    before = jobs.logits(model, tokens) if whole else None
+    forwards.clear()
+    jobs.run_prune(model, request, module, run)
+    handle.remove()
+    return {
+        "report": describe_pruning(model),
+        "sizes": jobs.sizes(model),
+        "forwards": len(forwards),
+        "weights": jobs.weights(model),
+        "labels": torch.stack([row["labels"] for row in heldout]),
+        "mask": torch.stack([row["loss_mask"] for row in heldout]),
+        "before": before,
+        "after": jobs.logits(model, tokens) if whole else None,
+    }
+
+
+def broken_candidate() -> tuple[str, list[str], bool, dict]:
+    """Fail while candidates are tried; return the error, what changed, whether weights stayed, and sizes pruned to."""
+    from nemo.collections.llm.modelopt.prune import _heldout
+    from test_code.support import tiny
+
+    model, module, run = jobs.build()
+    before, old = jobs.fingerprint_of_state(model, module, run), jobs.weights(model)
+    config = dict(vars(tiny.core(model).config))
+    evaluate, error = _heldout.evaluate, ""
+    request = {"target_params": "70%", "max_candidates": 3, "heldout_batches": 1}
+
+    def break_down(*_):
+        raise OSError("the disk is gone")
+
+    _heldout.evaluate = break_down
+    try:
+        jobs.run_prune(model, request, module, run)
+    except OSError as problem:
+        error = str(problem)
+    finally:
+        _heldout.evaluate = evaluate
+    after, new = jobs.fingerprint_of_state(model, module, run), jobs.weights(model)
+    changed = [name for name in before if name != "loader" and before[name] != after[name]]
+    changed += [name for name, value in vars(tiny.core(model).config).items() if config[name] is not value]
+    same = old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+    jobs.run_prune(model, request, module, run)
+    return error, changed, same, jobs.sizes(model)
+
+
+class Padded(torch.utils.data.Dataset):
+    """Samples of unequal length in windows of ``seq_length``, or of one short length; padding is loud noise."""
+
+    def __init__(self, length: int, seq_length: int, short: int):
+        self.length, self.seq_length, self.short = length, seq_length, short
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(int(index))
+        ids = torch.randint(3, 250, (self.seq_length + 1,), generator=generator)
+        if self.seq_length > self.short:
+            ids[self.short :] = 7 + index % 3
+        mask = (torch.arange(self.seq_length) < self.short).float()
+        return {
+            "tokens": ids[:-1],
+            "labels": ids[1:],
+            "loss_mask": mask,
+            "position_ids": torch.arange(self.seq_length),
+            "attention_mask": torch.ones(1, self.seq_length, self.seq_length, dtype=torch.bool).triu(1),
+        }
+
+
+def pruned_on_padding(seq_length: int, short: int, request: dict, ignore_mask: bool = False, **settings) -> dict:
+    """Prune on samples of ``short`` tokens in windows of ``seq_length``."""
+    from nemo.collections.llm.modelopt.prune import _weights, describe_pruning
+    from test_code.support import tiny
+
+    model, module, run = jobs.build(data={"seq_length": seq_length}, seq_length=32, **settings)
+    # The same tokens in both: the generator draws as many as the window is long.
+    dataset = Padded(16, seq_length, short)
+    module.train_dataloader = lambda: torch.utils.data.DataLoader(dataset, num_workers=0)
+    before, see = jobs.weights(model), _weights.Microbatch.see
+    if ignore_mask:
+        _weights.Microbatch.see = lambda *_: None
+    try:
+        jobs.run_prune(model, request, module, run)
+    finally:
+        _weights.Microbatch.see = see
+    return {
+        "before": before,
+        "after": jobs.weights(model),
+        "report": describe_pruning(model),
+        "core": type(tiny.core(model)).__name__,
+    }
+
+
+def moe(request: dict, silent_expert: int | None = None, **settings) -> dict:
+    """Prune a mixture of experts; one of them may never get a token."""
+    from nemo.collections.llm.modelopt.prune import describe_pruning
+    from test_code.support import tiny
+
+    model, module, run = jobs.build(**{**MOE, **settings})
+    core = tiny.core(model)
+    if silent_expert is not None:
+        with torch.no_grad():
+            for layer in core.decoder.layers:
+                # Of two opposite rows one has a positive score, so that a row of zeros is never the best.
+                rows = layer.mlp.router.weight
+                rows[silent_expert] = 0
+                rows[silent_expert - 1] = -rows[silent_expert + 1]
+    before = jobs.weights(model)
+    jobs.run_prune(model, request, module, run)
+    names = ("num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
+    result = {
+        "before": before,
+        "after": jobs.weights(model),
+        "sizes": {**jobs.sizes(model), **{name: getattr(core.config, name) for name in names}},
+        "report": describe_pruning(model),
+    }
+    with torch.no_grad():
+        result["logits"] = jobs.logits(model)
+    return result
 
 
 def counted(sizes) -> int:
@@ -123,7 +284,7 @@ REQUEST = {"target_params": "70%", "max_candidates": 4, "heldout_batches": 2}
 @pytest.fixture(scope="module")
 def searched(ranks_factory):
     """A model pruned to 70% by search, on one rank; eight microbatches of two."""
-    return ranks_factory(1).run(jobs.budget, REQUEST, batches=8)[0]
+    return ranks_factory(1).run(budget_on_ranks, REQUEST, batches=8)[0]
 
 
 class TestSearch:
@@ -157,12 +318,12 @@ class TestSearch:
     def test_same_as_the_sizes_given(self, ranks, searched):
         before = searched["report"]["before"]
         sizes = {f"target_{name}": size for name, size in searched["sizes"].items() if size != before.get(name, size)}
-        given = ranks(1).run(base.prune, sizes, batches=8)[0]["after"]
+        given = ranks(1).run(jobs.prune, sizes, batches=8)[0]["after"]
         assert all(torch.equal(given[name], value) for name, value in searched["weights"].items())
 
     @pytest.mark.parametrize(("layout", "batches"), [({"pp": 2}, 8), ({}, 4)], ids=["two stages", "two replicas"])
     def test_two_ranks_choose_as_one(self, ranks, searched, layout, batches):
-        for rank in ranks(2).run(jobs.budget, REQUEST, batches=batches, **layout):
+        for rank in ranks(2).run(budget_on_ranks, REQUEST, batches=batches, **layout):
             tried = rank["report"]["candidates"]
             for mine, other in zip(tried, searched["report"]["candidates"], strict=True):
                 assert mine["sizes"] == other["sizes"]
@@ -173,12 +334,12 @@ class TestSearch:
 
     def test_sizes_given_too_stay_fixed(self, ranks):
         request = {"target_params": 100_000, "target_num_layers": 3, "max_candidates": 2, "heldout_batches": 1}
-        report = ranks(1).run(jobs.budget, request)[0]["report"]
+        report = ranks(1).run(budget_on_ranks, request)[0]["report"]
         assert {candidate["sizes"]["num_layers"] for candidate in report["candidates"]} == {3}
         assert report["after"]["parameters"] <= 100_000
 
     def test_a_failure_leaves_the_model_untouched(self, ranks):
-        error, changed, same, sizes = ranks(1).run(jobs.broken_candidate)[0]
+        error, changed, same, sizes = ranks(1).run(broken_candidate)[0]
         assert error == "the disk is gone"
         assert changed == []
         assert same
@@ -191,7 +352,7 @@ class TestSearch:
             ({"target_active_params": "50%"}, "is for mixture-of-experts models"),
             ({"target_params": "50%", "target_hidden_size": 65}, "above the model's 64"),
         ]
-        messages = ranks(1).run(base.refused_all, [request for request, _ in cases])[0]
+        messages = ranks(1).run(jobs.refused_all, [request for request, _ in cases])[0]
         for (request, expected), message in zip(cases, messages, strict=True):
             assert expected in message, request
 
@@ -214,7 +375,7 @@ class TestSearch:
                 {"target_ffn_hidden_size": 72, "target_hidden_size": 32},
             ),
             pytest.param(
-                jobs.MOE,
+                MOE,
                 {"target_num_moe_experts": 3, "target_moe_ffn_hidden_size": 24, "target_hidden_size": 48},
                 marks=needs_experts,
             ),
@@ -222,7 +383,7 @@ class TestSearch:
         ids=["plain", "tied embeddings", "biases and positions", "experts"],
     )
     def test_parameters_are_counted_as_they_are(self, ranks, model, request_):
-        (found,) = ranks(1).run(jobs.counts, [(model, request_)])[0]
+        (found,) = ranks(1).run(counts, [(model, request_)])[0]
         for when in ("before", "after"):
             number, measured = found[when]
             assert number == measured["parameters"]
@@ -242,15 +403,15 @@ class TestLossMask:
             ({"target_num_attention_heads": 2, "target_num_query_groups": 1}, {}),
             pytest.param(
                 {"target_num_moe_experts": 3, "target_moe_ffn_hidden_size": 24, "target_num_layers": 2},
-                jobs.MOE,
+                MOE,
                 marks=needs_experts,
             ),
         ],
         ids=["width and depth", "query groups", "experts"],
     )
     def test_padding_does_not_count(self, ranks, request_, model):
-        alone = ranks(1).run(jobs.pruned_on_padding, 16, 16, request_, **model)[0]
-        padded = ranks(1).run(jobs.pruned_on_padding, 32, 16, request_, **model)[0]
+        alone = ranks(1).run(pruned_on_padding, 16, 16, request_, **model)[0]
+        padded = ranks(1).run(pruned_on_padding, 32, 16, request_, **model)[0]
         # Sums over other shapes.
         assert padded["report"]["layer_scores"] == pytest.approx(alone["report"]["layer_scores"], rel=1e-4)
         assert padded["report"]["kept_layers"] == alone["report"]["kept_layers"]
@@ -258,8 +419,8 @@ class TestLossMask:
 
     def test_padding_would_have_changed_the_result(self, ranks):
         request = {"target_ffn_hidden_size": 64}
-        alone = ranks(1).run(jobs.pruned_on_padding, 16, 16, request)[0]["after"]
-        counting = ranks(1).run(jobs.pruned_on_padding, 32, 16, request, ignore_mask=True)[0]["after"]
+        alone = ranks(1).run(pruned_on_padding, 16, 16, request)[0]["after"]
+        counting = ranks(1).run(pruned_on_padding, 32, 16, request, ignore_mask=True)[0]["after"]
         assert any(not torch.equal(value, counting[name]) for name, value in alone.items())
 
 
@@ -274,7 +435,7 @@ class TestExperts:
 
     @needs_experts
     def test_experts_and_their_layers_shrink(self, ranks):
-        out = ranks(1).run(jobs.moe, self.REQUEST)[0]
+        out = ranks(1).run(moe, self.REQUEST)[0]
         for name, size in self.REQUEST.items():
             assert out["sizes"][name.removeprefix("target_")] == size
         assert torch.isfinite(out["logits"]).all()
@@ -287,7 +448,7 @@ class TestExperts:
     @needs_experts
     def test_an_expert_that_gets_no_token_goes_and_the_router_loses_its_row(self, ranks):
         one = {"moe_router_topk": 1, "moe_router_pre_softmax": True}
-        out = ranks(1).run(jobs.moe, {"target_num_moe_experts": 3}, silent_expert=1, **one)[0]
+        out = ranks(1).run(moe, {"target_num_moe_experts": 3}, silent_expert=1, **one)[0]
         for layer in range(3):
             rows = out["before"][f"decoder.layers.{layer}.mlp.router.weight"]
             kept = out["after"][f"decoder.layers.{layer}.mlp.router.weight"]
@@ -303,7 +464,7 @@ class TestExperts:
     @needs_experts
     def test_a_budget_of_active_parameters(self, ranks):
         request = {"target_active_params": "75%", "max_candidates": 3, "heldout_batches": 1}
-        report = ranks(1).run(jobs.moe, request)[0]["report"]
+        report = ranks(1).run(moe, request)[0]["report"]
         used = report["before"]["active_parameters"]
         assert used < report["before"]["parameters"]
         assert all(candidate["active_parameters"] <= 0.75 * used for candidate in report["candidates"])
@@ -319,9 +480,9 @@ class TestExperts:
             ({"target_params": "75%"}, "target_params"),
             ({"target_active_params": "75%"}, "target_active_params"),
         ]
-        said = ranks(1).run(base.refused_all, [request for request, _ in requests], **jobs.MOE)[0]
+        said = ranks(1).run(jobs.refused_all, [request for request, _ in requests], **MOE)[0]
         unloaded = [(request, 1) for request, _ in requests]
-        early = ranks(1).run(base.refused_by_checkpoint, str(tmp_path / "moe"), unloaded, **jobs.MOE)[0]
+        early = ranks(1).run(jobs.refused_by_checkpoint, str(tmp_path / "moe"), unloaded, **MOE)[0]
         assert early == said
         for (_, name), message in zip(requests, said, strict=True):
             assert "This modelopt prunes no experts" in message and "install modelopt 0.43" in message
@@ -329,7 +490,7 @@ class TestExperts:
 
     def test_heads_and_layers_go_from_around_experts(self, ranks):
         request = {"target_num_attention_heads": 2, "target_num_query_groups": 1, "target_num_layers": 2}
-        out = ranks(1).run(jobs.moe, request)[0]
+        out = ranks(1).run(moe, request)[0]
         assert {f"target_{name}": size for name, size in out["sizes"].items() if f"target_{name}" in request} == request
         assert torch.isfinite(out["logits"]).all()
         kept = out["report"]["kept_layers"]
@@ -340,7 +501,7 @@ class TestExperts:
 
     @needs_experts
     def test_too_few_experts_are_refused(self, ranks):
-        (message,) = ranks(1).run(base.refused_all, [{"target_num_moe_experts": 1}], **jobs.MOE)[0]
+        (message,) = ranks(1).run(jobs.refused_all, [{"target_num_moe_experts": 1}], **MOE)[0]
         assert "a token is sent to 2 experts" in message
         assert "allowed: [2, 3, 4]" in message
 
@@ -357,7 +518,7 @@ class TestReport:
     def test_page_and_json_show_candidates_scores_and_times(self, ranks, tmp_path):
         folder = tmp_path / "report"
         request = {"target_params": "70%", "max_candidates": 2, "heldout_batches": 1, "report_path": str(folder)}
-        report = ranks(2).run(jobs.budget, request, pp=2)[0]["report"]
+        report = ranks(2).run(budget_on_ranks, request, pp=2)[0]["report"]
         written = json.loads((folder / "report.json").read_text())
         assert written["candidates"] == report["candidates"]
         assert written["after"] == report["after"]

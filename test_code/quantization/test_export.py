@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from pathlib import Path
 from unittest.mock import MagicMock, patch
 
 import pytest
@@ -13,6 +14,57 @@ from test_code.support import jobs_quant as jobs
 from test_code.support.jobs_hf import assert_same_logits
 
 MODULE = "nemo.collections.llm.modelopt.quantization.quantizer"
+
+
+def export_error(nemo, hf) -> tuple[str, str]:
+    """Export a quantized NeMo checkpoint with NeMo's own function, which must fail; return the error."""
+    try:
+        export_with_nemo(nemo, hf)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    raise AssertionError("the export did not fail")
+
+
+def plain_restore_and_generate(checkpoint) -> str:
+    """Generate a sample from a quantized checkpoint with the Quantizer's own function."""
+    from nemo.utils import logging
+
+    from nemo.collections.llm.modelopt import Quantizer, setup_trainer_and_restore_model_with_modelopt_spec
+
+    model, _ = setup_trainer_and_restore_model_with_modelopt_spec(str(checkpoint))
+    said: list[str] = []
+    info = logging.info
+    logging.info = lambda text, *a, **k: said.append(str(text))
+    try:
+        Quantizer._generate_sample(model)
+    finally:
+        logging.info = info
+    return said[-1]
+
+
+def export_with_nemo(checkpoint, target) -> str:
+    """Export with NeMo's own ``export_ckpt``, in fp32."""
+    from nemo.lightning import io
+
+    return str(
+        io.api.export_ckpt(Path(checkpoint), "hf", Path(target), modelopt_export_kwargs={"dtype": torch.float32})
+    )
+
+
+def stage_on_two_ranks(target) -> str:
+    """Fail on rank 1 while all ranks export; return the class of the error of this rank."""
+    from nemo.collections.llm.modelopt.quantization.export import support
+    from test_code.support import tiny
+
+    tiny.init_parallel()
+    try:
+        with support.staged(Path(target), "test") as folder:
+            folder.mkdir(exist_ok=True)
+            if torch.distributed.get_rank() == 1:
+                raise OSError("disk full")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +173,7 @@ def test_nemo_checkpoint_of_two_tensor_ranks_reloads_anywhere(ranks, work, algor
 def test_a_quantized_checkpoint_generates(ranks, work):
     target = work / "nemo-generate"
     ranks(1).run(jobs.ptq, str(work / "llama"), str(target), quant=settings(work), export={"generate_sample": True})
-    (said,) = ranks(1).run(jobs.plain_restore_and_generate, str(target))
+    (said,) = ranks(1).run(plain_restore_and_generate, str(target))
     assert "Born in California, Soyer trained as a" in said
 
 
@@ -236,7 +288,7 @@ def test_calibrating_and_exporting_with_tensor_parallel(ranks, work, exported):
 def test_fp32_hf_checkpoint_through_nemos_export_is_exact(ranks, work, exported):
     nemo, _ = exported("fp8")
     hf = work / "exact-hf"
-    assert ranks(1).run(jobs.export_with_nemo, str(nemo), str(hf)) == [str(hf)]
+    assert ranks(1).run(export_with_nemo, str(nemo), str(hf)) == [str(hf)]
     assert_names_dtype(hf, "float32")
     assert_same_logits(*ranks(1).run(jobs.hf_logits, str(hf), str(nemo))[0])
 
@@ -253,7 +305,7 @@ def test_blocks_must_divide_the_inputs_of_a_checkpoint_that_is_exported_later(ra
     """As compress.py does: to NeMo's format first."""
     nemo, hf = work / "nemo-int4-128", work / "hf-int4-later"
     ranks(1).run(jobs.ptq, str(work / "llama"), str(nemo), "int4", "nemo", 1, 1, settings(work))
-    (answer,) = ranks(1).run(jobs.export_error, str(nemo), str(hf))
+    (answer,) = ranks(1).run(export_error, str(nemo), str(hf))
     assert answer[0] == "ModelOptConfigError" and not hf.exists()
     assert "blocks of 128 do not divide the 64 inputs of" in answer[1]
 
@@ -440,7 +492,7 @@ def test_staging_appears_only_when_it_ends_well(tmp_path):
 
 
 def test_a_failing_rank_takes_the_export_of_all_away(ranks, tmp_path):
-    answers = ranks(2).run(jobs.stage_on_two_ranks, str(tmp_path / "out"))
+    answers = ranks(2).run(stage_on_two_ranks, str(tmp_path / "out"))
     assert "ExportError" in answers[0] and "failed on another rank" in answers[0]
     assert answers[1] == "OSError: disk full"
     assert list(tmp_path.iterdir()) == []

@@ -2,15 +2,130 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
-from test_code.support import jobs_hf
+from test_code.support import jobs_hf, jobs_quant, jobs_state, ranks, tiny
+
+FAMILIES = ("llama", "llama-tied", "qwen2", "qwen3")
+
+
+def check_corrupted(folder, algorithm: str) -> dict[str, str]:
+    """Export a random Qwen2, then spoil a copy of the files in each way; return what the full check says of each.
+
+    The names are those of `CORRUPTIONS`, and "nothing" for the files as they are.
+    """
+    from nemo.collections.llm.modelopt.quantization.export import hf_verify, support
+
+    data = jobs_quant.corpus(Path(folder) / "text.jsonl")
+    # As many keys as queries, or q and k could not be mixed up.
+    checkpoint = jobs_hf.import_hf(jobs_hf.hf_model("qwen2", 0, num_key_value_heads=4), folder)
+    ranks.reset()
+    target = Path(folder) / "hf"
+    settings = {"algorithm": algorithm, "enable_kv_cache": False}
+    quantizer = jobs_state.quantizer_for(data, export={"path": str(target), "export_format": "hf"}, **settings)
+    model, trainer = jobs_state.restored(checkpoint)
+    quantizer.quantize(model)
+    quantizer.export(model, checkpoint, trainer)
+    found = {}
+    for name in ("nothing", *CORRUPTIONS):
+        spoiled = Path(folder) / "spoiled"
+        shutil.copytree(target, spoiled)
+        if name != "nothing" and not spoil(spoiled, CORRUPTIONS[name]):
+            found[name] = "does not apply"
+        else:
+            try:
+                hf_verify.check_logits(tiny.core(model), spoiled, torch.bfloat16)
+                found[name] = ""
+            except support.ExportError as error:
+                found[name] = str(error)
+        shutil.rmtree(spoiled)
+    return found
+
+
+def spoil(folder, change) -> bool:
+    """Change the tensors of a checkpoint's files; return whether there was anything to change.
+
+    Args:
+        folder: The checkpoint.
+        change: Changes a dictionary of tensors by name in place; returns whether it did.
+    """
+    from safetensors.torch import load_file, save_file
+
+    changed = False
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        tensors = load_file(file)
+        if change(tensors):
+            changed = True
+            save_file(tensors, file, metadata={"format": "pt"})
+    return changed
+
+
+def _scaled(suffix: str, layer: int = 1, factor: float = 1.01):
+    """Return a change of one scale, or one of its elements, of one matrix."""
+
+    def change(tensors) -> bool:
+        for name in [n for n in tensors if f"layers.{layer}." in n and n.endswith(suffix)]:
+            value = tensors[name].clone()
+            value.view(-1)[0] *= factor
+            tensors[name] = value
+            return True
+        return False
+
+    return change
+
+
+def _one_code(tensors) -> bool:
+    """Change one code of one matrix by the smallest amount."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    if name not in tensors:
+        return False
+    codes = tensors[name].clone()
+    codes.view(torch.uint8)[3, 5] ^= 1
+    tensors[name] = codes
+    return True
+
+
+def _swapped(tensors) -> bool:
+    """Swap the queries and the keys of one layer."""
+    names = [name for name in tensors if "layers.0.self_attn.q_proj." in name]
+    for name in names:
+        other = name.replace("q_proj", "k_proj")
+        tensors[name], tensors[other] = tensors[other], tensors[name]
+    return bool(names)
+
+
+def _set(suffix: str, value: float, layer: int = 1):
+    """Return a change that fills one tensor."""
+
+    def change(tensors) -> bool:
+        names = [name for name in tensors if f"layers.{layer}." in name and name.endswith(suffix)]
+        for name in names[:1]:
+            tensors[name] = torch.full_like(tensors[name], value)
+        return bool(names)
+
+    return change
+
+
+CORRUPTIONS = {
+    "one code": _one_code,
+    "one weight scale": _scaled("o_proj.weight_scale"),
+    "one second scale": _scaled("o_proj.weight_scale_2"),
+    "one input scale": _scaled("o_proj.input_scale"),
+    "one scale of the inputs": _scaled("o_proj.pre_quant_scale", factor=1.1),
+    "q and k swapped": _swapped,
+    "a norm without what was folded into it": _set("input_layernorm.weight", 1.0),
+    "one element of a norm": _scaled("post_attention_layernorm.weight", factor=1.1),
+    "a bias lost": _set("q_proj.bias", 0.0),
+}
 
 
 @pytest.mark.parametrize("algorithm", ["fp8", "int8", "int4_awq", "w4a8_awq"])
 def test_whatever_is_wrong_is_found(ranks, tmp_path, algorithm):
-    (found,) = ranks(1).run(jobs_hf.check_corrupted, str(tmp_path), algorithm)
+    (found,) = ranks(1).run(check_corrupted, str(tmp_path), algorithm)
     assert found.pop("nothing") == ""
     absent = {name for name, message in found.items() if message == "does not apply"}
     scales = {"one second scale", "one input scale", "one scale of the inputs"}
@@ -33,7 +148,7 @@ def test_whatever_is_wrong_is_found(ranks, tmp_path, algorithm):
 
 
 def check_families(pool, folder, seeds: list[int]) -> None:
-    for family in jobs_hf.FAMILIES:
+    for family in FAMILIES:
         (found,) = pool.run(jobs_hf.export_random, family, seeds, str(folder), timeout=60 + 60.0 * len(seeds))
         assert len(found) == len(seeds) * len(jobs_hf.ALGORITHMS)
         # A refusal is text.

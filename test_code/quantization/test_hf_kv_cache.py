@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,39 @@ from test_code.support import jobs_scales as jobs
 pytestmark = pytest.mark.skipif(not installed.KV_CACHE, reason="modelopt 0.37 keeps no quantizers of the KV cache")
 FAMILIES = ("llama", "qwen2", "qwen3")
 KV = ("k_proj.k_scale", "v_proj.v_scale")
+
+
+def compare_with_wrong_cache(nemo: str, folder: str) -> str:
+    """Compare a model with its checkpoint, which is right, and then with far too large scales of the cache.
+
+    Returns:
+        The error of the second comparison.
+    """
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from nemo.collections.llm.modelopt import setup_trainer_and_restore_model_with_modelopt_spec
+    from nemo.collections.llm.modelopt.quantization.export import hf_verify
+    from nemo.collections.llm.modelopt.quantization.export.support import ExportError
+    from test_code.support import tiny
+
+    model, _ = setup_trainer_and_restore_model_with_modelopt_spec(nemo)
+    core = tiny.core(model)
+    hf_verify.check_logits(core, Path(folder), torch.bfloat16)
+    wrong = Path(f"{folder}-wrong")
+    shutil.copytree(folder, wrong)
+    for file in wrong.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in [name for name in tensors if name.endswith((".k_scale", ".v_scale"))]:
+            # So large that all keys and values round to zero.
+            tensors[name] = tensors[name] * 2.0**14
+        save_file(tensors, file, metadata={"format": "pt"})
+    try:
+        hf_verify.check_logits(core, wrong, torch.bfloat16)
+    except ExportError as error:
+        return str(error)
+    return ""
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +155,7 @@ def forget_the_cache(folder) -> None:
 @pytest.mark.parametrize(("family", "algorithm"), [("qwen3", "fp8"), ("llama-large", "int4_awq")])
 def test_a_wrong_scale_of_the_cache_is_found(ranks, exported, family, algorithm):
     folder, _ = exported(family, algorithm)
-    message = ranks(1).run(jobs.compare_with_wrong_cache, f"{folder}-nemo", str(folder))[0]
+    message = ranks(1).run(compare_with_wrong_cache, f"{folder}-nemo", str(folder))[0]
     assert "logits are not those of the model in memory" in message
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +11,88 @@ import torch
 from test_code.support import installed, jobs_prune_after, jobs_quant
 from test_code.support import jobs_scales as jobs
 
+FAMILIES = ("llama", "llama-tied", "qwen2", "qwen3")
+
+
+class ZeroCentredNorm(torch.nn.LayerNorm):
+    """Nemotron's norm, which multiplies by one plus its weight, as Transformer Engine has it on GPUs."""
+
+    zero_centered_gamma = True
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_):
+        super().__init__(hidden_size, eps)
+
+    def forward(self, value):
+        """Return the normalized value."""
+        return torch.nn.functional.layer_norm(value, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+
+
+def nemotron_spec(config, **_):
+    """Return Megatron's local layers with Nemotron's norm."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+    layer = get_gpt_layer_local_spec(normalization="LayerNorm")
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = ZeroCentredNorm
+    return TransformerBlockSubmodules([layer] * config.num_layers, ZeroCentredNorm)
+
+
+def make_nemotron(path: str) -> str:
+    """Write a NeMo checkpoint of a tiny Nemotron: zero-centred layer norms with biases, and an MLP without gate."""
+    from nemo.collections.llm.fn.activation import squared_relu
+
+    return jobs.make(
+        path,
+        "Nemotron",
+        normalization="LayerNorm",
+        layernorm_zero_centered_gamma=True,
+        gated_linear_unit=False,
+        activation_func=squared_relu,
+        rotary_percent=0.5,
+        transformer_layer_spec=nemotron_spec,
+        kv_channels=16,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        cross_entropy_loss_fusion=False,
+        apply_rope_fusion=False,
+    )
+
+
+def make_tied_qwen2(path: str) -> str:
+    """Write a NeMo checkpoint of a tiny Qwen2 whose output layer shares the embedding's weight."""
+    return jobs.make(path, "Qwen2", share_embeddings_and_output_weights=True, add_qkv_bias=True)
+
+
+def fp32_export_and_logits(nemo: str, target: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Export a quantized checkpoint in fp32; return its logits, and those of the model as it is in memory."""
+    from nemo.collections.llm.modelopt import setup_trainer_and_restore_model_with_modelopt_spec
+    from nemo.collections.llm.modelopt.quantization.export import hf_verify
+    from nemo.collections.llm.modelopt.quantization.quantizer import export_hf_checkpoint
+    from test_code.support import tiny
+
+    model, _ = setup_trainer_and_restore_model_with_modelopt_spec(nemo)
+    export_hf_checkpoint(nemo, target, model=model, dtype=torch.float32)
+    tokens = torch.arange(3, 35).unsqueeze(0)
+    with torch.no_grad():
+        ours = tiny.core(model).eval()(tokens, torch.arange(32).unsqueeze(0), None)
+        return hf_verify.load(Path(target))(tokens).logits, ours
+
+
+def restore_error(checkpoint: str, tp: int) -> str:
+    """Restore a checkpoint at a tensor-parallel size that it cannot be restored at; return the error."""
+    from nemo.collections.llm.modelopt import ModelOptConfigError
+
+    try:
+        jobs_quant.restored_amax(checkpoint, tp)
+    except ModelOptConfigError as error:
+        return str(error)
+    return ""
+
 
 @pytest.fixture(scope="module")
 def work(ranks_factory, tmp_path_factory):
     folder = tmp_path_factory.mktemp("scales")
-    ranks_factory(1).run(jobs.import_all, str(folder), jobs.FAMILIES)
+    ranks_factory(1).run(jobs.import_all, str(folder), FAMILIES)
     jobs_quant.corpus(folder / "text.jsonl")
     return folder
 
@@ -55,7 +133,7 @@ def configurations(folder):
 
 
 @pytest.mark.parametrize("algorithm", ["fp8", "int4_awq"])
-@pytest.mark.parametrize("family", jobs.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_output_layer_is_listed_stored_or_not(exported, family, algorithm):
     folder, _ = exported(family, algorithm)
     stored, section = configurations(folder)
@@ -65,7 +143,7 @@ def test_the_output_layer_is_listed_stored_or_not(exported, family, algorithm):
 
 def test_the_configuration_says_whether_the_output_layer_is_tied(ranks, work):
     """NeMo's exporter of Qwen2 calls it untied, and readers would look for a weight that is not there."""
-    ranks(1).run(jobs.make_tied_qwen2, str(work / "qwen2-tied"))
+    ranks(1).run(make_tied_qwen2, str(work / "qwen2-tied"))
     ranks(1).run(jobs_quant.ptq, str(work / "qwen2-tied"), str(work / "tied"), "fp8", "hf", 1, 1, settings(work))
     assert json.loads((work / "tied" / "config.json").read_text())["tie_word_embeddings"] is True
     assert configurations(work / "tied")[0]["exclude_modules"] == ["lm_head"]
@@ -183,7 +261,7 @@ def test_scales_of_fused_layers_are_in_the_norms(exported, family, algorithm):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_folding_does_not_change_the_function(ranks, exported, tmp_path, family):
     folder, _ = exported(family, "int4_awq")
-    theirs, ours = ranks(1).run(jobs.fp32_export_and_logits, f"{folder}-nemo", str(tmp_path / "fp32"))[0]
+    theirs, ours = ranks(1).run(fp32_export_and_logits, f"{folder}-nemo", str(tmp_path / "fp32"))[0]
     # fp32 on both sides and no rounded inputs: what is left is the order of sums.
     assert float((theirs - ours).norm() / ours.norm()) < 1e-5
 
@@ -214,7 +292,7 @@ def test_files_are_the_same_in_every_layout(ranks, exported, tmp_path, family, a
 def test_nemotron_has_scales_in_zero_centred_norms_with_biases(ranks, work):
     """Its MLP has no gate, so readers load the up projection by itself, with its scale."""
     target = work / "nemotron-hf"
-    ranks(1).run(jobs.make_nemotron, str(work / "nemotron"))
+    ranks(1).run(make_nemotron, str(work / "nemotron"))
     more = settings(work, enable_kv_cache=installed.KV_CACHE)
     memory = ranks(1).run(jobs.export_both, str(work / "nemotron"), str(target), "int4_awq", more)[0]
     assert json.loads((target / "config.json").read_text())["architectures"] == ["NemotronForCausalLM"]
@@ -369,7 +447,7 @@ def test_blocks_are_restored_only_at_a_size_that_has_the_same_ones(ranks, work):
     ranks(1).run(jobs_quant.ptq, str(work / "llama"), str(target), "int4_awq", "nemo", 1, 1, more)
     ranks(1).run(jobs_quant.restored_amax, str(target))
     ranks(2).run(jobs_quant.restored_amax, str(target), 1, 2)
-    message = ranks(2).run(jobs.restore_error, str(target), 2)[0]
+    message = ranks(2).run(restore_error, str(target), 2)[0]
     assert (
         "quantized in blocks of 64 inputs at tensor parallel size 1. At size 2 ranks would cut the 64 inputs of"
         in message

@@ -6,13 +6,75 @@ import json
 import re
 
 import pytest
+import torch
 
-from test_code.support import installed, jobs_quant
-from test_code.support import jobs_ptq_report as jobs
+from test_code.support import installed, jobs_quant, jobs_state
 
 FP8 = {"algorithm": "fp8", "sensitivity_scan": True}
 W4A8 = {"algorithm": "w4a8_awq", "awq_block_size": 16}
 ERRORS = ("weight_sqnr_db", "activation_sqnr_db")
+
+
+def report_of(checkpoint, data, tp=1, pp=1, **settings) -> dict:
+    """Quantize and return the report."""
+    quantizer = jobs_state.quantizer_for(data, **settings)
+    model, _ = jobs_state.restored(checkpoint, tp, pp)
+    quantizer.quantize(model)
+    return quantizer.report
+
+
+def reports(checkpoint, data, tp, pp, runs) -> list[dict]:
+    """Return the report of each run, in groups of their own."""
+    from test_code.support import ranks
+
+    found = []
+    for index, settings in enumerate(runs):
+        if index:
+            ranks.reset()
+        found.append(report_of(checkpoint, data, tp, pp, **settings))
+    return found
+
+
+def exported_report(checkpoint, data, out, report_path, fmt="nemo", **settings) -> dict:
+    """Quantize, export with a report, and return what the quantizer holds."""
+    export = {"path": str(out), "export_format": fmt, "report_path": str(report_path)}
+    quantizer = jobs_state.quantizer_for(data, export=export, **settings)
+    model, trainer = jobs_state.restored(checkpoint)
+    quantizer.quantize(model)
+    quantizer.export(model, str(checkpoint), trainer)
+    return quantizer.report
+
+
+def by_hand(checkpoint, data, layer: str) -> dict[str, float]:
+    """Return errors of one layer and KL(original || quantized), computed from whole tensors and logits."""
+    from test_code.support import tiny
+
+    quantizer = jobs_state.quantizer_for(data, layer_errors=False)
+    original, _ = jobs_state.restored(checkpoint)
+    _, batches = quantizer._read_rows(original)
+    core = tiny.core(original).eval()
+
+    def logits(model):
+        with torch.no_grad():
+            outputs = [model(b, torch.arange(b.shape[1]).expand(b.shape), None) for b in batches]
+        return torch.cat([out.double().flatten(0, 1) for out in outputs]).log_softmax(-1)
+
+    before = logits(core)
+    quantizer.quantize(original)
+    module = core.get_submodule(layer)
+    seen = []
+    module.input_quantizer.register_forward_hook(lambda _, args, out: seen.append((args[0].double(), out.double())))
+    after = logits(core)
+    ratio = {}
+    with torch.no_grad():
+        pairs = {"weight": [(module.weight.double(), module.weight_quantizer(module.weight).double())]}
+    pairs["activation"] = seen[: len(batches)][:4]
+    for kind, values in pairs.items():
+        signal = sum(float((x**2).sum()) for x, _ in values)
+        noise = sum(float(((x - q) ** 2).sum()) for x, q in values)
+        ratio[f"{kind}_sqnr_db"] = 10 * float(torch.tensor(signal / noise, dtype=torch.float64).log10())
+    kl = float((before.exp() * (before - after)).sum(-1).mean())
+    return {**ratio, "kl_to_original": kl, "batches": len(batches)}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +93,7 @@ def paths(work) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def one_rank(ranks_factory, work):
     runs = [FP8, W4A8, {"algorithm": "int4", "layer_errors": False}]
-    return ranks_factory(1).run(jobs.reports, *paths(work), 1, 1, runs)[0]
+    return ranks_factory(1).run(reports, *paths(work), 1, 1, runs)[0]
 
 
 def worst(row) -> float:
@@ -61,7 +123,7 @@ def test_every_layer_is_there_worst_first(one_rank):
 
 def test_the_figures_are_those_of_the_definitions(ranks, work, one_rank):
     layer = "decoder.layers.1.mlp.linear_fc1"
-    expected = ranks(1).run(jobs.by_hand, *paths(work), layer)[0]
+    expected = ranks(1).run(by_hand, *paths(work), layer)[0]
     row = next(row for row in one_rank[0]["layers"] if row["layer"] == layer)
     for key in ERRORS:
         # Rounded to two digits; sums in fp32.
@@ -72,7 +134,7 @@ def test_the_figures_are_those_of_the_definitions(ranks, work, one_rank):
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (1, 1)], ids=["tp2", "pp2", "dp2"])
 def test_layouts_report_as_one_rank_does(ranks, work, one_rank, tp, pp):
-    for (report,) in ranks(2).run(jobs.reports, *paths(work), tp, pp, [FP8]):
+    for (report,) in ranks(2).run(reports, *paths(work), tp, pp, [FP8]):
         rows = {row["layer"]: row for row in report["layers"]}
         assert set(rows) == {row["layer"] for row in one_rank[0]["layers"]}
         for row in one_rank[0]["layers"]:
@@ -100,7 +162,7 @@ def test_the_sensitivity_scan_quantizes_one_group_at_a_time(one_rank):
 def test_files_and_sizes(ranks, work):
     out, folder = work / "out", work / "out.report"
     settings = {"sensitivity_scan": True, "algorithm": "int8"}
-    report = ranks(1).run(jobs.exported_report, *paths(work), str(out), str(folder), **settings)[0]
+    report = ranks(1).run(exported_report, *paths(work), str(out), str(folder), **settings)[0]
     assert {p.name for p in folder.iterdir()} == {".nemo-modelopt.json", "report.json", "report.html", "figures"}
     assert {p.name for p in (folder / "figures").iterdir()} == {"sqnr.png", "sensitivity.png"}
     assert {p.name for p in out.iterdir()} == {".nemo-modelopt.json", "weights", "context"}

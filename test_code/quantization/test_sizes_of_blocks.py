@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_modelopt_cli.compress import plan
+from nemo.collections.llm.modelopt import ModelOptConfigError
+from nemo_modelopt_cli.compress import jobs, plan
 from nemo_modelopt_cli.compress import settings as job_settings
 from nemo_modelopt_dropin.preflight import model_checks, model_sizes
 from nemo_modelopt_dropin.preflight.model_sizes import Shape
@@ -17,6 +18,20 @@ from test_code.support import command_lines, jobs_compress
 
 MODEL = Shape("GPT", 4, 512, 1536, 16, 4, 32, 256, gated=True)
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+
+_AWQ_HF = {"algorithm": "int4_awq", "formats": ("nemo", "hf")}
+
+
+def quantize_too_wide(folder: str, blocks: int) -> tuple[str, str]:
+    """Return the errors with which distillation and quantization start for a student that blocks do not divide."""
+    here, found = Path(folder), []
+    job = jobs_compress._pruning(here, {}, {"target_num_layers": 2}, {**_AWQ_HF, "awq_block_size": blocks})
+    for work, more in ((jobs.distill, (here, None)), (jobs.quantize, (here,))):
+        try:
+            work(here / "no such stage", job, here / "checkpoint", *more)
+        except ModelOptConfigError as error:
+            found.append(str(error))
+    return found[0], found[1]
 
 
 @given(
@@ -148,7 +163,7 @@ def test_a_real_search_keeps_to_the_blocks(ranks, tmp_path):
     found = model_sizes.read(Path(folder) / "pruned" / "checkpoint")
     assert found.parameters <= 0.7 * model_sizes.read(Path(folder) / "checkpoint").parameters
     assert model_checks.block_problems(found, 1, 32) == []
-    for error in ranks(1).run(jobs_compress.quantize_too_wide, folder, 48, timeout=240)[0]:
+    for error in ranks(1).run(quantize_too_wide, folder, 48, timeout=240)[0]:
         assert (
             "blocks of 48 (awq-block-size) do not divide the 64 inputs" in error and "use --awq-block-size 16" in error
         )

@@ -2,16 +2,112 @@
 
 from __future__ import annotations
 
+import os
+import runpy
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
 
-from test_code.support import jobs_docs
+from test_code.support import jobs_quant, ranks, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 # "console" is a transcript: it needs a cluster, a GPU, a network or the reader's own files.
 RUN, SHOWN = {"python", "bash", "yaml", "json"}, {"console", "text"}
+
+ROOT_OF_JOBS = Path(__file__).resolve().parents[2]
+
+
+def prepare(folder: str) -> None:
+    """Write what the pages take for granted: a NeMo checkpoint, a Hugging Face Llama, and texts."""
+    import json
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    jobs_quant.make_checkpoint(f"{folder}/my_checkpoint", llama=True, steps=2)
+    ranks.reset()
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "max_position_embeddings": 256}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=tiny.VOCABULARY, tie_word_embeddings=False, **heads, **sizes))
+    llama.save_pretrained(f"{folder}/my_hf_llama")
+    tiny.tokenizer().tokenizer.save_pretrained(f"{folder}/my_hf_llama")
+    texts = tiny.texts(220)
+    for name, rows in (("texts", texts[:160]), ("heldout", texts[160:])):
+        lines = "".join(json.dumps({"text": row}) + "\n" for row in rows)
+        Path(folder, f"{name}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def run_page(blocks: list[tuple[str, str, str]], folder: str) -> list[str]:
+    """Run the blocks (language, title, code) in ``folder``; return those that ran.
+
+    Python blocks share one namespace. Our own scripts run in this process where they need one rank, as NeMo is
+    imported here already; any other command goes to bash.
+    """
+    import json
+
+    import tomllib
+
+    done = []
+    namespace: dict = {"__name__": "__main__"}
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        for language, title, code in blocks:
+            if language in ("yaml", "json", "toml"):
+                {"yaml": _yaml, "json": json.loads, "toml": tomllib.loads}[language](code)
+                if title:
+                    Path(title).write_text(code, encoding="utf-8")
+            elif language == "python":
+                exec(compile(code, title or "<block>", "exec"), namespace)
+                ranks.reset()
+            else:
+                for command in _commands(code):
+                    _run(command)
+            done.append(language)
+    finally:
+        os.chdir(before)
+    return done
+
+
+def _yaml(code: str) -> None:
+    import yaml
+
+    yaml.safe_load(code)
+
+
+def _commands(code: str) -> list[str]:
+    lines = code.replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def _run(command: str) -> None:
+    words = shlex.split(command, comments=True)
+    path = ROOT_OF_JOBS / words[1] if len(words) > 1 else ROOT_OF_JOBS
+    one_rank = not {"--devices", "--config"} & set(words) and path.name not in ("compress.py", "demo.py")
+    if words[0] == "python" and path.suffix == ".py" and path.is_file() and one_rank:
+        argv, sys.argv = sys.argv, [str(path), *words[2:]]
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as stop:
+            assert not stop.code, f"{command} ended with {stop.code}"
+        finally:
+            sys.argv = argv
+        ranks.reset()
+        return
+    words = [
+        str(ROOT_OF_JOBS / word) if (ROOT_OF_JOBS / word).is_file() and word.endswith(".py") else word for word in words
+    ]
+    if words[0] == "python":
+        words[0] = sys.executable
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "LOCAL_", "WORLD_", "GROUP_", "MASTER_"))}
+    plain.pop("TORCHELASTIC_RUN_ID", None)
+    found = subprocess.run(words, env=plain, capture_output=True, text=True, timeout=400)
+    assert found.returncode == 0, f"{command}\n{found.stdout[-3000:]}\n{found.stderr[-3000:]}"
 
 
 def _blocks(page: Path) -> list[tuple[str, str, str]]:
@@ -36,7 +132,7 @@ def test_every_block_says_what_it_is(page):
 @pytest.fixture(scope="module")
 def prepared(ranks_factory, tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
-    ranks_factory(1).run(jobs_docs.prepare, str(folder))
+    ranks_factory(1).run(prepare, str(folder))
     return folder
 
 
@@ -45,7 +141,7 @@ def test_page(page, prepared, ranks, tmp_path):
     for item in prepared.iterdir():
         (tmp_path / item.name).symlink_to(item)
     blocks = [block for block in _blocks(page) if block[0] in RUN]
-    assert ranks(1).run(jobs_docs.run_page, blocks, str(tmp_path), timeout=500)[0] == [b[0] for b in blocks]
+    assert ranks(1).run(run_page, blocks, str(tmp_path), timeout=500)[0] == [b[0] for b in blocks]
 
 
 @pytest.mark.parametrize("example", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
@@ -53,4 +149,4 @@ def test_example(example, prepared, ranks, tmp_path):
     for item in prepared.iterdir():
         (tmp_path / item.name).symlink_to(item)
     block = [("bash", "", f"python examples/{example}")]
-    assert ranks(1).run(jobs_docs.run_page, block, str(tmp_path), timeout=500)[0] == ["bash"]
+    assert ranks(1).run(run_page, block, str(tmp_path), timeout=500)[0] == ["bash"]

@@ -7,11 +7,41 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock, patch
 
 import pytest
+import torch
 
 from test_code.drop_in.speculative import TestSpeculativeDecoding  # noqa: F401
 from test_code.support import jobs_prune as jobs
 
 MODULE = "nemo.collections.llm.modelopt.speculative.model_transform"
+
+
+def medusa():
+    """Add Medusa heads to a real model; return the number of heads, whether logits stay, and the errors that follow."""
+    from nemo.collections.llm.modelopt.speculative import apply_speculative_decoding
+    from test_code.support import tiny
+
+    model, _, _ = jobs.build()
+    before = jobs.logits(model)
+    with torch.no_grad():
+        assert apply_speculative_decoding(model, "medusa") is model
+        apply_speculative_decoding(model, "medusa")
+    errors = []
+    try:
+        apply_speculative_decoding(model, "eagle3")
+    except ValueError as error:
+        errors.append(str(error))
+    return len(tiny.core(model).medusa_heads), torch.allclose(before, jobs.logits(model)), errors
+
+
+def eagle_without_transformer_engine() -> str:
+    from nemo.collections.llm.modelopt.speculative import apply_speculative_decoding
+
+    model, _, _ = jobs.build()
+    try:
+        apply_speculative_decoding(model, "eagle3")
+    except ValueError as error:
+        return str(error)
+    return "converted"
 
 
 @pytest.fixture
@@ -114,12 +144,12 @@ def test_an_algorithm_that_modelopt_lacks(transform):
 
 
 def test_medusa_heads_on_a_real_model(ranks):
-    heads, same_logits, errors = ranks(1).run(jobs.medusa)[0]
+    heads, same_logits, errors = ranks(1).run(medusa)[0]
     assert heads == 2
     assert same_logits
     assert "different mode: 'medusa'" in errors[0]
 
 
 def test_eagle_without_transformer_engine_is_refused_clearly(ranks):
-    message = ranks(1).run(jobs.eagle_without_transformer_engine)[0]
+    message = ranks(1).run(eagle_without_transformer_engine)[0]
     assert "Transformer Engine" in message

@@ -10,13 +10,10 @@ import torch
 
 from nemo import lightning as nl
 from nemo.collections import llm
-from nemo.collections.llm.modelopt import ModelOptConfigError
 from nemo_modelopt_cli import tokens
-from nemo_modelopt_cli.compress import heldout, jobs, training
+from nemo_modelopt_cli.compress import jobs, training
 from nemo_modelopt_cli.compress.settings import Job, Layout, Pruning, Quantization
 from test_code.support import tiny
-
-_AWQ_HF = {"algorithm": "int4_awq", "formats": ("nemo", "hf")}
 
 
 def make_teacher(folder: str, in_bf16: bool = False, llama: bool = False) -> None:
@@ -58,21 +55,3 @@ def prune(folder: str, layout: dict, pruning: dict, quantization: dict | None = 
     """Return what the stage that prunes reports of the tiny teacher, pruned below ``folder``/pruned."""
     here = Path(folder)
     return jobs.prune(here / "pruned", _pruning(here, layout, pruning, quantization), here / "pruned")
-
-
-def quantize_too_wide(folder: str, blocks: int) -> tuple[str, str]:
-    """Return the errors with which distillation and quantization start for a student that blocks do not divide."""
-    here, found = Path(folder), []
-    job = _pruning(here, {}, {"target_num_layers": 2}, {**_AWQ_HF, "awq_block_size": blocks})
-    for work, more in ((jobs.distill, (here, None)), (jobs.quantize, (here,))):
-        try:
-            work(here / "no such stage", job, here / "checkpoint", *more)
-        except ModelOptConfigError as error:
-            found.append(str(error))
-    return found[0], found[1]
-
-
-def measure(folder: str, layout: dict) -> dict:
-    """Return what `heldout.measure` finds under a layout."""
-    here = Path(folder)
-    return heldout.measure(here / "checkpoint", here / "heldout.npy", Layout(cpu=True, **layout), 32, 4)

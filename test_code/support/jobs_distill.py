@@ -246,64 +246,6 @@ def kl_loss_against_plugin():
     return mine, theirs
 
 
-# --- teacher and pipeline ---
-
-
-def load_teacher(path, where="", after_fit=False):
-    """Save a teacher on one rank each, load it with TP=2, and return (prefix in the file, differences, left random)."""
-    from nemo.collections.llm.modelopt import _saved_keys
-    from nemo.collections.llm.modelopt.distill.utils import teacher_provider
-
-    own = os.path.join(teacher(path, after_fit), where)
-    trainer = tiny.trainer(tp=2)
-    holder = tiny.model(perform_initialization=False)
-    trainer.strategy.connect(holder)
-    trainer.strategy._lightning_module = holder
-    trainer.strategy.trainer = trainer
-    tiny.init_parallel(tp=2)
-    config = tiny.config(tensor_model_parallel_size=2, perform_initialization=False)
-    model = teacher_provider(config, own, tiny.tokenizer(), trainer)
-    again = teacher_provider(tiny.config(tensor_model_parallel_size=2), own, tiny.tokenizer(), trainer)
-    pairs = zip(model.named_parameters(), again.parameters(), strict=True)
-    differences = {name: float((a - b).abs().max()) for (name, a), b in pairs}
-    unset = [name for name, a in model.named_parameters() if not a.isfinite().all()]
-    return _saved_keys.saved_prefix(_saved_keys.saved_keys(own)), differences, unset
-
-
-def pipeline_shapes():
-    """Return what Megatron's own shapes become at PP=2, and where the student's part ends."""
-    import modelopt.torch.distill as mtd
-    from megatron.core import parallel_state
-    from megatron.core.pipeline_parallel.schedules import get_tensor_shapes
-
-    from nemo.collections.llm.modelopt.distill.utils import (
-        DistillationConfig,
-        adjust_distillation_model_for_mcore,
-        get_tensor_shapes_adjust_fn_for_distillation,
-        load_distillation_config,
-    )
-
-    tiny.init_parallel(pp=2)
-    student_config, teacher_config = (
-        tiny.config(hidden_size=hidden, pipeline_model_parallel_size=2) for hidden in (32, 64)
-    )
-    student, teacher_model = (c.configure_model(tiny.tokenizer()) for c in (student_config, teacher_config))
-    settings = load_distillation_config(DistillationConfig(), student_config, teacher_config)
-    kd = {"teacher_model": teacher_model, "criterion": settings.criterion, "loss_balancer": settings.loss_balancer}
-    model = mtd.convert(student, mode=[("kd_loss", kd)])
-    adjust_distillation_model_for_mcore(model, settings)
-    own = get_tensor_shapes(
-        seq_length=32,
-        micro_batch_size=2,
-        decoder_seq_length=None,
-        config=student_config,
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
-        cp_group=parallel_state.get_context_parallel_group(),
-    )
-    recv, send = get_tensor_shapes_adjust_fn_for_distillation([model], 32, 2, None, False)(list(own), list(own))
-    return recv, send, model._tensor_split_idx
-
-
 # --- behaviour of whole trainings ---
 
 

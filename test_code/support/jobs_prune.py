@@ -612,35 +612,6 @@ def generate(path: str) -> list[str]:
     )
 
 
-def medusa():
-    """Add Medusa heads to a real model; return the number of heads, whether logits stay, and the errors that follow."""
-    from nemo.collections.llm.modelopt.speculative import apply_speculative_decoding
-    from test_code.support import tiny
-
-    model, _, _ = build()
-    before = logits(model)
-    with torch.no_grad():
-        assert apply_speculative_decoding(model, "medusa") is model
-        apply_speculative_decoding(model, "medusa")
-    errors = []
-    try:
-        apply_speculative_decoding(model, "eagle3")
-    except ValueError as error:
-        errors.append(str(error))
-    return len(tiny.core(model).medusa_heads), torch.allclose(before, logits(model)), errors
-
-
-def eagle_without_transformer_engine() -> str:
-    from nemo.collections.llm.modelopt.speculative import apply_speculative_decoding
-
-    model, _, _ = build()
-    try:
-        apply_speculative_decoding(model, "eagle3")
-    except ValueError as error:
-        return str(error)
-    return "converted"
-
-
 def callbacks_that_validation_adds():
     """Prune while each validation adds a callback, as NeMo's telemetry does; return those before and afterwards."""
     import lightning.pytorch as pl

@@ -149,15 +149,6 @@ def ptq_error(*args, **kwargs) -> tuple[str, str, bool]:
     raise AssertionError("the export did not fail")
 
 
-def export_error(nemo, hf) -> tuple[str, str]:
-    """Export a quantized NeMo checkpoint with NeMo's own function, which must fail; return the error."""
-    try:
-        export_with_nemo(nemo, hf)
-    except Exception as error:
-        return type(error).__name__, str(error)
-    raise AssertionError("the export did not fail")
-
-
 def hf_logits(folder, checkpoint) -> tuple:
     """Return the `Logits` of the Hugging Face checkpoint and of the fake-quantized NeMo checkpoint."""
     from nemo.collections.llm.modelopt import setup_trainer_and_restore_model_with_modelopt_spec
@@ -199,23 +190,6 @@ def export_loaded(checkpoint, target, tp: int = 1, pp: int = 1) -> None:
         str(checkpoint), tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, devices=tp * pp
     )
     assert export_hf_checkpoint(str(checkpoint), str(target), model=model) == Path(target)
-
-
-def plain_restore_and_generate(checkpoint) -> str:
-    """Generate a sample from a quantized checkpoint with the Quantizer's own function."""
-    from nemo.utils import logging
-
-    from nemo.collections.llm.modelopt import Quantizer, setup_trainer_and_restore_model_with_modelopt_spec
-
-    model, _ = setup_trainer_and_restore_model_with_modelopt_spec(str(checkpoint))
-    said: list[str] = []
-    info = logging.info
-    logging.info = lambda text, *a, **k: said.append(str(text))
-    try:
-        Quantizer._generate_sample(model)
-    finally:
-        logging.info = info
-    return said[-1]
 
 
 def spec_after(name: str) -> str:
@@ -260,15 +234,6 @@ def quantize_with_loop(checkpoint) -> dict:
     return {"report": quantizer.report, "log": said}
 
 
-def export_with_nemo(checkpoint, target) -> str:
-    """Export with NeMo's own ``export_ckpt``, in fp32."""
-    from nemo.lightning import io
-
-    return str(
-        io.api.export_ckpt(Path(checkpoint), "hf", Path(target), modelopt_export_kwargs={"dtype": torch.float32})
-    )
-
-
 def plain_logits(folder, checkpoint) -> tuple[torch.Tensor, torch.Tensor]:
     """Return logits of a plain Hugging Face checkpoint as `transformers` loads it, and of the NeMo checkpoint."""
     from transformers import AutoModelForCausalLM
@@ -282,22 +247,6 @@ def plain_logits(folder, checkpoint) -> tuple[torch.Tensor, torch.Tensor]:
         theirs = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)(tokens).logits
         ours = tiny.core(model).eval()(tokens, torch.arange(32).unsqueeze(0), None)
     return theirs, ours
-
-
-def stage_on_two_ranks(target) -> str:
-    """Fail on rank 1 while all ranks export; return the class of the error of this rank."""
-    from nemo.collections.llm.modelopt.quantization.export import support
-    from test_code.support import tiny
-
-    tiny.init_parallel()
-    try:
-        with support.staged(Path(target), "test") as folder:
-            folder.mkdir(exist_ok=True)
-            if torch.distributed.get_rank() == 1:
-                raise OSError("disk full")
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "none"
 
 
 def train_quantized(checkpoint, steps: int = 24) -> list[float]:

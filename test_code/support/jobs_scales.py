@@ -10,7 +10,6 @@ import torch
 
 from test_code.support import jobs_quant
 
-FAMILIES = ("llama", "llama-tied", "qwen2", "qwen3")
 _SIZES = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -66,50 +65,6 @@ def import_family(folder: str, family: str, seed: int = 0) -> str:
     return target
 
 
-class ZeroCentredNorm(torch.nn.LayerNorm):
-    """Nemotron's norm, which multiplies by one plus its weight, as Transformer Engine has it on GPUs."""
-
-    zero_centered_gamma = True
-
-    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_):
-        super().__init__(hidden_size, eps)
-
-    def forward(self, value):
-        """Return the normalized value."""
-        return torch.nn.functional.layer_norm(value, self.normalized_shape, self.weight + 1, self.bias, self.eps)
-
-
-def nemotron_spec(config, **_):
-    """Return Megatron's local layers with Nemotron's norm."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-
-    layer = get_gpt_layer_local_spec(normalization="LayerNorm")
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = ZeroCentredNorm
-    return TransformerBlockSubmodules([layer] * config.num_layers, ZeroCentredNorm)
-
-
-def make_nemotron(path: str) -> str:
-    """Write a NeMo checkpoint of a tiny Nemotron: zero-centred layer norms with biases, and an MLP without gate."""
-    from nemo.collections.llm.fn.activation import squared_relu
-
-    return make(
-        path,
-        "Nemotron",
-        normalization="LayerNorm",
-        layernorm_zero_centered_gamma=True,
-        gated_linear_unit=False,
-        activation_func=squared_relu,
-        rotary_percent=0.5,
-        transformer_layer_spec=nemotron_spec,
-        kv_channels=16,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        cross_entropy_loss_fusion=False,
-        apply_rope_fusion=False,
-    )
-
-
 def make_moe(path: str) -> str:
     """Write a NeMo checkpoint of a tiny mixture of experts of Qwen3."""
     return make(
@@ -126,11 +81,6 @@ def make_moe(path: str) -> str:
         moe_permute_fusion=False,
         moe_router_load_balancing_type="none",
     )
-
-
-def make_tied_qwen2(path: str) -> str:
-    """Write a NeMo checkpoint of a tiny Qwen2 whose output layer shares the embedding's weight."""
-    return make(path, "Qwen2", share_embeddings_and_output_weights=True, add_qkv_bias=True)
 
 
 def make(path: str, family: str, **overrides) -> str:
@@ -223,62 +173,3 @@ def state_of(model) -> dict[str, torch.Tensor]:
     core = tiny.core(model)
     wanted = ("layernorm.weight", "layernorm.bias", "_pre_quant_scale", "_quantizer._amax")
     return {name: value.detach().clone() for name, value in core.state_dict().items() if name.endswith(wanted)}
-
-
-def fp32_export_and_logits(nemo: str, target: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Export a quantized checkpoint in fp32; return its logits, and those of the model as it is in memory."""
-    from nemo.collections.llm.modelopt import setup_trainer_and_restore_model_with_modelopt_spec
-    from nemo.collections.llm.modelopt.quantization.export import hf_verify
-    from nemo.collections.llm.modelopt.quantization.quantizer import export_hf_checkpoint
-    from test_code.support import tiny
-
-    model, _ = setup_trainer_and_restore_model_with_modelopt_spec(nemo)
-    export_hf_checkpoint(nemo, target, model=model, dtype=torch.float32)
-    tokens = torch.arange(3, 35).unsqueeze(0)
-    with torch.no_grad():
-        ours = tiny.core(model).eval()(tokens, torch.arange(32).unsqueeze(0), None)
-        return hf_verify.load(Path(target))(tokens).logits, ours
-
-
-def compare_with_wrong_cache(nemo: str, folder: str) -> str:
-    """Compare a model with its checkpoint, which is right, and then with far too large scales of the cache.
-
-    Returns:
-        The error of the second comparison.
-    """
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
-    from nemo.collections.llm.modelopt import setup_trainer_and_restore_model_with_modelopt_spec
-    from nemo.collections.llm.modelopt.quantization.export import hf_verify
-    from nemo.collections.llm.modelopt.quantization.export.support import ExportError
-    from test_code.support import tiny
-
-    model, _ = setup_trainer_and_restore_model_with_modelopt_spec(nemo)
-    core = tiny.core(model)
-    hf_verify.check_logits(core, Path(folder), torch.bfloat16)
-    wrong = Path(f"{folder}-wrong")
-    shutil.copytree(folder, wrong)
-    for file in wrong.glob("*.safetensors"):
-        tensors = load_file(file)
-        for name in [name for name in tensors if name.endswith((".k_scale", ".v_scale"))]:
-            # So large that all keys and values round to zero.
-            tensors[name] = tensors[name] * 2.0**14
-        save_file(tensors, file, metadata={"format": "pt"})
-    try:
-        hf_verify.check_logits(core, wrong, torch.bfloat16)
-    except ExportError as error:
-        return str(error)
-    return ""
-
-
-def restore_error(checkpoint: str, tp: int) -> str:
-    """Restore a checkpoint at a tensor-parallel size that it cannot be restored at; return the error."""
-    from nemo.collections.llm.modelopt import ModelOptConfigError
-
-    try:
-        jobs_quant.restored_amax(checkpoint, tp)
-    except ModelOptConfigError as error:
-        return str(error)
-    return ""
