@@ -311,7 +311,7 @@ class TestRefused:
         output = tmp_path / kwargs.pop("output", "new")
         if "settings" in kwargs:
             kwargs["settings"] = str(tmp_path / kwargs["settings"])
-        found = ranks(1).run(refusal, "record", str(folder / "teacher"), str(output), **kwargs)[0]
+        found = ranks(1).run(refusal, "record_on_ranks", str(folder / "teacher"), str(output), **kwargs)[0]
         assert re.search(message, found), found
         assert sorted(path.name for path in tmp_path.iterdir()) == ["pair.yaml", "teacher"]
 

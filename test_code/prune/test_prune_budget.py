@@ -527,7 +527,7 @@ class TestReport:
         assert all(curve == sorted(curve, reverse=True) for curve in written["hparam_scores"]["hidden_size"].values())
         assert min(written["forward_seconds"].values()) > 0
         page = (folder / "report.html").read_text()
-        for text in ("flops per token", "Candidates", "Importance of the layers", "kept"):
+        for text in ("flops per token", "Candidates", "Importance of layers", "kept"):
             assert text in page
         figures = {path.stem for path in (folder / "figures").glob("*.png")}
         assert {"candidates", "layer_scores", "scores_ffn_hidden_size"} <= figures

@@ -18,8 +18,6 @@ ROOT = Path(__file__).resolve().parents[2]
 # "console" is a transcript: it needs a cluster, a GPU, a network or the reader's own files.
 RUN, SHOWN = {"python", "bash", "yaml", "json"}, {"console", "text"}
 
-ROOT_OF_JOBS = Path(__file__).resolve().parents[2]
-
 
 def prepare(folder: str) -> None:
     """Write what the pages take for granted: a NeMo checkpoint, a Hugging Face Llama, and texts."""
@@ -87,7 +85,7 @@ def _commands(code: str) -> list[str]:
 
 def _run(command: str) -> None:
     words = shlex.split(command, comments=True)
-    path = ROOT_OF_JOBS / words[1] if len(words) > 1 else ROOT_OF_JOBS
+    path = ROOT / words[1] if len(words) > 1 else ROOT
     one_rank = not {"--devices", "--config"} & set(words) and path.name not in ("compress.py", "demo.py")
     if words[0] == "python" and path.suffix == ".py" and path.is_file() and one_rank:
         argv, sys.argv = sys.argv, [str(path), *words[2:]]
@@ -99,9 +97,7 @@ def _run(command: str) -> None:
             sys.argv = argv
         ranks.reset()
         return
-    words = [
-        str(ROOT_OF_JOBS / word) if (ROOT_OF_JOBS / word).is_file() and word.endswith(".py") else word for word in words
-    ]
+    words = [str(ROOT / word) if (ROOT / word).is_file() and word.endswith(".py") else word for word in words]
     if words[0] == "python":
         words[0] = sys.executable
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "LOCAL_", "WORLD_", "GROUP_", "MASTER_"))}
