@@ -116,6 +116,13 @@ def test_the_page_carries_the_numbers_of_report_json(folder, content, page):
     assert "1.2 MB" in page.cells  # the exported file
 
 
+def test_the_documentation_lists_the_keys_of_report_json(content):
+    text = (Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8")
+    table = text.partition("| key | content |")[2].partition("\n\n")[0]
+    keys = [key for row in table.splitlines()[2:] for key in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(keys) == sorted(content)
+
+
 def test_the_page_asks_the_network_for_nothing(page):
     assert all(address.startswith("data:") for address in page.addresses)
     specifications = json.loads(page.scripts["specifications"])
