@@ -31,7 +31,7 @@ def charts(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return every figure for which the report has data, as `figures` does."""
     makers = {
         "heldout_by_stage": (
-            "Held-out loss by stage",
+            "Held-out loss by job step",
             "Nats per token on documents that were not used for training, measured the same way for every checkpoint.",
             _by_model,
         ),
@@ -72,7 +72,7 @@ def charts(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             report_figures.weight_error,
         ),
         "sizes": ("Parameters", "Body: all parameters except embedding and output layer.", _sizes),
-        "times": ("Time by stage", "Wall-clock seconds of the attempt that completed.", _times),
+        "times": ("Time by job step", "Wall-clock seconds of the attempt that completed.", _times),
     }
     return figures({name: (title, caption, maker(content)) for name, (title, caption, maker) in makers.items()})
 

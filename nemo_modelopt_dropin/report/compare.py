@@ -77,7 +77,7 @@ def numbers(contents: list[dict[str, Any]]) -> list[dict[str, str]]:
             if any(value is not None for value in pair):
                 found.append({"model": name, "number": title, **_pair(pair, as_text)})
     exact = [content["total_seconds"] for content in contents]
-    return found + [{"model": "all stages", "number": "time", **_pair(exact, report.duration)}]
+    return found + [{"model": "all job steps", "number": "time", **_pair(exact, report.duration)}]
 
 
 def _pair(pair: list[Any], as_text) -> dict[str, str]:

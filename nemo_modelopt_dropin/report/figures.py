@@ -271,24 +271,23 @@ def losses_of_runs(runs: Runs) -> alt.Chart | None:
     )
 
 
-def curves_of_runs(runs: Runs) -> alt.Chart | None:
+def curves_of_runs(runs: Runs) -> alt.LayerChart | None:
     """Draw the held-out losses during training: the colour is the run, the dash pattern is the model."""
     import altair as alt
 
     values = [{"run": run, **point} for run, content in runs for point in heldout_points(content)]
     if not values:
         return None
-    return (
-        alt.Chart(inline(values))
-        .mark_line(point=True)
-        .encode(
-            x=steps(),
-            y=alt.Y("loss:Q", title="nats per token", scale=alt.Scale(zero=False)),
-            color=_by_run([run for run, _ in runs]),
-            strokeDash=alt.StrokeDash("model:N"),
-            tooltip=_tooltip("run:N", "model:N", "step:Q", "loss:Q"),
-        )
+    base = alt.Chart(inline(values)).encode(
+        x=steps(),
+        y=alt.Y("loss:Q", title="nats per token", scale=alt.Scale(zero=False, padding=18)),
+        color=_by_run([run for run, _ in runs]),
+        tooltip=_tooltip("run:N", "model:N", "step:Q", "loss:Q"),
     )
+    # Points of their own: with those of a line, the legend shows dots instead of dashes.
+    dashes = alt.Legend(symbolType="stroke", symbolSize=300, symbolStrokeColor="currentColor", symbolStrokeWidth=2)
+    lines = base.mark_line().encode(strokeDash=alt.StrokeDash("model:N", legend=dashes))
+    return lines + base.mark_point(filled=True, size=30, opacity=1)
 
 
 def steps() -> alt.X:

@@ -151,7 +151,7 @@ def table(content: Mapping[str, Any]) -> Table:
 
     # To fit 80 columns, perplexity is left out and headings break between words; numbers do not.
     text = [{name: value for name, value in row.items() if name != "perplexity"} for row in rows(content)]
-    title = f"{content['title']}, stages took {duration(content['total_seconds'])}"
+    title = f"{content['title']}, job steps took {duration(content['total_seconds'])}"
     caption = "\n".join(filter(None, [headline.SIZES if text else "", remark(content)]))
     shown = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 0), pad_edge=False)
     for name in text[0] if text else ("model",):

@@ -69,7 +69,7 @@ def _chromium(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     profile = folder / "profile"
     shutil.rmtree(profile, ignore_errors=True)
     command = [str(CHROMIUM), *_FLAGS.split(), f"--user-data-dir={profile}", *arguments]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found = subprocess.run(command, capture_output=True, text=True, timeout=280, check=True)
     complaints = [line for line in found.stderr.splitlines() if "CONSOLE" in line]
     assert not complaints, complaints
     return found

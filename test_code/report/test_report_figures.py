@@ -143,7 +143,7 @@ def test_held_out_losses_during_training_start_with_the_pruned_model(content):  
     assert "recovery" not in report_charts.charts(content), "one figure shows these points"
 
 
-def test_what_was_done_is_said_in_words():
+def test_finished_job_steps_are_described_in_sentences():
     records = _records()
     records["prune"].result["shape"] = {"num_layers": 3}
     found = summary.build(records, "t", Job("t", "a", "b"))["done"]

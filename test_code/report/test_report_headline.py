@@ -61,14 +61,14 @@ def test_the_headline_reports_what_was_not_measured(content):  # noqa: F811
 
 
 def test_a_loss_that_is_not_a_number_leaves_a_page_that_browsers_can_read(content):  # noqa: F811
-    def refuse(name):
+    def fail(name):
         raise AssertionError(f"{name} is not JSON")
 
     broken = copy.deepcopy(content)
     broken["models"][2]["heldout_loss"] = math.nan
     page = _Page(report.render(broken))
     for name in ("report", "specifications"):
-        json.loads(page.scripts[name], parse_constant=refuse)
+        json.loads(page.scripts[name], parse_constant=fail)
     assert "nan" in page.cells
 
 
