@@ -343,7 +343,7 @@ def test_trainings_are_the_same_with_and_without(trainings, layout, case):
 def test_the_cap_of_gemma_is_found(cpu_backend, cap, expected):
     from nemo.collections.llm.gpt.model import gemma2
 
-    from nemo.collections.llm.modelopt.distill._fusion import softcap
+    from nemo.collections.llm.modelopt.distill._deferred_logits import softcap
 
     layer = gemma2.Gemma2OutputLayer.__new__(gemma2.Gemma2OutputLayer)
     torch.nn.Module.__init__(layer)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from ..errors import ModelOptConfigError
-from ._fusion import DeferredLogits
+from ._deferred_logits import DeferredLogits
 
 _SHOWN = 3
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

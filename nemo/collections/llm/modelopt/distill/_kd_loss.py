@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from modelopt.torch.distill.loss_balancers import STUDENT_LOSS_KEY
 
-from ._fusion import DeferredLogits, SummedLoss
+from ._deferred_logits import DeferredLogits, SummedLoss
 from ._metrics import observed
 from ._pipeline_losses import losses_of_stages
 
@@ -80,3 +81,29 @@ def _captured_logits(model: Any) -> Any:
     """Return what modelopt's hook captured of a model's output layer: logits or what stands for them, or None."""
     output = getattr(getattr(model, "output_layer", None), "_intermediate_output", None)
     return output[0] if isinstance(output, tuple) else output
+
+
+def captured_layers(model: Any) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
+    """Return the (student layer, teacher layer) pairs whose outputs modelopt's hooks keep."""
+    layers_to_loss = getattr(model, "_layers_to_loss", None)
+    return list(layers_to_loss) if isinstance(layers_to_loss, dict) else []
+
+
+def forget_captured_outputs(model: Any) -> None:
+    """Drop what was captured in an evaluation, where no distillation loss takes it.
+
+    Otherwise the next training step would find it, warn, and hold it in memory until then.
+    """
+    for pair in captured_layers(model):
+        for layer in pair:
+            layer._intermediate_output = None
+
+
+def copy_captured(model: Any, tensor: Tensor) -> None:
+    """Put a copy in the place of every captured student output that shares memory with ``tensor``."""
+    for layer, _ in captured_layers(model):
+        output = layer._intermediate_output
+        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(first, Tensor) and first.data_ptr() == tensor.data_ptr():
+            copied = first.clone()
+            layer._intermediate_output = (copied, *output[1:]) if isinstance(output, tuple) else copied

@@ -14,7 +14,7 @@ from torch import Tensor
 from .._divergence.chunk import LOWEST
 from .._divergence.recorded_topk import RecordedLogits
 from .._divergence.shards import all_gather
-from ._fusion import DeferredLogits, softcap
+from ._deferred_logits import DeferredLogits, softcap
 
 # What is known of a token on one shard: likeliest entry and its logit, log-sum-exp of the logits, logit of the label.
 _VALUE, _PLACE, _LSE, _LABEL = range(4)

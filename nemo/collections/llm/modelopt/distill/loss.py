@@ -26,7 +26,7 @@ from modelopt.torch.distill import DistillationLossBalancer
 from .._divergence.recorded_topk import RecordedLogits, recorded_divergence
 from .._divergence.vocab_parallel import DIRECTIONS, FORWARD, REVERSE, kl_divergence
 from ..errors import ModelOptConfigError, one_of
-from ._fusion import DeferredLogits, PairedLogits, SummedLoss
+from ._deferred_logits import DeferredLogits, PairedLogits, SummedLoss
 
 # Parts of the loss that fixed weights name.
 LOSS_WEIGHTS = ("kd_logits", "intermediate", "lm")

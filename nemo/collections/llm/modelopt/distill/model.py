@@ -24,7 +24,8 @@ from nemo.collections import llm
 from .. import _moved
 from .._batches import Shown
 from .._saved_keys import strip_module_prefix
-from ._fusion import SummedLoss, has_deferring_output
+from ._deferred_logits import SummedLoss
+from ._fusion import has_deferring_output
 from ._kd_loss import PAIR
 from ._pipeline_checks import check_student_layers, of_all_stages, refuse_virtual_pipeline
 from ._plan import plan

@@ -34,7 +34,6 @@ from nemo_modelopt_dropin.preflight.loss_file import LAYER_INDEX
 from .._saved_keys import saved_keys, saved_prefix, strip_module_prefix
 from ..errors import ModelOptConfigError
 from ..model_utils import restore_modelopt_state
-from ._captured import captured_layers, copy_captured, forget_captured_outputs
 from ._config import (
     INTERMEDIATE_LOSSES,
     DistillationConfig,
@@ -45,9 +44,10 @@ from ._config import (
     read_distillation_config,
     stage_of_layer,
 )
+from ._deferred_logits import DeferredLogits
 from ._finite import check_outputs, check_weights
-from ._fusion import DeferredLogits, fuse_output_layers, set_deferring
-from ._kd_loss import compute_kd_loss
+from ._fusion import fuse_output_layers, set_deferring
+from ._kd_loss import captured_layers, compute_kd_loss, copy_captured, forget_captured_outputs
 from ._peft import stay_as_loaded
 from ._pipeline_losses import message, teacher_part
 from ._teacher import drop_missing_extra_state, has_modelopt_state, is_strict, load_weights, merge_in_place
