@@ -16,6 +16,7 @@ from nemo_modelopt_dropin.preflight import loss_memory
 
 from ..errors import ModelOptConfigError
 from ._deferred_logits import DeferredLogits
+from ._state import DistillationState
 from .loss import LogitsKLLoss
 
 OFF, ON, AUTO = "off", "on", "auto"
@@ -163,29 +164,34 @@ def _sizes(student: Any, teacher: Any, settings: Any) -> loss_memory.Sizes | Non
     )
 
 
-def fuse_output_layers(student: Any, teacher: Any, settings: Any) -> None:
-    """Let both output layers give `DeferredLogits` in training, where that is exact and wanted.
+def fuse_output_layers(student: Any, teacher: Any, state: DistillationState) -> bool:
+    """Let both output layers return `DeferredLogits` when the state says so, if that is exact and pays.
 
-    Where it is not, the memory of the teacher's logits is used again.
+    Otherwise the memory of the teacher's logits is used again.
 
     Args:
         student: model; nothing happens before the last pipeline stage.
         teacher: model.
-        settings: a ``DistillationConfig`` with its losses made.
+        state: of the distillation, its settings with their losses made.
+
+    Returns:
+        Whether the output layers can defer their logits.
 
     Raises:
-        ModelOptConfigError: where it is demanded and would not be exact.
+        ModelOptConfigError: If the settings demand it and it would not be exact.
     """
+    settings = state.settings
     if not isinstance(getattr(settings, "criterion", None), dict) or not settings.criterion:
-        return
+        return False
     if not getattr(student, "post_process", False):
-        return
+        return False
     if not choose_fused(student, teacher, settings):
         _reuse_teacher_logits(student, teacher, settings)
-        return
+        return False
     for layer in (student.output_layer, teacher.output_layer):
-        layer._defers = False
+        layer._distillation = state
         layer.forward = MethodType(_forward_of_output_layer, layer)
+    return True
 
 
 def _reuse_teacher_logits(student: Any, teacher: Any, settings: Any) -> None:
@@ -198,18 +204,7 @@ def _reuse_teacher_logits(student: Any, teacher: Any, settings: Any) -> None:
     criterion.reuse_teacher = len(pairs) == 1 and len(layer._forward_hooks) == 1
 
 
-def has_deferring_output(model: Any) -> bool:
-    """Return whether a model's output layer can defer its logits."""
-    return hasattr(getattr(model, "output_layer", None), "_defers")
-
-
-def set_deferring(model: Any, on: bool) -> None:
-    """Switch the deferring of a model's output layer, where it has one that can."""
-    if has_deferring_output(model):
-        model.output_layer._defers = on
-
-
 def _forward_of_output_layer(self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output=None):
-    if not self._defers or runtime_gather_output:
+    if not self._distillation.deferring or runtime_gather_output:
         return type(self).forward(self, input_, weight=weight, runtime_gather_output=runtime_gather_output)
     return DeferredLogits(input_, self.weight if weight is None else weight, self), None

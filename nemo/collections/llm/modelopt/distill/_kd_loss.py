@@ -29,7 +29,7 @@ def compute_kd_loss(self, student_loss: Tensor | None = None, loss_reduction_fn=
         ``teacher_lm_loss``; with fused logits ``lm_loss``.
     """
     student, teacher = _captured_logits(self), _captured_logits(self.teacher_model)
-    watched = _watched(self, student, teacher) if self._watching else {}
+    watched = _watched(self, student, teacher) if self._distillation.observing else {}
     pair = None
     if isinstance(student, DeferredLogits) and isinstance(teacher, DeferredLogits):
         pair = _logits_loss(self).pair(student, teacher)
@@ -57,18 +57,18 @@ def _watched(self, student: Any, teacher: Any) -> dict[str, Tensor]:
         return {}
     # The fused pass counts the agreement by itself.
     own = None if isinstance(student, DeferredLogits) else student
-    return observed(own, teacher, self._labels, _logits_loss(self).entries)
+    return observed(own, teacher, self._distillation.labels, _logits_loss(self).entries)
 
 
 def _single_pairs(self, each: Mapping[str, Tensor], of_stages: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the loss of each layer pair by its place in the settings."""
-    logits = list(self._layers_to_loss.values()).index(_logits_loss(self)) if self._pair_stages else 0
+    logits = list(self._layers_to_loss.values()).index(_logits_loss(self)) if self._distillation.pair_stages else 0
     losses = [loss for name, loss in each.items() if name != STUDENT_LOSS_KEY]
     own, carried = iter(losses[:logits] + losses[logits + 1 :]), iter(of_stages.values())
     last = self.config.pipeline_model_parallel_size - 1
     return {
         PAIR.format(place): next(own if stage == last else carried).detach()
-        for place, stage in enumerate(self._pair_stages)
+        for place, stage in enumerate(self._distillation.pair_stages)
     }
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._state import DistillationState
+
 
 def teacher_part(tensor: Tensor, split: int, pairs: int) -> Tensor:
     """Return the teacher's part of a message [s, b, h + h_teacher + pairs]."""
@@ -37,19 +39,20 @@ def message(model: Any, student: Tensor, teacher: Tensor) -> Tensor:
     """Return what this stage sends: [s, b, h of the student + h of the teacher + pairs].
 
     Args:
-        model: a ``DistillationModel`` that knows its ``_pairs_of_stages``.
+        model: a ``DistillationModel`` with its ``DistillationState``.
         student: hidden states of the student [s, b, h].
         teacher: hidden states of the teacher.
     """
     parts = [student, teacher.to(student.dtype)]
-    if model._pairs_of_stages:
-        received = model._carried
-        columns = [student.new_zeros(student.shape[:-1])] * len(model._pairs_of_stages)
+    state: DistillationState = model._distillation
+    if state.early_pairs:
+        received = state.early_losses
+        columns = [student.new_zeros(student.shape[:-1])] * len(state.early_pairs)
         if received is not None:
             columns = list(received.unbind(-1))
         own = iter(own_columns(model))
-        for place, stage in enumerate(model._pairs_of_stages):
-            if stage == model._stage:
+        for place, stage in enumerate(state.early_pairs):
+            if stage == state.stage:
                 columns[place] = next(own).to(student.dtype)
         parts.append(torch.stack(columns, dim=-1))
     return torch.cat(parts, dim=-1)
@@ -62,7 +65,8 @@ def losses_of_stages(model: Any, loss_reduction_fn: Any) -> dict[str, Tensor]:
         model: a ``DistillationModel`` on the last stage.
         loss_reduction_fn: reduces (loss [b, s], tp_reduce, is_sequence_parallel) to a scalar.
     """
-    received, model._carried = model._carried, None
+    state: DistillationState = model._distillation
+    received, state.early_losses = state.early_losses, None
     if received is None:
         return {}
     split = bool(model.config.sequence_parallel)
@@ -70,5 +74,5 @@ def losses_of_stages(model: Any, loss_reduction_fn: Any) -> dict[str, Tensor]:
         f"IntermediateLoss_of_stage_{stage}_{place}": loss_reduction_fn(
             (column.transpose(0, 1).contiguous(), False, split)
         )
-        for place, (stage, column) in enumerate(zip(model._pairs_of_stages, received.unbind(-1), strict=True))
+        for place, (stage, column) in enumerate(zip(state.early_pairs, received.unbind(-1), strict=True))
     }

@@ -25,10 +25,10 @@ from .. import _moved
 from .._batches import Shown
 from .._saved_keys import strip_module_prefix
 from ._deferred_logits import SummedLoss
-from ._fusion import has_deferring_output
 from ._kd_loss import PAIR
 from ._pipeline_checks import check_student_layers, of_all_stages, refuse_virtual_pipeline
 from ._plan import plan
+from ._state import state_of
 from ._validation import DistillationValidation
 from .loss import sum_value_over
 from .recorded.teacher import RecordedTeacher, is_recorded, recorded_teacher
@@ -304,7 +304,7 @@ class DistillationGPTModel(llm.GPTModel):
     def on_validation_start(self) -> None:
         """Have everything observed."""
         super().on_validation_start()
-        self.core_module._watching = True
+        state_of(self.core_module).observing = True
 
     def on_validation_epoch_end(self) -> None:
         """Log what training logs."""
@@ -360,19 +360,19 @@ class DistillationGPTModel(llm.GPTModel):
     def on_train_batch_start(self, batch, batch_idx) -> None:
         """Have what costs something observed in the steps that the trainer logs."""
         every = getattr(self.trainer, "log_every_n_steps", 1) or 1
-        self.core_module._watching = (self.trainer.global_step + 1) % every == 0
+        state_of(self.core_module).observing = (self.trainer.global_step + 1) % every == 0
         self._started = time.perf_counter()
 
     def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
         """Log the parts of the loss of this global batch, on every rank the same, and the speed."""
-        core = self.core_module
+        state = state_of(self.core_module)
         if self._fused_logits is None:
             # The last stage has decided, all stages log.
-            self._fused_logits = any(of_all_stages(has_deferring_output(core)))
+            self._fused_logits = any(of_all_stages(state.fused))
         left_out = {"lm_loss"} if self._skip_lm_loss else set()
-        if not core._watching and not self._fused_logits:
+        if not state.observing and not self._fused_logits:
             left_out.add("kd_top1_agreement")
-        if not core._watching or is_recorded(core):
+        if not state.observing or is_recorded(self.core_module):
             left_out.add("teacher_lm_loss")
         pairs = self._pair_names()
         *values, tokens = self._metrics_of_last_stage(len(pairs))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -46,10 +45,11 @@ from ._config import (
 )
 from ._deferred_logits import DeferredLogits
 from ._finite import check_outputs, check_weights
-from ._fusion import fuse_output_layers, set_deferring
+from ._fusion import fuse_output_layers
 from ._kd_loss import captured_layers, compute_kd_loss, copy_captured, forget_captured_outputs
 from ._peft import stay_as_loaded
 from ._pipeline_losses import message, teacher_part
+from ._state import DistillationState, state_of
 from ._teacher import drop_missing_extra_state, has_modelopt_state, is_strict, load_weights, merge_in_place
 from .loss import HiddenStateCosineLoss, LogitsAndIntermediatesLossBalancer, LogitsKLLoss, ProjectionLayer
 from .recorded.teacher import is_recorded
@@ -195,33 +195,35 @@ def _sharded_state_dict_of_student(self, *args, **kwargs) -> ShardedStateDict:
     """Return what checkpoints hold: the student, without the teacher."""
     with self.hide_teacher_model():
         sharded = type(self).sharded_state_dict(self, *args, **kwargs)
-    if self._stage is not None and not parallel_state.is_pipeline_last_stage():
+    stage = self._distillation.stage
+    if stage is not None and not parallel_state.is_pipeline_last_stage():
         # Each stage has projections of its own; the names in files are those of the whole model.
         for name, value in sharded.items():
             if _LOSS_MODULES in name and hasattr(value, "key"):
-                value.key = value.key.replace(_LOSS_MODULES, f"{_LOSS_MODULES}stage_{self._stage}.", 1)
+                value.key = value.key.replace(_LOSS_MODULES, f"{_LOSS_MODULES}stage_{stage}.", 1)
     return sharded
 
 
-def _student_lm_loss(self, labels: Tensor, logits: Tensor, *, distill_cfg: DistillationConfig) -> Tensor:
+def _student_lm_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
     """Return the language-model loss [b, s]; zeros in training where the settings skip it."""
-    self._labels = labels
-    if distill_cfg.skip_lm_loss and self.training:
+    state: DistillationState = self._distillation
+    state.labels = labels
+    if state.settings.skip_lm_loss and self.training:
         return _no_lm_loss(self, labels, logits)
     if isinstance(logits, DeferredLogits):
         # Computed with the distillation loss; `compute_kd_loss` puts it in the place of these zeros.
         logits.labels = labels
         return _no_lm_loss(self, labels, logits)
-    compared = getattr(self, "training", False) or _compares_in_validation(distill_cfg)
+    compared = getattr(self, "training", False) or _compares_in_validation(state.settings)
     if compared and isinstance(logits, Tensor) and logits.dtype == torch.float32:
         # Megatron's cross entropy works in place on fp32 logits, and the distillation loss still needs them.
         copy_captured(self, logits)
     return type(self).compute_language_model_loss(self, labels, logits)
 
 
-def _compares_in_validation(distill_cfg: Any) -> bool:
+def _compares_in_validation(settings: Any) -> bool:
     """Return whether the teacher runs in validation, too; a stand-in for the settings has no such field."""
-    return getattr(distill_cfg, "validation_metrics", False) is True
+    return getattr(settings, "validation_metrics", False) is True
 
 
 def _no_lm_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
@@ -241,8 +243,9 @@ def _set_input_tensor(self, input_tensors: list[Tensor]) -> None:
     """
     student: list[Tensor | None] = []
     teacher: list[Tensor | None] = []
-    pairs = len(self._pairs_of_stages) if self._pairs_of_stages and self.training else 0
-    self._carried = None
+    state: DistillationState = self._distillation
+    pairs = len(state.early_pairs) if state.early_pairs and self.training else 0
+    state.early_losses = None
     for tensor in input_tensors:
         if tensor is None:
             student.append(None)
@@ -251,20 +254,21 @@ def _set_input_tensor(self, input_tensors: list[Tensor]) -> None:
         split = tensor.shape[-1] if self._tensor_split_idx is None else self._tensor_split_idx
         student.append(tensor[..., :split])
         teacher.append(teacher_part(tensor, split, pairs) if pairs else tensor[..., split:])
-        self._carried = tensor[..., tensor.shape[-1] - pairs :] if pairs else None
+        state.early_losses = tensor[..., tensor.shape[-1] - pairs :] if pairs else None
     if not is_recorded(self):
         type(self).set_input_tensor(self.teacher_model, teacher)
     type(self).set_input_tensor(self, student)
 
 
-def _forward_student_and_teacher(self, *args, distill_cfg: DistillationConfig, **kwargs) -> Tensor:
+def _forward_student_and_teacher(self, *args, **kwargs) -> Tensor:
     """Run both models in training, and where validation compares them; the student alone otherwise.
 
     Returns:
         The student's output; on a pipeline stage that is not the last, the outputs of both joined along the last axis.
     """
+    state: DistillationState = self._distillation
     if not self.training:
-        compared = _compares_in_validation(distill_cfg) and kwargs.get("labels") is not None
+        compared = _compares_in_validation(state.settings) and kwargs.get("labels") is not None
         if compared:
             with torch.no_grad():
                 self._teacher_model(*args, **kwargs)
@@ -274,16 +278,13 @@ def _forward_student_and_teacher(self, *args, distill_cfg: DistillationConfig, *
             forget_captured_outputs(self)
         return output
 
-    models = (self, self._teacher_model)
-    first_step = not self._chose_fusing
+    first_step = state.fused is None
     if first_step:
         # Only now are both as they will be trained: a checkpoint's quantizers come after the model is built.
-        fuse_output_layers(*models, distill_cfg)
-        self._chose_fusing = True
+        state.fused = fuse_output_layers(self, self._teacher_model, state)
     try:
-        for model in models:
-            # Without labels, logits are what is wanted.
-            set_deferring(model, kwargs.get("labels") is not None)
+        # Without labels, the caller asks for logits.
+        state.deferring = bool(state.fused) and kwargs.get("labels") is not None
         with torch.no_grad():
             # Whoever calls `train()` reaches the teacher too.
             self._teacher_model.eval()
@@ -293,8 +294,7 @@ def _forward_student_and_teacher(self, *args, distill_cfg: DistillationConfig, *
         with self.only_student_forward():
             student_output = type(self).forward(self, *args, **kwargs)
     finally:
-        for model in models:
-            set_deferring(model, False)
+        state.deferring = False
     if parallel_state.is_pipeline_last_stage() or is_recorded(self):
         return student_output
     return message(self, student_output, teacher_output)
@@ -323,23 +323,13 @@ def adjust_distillation_model_for_mcore(model: DistillationModel, distill_cfg: D
     mto.ModeloptStateManager.remove_state(model)
 
     model._tensor_split_idx = None
-    model._chose_fusing = False
-    # Whether the next steps are to be observed, and the last micro-batch's labels [b, s] for it.
-    model._watching, model._labels = False, None
-    model._pairs_of_stages, model._carried, model._stage = [], None, None
-    pairs = getattr(distill_cfg, "intermediate_layer_pairs", None)
-    pairs = pairs if isinstance(pairs, (list, tuple)) else []
-    model._pair_stages = [0] * len(pairs)
-    if pairs and getattr(getattr(model, "config", None), "pipeline_model_parallel_size", 1) > 1:
-        model._stage = parallel_state.get_pipeline_model_parallel_rank()
-        model._pairs_of_stages = pairs_of_stages(distill_cfg, model.config)
-        model._pair_stages = [stage_of_layer(pair[0], model.config) for pair in pairs]
+    model._distillation = _initial_state(model, distill_cfg)
     methods: dict[str, Callable[..., Any]] = {
         "sharded_state_dict": _sharded_state_dict_of_student,
-        "compute_language_model_loss": partial(_student_lm_loss, distill_cfg=distill_cfg),
+        "compute_language_model_loss": _student_lm_loss,
         "set_student_input_tensor_shape": _set_student_input_tensor_shape,
         "set_input_tensor": _set_input_tensor,
-        "forward": partial(_forward_student_and_teacher, distill_cfg=distill_cfg),
+        "forward": _forward_student_and_teacher,
         "compute_kd_loss": compute_kd_loss,
     }
     for name, function in methods.items():
@@ -347,6 +337,20 @@ def adjust_distillation_model_for_mcore(model: DistillationModel, distill_cfg: D
     teacher = model.teacher_model
     teacher.compute_language_model_loss = MethodType(_no_lm_loss, teacher)
     teacher.map = MethodType(stay_as_loaded, teacher)
+
+
+def _initial_state(model: Any, distill_cfg: Any) -> DistillationState:
+    """Return the state that a distillation starts with; a stand-in for the settings may have no layer pairs."""
+    pairs = getattr(distill_cfg, "intermediate_layer_pairs", None)
+    pairs = pairs if isinstance(pairs, (list, tuple)) else []
+    if not pairs or getattr(getattr(model, "config", None), "pipeline_model_parallel_size", 1) <= 1:
+        return DistillationState(distill_cfg, pair_stages=[0] * len(pairs))
+    return DistillationState(
+        distill_cfg,
+        stage=parallel_state.get_pipeline_model_parallel_rank(),
+        pair_stages=[stage_of_layer(pair[0], model.config) for pair in pairs],
+        early_pairs=pairs_of_stages(distill_cfg, model.config),
+    )
 
 
 # --- pipeline messages -----------------------------------------------------------------------------------------------
@@ -395,8 +399,7 @@ def get_tensor_shapes_adjust_fn_for_distillation(
         }
         widths = [get_tensor_shapes(**asked)[0][-1] for _ in ("received", "sent")]
         unwrapped.set_student_input_tensor_shape(recv_tensor_shapes)
-        columns = getattr(unwrapped, "_pairs_of_stages", None)
-        more = len(columns) if isinstance(columns, list) else 0
+        more = len(state_of(unwrapped).early_pairs)
         for shapes, width in zip((recv_tensor_shapes, send_tensor_shapes), widths, strict=True):
             for place, shape in enumerate(shapes):
                 *others, hidden = shape
