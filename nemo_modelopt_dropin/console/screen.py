@@ -36,7 +36,7 @@ _UNHEEDED = (
     "The parent of span",
 )
 # Modules of ours whose information is the result that a user waits for.
-_RESULTS = ("comparison", "_report", "pruner", "quantizers", "hf_verify", "mixed_precision")
+_RESULTS = ("comparison", "_report", "pruner", "quantizers", "hf_verify", "searcher")
 
 
 @contextlib.contextmanager

@@ -113,12 +113,12 @@ def test_tensor_ranks_agree_and_resume_with_awq_and_kv_cache(ranks, work):
 
 
 def test_a_planted_search_runs_no_code(tmp_path):
-    from nemo.collections.llm.modelopt.quantization.insert import mixed_precision
+    from nemo.collections.llm.modelopt.quantization.insert import searcher
 
     torch.save({"identity": jobs_state.Planted(str(tmp_path / "ran"))}, tmp_path / "search.pth")
-    state, problem = mixed_precision._read_state(str(tmp_path / "search.pth"), {})
+    state, problem = searcher._read_state(str(tmp_path / "search.pth"), {})
     assert state == {} and not (tmp_path / "ran").exists()
-    assert "search.pth is a pickle" in problem and "Delete it to search anew, or use another path." in problem
+    assert "search.pth is a pickle" in problem and "Delete it to search again, or use another path." in problem
 
 
 @needs_search
@@ -197,10 +197,10 @@ def test_formats_that_one_hugging_face_checkpoint_cannot_describe_are_refused_be
 def test_old_modelopt_is_refused_at_construction(monkeypatch):
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
     from nemo.collections.llm.modelopt.quantization import quantizer as q
-    from nemo.collections.llm.modelopt.quantization.insert import mixed_precision
+    from nemo.collections.llm.modelopt.quantization.insert import searcher
 
     if installed.AUTO:
-        monkeypatch.setattr(mixed_precision, "_Base", object)
+        monkeypatch.setattr(searcher, "_Base", object)
     config = q.QuantizationConfig("auto", auto_quantize_bits=8)
     with (
         patch("torch.cuda.is_available", return_value=True),
@@ -225,7 +225,7 @@ def test_old_modelopt_is_refused_at_construction(monkeypatch):
         ({"auto_quantize_bits": 8, "auto_quantize_formats": ["fp9"]}, "auto_quantize_formats='fp9'.*mean 'fp8'"),
         (
             {"auto_quantize_bits": 8, "auto_quantize_formats": ["NVFP4_MLP_ONLY_CFG"]},
-            "quantizes layers of certain names only",
+            "quantizes only layers with certain names",
         ),
         ({"algorithm": "fp8", "auto_quantize_bits": 8}, "auto_quantize_bits=8 needs algorithm=\"auto\", not 'fp8'"),
         (

@@ -126,7 +126,7 @@ def test_microbatches_lose_nothing(rows, batch_size, seq_len):
     from nemo.collections.llm.modelopt.quantization.calibration import batching
 
     sequences = batching.pack(rows, seq_len, separator=0)
-    batches = batching.microbatches(sequences, batch_size)
+    batches = batching.micro_batches(sequences, batch_size)
     assert sorted(row for batch in batches for row in batch.tolist()) == sorted(sequences)
     assert all(1 <= batch.shape[0] <= batch_size for batch in batches)
     runs = list(batching.same_shape_runs(batches))

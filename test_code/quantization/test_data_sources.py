@@ -200,7 +200,7 @@ def test_bad_files_are_refused(sources, tmp_path, name, content, column, message
 @pytest.mark.parametrize(
     ("data", "column", "message"),
     [
-        (7, None, "calibration_dataset is a int; give one of"),
+        (7, None, "calibration_dataset is a int; use one of"),
         ([], None, "is an empty list"),
         (["a"], "body", "calibration_column='body' needs rows with columns, .*type str"),
         ([{"body": "a"}], None, 'has no column "text"'),
@@ -221,7 +221,7 @@ def test_bad_objects_are_refused_before_they_are_used(sources, data, column, mes
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (Unready(), "Unready gives no training data.*no trainer attached"),
+        (Unready(), "Unready has no training data.*no trainer attached"),
         (Odd(), "batches of Odd must be dictionaries"),
     ],
 )

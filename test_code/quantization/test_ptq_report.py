@@ -47,11 +47,14 @@ def exported_report(checkpoint, data, out, report_path, fmt="nemo", **settings) 
 
 def by_hand(checkpoint, data, layer: str) -> dict[str, float]:
     """Return errors of one layer and KL(original || quantized), computed from whole tensors and logits."""
+    from nemo.collections.llm.modelopt.quantization import quantizer as q
+    from nemo.collections.llm.modelopt.quantization.calibration import steps
     from test_code.support import tiny
 
     quantizer = jobs_state.quantizer_for(data, layer_errors=False)
     original, _ = jobs_state.restored(checkpoint)
-    _, batches = quantizer._read_rows(original)
+    rows = steps.read_rows(quantizer.quantization_config, tiny.core(original), None, q.get_calib_data_iter)
+    batches = steps.comparison_batches(quantizer.quantization_config, original, rows, q.create_data_iterator_getter)
     core = tiny.core(original).eval()
 
     def logits(model):

@@ -148,12 +148,12 @@ def test_a_file_without_an_algorithm_is_calibrated_by_the_maximum(tmp_path, cpu_
     config = q.QuantizationConfig(algorithm=write(tmp_path / "fp8.json", FP8), calibration_dataset=["a text"])
     built = q.Quantizer(config, None)
     with (
-        patch.multiple(built, _calibrate=MagicMock(), _begin=MagicMock(return_value=False), _keep=MagicMock()),
+        patch.multiple(built, _calibrate=MagicMock(), _state=MagicMock(reuse=MagicMock(return_value=None))),
         patch.object(q.comparison, "log"),
         patch.object(q.mtq, "print_quant_summary"),
     ):
         built.quantize(tiny.model())
-        assert built._calibrate.call_args.args[2]["algorithm"] == "max"
+        assert built._calibrate.call_args.args[2].quant_cfg["algorithm"] == "max"
 
 
 def test_a_preset_beats_a_file_of_the_same_name(tmp_path, monkeypatch):

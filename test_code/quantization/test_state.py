@@ -211,7 +211,7 @@ def plant_pickles(checkpoint, data, folder) -> dict:
     model, _ = jobs_state.restored(checkpoint)
     with counted() as counts:
         quantizer.quantize(model)
-    quantizer._forget()
+    quantizer._state.forget(str(kept))
     return {"forward": counts["forward"], "left": sorted(p.name for p in [kept, *kept.glob("*.pt")])}
 
 

@@ -1,7 +1,7 @@
-"""The error that quantization makes in each layer, and how much each group of layers costs the model.
+"""Measure the quantization error of each layer, and what each group of layers costs the model.
 
-The signal-to-quantization-noise ratio is ``10 log10(sum(x^2) / sum((x - Q(x))^2))`` decibels: 6 dB more are a bit more.
-Weights are compared as the quantizer sees them: AWQ and SmoothQuant have scaled them, and the inputs inversely.
+The signal-to-quantization-noise ratio is ``10 log10(sum(x^2) / sum((x - Q(x))^2))`` decibels: 6 dB correspond to a bit.
+Weights are compared as the quantizer receives them, after AWQ and SmoothQuant scaled them and, inversely, the inputs.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from megatron.core import parallel_state
 
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
-from nemo.collections.llm.modelopt.quantization.insert import mixed_precision
+from nemo.collections.llm.modelopt.quantization import ranks
 
-# Calls of each quantizer that are compared: about microbatches, all of a layer's inputs look alike.
+# The calls of each quantizer that are measured, one per micro-batch: all inputs of a layer are similar.
 COMPARED_CALLS = 4
-# Of a quantizer that changes nothing.
+# The ratio of a quantizer that changes nothing.
 _EXACT_DB = 200.0
 _GROUP = re.compile(r"^(.*?layers\.\d+\.[^.]+)\.")
 
@@ -33,7 +33,7 @@ def _parts(quantizer: Any) -> list[Any]:
 
 
 def enabled_quantizers(core: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield name and quantizer of those that change a value; of a sequence, the whole."""
+    """Yield the name and the quantizer of all enabled quantizers; a sequence counts as one."""
     for name, module in core.named_modules():
         inner = name.rpartition(".")[2].isdigit()
         is_quantizer = isinstance(module, (TensorQuantizer, SequentialQuantizer)) and not inner
@@ -42,21 +42,21 @@ def enabled_quantizers(core: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _sums(value: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
-    """Return the sums of squares of a value and of its error, [2]."""
+    """Return the sums of squares [2] of a value and of its error."""
     signal, noise = value.float(), value.float() - quantized.float()
     return torch.stack([torch.linalg.vector_norm(part).double().square() for part in (signal, noise)])
 
 
 @contextlib.contextmanager
-def recorded(core: torch.nn.Module, wanted: bool = True, calls: int = COMPARED_CALLS) -> Iterator[Sums]:
-    """Give a dictionary that receives, inside of the context, the sums `[2]` of the quantizers of activations.
+def recorded(core: torch.nn.Module, enabled: bool = True, calls: int = COMPARED_CALLS) -> Iterator[Sums]:
+    """Return a dictionary that receives, within the context, the sums `[2]` of the activations' quantizers.
 
     Args:
         core: This rank's quantized Megatron-Core model.
-        wanted: False records nothing.
-        calls: Of each quantizer; later ones are let pass.
+        enabled: False records nothing.
+        calls: The number of calls of each quantizer to record.
     """
-    found: Sums = {}
+    recorded_sums: Sums = {}
     left: dict[str, int] = {}
     hooks = []
 
@@ -68,17 +68,17 @@ def recorded(core: torch.nn.Module, wanted: bool = True, calls: int = COMPARED_C
             left[name] -= 1
             value, scale = arguments[0], getattr(parts[0], "pre_quant_scale", None)
             sums = _sums(value if scale is None else value * scale, output)
-            found[name] = found[name] + sums if name in found else sums
+            recorded_sums[name] = recorded_sums[name] + sums if name in recorded_sums else sums
 
         return hook
 
-    if wanted:
+    if enabled:
         for name, quantizer in enabled_quantizers(core):
             if not name.endswith("weight_quantizer"):
                 left[name] = calls
                 hooks.append(quantizer.register_forward_hook(watch(name)))
     try:
-        yield found
+        yield recorded_sums
     finally:
         for hook in hooks:
             hook.remove()
@@ -96,7 +96,7 @@ def of_weights(core: torch.nn.Module) -> Sums:
 
 
 def format_of(quantizer: Any) -> str:
-    """Return the number formats of a quantizer, such as "int4/128 + fp8" (blocks of 128, then FP8)."""
+    """Return the number formats of a quantizer, such as "int4/128 + fp8" (INT4 in blocks of 128, then FP8)."""
     names = []
     for part in _parts(quantizer):
         bits, blocks = part.num_bits, (part.block_sizes or {}).get(-1)
@@ -106,18 +106,18 @@ def format_of(quantizer: Any) -> str:
 
 
 def decibels(signal: float, noise: float) -> float | None:
-    """Return the ratio in dB; None where there was no signal."""
+    """Return the ratio in dB; None if there was no signal."""
     if signal <= 0:
         return None
     return _EXACT_DB if noise <= 0 else round(min(_EXACT_DB, 10 * math.log10(signal / noise)), 2)
 
 
 def table(core: torch.nn.Module, activations: Sums) -> list[dict[str, Any]]:
-    """Return a row for each quantized layer of all pipeline stages, worst first; all ranks must call.
+    """Return a row for each quantized layer of all pipeline stages, worst first; all ranks must call it.
 
     Args:
         core: This rank's quantized Megatron-Core model.
-        activations: What `recorded` gave; empty where nothing ran.
+        activations: What `recorded` returned; empty if nothing ran.
     """
     sums = {**of_weights(core), **activations}
     names = sorted(name for name, _ in enabled_quantizers(core))
@@ -125,21 +125,21 @@ def table(core: torch.nn.Module, activations: Sums) -> list[dict[str, Any]]:
     nothing = torch.zeros(2, dtype=torch.float64, device=device)
     stacked = torch.stack([sums.get(name, nothing).to(device) for name in names] or [nothing])
     if parallel_state.model_parallel_is_initialized():
-        # Of a whole input every tensor-parallel rank adds the same to signal and noise: their ratio stays.
+        # For inputs that are whole on each rank, signal and noise grow by the same factor.
         group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         torch.distributed.all_reduce(stacked, group=group)
     entries = []
     for name, (signal, noise) in zip(names, stacked.tolist(), strict=False):
-        layer, _, leaf = mixed_precision.global_name(core, name).rpartition(".")
+        layer, _, leaf = ranks.global_name(core, name).rpartition(".")
         entries.append((layer, leaf, format_of(core.get_submodule(name)), signal, noise))
     if parallel_state.model_parallel_is_initialized():
-        stages = mixed_precision.gather(entries, parallel_state.get_pipeline_model_parallel_group())
+        stages = ranks.gather(entries, parallel_state.get_pipeline_model_parallel_group())
         entries = [entry for stage in stages for entry in stage]
     return _rows(entries)
 
 
 def _rows(entries: list[tuple]) -> list[dict[str, Any]]:
-    """Return a row for each layer of (layer, quantizer, format, signal, noise): its weight's and activations' error."""
+    """Return the rows of the layers in entries (layer, quantizer, format, signal, noise)."""
     rows: dict[str, dict[str, Any]] = {}
     totals: dict[tuple[str, str], list[float]] = {}
     for layer, leaf, fmt, signal, noise in entries:
@@ -163,27 +163,28 @@ def _worst(row: dict[str, Any]) -> tuple[float, str]:
 
 
 def group_of(name: str) -> str:
-    """Return the group of a quantizer: its layer's attention or MLP, or the module that has it."""
-    found = _GROUP.match(name)
-    return found.group(1) if found else name.rpartition(".")[0]
+    """Return the group of a quantizer: the attention or MLP of its layer, or the module it belongs to."""
+    match = _GROUP.match(name)
+    return match.group(1) if match else name.rpartition(".")[0]
 
 
 def sensitivity(core: torch.nn.Module, measure: Callable[[str], dict[str, float]]) -> list[dict[str, Any]]:
-    """Return what each group of layers costs when it alone is quantized, worst first; all ranks must call.
+    """Return what each group of layers costs if only it is quantized, worst first; all ranks must call it.
 
-    Scales that calibration has put on inputs stay, as the weights carry their inverse.
+    The scales that calibration applies to inputs are kept, because the weights have the inverse scales.
 
     Args:
         core: This rank's quantized Megatron-Core model.
-        measure: Runs the model and returns figures; called with the group's name. The first figure ranks.
+        measure: Runs the model and returns figures; it is called with the name of the group. The first figure decides
+            the order.
     """
     own: dict[str, list[Any]] = {}
     for name, quantizer in enabled_quantizers(core):
         parts = [part for part in _parts(quantizer) if part.is_enabled]
-        own.setdefault(group_of(mixed_precision.global_name(core, name)), []).extend(parts)
+        own.setdefault(group_of(ranks.global_name(core, name)), []).extend(parts)
     groups = set(own)
     if torch.distributed.is_initialized():
-        groups = set().union(*mixed_precision.gather(groups))
+        groups = set().union(*ranks.gather(groups))
     everything = [part for parts in own.values() for part in parts]
     rows = []
     try:

@@ -3,14 +3,15 @@
 Unit tests pass mocks, namespaces and small networks, and also call the methods unbound, with a stand-in for the
 Quantizer. So nothing is read here that stock does not read, and every collaborator is asked as often as stock asks it.
 
-``tools`` is always the module `quantizer`, whose attributes are the collaborators.
+``tools`` holds the functions that can be replaced in the module `quantizer`.
 """
 
 from __future__ import annotations
 
 import pprint
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import torch
 from nemo.collections.llm.modelopt import _real
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization import decoders, transformers_models
+from nemo.collections.llm.modelopt.quantization.collaborators import Collaborators
 from nemo.collections.llm.modelopt.quantization.export import support
 from nemo.collections.llm.modelopt.quantization.insert import quantizers
 
@@ -27,7 +29,7 @@ def is_stand_in(model: Any) -> bool:
     return not (_real.holds_core(model) or _real.is_nemo_model(model) or transformers_models.is_real(model))
 
 
-def quantize(tools: ModuleType, quantizer: Any, model: Any, forward_loop: Any) -> Any:
+def quantize(tools: Collaborators, quantizer: Any, model: Any, forward_loop: Any) -> Any:
     """Quantize a stand-in; see ``Quantizer.quantize``.
 
     Raises:
@@ -58,11 +60,11 @@ def quantize(tools: ModuleType, quantizer: Any, model: Any, forward_loop: Any) -
     return model
 
 
-def forward_loop(tools: ModuleType, quantizer: Any, model: Any) -> Any:
+def forward_loop(quantizer: Any, model: Any, create_data_iterator_getter: Callable) -> Any:
     """Return the loop that calibrates a stand-in; see ``Quantizer._get_forward_loop``."""
     config = quantizer.quantization_config
     size, batch_size = config.calibration_dataset_size, config.calibration_batch_size
-    get_batches = tools.create_data_iterator_getter(
+    get_batches = create_data_iterator_getter(
         model,
         dataset=config.calibration_dataset,
         seq_len=config.calibration_seq_len,
@@ -79,7 +81,7 @@ def forward_loop(tools: ModuleType, quantizer: Any, model: Any) -> Any:
     )
 
 
-def write(tools: ModuleType, quantizer: Any, model: Any, model_dir: Any, trainer: Any) -> None:
+def write(tools: Collaborators, quantizer: Any, model: Any, model_dir: Any, trainer: Any) -> None:
     """Export a stand-in straight into the configured place; see ``Quantizer.export``."""
     config = quantizer.export_config
     if config.export_format == "nemo":
@@ -95,9 +97,9 @@ def write(tools: ModuleType, quantizer: Any, model: Any, model_dir: Any, trainer
         tools.logging.info(f"Export succeeded, model has been exported to {config.path}.")
 
 
-def write_hf(tools: ModuleType, core: Any, exporter: Any, export_dir: Any, **kwargs: Any) -> Path:
+def write_hf(tools: Collaborators, core: Any, exporter: Any, export_dir: Any, **kwargs: Any) -> Path:
     """Write a converted stand-in with modelopt's own writer; see ``quantizer.export_hf_checkpoint``."""
-    with torch.inference_mode(), tools.tempfile.TemporaryDirectory() as source:
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as source:
         exporter.config.save_pretrained(source)
         tools.mte.export_mcore_gpt_to_hf(
             core, pretrained_model_name_or_path=source, export_dir=str(export_dir), **kwargs

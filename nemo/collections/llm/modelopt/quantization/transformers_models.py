@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,9 +16,10 @@ from nemo.utils.get_rank import is_global_rank_zero
 
 from nemo.collections import llm
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import checks
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
+from nemo.collections.llm.modelopt.quantization.collaborators import Collaborators
 from nemo.collections.llm.modelopt.quantization.export import hf_files, support
+from nemo.collections.llm.modelopt.quantization.quant_cfg import AUTO
 from nemo_modelopt_dropin import files
 
 _NAME = "HFAutoModelForCausalLM"
@@ -49,7 +49,7 @@ def check(model: Any, export_config: Any, quant_cfg: dict[str, Any]) -> None:
     """
     if model.model is None:
         raise ModelOptConfigError(f"This {_NAME} holds no model yet: call its configure_model() first.")
-    if quant_cfg.get("algorithm") == checks.AUTO:
+    if quant_cfg.get("algorithm") == AUTO:
         raise ModelOptConfigError(
             f'algorithm="auto" searches Megatron models, not a {_NAME}: name one algorithm, or import the model with '
             "llm.import_ckpt first."
@@ -137,11 +137,11 @@ def save_tokenizer(model: Any, export_dir: Path, export_format: str) -> None:
     model.tokenizer.save_pretrained(str(folder))
 
 
-def write_hf(tools: ModuleType, model: Any, export_dir: Path, **kwargs: Any) -> Path | None:
+def write_hf(tools: Collaborators, model: Any, export_dir: Path, **kwargs: Any) -> Path | None:
     """Write a wrapped model that was quantized as a Hugging Face checkpoint; return None if it was not.
 
     Args:
-        tools: The module `quantizer`, whose attributes are the collaborators.
+        tools: The functions that can be replaced in the module `quantizer`.
         model: The wrapper.
         export_dir: Where to write to.
         **kwargs: Further arguments of ``modelopt.torch.export.export_hf_checkpoint``.

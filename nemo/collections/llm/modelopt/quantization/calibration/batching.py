@@ -1,6 +1,6 @@
-"""Calibration: text -> tokens -> sequences -> microbatches -> forward passes through the pipeline.
+"""From text to tokens, sequences, micro-batches and forward passes through the pipeline.
 
-All but the last step are pure functions of lists; the last one is Megatron's own schedule.
+All steps but the last are pure functions of lists; the forward passes are run by Megatron's own schedule.
 """
 
 from __future__ import annotations
@@ -18,11 +18,16 @@ from nemo.collections.llm.modelopt.quantization.calibration import sources
 from nemo_modelopt_dropin.console import screen
 from nemo_modelopt_dropin.preflight import chat_rows
 
-# Long enough for `seq_len` tokens of any language's text; the rest of a document would be tokenized in vain.
-CHARACTERS_PER_TOKEN = 16
-STOCK_CHARACTERS_PER_TOKEN = 4
-# Of a microbatch on the CPU: attention's scores of more do not fit its caches, which costs an eighth of the time.
+# Enough characters for a token in any language; the rest of a document would be tokenized for nothing.
+_CHARACTERS_PER_TOKEN = 16
+_STOCK_CHARACTERS_PER_TOKEN = 4
+# Tokens in a micro-batch on the CPU: with more, attention scores do not fit its caches, which takes 1/8 longer.
 _CPU_TOKENS = 2048
+
+
+def characters(seq_len: int, as_stock: bool = False) -> int:
+    """Return the number of characters of a text that are tokenized for ``seq_len`` tokens."""
+    return seq_len * (_STOCK_CHARACTERS_PER_TOKEN if as_stock else _CHARACTERS_PER_TOKEN)
 
 
 def tokenize(
@@ -31,22 +36,22 @@ def tokenize(
     seq_len: int | None,
     name: str = "calibration_dataset",
 ) -> list[list[int]]:
-    """Return the first ``seq_len`` token ids of each row; rows without tokens are left out.
+    """Return the first ``seq_len`` token ids of each row; rows without tokens are skipped.
 
     Args:
         rows: Texts, lists of token ids, or conversations.
-        tokenizer: NeMo's tokenizer; texts are encoded all at once if it wraps a fast one of Hugging Face.
-        seq_len: Token ids to keep, None for all.
-        name: What an error calls the rows.
+        tokenizer: NeMo's tokenizer; texts are encoded in one call if it wraps a fast Hugging Face tokenizer.
+        seq_len: The number of token ids to keep, None for all.
+        name: The name of the rows in error messages.
 
     Raises:
-        ModelOptConfigError: For a token id that is not in the vocabulary, or a conversation and a tokenizer without a
-            chat template.
+        ModelOptConfigError: If a token id is not in the vocabulary, or the tokenizer of a conversation has no chat
+            template.
     """
     rows = list(rows)
     encoded = iter(_encode([row for row in rows if isinstance(row, str)], tokenizer))
     size = getattr(tokenizer, "vocab_size", None)
-    found = []
+    tokenized = []
     for row in rows:
         ids = list((next(encoded) if isinstance(row, str) else _ids(row, tokenizer, name))[:seq_len])
         if ids and isinstance(row, list) and isinstance(size, int) and not 0 <= min(ids) <= max(ids) < size:
@@ -54,8 +59,8 @@ def tokenize(
                 f"{name} holds the token id {max(ids) if max(ids) >= size else min(ids)}; the model's "
                 f"vocabulary has {size}, numbered from 0."
             )
-        found.append(ids)
-    return [ids for ids in found if ids]
+        tokenized.append(ids)
+    return [ids for ids in tokenized if ids]
 
 
 def _ids(row: list[int] | chat_rows.Chat, tokenizer: Any, name: str) -> list[int]:
@@ -68,21 +73,21 @@ def _ids(row: list[int] | chat_rows.Chat, tokenizer: Any, name: str) -> list[int
 
 
 def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Return the token ids of each text, in one call where the tokenizer can."""
+    """Return the token ids of each text, in one call if the tokenizer supports it."""
     from nemo.collections.common.tokenizers import AutoTokenizer
 
     inner: Any = getattr(tokenizer, "tokenizer", None)
     is_plain = isinstance(tokenizer, AutoTokenizer) and type(tokenizer).text_to_ids is AutoTokenizer.text_to_ids
     if not (texts and is_plain and getattr(inner, "is_fast", False)):
         return [list(tokenizer.text_to_ids(text)) for text in texts]
-    # Not its truncation: that would stay switched on in the tokenizer, and in the copy that an export saves.
+    # Truncation by the tokenizer is not used: it would stay enabled in the tokenizer and in the copy that is exported.
     return inner(texts, add_special_tokens=tokenizer.include_special_tokens, verbose=False)["input_ids"]
 
 
 def pack(rows: list[list[int]], seq_len: int, separator: int) -> list[list[int]]:
-    """Join rows with ``separator`` between them and cut the whole into sequences of ``seq_len``.
+    """Join the rows with ``separator`` between them and cut the result into sequences of ``seq_len`` tokens.
 
-    No position is padding, so none enters the statistics. The last sequence may be shorter.
+    No position is padding, so no padding enters the statistics. The last sequence may be shorter.
     """
     stream: list[int] = []
     for index, row in enumerate(rows):
@@ -93,15 +98,15 @@ def pack(rows: list[list[int]], seq_len: int, separator: int) -> list[list[int]]
 
 
 def share_of_rank(sequences: list, rank: int, ranks: int) -> list:
-    """Return this rank's part of the sequences; with fewer sequences than ranks, every rank gets them all.
+    """Return this rank's part of the sequences, or all of them if there are fewer sequences than ranks.
 
     A rank without data would have no amax, and the reduction over ranks would wait for it forever.
     """
     return sequences[rank::ranks] if len(sequences) >= ranks else sequences
 
 
-def microbatches(sequences: list[list[int]], batch_size: int) -> list[torch.Tensor]:
-    """Return tensors `[b, s]` of at most ``batch_size`` sequences of equal length, longest first; all are used."""
+def micro_batches(sequences: list[list[int]], batch_size: int) -> list[torch.Tensor]:
+    """Return tensors `[b, s]` of at most ``batch_size`` sequences of equal length, longest first. All are used."""
     by_length: dict[int, list[list[int]]] = {}
     for sequence in sequences:
         by_length.setdefault(len(sequence), []).append(sequence)
@@ -113,35 +118,35 @@ def microbatches(sequences: list[list[int]], batch_size: int) -> list[torch.Tens
 
 
 def arrange(rows, seq_len: int, batch_size: int, tokenizer: Any, packed: bool, shard: bool) -> list[torch.Tensor]:
-    """Return the microbatches `[b, s]` of tokenized rows, of all ranks or of this one.
+    """Return the micro-batches `[b, s]` of tokenized rows, for all ranks or for this one.
 
-    Rows that are not packed meet others of the same length only. Attention looks back, so a row's activations are what
-    they would be with padding behind it, and the padding's own never arise.
+    Rows that are not packed are batched with rows of the same length only. Because attention is causal, the activations
+    of a row are the same as with padding after it, and there are no activations of padding.
     """
     if not rows:
         return []
     sequences = pack(rows, seq_len, tokenizer.eos) if packed else rows
     if shard:
         sequences = share_of_rank(sequences, *data_parallel_position())
-    return microbatches(sequences, batch_size)
+    return micro_batches(sequences, batch_size)
 
 
 def iterator_getter(
     read: Callable[[], list], model: Any, seq_len: int, batch_size: int, packed: bool, shard: bool
 ) -> Callable[[], Iterator[torch.Tensor]]:
-    """Return a function that gives an iterator over microbatches `[b, s]` on the model's device.
+    """Return a function that returns an iterator over micro-batches `[b, s]` on the model's device.
 
     Args:
-        read: Returns the rows; called once, when the first iterator is made.
+        read: Returns the rows; it is called once, when the first iterator is made.
         model: The ``llm.GPTModel``: its tokenizer and device are used.
-        seq_len: See `arrange`, and so for the others.
-        batch_size: Sequences in a microbatch, on the CPU fewer where the data may be divided and they are long.
+        seq_len: Tokens in a sequence.
+        batch_size: Sequences in a micro-batch; fewer on the CPU if ``shard`` is set and the sequences are long.
         packed: Join rows into full sequences.
-        shard: Give this data-parallel rank its part only.
+        shard: Use this data-parallel rank's part only.
     """
     cache: list[torch.Tensor] = []
     if shard and str(model.device).startswith("cpu"):
-        # What may be divided over ranks may be divided over microbatches.
+        # Data that may be divided among ranks may also be divided into smaller micro-batches.
         batch_size = min(batch_size, max(1, _CPU_TOKENS // seq_len))
 
     def iterate():
@@ -153,38 +158,45 @@ def iterator_getter(
     return iterate
 
 
-def collect(batches: Iterable[list], name: Any, wanted: int) -> list:
-    """Return all rows as one list, and say so where there are fewer than wanted.
+def collect(batches: Iterable[list], name: Any, requested: int) -> list:
+    """Return all rows as one list, and log a warning if there are fewer than requested.
+
+    Args:
+        batches: Lists of rows.
+        name: The dataset, for the messages.
+        requested: The number of rows that should calibrate.
 
     Raises:
-        ModelOptConfigError: If there is none.
+        ModelOptConfigError: If there is no row.
     """
     rows = [row for batch in batches for row in batch]
     label = sources.label(name)
     if not rows:
         raise ModelOptConfigError(f"calibration_dataset={label!r} has no row with text.")
-    if len(rows) < wanted:
-        logging.warning(f"calibration_dataset_size={wanted}, but {label} has {len(rows)} rows with text: using these")
+    if len(rows) < requested:
+        logging.warning(
+            f"calibration_dataset_size={requested}, but {label} has {len(rows)} rows with text: using these"
+        )
     return rows
 
 
-def split_rows(available: int, wanted: int, evaluation: int) -> tuple[slice, slice, bool]:
-    """Divide rows into those that calibrate and those that compare.
+def split_rows(available: int, requested: int, evaluation: int) -> tuple[slice, slice, bool]:
+    """Divide the rows into those that calibrate and those on which the models are compared.
 
     Args:
-        available: Rows there are, at most ``wanted + evaluation``.
-        wanted: Rows asked for calibration.
-        evaluation: Rows asked for the comparison.
+        available: The number of rows, at most ``requested + evaluation``.
+        requested: Rows requested for calibration.
+        evaluation: Rows requested for the comparison.
 
     Returns:
-        The slices for calibration and comparison, and whether the comparison's are held out. Rows after those that
-        calibrate are used first; without such, a sixteenth is withheld; with fewer than 16 rows all of them calibrate
-        and the comparison runs on the same.
+        The slices for calibration and comparison, and whether the rows of the comparison are held out. If there are
+        more rows than requested, the comparison uses the additional rows. Otherwise one sixteenth is held out. With
+        fewer than 16 rows, all of them calibrate and the comparison uses the same rows.
     """
     if evaluation <= 0:
-        return slice(0, min(available, wanted)), slice(0, 0), False
-    if available > wanted:
-        return slice(0, wanted), slice(wanted, wanted + evaluation), True
+        return slice(0, min(available, requested)), slice(0, 0), False
+    if available > requested:
+        return slice(0, requested), slice(requested, requested + evaluation), True
     withheld = min(available // 16, evaluation)
     if withheld:
         return slice(0, available - withheld), slice(available - withheld, available), True
@@ -192,7 +204,7 @@ def split_rows(available: int, wanted: int, evaluation: int) -> tuple[slice, sli
 
 
 def same_shape_runs(batches: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Yield runs of consecutive microbatches of one shape: pipeline stages exchange tensors of a fixed shape."""
+    """Yield runs of consecutive micro-batches of one shape: pipeline stages exchange tensors of a fixed shape."""
     run: list[torch.Tensor] = []
     for batch in batches:
         if run and run[-1].shape != batch.shape:
@@ -203,22 +215,22 @@ def same_shape_runs(batches: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]
         yield run
 
 
-def ticking(items: Iterable, total: int | None, title: str) -> Iterator:
+def with_progress(items: Iterable, total: int | None, title: str) -> Iterator:
     """Return an iterator over ``items`` that advances a progress bar on rank zero."""
     return iter(screen.bar(items, total=total, desc=title, disable=not is_global_rank_zero()))
 
 
 def forward_step(consume: Callable[[torch.Tensor], None] | None = None) -> Callable:
-    """Return a forward step for Megatron's schedules that feeds token ids and gives the last stage's output away.
+    """Return a forward step for Megatron's schedules that feeds token ids to the model.
 
     Args:
-        consume: Called on the last pipeline stage with the output of each microbatch.
+        consume: Called on the last pipeline stage with the output of each micro-batch.
     """
 
     def step(data_iterator, model):
         tokens = next(data_iterator)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        # Without a mask every Megatron attention is causal by itself.
+        # Without a mask, Megatron's attention is causal.
         output = model(tokens, positions, None)
 
         def no_loss(tensor):
@@ -232,18 +244,18 @@ def forward_step(consume: Callable[[torch.Tensor], None] | None = None) -> Calla
 
 
 def run_forward(model, batches: list[torch.Tensor], consume=None, title: str = "Calibration") -> None:
-    """Send microbatches `[b, s]` through all pipeline stages, without gradients.
+    """Run micro-batches `[b, s]` through all pipeline stages, without gradients.
 
     Args:
-        model: This rank's stage: a Megatron-Core model.
-        batches: Microbatches; every stage needs as many, of the same shapes.
+        model: This rank's pipeline stage: a Megatron-Core model.
+        batches: The micro-batches; all stages must pass the same number, with the same shapes.
         consume: See `forward_step`.
-        title: Of the progress bar.
+        title: The title of the progress bar.
     """
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
     schedule = get_forward_backward_func()
-    progress = ticking(range(len(batches)), len(batches), title)
+    progress = with_progress(range(len(batches)), len(batches), title)
     for run in same_shape_runs(batches):
         rows, length = run[0].shape
         data = (batch for batch, _ in zip(run, progress, strict=False))
@@ -257,18 +269,31 @@ def run_forward(model, batches: list[torch.Tensor], consume=None, title: str = "
                 micro_batch_size=rows,
                 forward_only=True,
             )
-    # The bar's iterator has one step left: past the last item.
+    # Advance the progress bar past the last item, which closes it.
     next(progress, None)
 
 
+def fixed_schedule(num_batches, seq_length, micro_batch_size, decoder_seq_length) -> dict[str, Any]:
+    """Return Megatron's schedule, with the number and the sizes of the micro-batches for one call of it."""
+    from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+    return {
+        "schedule": get_forward_backward_func(),
+        "num_microbatches": num_batches,
+        "seq_length": seq_length,
+        "micro_batch_size": micro_batch_size,
+        "decoder_seq_length": decoder_seq_length,
+    }
+
+
 def run_loader(model, get_dataloader: Callable[[], Iterator], fixed: dict[str, Any] | None) -> None:
-    """Run what a data loader has through the pipeline.
+    """Run the micro-batches of a data loader through the pipeline.
 
     Args:
-        model: This rank's stage: a Megatron-Core model.
-        get_dataloader: Returns an iterator over microbatches `[b, s]`.
-        fixed: Megatron's schedule, and number and sizes of the microbatches for one call of it, the stock form; None
-            takes them from the data and leaves out the output layer, unless it is quantized.
+        model: This rank's pipeline stage: a Megatron-Core model.
+        get_dataloader: Returns an iterator over micro-batches `[b, s]`.
+        fixed: What `fixed_schedule` returned, to make one call of it as stock does. None uses the number and sizes of
+            the data, and skips the output layer unless it is quantized.
     """
     if fixed is None:
         with output_layer_skipped(model, unless_quantized=True):
@@ -280,14 +305,14 @@ def run_loader(model, get_dataloader: Callable[[], Iterator], fixed: dict[str, A
 
 @contextlib.contextmanager
 def output_layer_skipped(model, unless_quantized: bool = False) -> Iterator[None]:
-    """Let a Megatron-Core GPT or Mamba model return hidden states in place of logits, inside of the context.
+    """Make a Megatron-Core GPT or Mamba model return hidden states instead of logits within the context.
 
-    The output layer costs about half of a calibration pass and most of its memory, and collects nothing unless it is
-    quantized itself.
+    The output layer takes about half of the time of a calibration pass and most of its memory, and is not calibrated
+    unless it is quantized itself.
 
     Args:
         model: This rank's Megatron-Core model.
-        unless_quantized: Do not skip an output layer that has an enabled quantizer.
+        unless_quantized: Keep an output layer that has an enabled quantizer.
     """
     skip = getattr(model, "post_process", False) is True and not getattr(model, "mtp_process", False)
     if skip and unless_quantized:
@@ -303,9 +328,9 @@ def output_layer_skipped(model, unless_quantized: bool = False) -> Iterator[None
 
 
 def data_parallel_position() -> tuple[int, int]:
-    """Return this process's data-parallel rank and their number; (0, 1) where data is not to be divided.
+    """Return this process's data-parallel rank and the number of ranks; (0, 1) if the data must not be divided.
 
-    Expert-parallel ranks exchange tokens in every layer, so they need equal numbers of microbatches: not divided.
+    Expert-parallel ranks exchange tokens in every layer, so all of them need the same number of micro-batches.
     """
     from megatron.core import parallel_state
 

@@ -1,7 +1,7 @@
-"""Where calibration rows come from: hub data sets, local files, `datasets` objects, iterables, Lightning data modules.
+"""Read calibration rows from hub datasets, local files, `datasets` objects, iterables and Lightning data modules.
 
-Every source becomes one lazy iterator over rows with content, a row being a text, a list of token ids or a
-conversation: a data set larger than memory costs no memory, and reading stops when enough rows were taken.
+Every source becomes one lazy iterator over rows with content. A row is a text, a list of token ids or a conversation.
+The data may be larger than memory, and reading stops when there are enough rows.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, Union
+
+import datasets
 
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo_modelopt_dropin.preflight import chat_rows, data_files
@@ -24,37 +26,46 @@ HUB_DATASETS: dict[str, tuple[tuple, dict[str, Any], str]] = {
 }
 DEFAULT_COLUMN = "text"
 _COLUMNS = (DEFAULT_COLUMN, *chat_rows.COLUMNS)
-# What a data module's batches are looked through for, in this order.
+# The keys of a data module's batches that may hold the rows, in order of preference.
 _BATCH_KEYS = ("tokens", "input_ids", "text")
-# Rows among which a stream is shuffled: the whole of it may not fit into memory, or never end.
+# The size of the window in which a stream is shuffled: the whole stream may not fit into memory, or may never end.
 SHUFFLE_WINDOW = 10_000
 _CHUNK = 256
 
 
+class ReadRows(list):
+    """Rows that `batches` returned: they are checked and cut, and are not read again."""
+
+
+def is_replaced(load: Callable) -> bool:
+    """Return whether ``load_dataset`` was replaced, as unit tests do; the replacement then loads local files too."""
+    return load is not datasets.load_dataset
+
+
 def label(data: Any) -> str:
-    """Return what to call a data set in a message: its name or path, or its class."""
+    """Return the name of a dataset for messages: its name or path, or its class."""
     return str(data) if isinstance(data, (str, Path)) else type(data).__name__
 
 
 def rows(
     data: Any, column: str | None, seed: int | None, load: Callable, chunk: int = _CHUNK, loads_files: bool = False
 ) -> Iterator[Row]:
-    """Yield the rows of a data set that have content.
+    """Yield the rows of a dataset that have content.
 
     Args:
-        data: "cnn_dailymail" or "wikitext"; a JSON, JSON-lines, Parquet or text file, a folder or glob of such; a
+        data: "cnn_dailymail" or "wikitext"; a JSON, JSON-lines, Parquet or text file, a folder or a glob; a
             ``datasets.Dataset`` or ``IterableDataset``; an iterable of texts, of lists of token ids or of dictionaries;
             or a Lightning data module, whose training batches hold "tokens", "input_ids" or "text".
-        column: Which column or key holds the text, the token ids or the conversation; None takes "text", or else
+        column: The column or key of the text, the token ids or the conversation; None uses "text", or else
             "messages" or "conversations".
-        seed: Shuffles, the same way each time: data sets of known length as a whole, streams in a window of
-            `SHUFFLE_WINDOW` rows. None keeps the order.
-        load: ``datasets.load_dataset``, or what replaces it.
-        chunk: Rows of a data set of known length to read at once.
-        loads_files: Local files are read with ``load`` too, as in stock.
+        seed: Shuffles reproducibly: datasets of known length completely, streams in a window of `SHUFFLE_WINDOW` rows.
+            None keeps the order.
+        load: ``datasets.load_dataset``, or its replacement.
+        chunk: The number of rows of a dataset of known length to read at once.
+        loads_files: Read local files with ``load`` too, as stock does.
 
     Raises:
-        ModelOptConfigError: If the data cannot be read, has no such column, or holds something else.
+        ModelOptConfigError: If the data cannot be read, has no such column, or holds values of another type.
     """
     is_file = isinstance(data, (str, Path)) and str(data) not in HUB_DATASETS
     if is_file and loads_files:
@@ -63,31 +74,31 @@ def rows(
     return _contents(_open(data, column, seed, load, chunk), label(data))
 
 
-def batches(found: Iterator[Row], batch_size: int, limit: int, max_characters: int) -> Iterator[list[Row]]:
-    """Yield lists of at most ``batch_size`` of the first ``limit`` rows; longer texts are cut."""
-    taken = (row[:max_characters] if isinstance(row, str) else row for row in islice(found, limit))
+def batches(content: Iterator[Row], batch_size: int, limit: int, max_characters: int) -> Iterator[list[Row]]:
+    """Yield the first ``limit`` rows in lists of at most ``batch_size``; longer texts are cut."""
+    taken = (row[:max_characters] if isinstance(row, str) else row for row in islice(content, limit))
     while batch := list(islice(taken, batch_size)):
         yield batch
 
 
 def check(data: Any, column: str | None, limit: int = 1) -> None:
-    """Raise for data that cannot be used, without loading a model and without using an iterator up.
+    """Check that data can be used, without loading a model and without consuming an iterator.
 
     Args:
-        data: see `rows`.
-        column: see `rows`.
-        limit: how many rows with content of files and lists to look at. Of data sets the columns are looked at.
+        data: See `rows`.
+        column: See `rows`.
+        limit: The number of rows of files and lists to check. Of datasets only the columns are checked.
 
     Raises:
-        ModelOptConfigError: Naming the data and what is wrong with it.
+        ModelOptConfigError: With the data and what is wrong with it.
     """
     if isinstance(data, (str, Path)) and str(data) in HUB_DATASETS:
         return
     if isinstance(data, (list, tuple)) and not data:
         raise ModelOptConfigError("calibration_dataset is an empty list; pass texts or lists of token ids.")
     if isinstance(data, (str, Path, list, tuple)):
-        found = _contents(_open(data, column, None, _no_load), label(data))
-        if not sum(1 for _ in islice(found, limit)):
+        content = _contents(_open(data, column, None, _no_load), label(data))
+        if not sum(1 for _ in islice(content, limit)):
             raise ModelOptConfigError(f"calibration_dataset={label(data)!r} has no row with text: all rows are blank.")
         return
     if _is_table(data):
@@ -97,14 +108,14 @@ def check(data: Any, column: str | None, limit: int = 1) -> None:
 
 
 def _open(data: Any, column: str | None, seed: int | None, load: Callable, chunk: int = _CHUNK) -> Iterator[Any]:
-    """Yield rows as they are stored, empty ones included, in the order that the seed asks for."""
+    """Yield the rows as they are stored, including empty ones, in the order that the seed determines."""
     if isinstance(data, (str, Path)) and str(data) in HUB_DATASETS:
         arguments, keywords, usual = HUB_DATASETS[str(data)]
         try:
             return _sliced(load(*arguments, **keywords), column or usual, seed, chunk)
         except ConnectionError as error:
             raise ModelOptConfigError(
-                f"calibration_dataset={str(data)!r} cannot be fetched from the hub: {error}. Give the path of a local "
+                f"calibration_dataset={str(data)!r} cannot be fetched from the hub: {error}. Pass the path of a local "
                 "file, folder or glob instead."
             ) from error
     if isinstance(data, (str, Path)):
@@ -127,7 +138,7 @@ def _of_files(name: str, column: str | None) -> Iterator[Any]:
     """Yield the rows of files.
 
     Raises:
-        ModelOptConfigError: Where they cannot be read.
+        ModelOptConfigError: If they cannot be read.
     """
     try:
         yield from data_files.rows(data_files.expand(name), column, DEFAULT_COLUMN)
@@ -135,7 +146,7 @@ def _of_files(name: str, column: str | None) -> Iterator[Any]:
         raise _no_column(error) from error
     except data_files.NoFiles as error:
         raise ModelOptConfigError(
-            f"calibration_dataset={error}. Give one of {sorted(HUB_DATASETS)} or the path of a JSON, JSON-lines or "
+            f"calibration_dataset={error}. Use one of {sorted(HUB_DATASETS)} or the path of a JSON, JSON-lines or "
             'Parquet file with a column "text" (see calibration_column), a text file, a folder or a glob.'
         ) from error
     except data_files.DataFileError as error:
@@ -148,7 +159,7 @@ def _no_column(error: data_files.NoColumn) -> ModelOptConfigError:
 
 def _unknown(data: Any) -> ModelOptConfigError:
     return ModelOptConfigError(
-        f"calibration_dataset is a {type(data).__name__}; give one of {sorted(HUB_DATASETS)}, the path of a "
+        f"calibration_dataset is a {type(data).__name__}; use one of {sorted(HUB_DATASETS)}, the path of a "
         "file, folder or glob, a datasets.Dataset, an iterable of texts or of lists of token ids, or a Lightning data "
         "module."
     )
@@ -163,7 +174,7 @@ def _is_table(data: Any) -> bool:
 
 
 def _table(data: Any, column: str | None) -> tuple[Any, str]:
-    """Return a ``datasets`` object and its column; of a dictionary of splits the training split.
+    """Return a ``datasets`` object and its column; from a dictionary of splits, the training split.
 
     Raises:
         ModelOptConfigError: If it has no such split or column.
@@ -171,10 +182,10 @@ def _table(data: Any, column: str | None) -> tuple[Any, str]:
     if isinstance(data, Mapping):
         splits = list(data)
         if "train" not in data and len(splits) != 1:
-            raise ModelOptConfigError(f"calibration_dataset has the splits {splits}; give one of them.")
+            raise ModelOptConfigError(f"calibration_dataset has the splits {splits}; pass one of them.")
         data = data["train" if "train" in data else splits[0]]
     names = _COLUMNS if column is None else (column,)
-    # A stream may not know its columns before it is read.
+    # The columns of a stream may be unknown before it is read.
     if not isinstance(data.column_names, (list, tuple)):
         return data, names[0]
     name = next((name for name in names if name in data.column_names), None)
@@ -184,7 +195,7 @@ def _table(data: Any, column: str | None) -> tuple[Any, str]:
 
 
 def _sliced(table: Any, column: str, seed: int | None, chunk: int) -> Iterator[Any]:
-    """Yield a column of a data set of known length, read in chunks."""
+    """Yield a column of a dataset of known length, read in chunks."""
     length = len(table)
     if seed is None:
         for start in range(0, length, chunk):
@@ -196,13 +207,13 @@ def _sliced(table: Any, column: str, seed: int | None, chunk: int) -> Iterator[A
 
 
 def _values(items: Iterable[Any], column: str | None) -> Iterator[Any]:
-    """Yield texts and token ids of an iterable, out of dictionaries where it has such."""
+    """Yield the texts and token ids of an iterable; from dictionaries, the values of the column."""
     for index, item in enumerate(items):
         if not isinstance(item, Mapping):
             if column is not None:
                 raise ModelOptConfigError(
                     f"calibration_column={column!r} needs rows with columns, but calibration_dataset has rows of type "
-                    f"{type(item).__name__}; leave calibration_column out."
+                    f"{type(item).__name__}; omit calibration_column."
                 )
             yield item
             continue
@@ -213,15 +224,15 @@ def _values(items: Iterable[Any], column: str | None) -> Iterator[Any]:
 
 
 def _of_module(module: Any, column: str | None) -> Iterator[Any]:
-    """Yield the rows of a Lightning data module's training batches; padding at their ends is cut off."""
+    """Yield the rows of a Lightning data module's training batches, without the padding at their ends."""
     try:
         for step, arguments in (("prepare_data", ()), ("setup", ("fit",))):
             getattr(module, step, lambda *_: None)(*arguments)
         loader = module.train_dataloader()
     except Exception as error:
-        # Whatever goes wrong inside of the user's class: many want a trainer.
+        # The user's class may raise any error; many classes need a trainer.
         raise ModelOptConfigError(
-            f"calibration_dataset: {type(module).__name__} gives no training data outside of a trainer: "
+            f"calibration_dataset: {type(module).__name__} has no training data without a trainer: "
             f"{type(error).__name__}: {error}"
         ) from error
     keys = _BATCH_KEYS if column is None else (column,)
@@ -230,17 +241,17 @@ def _of_module(module: Any, column: str | None) -> Iterator[Any]:
         fields = next((part for part in parts if isinstance(part, Mapping)), None)
         key = None if fields is None else next((key for key in keys if key in fields), None)
         if fields is None or key is None:
-            found = type(batch).__name__ if fields is None else f"one with {sorted(map(str, fields))}"
+            actual = type(batch).__name__ if fields is None else f"one with {sorted(map(str, fields))}"
             raise ModelOptConfigError(
                 f"calibration_dataset: the batches of {type(module).__name__} must be dictionaries with one of "
-                f"{list(keys)}, but the first is {found}."
+                f"{list(keys)}, but the first is {actual}."
             )
         for row in fields[key]:
             yield row if isinstance(row, str) else _without_padding(data_files.content(row) or row)
 
 
 def _without_padding(row: Any) -> Any:
-    """Return token ids with a run of equal ids at the end, which is padding, cut down to one."""
+    """Return token ids without padding: a run of equal ids at the end is reduced to one."""
     if not isinstance(row, list):
         return row
     end = len(row)
@@ -250,10 +261,10 @@ def _without_padding(row: Any) -> Any:
 
 
 def _contents(stored: Iterator[Any], name: str) -> Iterator[Row]:
-    """Yield texts, token ids and conversations, without empty rows.
+    """Yield the texts, token ids and conversations that are not empty.
 
     Raises:
-        ModelOptConfigError: For a row that is none of these, or text that is not valid Unicode.
+        ModelOptConfigError: If a row is none of these, or a text is not valid Unicode.
     """
     for number, value in enumerate(stored, 1):
         if value is None:
@@ -265,8 +276,8 @@ def _contents(stored: Iterator[Any], name: str) -> Iterator[Row]:
             raise ModelOptConfigError(f"calibration_dataset={name!r}, row {number}: {error}.") from None
         if row is None:
             raise ModelOptConfigError(
-                f"calibration_dataset={name!r} holds a value of type {type(value).__name__} where a text or a list of "
-                f"token ids (or a conversation) is expected: {str(value)[:60]}"
+                f"calibration_dataset={name!r} holds a value of type {type(value).__name__}; expected a text, a list "
+                f"of token ids or a conversation: {str(value)[:60]}"
             )
         if wrong:
             raise ModelOptConfigError(f"calibration_dataset={name!r}, row {number}: {wrong}.")
@@ -275,28 +286,28 @@ def _contents(stored: Iterator[Any], name: str) -> Iterator[Row]:
 
 
 def _order(length: int, seed: int | None) -> Iterator[int]:
-    """Yield the numbers below ``length``, permuted by a seed; memory grows with the numbers taken only."""
+    """Yield the numbers below ``length``, permuted by a seed; memory grows only with the numbers that are used."""
     if seed is None:
         yield from range(length)
         return
     draw = random.Random(seed)
     moved: dict[int, int] = {}
     for index in range(length):
-        # Fisher-Yates; only the places that were swapped are stored.
+        # Fisher-Yates shuffle; only the swapped positions are stored.
         other = draw.randrange(index, length)
         yield moved.pop(other, other) if other != index else moved.pop(index, index)
         if other != index:
             moved[other] = moved.pop(index, index)
 
 
-def _window(found: Iterator[Any], seed: int | None) -> Iterator[Any]:
-    """Yield a stream, shuffled by a seed in a window that moves along it."""
+def _window(stream: Iterator[Any], seed: int | None) -> Iterator[Any]:
+    """Yield a stream, shuffled by a seed within a moving window."""
     if seed is None:
-        yield from found
+        yield from stream
         return
     draw = random.Random(seed)
-    window = list(islice(found, SHUFFLE_WINDOW))
-    for value in found:
+    window = list(islice(stream, SHUFFLE_WINDOW))
+    for value in stream:
         place = draw.randrange(len(window))
         window[place], value = value, window[place]
         yield value

@@ -1,13 +1,13 @@
-"""Keep the calibrated state of a model on disk, so that a second export or run does not calibrate again.
+"""Store the calibrated state of a model, so that a second export or run does not calibrate again.
 
-A folder holds one file for each tensor-, pipeline- and expert-parallel rank: the modes of Model Optimizer that were
-applied, the settings and tensors of every quantizer, the weights that calibration changed (AWQ and SmoothQuant scale
-them), the report, and a fingerprint of everything that the result depends on. Reading it runs no code (`tensor_file`).
+The folder has one file for each tensor-, pipeline- and expert-parallel rank. It holds the modes of Model Optimizer that
+were applied, the settings and tensors of every quantizer, the weights that calibration changed (AWQ and SmoothQuant
+scale them), the report, and a fingerprint of everything that the result depends on. Reading it executes no code
+(`tensor_file`).
 """
 
 from __future__ import annotations
 
-import abc
 import copy
 import weakref
 from collections.abc import Iterator
@@ -26,127 +26,117 @@ from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 from nemo.collections.llm.modelopt import tensor_file
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization.calibration import fingerprint
-from nemo.collections.llm.modelopt.quantization.calibration import steps as flow
 from nemo.collections.llm.modelopt.quantization.export import support
 from nemo.collections.llm.modelopt.quantization.insert import gated_amax, kv_cache
 from nemo_modelopt_dropin import files, locks
 
 KIND = files.CALIBRATION_STATE
 _SHOWN = 3
-# What Model Optimizer may be asked to apply: its other modes have no place in a calibrated state.
+# The modes of Model Optimizer that a calibrated state may contain.
 _MODES = "modelopt.torch.quantization."
 
 
-class StateKeeper(abc.ABC):
-    """What a ``Quantizer`` can do with its calibrated state."""
+class StateKeeper:
+    """Saves the calibrated state of the model that a ``Quantizer`` quantized last, and uses stored states."""
 
-    quantization_config: Any
-    report: dict[str, Any]
-    _stamp: dict[str, Any] | None = None
-    _modes_before: int = 0
-    _quantized: Any = None
-    _pending: Path | None = None
+    def __init__(self) -> None:
+        """Start without a model and without a stored state."""
+        self._stamp: dict[str, Any] | None = None
+        self._modes_before = 0
+        self._core: Any = None
+        self._requested: Path | None = None
 
-    def save_state(self, path: str | Path, model=None) -> None:
-        """Write the calibrated state of a quantized model into a folder, whole or not at all.
-
-        Args:
-            path: The folder, one that all ranks see. An older state in it is replaced; a folder that holds anything
-                else raises an error.
-            model: What `quantize` returned; by default the last model it did return.
+    def request(self, path: str | Path) -> None:
+        """Make the next `reuse` use the state in a folder.
 
         Raises:
-            ModelOptConfigError: If this quantizer has not quantized the model, or the folder holds something else.
+            ModelOptConfigError: If there is no such folder.
+        """
+        if not Path(path).is_dir():
+            raise ModelOptConfigError(f"load_state: there is no folder {path}; save_state writes one.")
+        self._requested = Path(path)
+
+    def reuse(self, core: torch.nn.Module, settings: dict[str, Any], kept: str | None) -> dict[str, Any] | None:
+        """Quantize the model from a stored state, if there is one for it, and return the report stored with it.
+
+        Args:
+            core: The original model. A later `save` compares with its weights.
+            settings: The settings of this run, see `fingerprint.settings_of`.
+            kept: The folder in which the state of an earlier run may have been kept, or None.
+
+        Raises:
+            ModelOptConfigError: If ``kept`` holds something else, or the requested state is from another run.
+        """
+        if kept is not None:
+            check_folder(kept, "calibration_state")
+        self._stamp = {**settings, **fingerprint.layout(), "model": fingerprint.describe_model(core)}
+        self._modes_before = _mode_count(core)
+        self._core = weakref.ref(core)
+        requested, self._requested = self._requested, None
+        if requested is None and (kept is None or not any_rank_sees(Path(kept))):
+            return None
+        path = Path(requested or str(kept))
+        try:
+            content = read(path, self._stamp)
+        except ModelOptConfigError as error:
+            if requested is not None:
+                raise ModelOptConfigError(f"{error} Without load_state, quantize calibrates.") from error
+            logging.warning(f"Calibrating again: {error}")
+            return None
+        restore(core, content)
+        logging.info(f"The calibrated state is read from {path}: nothing is calibrated.")
+        return dict(content["report"])
+
+    def save(self, path: str | Path, core: torch.nn.Module | None, report: dict[str, Any]) -> None:
+        """Write the state of the quantized model into a folder, completely or not at all.
+
+        Args:
+            path: The folder, see ``Quantizer.save_state``.
+            core: The model that was passed to `reuse`, None for the last one.
+            report: The report to store with it.
+
+        Raises:
+            ModelOptConfigError: If this is not the model, or the folder holds something else.
             ExportError: On the ranks that succeeded, when another rank failed.
         """
-        last = self._quantized() if self._quantized is not None else None
-        core = last if model is None else flow.tools().unwrap_for_modelopt_operations(model)
+        last = self._core() if self._core is not None else None
+        core = last if core is None else core
         if self._stamp is None or core is None or core is not last:
             raise ModelOptConfigError(
-                "Quantizer.save_state keeps what this Quantizer has calibrated: call quantize(model) first, and give "
+                "Quantizer.save_state writes what this Quantizer has calibrated: call quantize(model) first, and pass "
                 "the model that it returned (an llm.GPTModel; stand-ins have no state)."
             )
-        content = {"fingerprint": self._stamp, "report": self.report, **capture(core, self._stamp, self._modes_before)}
+        content = {"fingerprint": self._stamp, "report": report, **capture(core, self._stamp, self._modes_before)}
         check_folder(path, "save_state")
         with support.staged(Path(path), KIND) as folder:
             folder.mkdir(parents=True, exist_ok=True)
             if _is_writer():
                 tensor_file.save(folder / _file_name(), content)
         if is_global_rank_zero():
-            logging.info(f"The calibrated state is kept in {path}.")
+            logging.info(f"The calibrated state is stored in {path}.")
 
-    def load_state(self, path: str | Path, model=None):
-        """Quantize from a stored state in place of calibrating.
-
-        The data behind a forward loop of your own, or in an iterator, cannot be compared with what it was.
+    def keep(self, path: str | None, report: dict[str, Any]) -> None:
+        """Write the state to the configured folder; if that fails, log a warning and continue.
 
         Args:
-            path: The folder that `save_state` wrote.
-            model: The original model, which is quantized at once; without it the next `quantize` uses the state.
-
-        Returns:
-            The quantized model, None without one.
-
-        Raises:
-            ModelOptConfigError: If there is no state, or it belongs to another model, algorithm, data or layout.
+            path: The folder, None to keep nothing.
+            report: The report to store with it.
         """
-        if not Path(path).is_dir():
-            raise ModelOptConfigError(f"load_state: there is no folder {path}; save_state writes one.")
-        self._pending = Path(path)
-        return None if model is None else self.quantize(model)
-
-    @abc.abstractmethod
-    def quantize(self, model, forward_loop=None):
-        """See ``Quantizer.quantize``."""
-
-    def _begin(self, core: torch.nn.Module, settings: dict[str, Any]) -> bool:
-        """Take a state that was asked for, before anything is calibrated; return whether there was one.
-
-        Raises:
-            ModelOptConfigError: If the folder to keep a state in holds something else, or a state that was passed to
-                `load_state` is not of this run.
-        """
-        kept = self.quantization_config.calibration_state
-        if kept is not None:
-            check_folder(kept, "calibration_state")
-        self._stamp = {**settings, **fingerprint.layout(), "model": fingerprint.describe_model(core)}
-        self._modes_before = _mode_count(core)
-        self._quantized = weakref.ref(core)
-        asked, self._pending = self._pending, None
-        if asked is None and (kept is None or not any_rank_sees(Path(kept))):
-            return False
-        path = Path(asked or kept)
-        try:
-            content = read(path, self._stamp)
-        except ModelOptConfigError as error:
-            self._unless_automatic(asked, error)
-            return False
-        restore(core, content)
-        self.report = dict(content["report"])
-        logging.info(f"The calibrated state was taken from {path}: nothing was calibrated.")
-        return True
-
-    @staticmethod
-    def _unless_automatic(asked: Path | None, error: ModelOptConfigError) -> None:
-        if asked is not None:
-            raise ModelOptConfigError(f"{error} Without load_state, quantize calibrates.")
-        logging.warning(f"Calibrating anew: {error}")
-
-    def _keep(self) -> None:
-        """Write the state to the configured folder; if that fails, the run continues with a warning."""
-        path = self.quantization_config.calibration_state
         if path is None:
             return
         try:
-            self.save_state(path)
+            self.save(path, None, report)
         except (OSError, RuntimeError, TypeError, SafetensorError, support.ExportError) as error:
-            # safetensors raises its own error if the disk is full, and settings of a user's own quantizers may be
+            # safetensors raises its own error if the disk is full, and the settings of a user's own quantizers may be
             # objects that only a pickle can hold.
             logging.warning(f"calibration_state: the calibrated state could not be kept in {path}: {error}")
 
-    def _forget(self) -> None:
-        """Remove the state that was kept for a second try."""
-        path = self.quantization_config.calibration_state
+    def forget(self, path: str | None) -> None:
+        """Delete the state that was kept for a second attempt.
+
+        Args:
+            path: The configured folder, or None.
+        """
         if path is not None and self._stamp is not None and is_global_rank_zero():
             with locks.lock(Path(path)):
                 files.remove(Path(path), KIND)
@@ -163,14 +153,14 @@ def _file_name() -> str:
 
 
 def check_folder(path: str | Path, setting: str) -> None:
-    """Raise an error on all ranks if a folder holds anything but a calibrated state of ours.
+    """Raise an error on all ranks if a folder holds anything but a calibrated state that this package wrote.
 
     Args:
         path: The folder, which need not exist.
-        setting: What names it, for the message.
+        setting: The setting that names the folder, for the message.
 
     Raises:
-        ModelOptConfigError: With what is there and what to do.
+        ModelOptConfigError: With the content of the folder and what to do.
     """
     problems = [text for text in _gathered(files.problem(Path(path), KIND)) if text]
     if problems:
@@ -187,16 +177,16 @@ def _is_writer() -> bool:
 
 
 def any_rank_sees(path: Path) -> bool:
-    """Return whether there is a folder, on any rank."""
+    """Return whether the folder exists for any rank."""
     return any(_gathered(path.is_dir()))
 
 
 def _gathered(value: Any) -> list[Any]:
     if not torch.distributed.is_initialized():
         return [value]
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def _mode_count(core: torch.nn.Module) -> int:
@@ -211,12 +201,12 @@ def _quantizers(core: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
 
 
 def capture(core: torch.nn.Module, stamp: dict[str, Any], modes_before: int) -> dict[str, Any]:
-    """Return what makes the original model the calibrated one, on the host.
+    """Return, on the host, the difference between the calibrated and the original model.
 
     Args:
         core: The calibrated Megatron-Core model.
         stamp: The fingerprint taken before calibration.
-        modes_before: Modes of Model Optimizer that the original had.
+        modes_before: The number of Model Optimizer's modes that the original model had.
     """
     modes = mto.modelopt_state(core)["modelopt_state_dict"][modes_before:]
     now = fingerprint.describe_model(core)
@@ -241,7 +231,7 @@ def read(path: Path, stamp: dict[str, Any]) -> dict[str, Any]:
         stamp: The fingerprint of this run.
 
     Raises:
-        ModelOptConfigError: On all ranks, if one's file cannot be read or is of another run.
+        ModelOptConfigError: On all ranks, if the file of one rank cannot be read or belongs to another run.
     """
     content, problem = _read_file(path / _file_name(), stamp)
     problems = [text for text in _gathered(problem) if text]
@@ -263,18 +253,18 @@ def _read_file(file: Path, stamp: dict[str, Any]) -> tuple[dict[str, Any], str |
         return {}, str(error)
     except (OSError, TypeError, KeyError, ValueError) as error:
         return {}, f"{file.name} cannot be read ({type(error).__name__}: {error})."
-    found = fingerprint.differences(saved, stamp)
-    if not found:
+    changed = fingerprint.differences(saved, stamp)
+    if not changed:
         return content, None
-    more = f" (and {len(found) - _SHOWN} more)" if len(found) > _SHOWN else ""
-    return {}, f"it belongs to another run: {'; '.join(found[:_SHOWN])}{more}."
+    more = f" (and {len(changed) - _SHOWN} more)" if len(changed) > _SHOWN else ""
+    return {}, f"it belongs to another run: {'; '.join(changed[:_SHOWN])}{more}."
 
 
 def restore(core: torch.nn.Module, content: dict[str, Any]) -> None:
-    """Make the calibrated model of the original one, in place.
+    """Turn the original model into the calibrated one, in place.
 
-    Model Optimizer inserts the quantizers without calibrating; its own restoring would then run the weights through
-    scales that are not there yet, so the settings and tensors are put in here.
+    Model Optimizer inserts the quantizers without calibrating. Its own restoring would then apply scales to the weights
+    before the scales are loaded, so the settings and tensors are set here.
     """
     manager = mto.ModeloptStateManager(core, init_state=not mto.ModeloptStateManager.is_converted(core))
     manager.update_last_state_before_new_mode(core)
@@ -282,7 +272,7 @@ def restore(core: torch.nn.Module, content: dict[str, Any]) -> None:
         for name, config in content["modes"]:
             mode = _ModeRegistryCls.get_from_any(name)
             if not type(mode).__module__.startswith(_MODES):
-                raise ModelOptConfigError(f"The calibrated state names {name!r}, which is not a mode of quantization.")
+                raise ModelOptConfigError(f"The calibrated state names {name!r}, which is not a quantization mode.")
             typed = manager.get_config_class(name, config)
             mode.restore(core, typed, {})
             manager.add_mode(mode, typed, {})
@@ -303,7 +293,7 @@ def restore(core: torch.nn.Module, content: dict[str, Any]) -> None:
 
 
 def _shape_sequences(core: torch.nn.Module, stored: dict[str, tuple]) -> None:
-    """Give each quantizer as many steps as the stored one has: a search chooses that layer by layer."""
+    """Make each quantizer have as many steps as the stored one: mixed precision chooses this for each layer."""
     for name, (settings, _) in stored.items():
         parent = core.get_submodule(name.rpartition(".")[0])
         leaf = name.rpartition(".")[2]

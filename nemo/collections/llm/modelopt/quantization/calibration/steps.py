@@ -1,160 +1,239 @@
-"""The steps from the original model to the calibrated one: read rows, measure, insert and calibrate, measure again."""
+"""The steps from the original model to the calibrated one, in the order in which ``Quantizer.quantize`` calls them.
+
+Read the rows, build the microbatches, insert and calibrate the quantizers, measure the result. Every function gets the
+functions of NeMo and Model Optimizer that it calls as arguments, because they can be
+replaced in the module `quantizer`.
+"""
 
 from __future__ import annotations
 
-import abc
 import pprint
-import sys
-from types import ModuleType
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from nemo.utils import logging
 
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import checks, comparison, layer_errors, stand_ins, transformers_models
+from nemo.collections.llm.modelopt.quantization import comparison, layer_errors
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
-from nemo.collections.llm.modelopt.quantization.calibration import batching, unused_experts
+from nemo.collections.llm.modelopt.quantization.calibration import batching, fingerprint, sources, unused_experts
 from nemo.collections.llm.modelopt.quantization.insert import mixed_precision, quantizers
+from nemo.collections.llm.modelopt.quantization.quant_cfg import AUTO, auto_formats, is_file
+
+Batches = Callable[[], Iterator[torch.Tensor]]
 
 
-def tools() -> ModuleType:
-    """Return the module `quantizer`, whose attributes are the collaborators."""
-    return sys.modules["nemo.collections.llm.modelopt.quantization.quantizer"]
+@dataclass(frozen=True)
+class Plan:
+    """How one model is quantized, decided before the model is changed.
+
+    Attributes:
+        config: The QuantizationConfig.
+        decoder_type: Model Optimizer's name for the model's decoder, None if it is unknown.
+        quant_cfg: The quant_cfg for this model. KV-cache quantizers that the model cannot have are removed in place.
+        formats: Name to quant_cfg of the formats that mixed precision chooses from; empty for other algorithms.
+        from_file: Whether the quant_cfg is the user's own.
+    """
+
+    config: Any
+    decoder_type: str | None
+    quant_cfg: dict[str, Any]
+    formats: dict[str, dict[str, Any]]
+    from_file: bool
+
+    @property
+    def searches(self) -> bool:
+        """Whether mixed precision chooses the format of each layer."""
+        return self.config.algorithm == AUTO
+
+    @property
+    def shards(self) -> bool:
+        """Whether data-parallel ranks may calibrate on different rows."""
+        quant_cfgs = self.formats.values() if self.searches else [self.quant_cfg]
+        return all(choices.statistics_merge_over_ranks(quant_cfg) for quant_cfg in quant_cfgs)
+
+    def fingerprint(self, own_loop: bool) -> dict[str, Any]:
+        """Return the settings that the result depends on, see `fingerprint.settings_of`."""
+        return fingerprint.settings_of(self.config, self.quant_cfg, self.formats, own_loop)
 
 
-class CalibrationFlow(abc.ABC):
-    """How a ``Quantizer`` calibrates."""
+def make_plan(config: Any, decoder_type: str | None, quant_cfg: dict[str, Any], presets: dict[str, Any]) -> Plan:
+    """Return the plan for a model.
 
-    quantization_config: Any
-    report: dict[str, Any]
+    Args:
+        config: The QuantizationConfig.
+        decoder_type: Model Optimizer's name for the model's decoder, None if it is unknown.
+        quant_cfg: The quant_cfg for this model; without a calibration method it gets "max", in place.
+        presets: Short name to quant_cfg.
+    """
+    quant_cfg.setdefault("algorithm", "max")
+    formats = auto_formats(config, presets) if config.algorithm == AUTO else {}
+    return Plan(config, decoder_type, quant_cfg, formats, is_file(config.algorithm, presets))
 
-    @abc.abstractmethod
-    def _get_quant_cfg(self, model) -> dict[str, Any]:
-        """Return the quant_cfg for this model."""
 
-    @abc.abstractmethod
-    def create_megatron_forward_loop(self, get_dataloader, num_batches):
-        """See ``Quantizer.create_megatron_forward_loop``."""
+def check_loop(plan: Plan, forward_loop: Callable | None) -> None:
+    """Check that a caller's forward loop fits the settings.
 
-    def _get_forward_loop(self, model, rows: list | None = None, quant_cfg: dict[str, Any] | None = None):
-        """Return the loop that feeds this rank's share of the calibration data.
-
-        Args:
-            model: The ``llm.GPTModel``.
-            rows: Texts to use in place of the configured dataset.
-            quant_cfg: How the model is quantized; as configured by default.
-        """
-        if stand_ins.is_stand_in(model):
-            return stand_ins.forward_loop(tools(), self, model)
-        shard = choices.statistics_merge_over_ranks(quant_cfg or self._get_quant_cfg(model))
-        get_batches = self._get_microbatches(model, rows, shard)
-        if transformers_models.is_wrapped(model):
-            return transformers_models.forward_loop(model, get_batches)
-        return self.create_megatron_forward_loop(get_batches, num_batches=None)
-
-    def _get_microbatches(self, model, rows: list | None, shard: bool):
-        """Return a function that gives an iterator over the calibration microbatches `[b, s]`."""
-        config = self.quantization_config
-        return tools().create_data_iterator_getter(
-            model,
-            dataset=config.calibration_dataset if rows is None else rows,
-            seq_len=config.calibration_seq_len,
-            batch_size=config.calibration_batch_size,
-            calibration_size=config.calibration_dataset_size if rows is None else len(rows),
-            packed=config.packed,
-            shard=shard,
-            column=config.calibration_column if rows is None else None,
-            seed=config.calibration_shuffle_seed if rows is None else None,
+    Raises:
+        ModelOptConfigError: If they need calibration data, which a forward loop keeps to itself.
+    """
+    if forward_loop is None:
+        return
+    if plan.searches:
+        raise ModelOptConfigError('algorithm="auto" needs calibration data, it cannot run with a forward_loop.')
+    if plan.config.sensitivity_scan:
+        raise ModelOptConfigError(
+            "sensitivity_scan=True compares on held-out calibration data, and a forward_loop has none."
         )
 
-    def _calibrate(self, model, core, quant_cfg: dict[str, Any], decoder_type: str | None, forward_loop) -> None:
-        """Insert and calibrate quantizers, and compare with the original; see `quantize`."""
-        self.report = {}
-        algorithm = self.quantization_config.algorithm
-        searches = algorithm == checks.AUTO
-        calibrates = not searches and forward_loop is None and tools().mtq.config.need_calibration(quant_cfg)
-        rows, evaluation = None, None
-        if forward_loop is not None and self.quantization_config.sensitivity_scan:
-            raise ModelOptConfigError(
-                "sensitivity_scan=True compares on held-out calibration data, of which a forward_loop has none."
-            )
-        if forward_loop is not None:
-            logging.info("A forward_loop was given: without calibration data there is no comparison with the original")
-        elif comparison.is_comparable(core):
-            rows, evaluation = self._read_rows(model)
-        if calibrates:
-            forward_loop = self._get_forward_loop(model, rows, quant_cfg)
-        quantizers.drop_quantizers(core, algorithm)
-        before = comparison.hidden_states(core, evaluation, "Original model") if evaluation else []
 
-        logging.info(f"Using quant_cfg:\n{pprint.pformat(quant_cfg)}")
-        if searches:
-            quantized = self._search(model, core, quant_cfg, rows)
-        else:
-            from_file = checks.is_file(algorithm, tools().QUANT_CFG_CHOICES)
-            kv_option = self.quantization_config.enable_kv_cache
-            quantized = quantizers.insert(tools().mtq, core, quant_cfg, forward_loop, kv_option, from_file)
-        unused_experts.complete(core)
-        if decoder_type == "gpt":
-            quantizers.keep_amax_from_vanishing(tools().mtq, quantized, algorithm, self.report.get("formats"))
-        self._measure(core, evaluation, before)
+@dataclass(frozen=True)
+class Rows:
+    """The rows of the calibration data, after its only reading.
 
-    def _measure(self, core, evaluation: list[torch.Tensor] | None, before: list[torch.Tensor]) -> None:
-        """Put into the report what quantization did; see `report.describe` and `layer_errors`."""
-        config = self.quantization_config
-        after = None
-        with layer_errors.recorded(core, config.layer_errors) as activations:
-            if evaluation:
-                after = comparison.evaluate(core, evaluation, before, "Quantized model")
-        self.report.update(comparison.describe(core, after))
-        if config.layer_errors:
-            self.report["layers"] = layer_errors.table(core, activations)
-        if not config.sensitivity_scan:
-            return
-        if not evaluation:
-            logging.warning("sensitivity_scan: there is nothing to compare this model on, it was left out")
-            return
+    Attributes:
+        used: The rows that calibrate, None to read the configured dataset when the model is calibrated.
+        compared: The rows that compare the quantized model with the original.
+        facts: What the report says about them.
+    """
 
-        def measure(group: str) -> dict[str, float]:
-            found = comparison.evaluate(core, evaluation, before, f"Sensitivity of {group}")
-            figures = {"kl_to_original": found.kl, "relative_output_error": found.relative_error}
-            return {**figures, "loss_increase": found.loss - found.reference_loss}
+    used: sources.ReadRows | None = None
+    compared: sources.ReadRows = field(default_factory=sources.ReadRows)
+    facts: dict[str, Any] = field(default_factory=dict)
 
-        self.report["sensitivity"] = layer_errors.sensitivity(core, measure)
 
-    def _search(self, model, core, quant_cfg: dict[str, Any], rows: list | None):
-        """Choose a format for each layer (mixed precision) and calibrate; return the Megatron-Core model."""
-        offered = checks.auto_formats(self.quantization_config, tools().QUANT_CFG_CHOICES)
-        shard = all(choices.statistics_merge_over_ranks(offer) for offer in offered.values())
-        batches = list(self._get_microbatches(model, rows, shard)())
-        self.report.update(
-            mixed_precision.insert(tools().mtq, core, quant_cfg, offered, batches, self.quantization_config)
-        )
-        return core
+def read_rows(config: Any, core, forward_loop: Callable | None, get_calib_data_iter: Callable) -> Rows:
+    """Read the rows that calibrate and the rows that compare; without a comparison, read nothing here.
 
-    def _read_rows(self, model) -> tuple[list, list[torch.Tensor]]:
-        """Read the rows: those that calibrate, and the comparison's microbatches `[b, s]` of this rank."""
-        config = self.quantization_config
-        compared_rows = min(config.comparison_size, max(1, config.comparison_tokens // config.calibration_seq_len))
-        batches = tools().get_calib_data_iter(
-            data=config.calibration_dataset,
-            batch_size=config.calibration_batch_size,
-            calib_size=config.calibration_dataset_size + compared_rows,
-            max_sequence_length=batching.CHARACTERS_PER_TOKEN * config.calibration_seq_len,
-            column=config.calibration_column,
-            seed=config.calibration_shuffle_seed,
-        )
-        texts = batching.collect(batches, config.calibration_dataset, config.calibration_dataset_size)
-        used, compared, held_out = batching.split_rows(len(texts), config.calibration_dataset_size, compared_rows)
-        self.report = {"algorithm": config.algorithm, "calibration_rows": len(texts[used]), "held_out": held_out}
-        evaluation = tools().create_data_iterator_getter(
-            model,
-            dataset=texts[compared],
-            seq_len=config.calibration_seq_len,
-            batch_size=config.calibration_batch_size,
-            calibration_size=len(texts[compared]),
-            shard=True,
-        )
-        # A single token has no next one to predict.
-        return texts[used], [batch for batch in evaluation() if batch.shape[1] > 1]
+    Args:
+        config: The QuantizationConfig.
+        core: The Megatron-Core model, or NeMo 2.5's model from ``transformers``, which is not compared.
+        forward_loop: The caller's own loop, or None. Its data cannot be compared on.
+        get_calib_data_iter: The function of this name in `quantizer`.
+
+    Raises:
+        ModelOptConfigError: If the data cannot be read or has no row with content.
+    """
+    if forward_loop is not None:
+        logging.info("A forward_loop is used: without calibration data there is no comparison with the original")
+        return Rows()
+    if not comparison.is_comparable(core):
+        return Rows()
+    compared_rows = min(config.comparison_size, max(1, config.comparison_tokens // config.calibration_seq_len))
+    batches = get_calib_data_iter(
+        data=config.calibration_dataset,
+        batch_size=config.calibration_batch_size,
+        calib_size=config.calibration_dataset_size + compared_rows,
+        max_sequence_length=batching.characters(config.calibration_seq_len),
+        column=config.calibration_column,
+        seed=config.calibration_shuffle_seed,
+    )
+    rows = batching.collect(batches, config.calibration_dataset, config.calibration_dataset_size)
+    used, compared, held_out = batching.split_rows(len(rows), config.calibration_dataset_size, compared_rows)
+    return Rows(
+        used=sources.ReadRows(rows[used]),
+        compared=sources.ReadRows(rows[compared]),
+        facts={"algorithm": config.algorithm, "calibration_rows": len(rows[used]), "held_out": held_out},
+    )
+
+
+def calibration_batches(config: Any, model, rows: list | None, shard: bool, create_getter: Callable) -> Batches:
+    """Return a function that returns an iterator over the calibration microbatches `[b, s]`.
+
+    Args:
+        config: The QuantizationConfig.
+        model: The ``llm.GPTModel``.
+        rows: The rows that calibrate, None to read the configured dataset.
+        shard: Whether data-parallel ranks calibrate on different rows.
+        create_getter: The function ``create_data_iterator_getter`` in `quantizer`.
+    """
+    return create_getter(
+        model,
+        dataset=config.calibration_dataset if rows is None else rows,
+        seq_len=config.calibration_seq_len,
+        batch_size=config.calibration_batch_size,
+        calibration_size=config.calibration_dataset_size if rows is None else len(rows),
+        packed=config.packed,
+        shard=shard,
+        column=config.calibration_column if rows is None else None,
+        seed=config.calibration_shuffle_seed if rows is None else None,
+    )
+
+
+def comparison_batches(config: Any, model, rows: Rows, create_getter: Callable) -> list[torch.Tensor]:
+    """Return this rank's microbatches `[b, s]` of the rows that compare; see `calibration_batches`."""
+    if not rows.compared:
+        return []
+    batches = create_getter(
+        model,
+        dataset=rows.compared,
+        seq_len=config.calibration_seq_len,
+        batch_size=config.calibration_batch_size,
+        calibration_size=len(rows.compared),
+        shard=True,
+    )
+    # A single token has no next token to predict.
+    return [batch for batch in batches() if batch.shape[1] > 1]
+
+
+def calibrate(mtq: Any, core, plan: Plan, forward_loop: Callable | None, batches: Batches | None) -> dict[str, Any]:
+    """Insert the quantizers and calibrate them.
+
+    Args:
+        mtq: ``modelopt.torch.quantization``.
+        core: The Megatron-Core model, or NeMo 2.5's model from ``transformers``.
+        plan: How it is quantized.
+        forward_loop: Runs the calibration data through the model; None if none is needed.
+        batches: The microbatches on which mixed precision chooses the formats; unused by other algorithms.
+
+    Returns:
+        Entries for the report: the formats that mixed precision chose.
+    """
+    logging.info(f"Using quant_cfg:\n{pprint.pformat(plan.quant_cfg)}")
+    chosen: dict[str, Any] = {}
+    quantized = core
+    if plan.searches and batches is not None:
+        chosen = mixed_precision.insert(mtq, core, plan.quant_cfg, plan.formats, list(batches()), plan.config)
+    else:
+        kv_option = plan.config.enable_kv_cache
+        quantized = quantizers.insert(mtq, core, plan.quant_cfg, forward_loop, kv_option, plan.from_file)
+    unused_experts.complete(core)
+    if plan.decoder_type == "gpt":
+        quantizers.keep_amax_from_vanishing(mtq, quantized, plan.config.algorithm, chosen.get("formats"))
+    return chosen
+
+
+def measure(config: Any, core, batches: list[torch.Tensor], before: list[torch.Tensor]) -> dict[str, Any]:
+    """Return what quantization did to the model; see `comparison.describe` and `layer_errors`.
+
+    Args:
+        config: The QuantizationConfig.
+        core: The quantized model.
+        batches: The microbatches that compare, empty if nothing is compared.
+        before: The hidden states of the original model on them.
+    """
+    after = None
+    with layer_errors.recorded(core, config.layer_errors) as activations:
+        if batches:
+            after = comparison.evaluate(core, batches, before, "Quantized model")
+    report = comparison.describe(core, after)
+    if config.layer_errors:
+        report["layers"] = layer_errors.table(core, activations)
+    if config.sensitivity_scan and batches:
+        report["sensitivity"] = _sensitivity(core, batches, before)
+    elif config.sensitivity_scan:
+        logging.warning("sensitivity_scan: there is nothing to compare this model on, so it is left out")
+    return report
+
+
+def _sensitivity(core, batches: list[torch.Tensor], before: list[torch.Tensor]) -> list[dict[str, Any]]:
+    """Return what each group of layers costs when it alone is quantized."""
+
+    def cost(group: str) -> dict[str, float]:
+        found = comparison.evaluate(core, batches, before, f"Sensitivity of {group}")
+        figures = {"kl_to_original": found.kl, "relative_output_error": found.relative_error}
+        return {**figures, "loss_increase": found.loss - found.reference_loss}
+
+    return layer_errors.sensitivity(core, cost)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from nemo.collections.llm.modelopt.quantization import ranks
 from nemo.collections.llm.modelopt.quantization.export import hf_encoding, hf_files
 from nemo.collections.llm.modelopt.quantization.export.support import ExportError, together
 
@@ -68,14 +69,12 @@ def of_model(core: torch.nn.Module) -> dict[str, Contents]:
     """Return the contents by the number of the layer, of what this rank holds and no other rank does."""
     from megatron.core import parallel_state
 
-    from nemo.collections.llm.modelopt.quantization.insert import mixed_precision
-
     found: dict[str, Contents] = defaultdict(Contents)
     if parallel_state.get_data_parallel_rank() > 0:
         return found
     first = parallel_state.get_tensor_model_parallel_rank() == 0
     for name, module in core.named_modules():
-        number = _layer_number(mixed_precision.global_name(core, name)) if hasattr(module, "weight_quantizer") else None
+        number = _layer_number(ranks.global_name(core, name)) if hasattr(module, "weight_quantizer") else None
         layer = hf_encoding.read(module) if number is not None else None
         if layer is None or number is None:
             continue

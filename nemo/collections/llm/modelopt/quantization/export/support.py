@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from nemo.utils.get_rank import is_global_rank_zero
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
+from nemo.collections.llm.modelopt.quantization.collaborators import Collaborators
 from nemo.collections.llm.modelopt.quantization.export import hf_encoding, hf_kv_cache, input_scales
 from nemo.collections.llm.modelopt.quantization.insert import row_blocks
 from nemo_modelopt_dropin import files, locks
@@ -349,11 +349,11 @@ def together(what: str) -> Iterator[None]:
         raise ExportError(f"{what} failed on another rank, see its log.")
 
 
-def write_nemo(tools: ModuleType, model, trainer, target) -> None:
+def write_nemo(tools: Collaborators, model, trainer, target) -> None:
     """Write a NeMo checkpoint: weights with the quantizers' state, and the context.
 
     Args:
-        tools: The module `quantizer`, whose attributes are the collaborators.
+        tools: The functions that can be replaced in the module `quantizer`.
         model: The ``llm.GPTModel``.
         trainer: Its trainer.
         target: The checkpoint's folder.
@@ -383,11 +383,11 @@ def check_state(weights: Path) -> None:
         raise ExportError(f"The checkpoint was written without Model Optimizer's state ({state}).")
 
 
-def write_trtllm(tools: ModuleType, quantizer: Any, model, target) -> None:
+def write_trtllm(tools: Collaborators, quantizer: Any, model, target) -> None:
     """Write a TensorRT-LLM checkpoint.
 
     Args:
-        tools: The module `quantizer`, whose attributes are the collaborators.
+        tools: The functions that can be replaced in the module `quantizer`.
         quantizer: The ``Quantizer``.
         model: The ``llm.GPTModel``.
         target: The checkpoint's folder.

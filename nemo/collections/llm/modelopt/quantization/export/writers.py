@@ -1,13 +1,12 @@
 """The three export formats as the Quantizer writes them.
 
-``tools`` is always the module `quantizer`: its attributes (``mte``, ``mto``, ``generate``) are the collaborators, and
-are looked up when they are used.
+``tools`` holds the functions and classes that can be replaced in the module `quantizer`.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from nemo.utils.model_utils import unwrap_model
 from nemo.collections.llm.modelopt import _real
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization import decoders, stand_ins, transformers_models
+from nemo.collections.llm.modelopt.quantization.collaborators import Collaborators
 from nemo.collections.llm.modelopt.quantization.export import hf_files, hf_kv_cache, hf_verify, hf_writer, support
 from nemo.collections.llm.modelopt.quantization.insert import row_blocks
 from nemo_modelopt_dropin import files
@@ -75,11 +75,11 @@ def check_model(
         support.check_contents(export_config.export_format, quant_cfg, inner, core)
 
 
-def write(tools: ModuleType, quantizer: Any, model, model_dir: str, trainer, folder: Path) -> None:
+def write(tools: Collaborators, quantizer: Any, model, model_dir: str, trainer, folder: Path) -> None:
     """Write a model in the format of the quantizer's export configuration into a folder.
 
     Args:
-        tools: The module `quantizer`.
+        tools: The functions that can be replaced in the module `quantizer`.
         quantizer: The ``Quantizer``.
         model: What its `quantize` returned.
         model_dir: The checkpoint the model came from.
@@ -98,13 +98,13 @@ def write(tools: ModuleType, quantizer: Any, model, model_dir: str, trainer, fol
         support.write_trtllm(tools, quantizer, model, folder)
 
 
-def _write_nemo(tools: ModuleType, quantizer: Any, model, trainer, folder: Path) -> None:
+def _write_nemo(tools: Collaborators, quantizer: Any, model, trainer, folder: Path) -> None:
     support.write_nemo(tools, model, trainer, folder)
     if tools.is_global_rank_zero() and quantizer.quantization_config.algorithm is not None:
         support.check_state(Path(tools.ckpt_to_weights_subdir(folder, False)))
 
 
-def _write_hf(tools: ModuleType, quantizer: Any, model, model_dir: str, folder: Path) -> None:
+def _write_hf(tools: Collaborators, quantizer: Any, model, model_dir: str, folder: Path) -> None:
     keywords = {} if quantizer.torch_dtype == torch.bfloat16 else {"dtype": quantizer.torch_dtype}
     level = quantizer.export_config.verify
     if level != "full":
@@ -117,7 +117,7 @@ def _write_hf(tools: ModuleType, quantizer: Any, model, model_dir: str, folder: 
         _write_plain_hf(tools, model, model_dir, folder, quantizer.torch_dtype, level)
 
 
-def _write_plain_hf(tools: ModuleType, model, model_dir: str, folder: Path, dtype: torch.dtype, level: str) -> None:
+def _write_plain_hf(tools: Collaborators, model, model_dir: str, folder: Path, dtype: torch.dtype, level: str) -> None:
     """Write a plain model: from memory where modelopt knows the architecture, else by NeMo's exporter."""
     exporter = tools.load_connector_from_trainer_ckpt(model_dir, "hf")
     core = tools.unwrap_for_modelopt_operations(model)
@@ -132,7 +132,7 @@ def _write_plain_hf(tools: ModuleType, model, model_dir: str, folder: Path, dtyp
     _finish_hf(tools, model, core, folder, level, dtype)
 
 
-def _finish_hf(tools: ModuleType, model, core, folder: Path, level: str, dtype: torch.dtype) -> None:
+def _finish_hf(tools: Collaborators, model, core, folder: Path, level: str, dtype: torch.dtype) -> None:
     """Write what belongs beside the weights, and verify the checkpoint as far as asked for."""
     with support.together("The check of the checkpoint"):
         if tools.is_global_rank_zero():
@@ -144,7 +144,7 @@ def _finish_hf(tools: ModuleType, model, core, folder: Path, level: str, dtype: 
         hf_verify.check_logits(core, folder, dtype)
 
 
-def is_complete_trtllm(tools: ModuleType, folder: Path, tensor_parallel: int) -> bool:
+def is_complete_trtllm(tools: Collaborators, folder: Path, tensor_parallel: int) -> bool:
     """Return whether a TensorRT-LLM checkpoint has its configuration and one file for each inference rank."""
     names = ["config.json", *(f"rank{rank}.safetensors" for rank in range(tensor_parallel))]
     missing = [name for name in names if not (Path(folder) / name).exists()]
@@ -153,7 +153,7 @@ def is_complete_trtllm(tools: ModuleType, folder: Path, tensor_parallel: int) ->
     return not missing
 
 
-def save_tokenizer(tools: ModuleType, model, model_dir: str, folder: Path, fmt: str) -> None:
+def save_tokenizer(tools: Collaborators, model, model_dir: str, folder: Path, fmt: str) -> None:
     """Put the tokenizer beside an exported model: Hugging Face's own files, or NeMo's context."""
     if fmt == "nemo" or not tools.is_global_rank_zero():
         return
@@ -165,11 +165,11 @@ def save_tokenizer(tools: ModuleType, model, model_dir: str, folder: Path, fmt: 
         tokenizer.save_pretrained(str(folder))
         return
     # nemo.export looks for the tokenizer under this name.
-    target = tools.os.path.join(folder, "nemo_context")
+    target = os.path.join(folder, "nemo_context")
     tools.shutil.copytree(tools.ckpt_to_context_subdir(model_dir), target, dirs_exist_ok=True)
 
 
-def write_converted_hf(tools: ModuleType, model_dir, export_dir, model, verify: str, **kwargs: Any) -> Path | None:
+def write_converted_hf(tools: Collaborators, model_dir, export_dir, model, verify: str, **kwargs: Any) -> Path | None:
     """Write a converted model as a Hugging Face checkpoint and verify it; see ``quantizer.export_hf_checkpoint``."""
     if transformers_models.is_wrapped(model):
         return transformers_models.write_hf(tools, model, Path(export_dir), **kwargs)
