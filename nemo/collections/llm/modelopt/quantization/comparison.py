@@ -1,4 +1,4 @@
-"""What quantization did to a model: loss, output error, quantizers and size, the same numbers on every rank."""
+"""Measure what quantization did to a model: loss, output error, quantizers and size, equally on all ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nemo.collections.llm.modelopt.quantization.calibration import batching
 
 KINDS = ("weight", "input", "output", "kv_cache")
 _SHOWN_LAYERS = 3
-# Logits that are worked on at a time, in fp32.
+# The size of the fp32 logits that are processed at a time.
 _LOGITS_BYTES = 64 << 20
 _STORED_BYTES = 2
 _PLAIN = (str, int, float, bool, list, type(None))
@@ -28,14 +28,14 @@ _PLAIN = (str, int, float, bool, list, type(None))
 
 @dataclass
 class Evaluation:
-    """How a model does on some text, beside the one it was made of.
+    """The loss of a model on some text, compared with the original model.
 
     Attributes:
-        loss: Next-token cross entropy, nats for each token.
-        reference_loss: The original's.
-        tokens: Predicted tokens.
+        loss: Next-token cross entropy in nats per token.
+        reference_loss: The loss of the original model.
+        tokens: The number of predicted tokens.
         relative_error: ``||logits - original's|| / ||original's||``.
-        kl: KL(original || model) in nats for each position.
+        kl: KL(original || model) in nats per position.
     """
 
     loss: float
@@ -46,38 +46,38 @@ class Evaluation:
 
 
 def is_comparable(model: Any) -> bool:
-    """Return whether outputs of the model can be compared: a Megatron-Core language model in initialised groups."""
+    """Return whether outputs can be compared: the model is Megatron-Core's and the process groups are initialized."""
     return isinstance(model, LanguageModule) and parallel_state.model_parallel_is_initialized()
 
 
 def hidden_states(model, batches: list[torch.Tensor], title: str) -> list[torch.Tensor]:
-    """Return the final hidden states `[s, b, h]` of each microbatch `[b, s]`; nothing before the last pipeline stage.
+    """Return the final hidden states `[s, b, h]` of each micro-batch `[b, s]`; an empty list before the last stage.
 
-    They are kept and not logits, which would take v / h times the memory.
+    Logits would take v / h times the memory.
     """
     was_training = model.training
     model.eval()
-    found: list[torch.Tensor] = []
+    states: list[torch.Tensor] = []
     with batching.output_layer_skipped(model):
-        batching.run_forward(model, batches, found.append, title)
+        batching.run_forward(model, batches, states.append, title)
     model.train(was_training)
-    return found
+    return states
 
 
 @torch.no_grad()
 def evaluate(
     model, batches: list[torch.Tensor], reference: list[torch.Tensor], title: str = "Evaluation"
 ) -> Evaluation:
-    """Measure next-token loss, and how far the logits are from those of the model as it was.
+    """Measure the next-token loss, and the distance of the logits from the original model's.
 
-    Works on any layout: hidden states exist on the last pipeline stage, where the output layer gives this rank's part
-    `[s, b, v]` of the vocabulary, some sequences at a time.
+    Any parallel layout works: hidden states exist on the last pipeline stage, where the output layer computes this
+    rank's part `[s, b, v]` of the vocabulary, for a few sequences at a time.
 
     Args:
         model: This rank's Megatron-Core model.
-        batches: This data-parallel rank's microbatches `[b, s]`.
+        batches: This data-parallel rank's micro-batches `[b, s]`.
         reference: What `hidden_states` returned for the same batches before the model changed.
-        title: Of the progress bar.
+        title: The title of the progress bar.
 
     Returns:
         The figures over all ranks, see `Evaluation`.
@@ -96,7 +96,7 @@ def evaluate(
         reference_loss=reference_loss / max(tokens, 1),
         tokens=int(tokens),
         relative_error=math.sqrt(error / norm) if norm else 0.0,
-        # Rounding may leave less than nothing where the models agree.
+        # Rounding may make it negative if the models agree.
         kl=max(0.0, divergence / max(positions, 1)),
     )
 
@@ -106,26 +106,26 @@ def _vocabulary(model) -> int:
 
 
 def _sums(model, states: torch.Tensor, expected: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the sums behind the figures of `Evaluation` [7], of hidden states `[s, b, h]` and tokens `[b, s]`."""
-    # Every tensor-parallel rank computes the whole loss and divergence: they count once.
+    """Return the sums [7] from which `Evaluation` is computed, for hidden states `[s, b, h]` and tokens `[b, s]`."""
+    # Every tensor-parallel rank computes the whole loss and divergence, so only one of them counts.
     counts = int(parallel_state.get_tensor_model_parallel_rank() == 0)
-    found = torch.zeros(7, dtype=torch.float64, device=states.device)
+    sums = torch.zeros(7, dtype=torch.float64, device=states.device)
     logits = _logits(model, states).float()
-    wanted = _logits(model, expected, quantized=False).float()
-    divergence = _divergence(logits, wanted)
-    found[5] = divergence.double().sum() * counts
-    found[6] = divergence.numel() * counts
-    found[4] = torch.linalg.vector_norm(wanted).double().square()
-    found[3] = torch.linalg.vector_norm(logits - wanted).double().square()
+    original = _logits(model, expected, quantized=False).float()
+    divergence = _divergence(logits, original)
+    sums[5] = divergence.double().sum() * counts
+    sums[6] = divergence.numel() * counts
+    sums[4] = torch.linalg.vector_norm(original).double().square()
+    sums[3] = torch.linalg.vector_norm(logits - original).double().square()
     losses = _token_losses(logits, tokens)
-    found[0] = losses.double().sum() * counts
-    found[1] = _token_losses(wanted, tokens).double().sum() * counts
-    found[2] = losses.numel() * counts
-    return found
+    sums[0] = losses.double().sum() * counts
+    sums[1] = _token_losses(original, tokens).double().sum() * counts
+    sums[2] = losses.numel() * counts
+    return sums
 
 
 def _logits(model, hidden: torch.Tensor, quantized: bool = True) -> torch.Tensor:
-    """Apply the output layer to `[s, b, h]`, with its quantizers or without."""
+    """Apply the output layer to `[s, b, h]`, with or without its quantizers."""
     weight = None
     if getattr(model, "share_embeddings_and_output_weights", False):
         weight = model.shared_embedding_or_output_weight()
@@ -142,14 +142,14 @@ def _logits(model, hidden: torch.Tensor, quantized: bool = True) -> torch.Tensor
 
 
 def _token_losses(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Return cross entropy `[s - 1, b]` of fp32 logits `[s, b, v]` (used up) against the next token of `[b, s]`."""
+    """Return the cross entropy `[s - 1, b]` of fp32 logits `[s, b, v]`, which are overwritten, for tokens `[b, s]`."""
     labels = tokens.t()[1:].contiguous()
-    # Megatron's cross entropy works in place on them.
+    # Megatron's cross entropy works in place.
     return tensor_parallel.vocab_parallel_cross_entropy(logits[:-1], labels)
 
 
 def _divergence(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Return KL(expected || logits) `[s, b]` of logits `[s, b, v]` whose vocabulary may be split over ranks."""
+    """Return KL(expected || logits) `[s, b]` of logits `[s, b, v]`; ranks may hold parts of the vocabulary."""
     from nemo.collections.llm.modelopt._divergence import vocab_parallel
 
     return vocab_parallel.kl_divergence(logits, expected, group=parallel_state.get_tensor_model_parallel_group())
@@ -164,7 +164,7 @@ def _kind(name: str) -> str | None:
 
 
 def model_parallel_sum(values: list[float]) -> list[float]:
-    """Add up over tensor and pipeline ranks."""
+    """Return each value summed over tensor- and pipeline-parallel ranks."""
     if not parallel_state.model_parallel_is_initialized():
         return values
     group = parallel_state.get_model_parallel_group()
@@ -179,7 +179,7 @@ def count_quantizers(model) -> dict[str, int]:
     counts = dict.fromkeys(KINDS, 0)
     first = not parallel_state.model_parallel_is_initialized() or parallel_state.get_tensor_model_parallel_rank() == 0
     for name, module in model.named_modules():
-        # The parts of a SequentialQuantizer (W4A8) are one quantizer in two steps.
+        # The parts of a SequentialQuantizer (W4A8) are the two steps of one quantizer.
         in_sequence = name.rsplit(".", 1)[-1].isdigit()
         is_quantizer = isinstance(module, (TensorQuantizer, SequentialQuantizer)) and not in_sequence
         kind = _kind(name) if is_quantizer else None
@@ -195,9 +195,9 @@ def _is_enabled(quantizer) -> bool:
 
 
 def model_bytes(model) -> tuple[int, int]:
-    """Return the size of all weights in 16 bits, and as they would be stored once quantized (scales in 4 bytes).
+    """Return the size of all weights in 16 bits, and as stored after quantization (scales in 4 bytes).
 
-    Not as they are in memory: on CPU ranks that is fp32, in which nobody would store them.
+    The size in memory would not be comparable: on CPU ranks weights are fp32.
     """
     tp_rank = parallel_state.get_tensor_model_parallel_rank() if parallel_state.model_parallel_is_initialized() else 0
     quantizers = {
@@ -208,7 +208,7 @@ def model_bytes(model) -> tuple[int, int]:
     }
     plain = quantized = 0.0
     for parameter in model.parameters():
-        # Norms and the like are whole on every tensor-parallel rank.
+        # Every tensor-parallel rank has the whole of norms and similar parameters.
         if tp_rank and not getattr(parameter, "tensor_model_parallel", False):
             continue
         stored = parameter.numel() * min(_STORED_BYTES, parameter.element_size())
@@ -224,30 +224,28 @@ def model_bytes(model) -> tuple[int, int]:
     return int(plain), int(quantized)
 
 
-def describe(model, found: Evaluation | None, **facts: Any) -> dict[str, Any]:
+def describe(model, measured: Evaluation | None) -> dict[str, Any]:
     """Return the report: a plain dictionary of numbers and strings.
 
     Args:
         model: The quantized Megatron-Core model.
-        found: How it does beside the original, None where nothing was compared.
-        **facts: Further entries, put first.
+        measured: The comparison with the original, None if nothing was compared.
     """
     plain, quantized = model_bytes(model)
     report: dict[str, Any] = {
-        **facts,
         "quantizers": count_quantizers(model),
         "weight_bytes_before": plain,
         "weight_bytes_after": quantized,
     }
-    if found is not None:
+    if measured is not None:
         report.update(
-            evaluation_tokens=found.tokens,
-            loss_before=found.reference_loss,
-            loss_after=found.loss,
-            perplexity_before=_perplexity(found.reference_loss),
-            perplexity_after=_perplexity(found.loss),
-            relative_output_error=found.relative_error,
-            kl_to_original=found.kl,
+            evaluation_tokens=measured.tokens,
+            loss_before=measured.reference_loss,
+            loss_after=measured.loss,
+            perplexity_before=_perplexity(measured.reference_loss),
+            perplexity_after=_perplexity(measured.loss),
+            relative_output_error=measured.relative_error,
+            kl_to_original=measured.kl,
         )
     return report
 
@@ -257,7 +255,7 @@ def _perplexity(loss: float) -> float:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Return the report as lines "name  before  after" for people."""
+    """Return the report as text, in lines of "name  before  after"."""
     rows = [("", "original", "quantized")]
     if "loss_before" in report:
         rows += [
@@ -301,9 +299,9 @@ def log(report: dict[str, Any]) -> None:
 
 
 def bytes_on_disk(folder: Path) -> int | None:
-    """Return the bytes that a model takes on disk; None for what is no folder.
+    """Return the number of bytes that a model takes on disk; None if there is no folder.
 
-    Of a NeMo checkpoint the entries of the model count, by the index of the files: the optimizer's are left out.
+    For a NeMo checkpoint the index of its files is used, and the state of the optimizer is not counted.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -318,23 +316,23 @@ def bytes_on_disk(folder: Path) -> int | None:
 
 
 def sizes_on_disk(original: Any, exported: Path) -> dict[str, int]:
-    """Return "disk_bytes_before" and "disk_bytes_after" as rank zero measured them; all ranks must call."""
-    found: list[Any] = [None]
+    """Return "disk_bytes_before" and "disk_bytes_after" as measured by rank zero; all ranks must call it."""
+    shared: list[Any] = [None]
     if is_global_rank_zero():
         sizes = {"disk_bytes_before": bytes_on_disk(original), "disk_bytes_after": bytes_on_disk(exported)}
-        found = [{name: size for name, size in sizes.items() if size is not None}]
+        shared = [{name: size for name, size in sizes.items() if size is not None}]
     if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(found, src=0)
-    return found[0]
+        torch.distributed.broadcast_object_list(shared, src=0)
+    return shared[0]
 
 
 def write(content: dict[str, Any], config: Any, folder: Path) -> None:
-    """Write the report's files on rank zero; a failure is logged, as the checkpoint it speaks of is there and right.
+    """Write the files of the report on rank zero; a failure is only logged, because the checkpoint is complete.
 
     Args:
         content: The report.
         config: The QuantizationConfig.
-        folder: For the files.
+        folder: The folder for the files.
     """
     if not is_global_rank_zero():
         return

@@ -1,10 +1,10 @@
-"""The configuration dataclasses of post-training quantization; NeMo-Run builds them from the command line."""
+"""The configuration dataclasses of post-training quantization; NeMo-Run creates them from the command line."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional, Union
 
-# NeMo-Run's command line reads annotations that are types (no strings), Optional and Union (not "X | None").
+# NeMo-Run's command line supports annotations that are types (not strings), Optional and Union (not "X | None").
 
 
 @dataclass
@@ -12,29 +12,29 @@ class QuantizationConfig:
     """Settings of post-training quantization.
 
     ``algorithm`` is a key of ``QUANT_CFG_CHOICES``, the name of a preset of modelopt ("INT8_WEIGHT_ONLY_CFG"), the path
-    of a JSON file with a quant_cfg, "auto" for mixed precision, or None to export the model as it is. ``sq_alpha`` is
-    SmoothQuant's migration strength. ``enable_kv_cache=None`` decides by algorithm and model.
+    of a JSON file with a quant_cfg, "auto" for mixed precision, or None to export the model unchanged. ``sq_alpha`` is
+    SmoothQuant's migration strength. With ``enable_kv_cache=None`` the algorithm and the model decide.
 
     The calibration dataset is "cnn_dailymail", "wikitext", or a JSON, JSON-lines, Parquet or text file, a folder or a
-    glob of such; from Python also a ``datasets.Dataset``, an iterable of texts or lists of token ids, or a Lightning
-    data module. ``calibration_column`` names the text column where it is not the usual one,
+    glob; from Python also a ``datasets.Dataset``, an iterable of texts or lists of token ids, or a Lightning
+    data module. ``calibration_column`` names the text column if it is not the usual one,
     ``calibration_shuffle_seed`` shuffles (None keeps the order), ``calibration_dataset_size`` counts rows with content.
 
-    ``packed`` joins rows into full sequences; False leaves each row a sequence of its own, and rows of equal length run
-    together: neither lets padding enter the statistics. ``comparison_size`` is the number of held-out rows on which the
-    quantized model is compared with the original, 0 for none; of long rows fewer, about ``comparison_tokens`` in all.
+    ``packed`` joins rows into full sequences; False keeps each row a sequence of its own and batches rows of equal
+    length. Padding never enters the statistics. ``comparison_size`` is the number of held-out rows on which the
+    quantized model is compared with the original, 0 for none; long rows are limited to ``comparison_tokens`` in total.
 
     ``algorithm="auto"`` chooses a format for each layer so that the weights take ``auto_quantize_bits`` bits on average
-    (layers that stay as they are count 16); ``auto_quantize_checkpoint`` is a file or folder from which an interrupted
-    search goes on.
+    (layers that are not quantized count 16); ``auto_quantize_checkpoint`` is a file or folder from which an interrupted
+    search resumes.
 
-    ``calibration_state`` is a folder, one that all ranks see, in which the calibrated state is kept between the
-    calibration and the end of a successful export: after a failure the next run with the same settings does not
-    calibrate again. A folder that holds anything else raises an error before the model is loaded.
+    ``calibration_state`` is a folder that all ranks see. The calibrated state stays there until the export succeeds:
+    after a failure the next run with the same settings does not calibrate again. If the folder holds anything else, an
+    error is raised before the model is loaded.
 
-    ``layer_errors`` measures the error of each layer's weight and inputs (SQNR) while the models are compared;
-    ``sensitivity_scan`` quantizes one group of layers at a time and measures what it costs, a pass over the held-out
-    rows for each. Both are in ``Quantizer.report``.
+    ``layer_errors`` measures the error of each layer's weight and inputs (SQNR) during the comparison.
+    ``sensitivity_scan`` quantizes one group of layers at a time and measures its cost, with one pass over the held-out
+    rows for each group. Both results are in ``Quantizer.report``.
     """
 
     algorithm: Optional[str] = "fp8"  # noqa: UP045
@@ -66,12 +66,12 @@ class QuantizationConfig:
 class ExportConfig:
     """Where and how to write the quantized model; ``export_format`` is one of ``SUPPORTED_EXPORT_FMT``.
 
-    ``verify`` says how a Hugging Face checkpoint is checked before it appears: "full" compares its logits with the
-    quantized model's (skipped with a warning where `transformers` does not know the class or the host's memory is too
-    small), "files" reopens it for names, shapes, dtypes and scales only, "none" trusts it.
+    ``verify`` selects how a Hugging Face checkpoint is checked before it is moved to ``path``: "full" compares logits
+    with the quantized model's (skipped with a warning if `transformers` does not support the class or the host's memory
+    is too small), "files" checks names, shapes, dtypes and scales only, "none" checks nothing.
 
-    ``report_path`` is a folder that gets ``report.json`` and ``report.html`` after the export, None for neither. It is
-    not the checkpoint's: readers of that find what its format says and nothing else.
+    ``report_path`` is a folder for ``report.json`` and ``report.html``, which are written after the export; None writes
+    neither. It is not the checkpoint's folder, which holds only the files of its format.
     """
 
     path: str
@@ -88,6 +88,6 @@ class ExportConfig:
         self.path = Path(self.path)  # type: ignore[assignment]
 
 
-# Pickles, NeMo contexts and NeMo-Run's YAML name a class by its module: the stock one, so that stock reads them too.
+# Pickles, NeMo contexts and NeMo-Run's YAML store the module of a class: stock's, so that stock can read them.
 for _config in (QuantizationConfig, ExportConfig):
     _config.__module__ = "nemo.collections.llm.modelopt.quantization.quantizer"

@@ -1,4 +1,4 @@
-"""NeMo's model classes: finding one inside of wrappers, and modelopt's name of its decoder."""
+"""Find NeMo's model class inside wrappers, and Model Optimizer's name for its decoder."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _DECODERS = (
 
 
 def known_models() -> list[tuple[type, str]]:
-    """Return (class of NeMo, modelopt's name of its decoder) pairs: the first that fits counts."""
+    """Return pairs of a NeMo class and Model Optimizer's name for its decoder; the first class that fits counts."""
     return [(getattr(llm, f"{name}Model"), decoder) for decoder, names in _DECODERS for name in names.split()]
 
 
 def first_fit(model: Any, known: list[tuple[type, str]]) -> str | None:
-    """Return the name that goes with the first class the model is an instance of, or None."""
+    """Return the name for the first class of which the model is an instance, or None."""
     return next((name for model_class, name in known if isinstance(model, model_class)), None)
 
 
 def find_gpt_model(model: Any) -> Any:
-    """Return the ``llm.GPTModel`` (or a class that stands beside it) inside of wrappers, or None."""
-    # NeMo wraps at most a few times; stand-ins answer any attribute with another stand-in, without end.
+    """Return the ``llm.GPTModel``, or another supported model, inside wrappers; None if there is none."""
+    # NeMo has few wrappers; the attribute of a mock is another mock, without end.
     for _ in range(8):
         is_known = isinstance(model, llm.GPTModel) or transformers_models.is_wrapped(model)
         if is_known or type(model).__name__ == "Llama4OmniModel":
@@ -47,23 +47,23 @@ def find_gpt_model(model: Any) -> Any:
 
 
 def infer(model: Any, name_of: Callable[[Any], str | None], optional: bool = False) -> str | None:
-    """Return modelopt's name of the decoder by the class of the model.
+    """Return Model Optimizer's name for the decoder by the class of the model.
 
     Args:
         model: The model, wrapped or not.
-        name_of: Gives the name for an ``llm.GPTModel``, or None.
-        optional: Return None where it cannot be told.
+        name_of: Returns the name for an ``llm.GPTModel``, or None.
+        optional: Return None if the name is unknown.
 
     Raises:
-        ModelOptConfigError: If it cannot be told and is not optional.
+        ModelOptConfigError: If the name is unknown and not optional.
     """
     inner = find_gpt_model(model)
     if type(inner).__name__ == "Llama4OmniModel":
         return "llama"
-    found = None if inner is None else name_of(inner)
-    if found is None and not optional:
+    name = None if inner is None else name_of(inner)
+    if name is None and not optional:
         raise ModelOptConfigError(
             "Could not infer the decoder type for the provided model. Please provide the decoder type explicitly in "
             f"the ExportConfig. It has decoder_type=None, and the model is a {type(inner or model).__name__}."
         )
-    return found
+    return name

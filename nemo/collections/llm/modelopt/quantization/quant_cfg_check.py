@@ -1,4 +1,4 @@
-"""Check of a quant_cfg that a user wrote, by modelopt's own definitions of its fields, before a model is loaded."""
+"""Check a quant_cfg that a user wrote by modelopt's definitions of its fields, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _TOP = ("quant_cfg", "algorithm")
 
 
 def check(quant_cfg: Mapping[str, Any], where: str) -> None:
-    """Raise for a field that modelopt does not have, or a value that it does not take.
+    """Check that modelopt has all fields of a quant_cfg and accepts their values.
 
     Args:
-        quant_cfg: holds "quant_cfg" (patterns and attributes of quantizers) and optionally "algorithm".
-        where: what an error calls it.
+        quant_cfg: A dictionary with "quant_cfg" (patterns and attributes of quantizers) and optionally "algorithm".
+        where: The name of the quant_cfg in error messages.
 
     Raises:
-        ModelOptConfigError: Naming the pattern and the field.
+        ModelOptConfigError: With the pattern and the field.
     """
     _check_names(quant_cfg, _TOP, where)
     for path, attributes in _quantizers(quant_cfg["quant_cfg"], where):
@@ -33,7 +33,7 @@ def check(quant_cfg: Mapping[str, Any], where: str) -> None:
 
 
 def _quantizers(patterns: Mapping[str, Any], where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the attributes of every quantizer, each with its place in words."""
+    """Yield the attributes of every quantizer, each with its location for error messages."""
     for pattern, value in patterns.items():
         path = f"{where}: {pattern!r}"
         if isinstance(value, Mapping) and _is_by_class(value):
@@ -49,7 +49,7 @@ def _quantizers(patterns: Mapping[str, Any], where: str) -> Iterator[tuple[str, 
 
 
 def _is_by_class(value: Mapping[str, Any]) -> bool:
-    """Return whether a mapping holds patterns for the layers of one class, such as ``{"nn.Linear": {"*": ...}}``."""
+    """Return whether a mapping contains patterns for the layers of one class, such as ``{"nn.Linear": {"*": ...}}``."""
     known = set(definitions.QuantizerAttributeConfig.model_fields)
     return bool(value) and not known & set(value) and all(isinstance(one, (Mapping, list)) for one in value.values())
 

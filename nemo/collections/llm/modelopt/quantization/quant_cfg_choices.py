@@ -1,6 +1,6 @@
-"""From the short name of an algorithm to modelopt's quant_cfg, and the changes that our options make to it.
+"""Map short names of algorithms to modelopt's quant_cfg, and apply our options to it.
 
-Every function returns or changes a copy: modelopt's presets are shared by the whole process and are never touched.
+Every function returns or changes a copy: modelopt's presets are shared by the whole process and are never changed.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _E4M3 = (4, 3)
 
 
 def get_quant_cfg_choices() -> dict[str, QuantCfg]:
-    """Return a copy of the quant_cfg of each short name, of those that the installed modelopt has."""
+    """Return a copy of the quant_cfg of each short name that the installed modelopt supports."""
     found = {short: getattr(mtq, full, None) for short, full in _SHORT_NAMES.items()}
     return {short: copy.deepcopy(config) for short, config in found.items() if config}
 
 
 def get_modelopt_presets() -> dict[str, QuantCfg]:
-    """Return a copy of modelopt's own presets by their own names, without those for the KV cache alone."""
+    """Return a copy of modelopt's presets by name, except those for the KV cache only."""
     names = getattr(mtq.config, "choices", ())
     found = {name: getattr(mtq, name, None) for name in sorted(names) if "_KV_" not in name}
     return {name: copy.deepcopy(config) for name, config in found.items() if isinstance(config, dict)}
@@ -50,7 +50,7 @@ def calibration_methods(quant_cfg: QuantCfg) -> tuple[str, ...]:
 
 
 def quantizer_settings(quant_cfg: QuantCfg) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (pattern, attributes) of every enabled quantizer setting, those inside of lists included."""
+    """Yield (pattern, attributes) of every enabled quantizer setting, including those in lists."""
     for pattern, setting in quant_cfg.get("quant_cfg", {}).items():
         for attributes in setting if isinstance(setting, list) else [setting]:
             if isinstance(attributes, dict) and "num_bits" in attributes and attributes.get("enable", True):
@@ -58,12 +58,12 @@ def quantizer_settings(quant_cfg: QuantCfg) -> Iterator[tuple[str, dict[str, Any
 
 
 def enabled_quantizers(quant_cfg: QuantCfg, module: str, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """Return which quantizers of a module a quant_cfg will enable, with their attributes (of the first step).
+    """Return the quantizers of a module that a quant_cfg will enable, with their attributes (of the first step).
 
     Args:
-        quant_cfg: Its later patterns win over earlier ones.
-        module: Name of the module in the model.
-        names: Of the quantizers to look at.
+        quant_cfg: The quant_cfg; later patterns override earlier ones.
+        module: The name of the module in the model.
+        names: The names of the quantizers to check.
     """
     found: dict[str, dict[str, Any]] = {}
     for pattern, setting in quant_cfg.get("quant_cfg", {}).items():
@@ -91,8 +91,8 @@ def is_smoothquant(quant_cfg: QuantCfg) -> bool:
 def statistics_merge_over_ranks(quant_cfg: QuantCfg) -> bool:
     """Return whether data-parallel ranks may calibrate on different samples.
 
-    A maximum over ranks is the maximum over all data, and modelopt takes it. Searches (AWQ, MSE, Hessian) choose by an
-    error that each rank measures by itself: on different data the ranks would disagree.
+    The maximum over ranks, which modelopt computes, is the maximum over all data. Searches (AWQ, MSE, Hessian) minimize
+    an error that each rank measures on its own: with different data the ranks would disagree.
     """
     return set(calibration_methods(quant_cfg)) <= {"max", "smoothquant"}
 
@@ -108,12 +108,12 @@ def needs_cuda(quant_cfg: QuantCfg) -> bool:
 
 
 def bits_of(num_bits: int | tuple[int, int]) -> int:
-    """Return the width of a format: an integer's bits, or sign, exponent and mantissa of a float."""
+    """Return the width of a format: the bits of an integer, or sign, exponent and mantissa of a float."""
     return 1 + sum(num_bits) if isinstance(num_bits, (tuple, list)) else int(num_bits)
 
 
 def weight_bits(quant_cfg: QuantCfg) -> int:
-    """Return the bits of a weight as modelopt's search counts them: the least of all quantizers, without scales."""
+    """Return the bits of a weight as modelopt's search counts them: the fewest of all quantizers, without scales."""
     return min((bits_of(attributes["num_bits"]) for _, attributes in quantizer_settings(quant_cfg)), default=16)
 
 
@@ -126,13 +126,13 @@ def set_awq_block_size(quant_cfg: QuantCfg, block_size: int) -> None:
 
 
 def set_smoothquant_alpha(quant_cfg: QuantCfg, alpha: float) -> None:
-    """Set SmoothQuant's migration strength where the quant_cfg names none itself, in place."""
+    """Set SmoothQuant's migration strength, in place, if the quant_cfg does not set it."""
     if quant_cfg.get("algorithm") == "smoothquant":
         quant_cfg["algorithm"] = {"method": "smoothquant", "alpha": alpha}
 
 
 def enable_kv_cache(quant_cfg: QuantCfg, kv_cfg: QuantCfg) -> None:
-    """Add the quantizers of the KV cache, in place; without weights and inputs it is KV cache quantization alone."""
+    """Add the quantizers of the KV cache, in place; without other quantizers only the KV cache is quantized."""
     settings = quant_cfg.setdefault("quant_cfg", {"default": {"enable": False}})
     settings.update(copy.deepcopy(dict(kv_cfg["quant_cfg"])))
     if not quant_cfg.get("algorithm"):
@@ -140,7 +140,7 @@ def enable_kv_cache(quant_cfg: QuantCfg, kv_cfg: QuantCfg) -> None:
 
 
 def disable_kv_cache(quant_cfg: QuantCfg) -> None:
-    """Take the quantizers of the KV cache out, in place."""
+    """Remove the quantizers of the KV cache, in place."""
     settings = quant_cfg.get("quant_cfg", {})
     for pattern in [p for p in settings if "bmm_quantizer" in p]:
         del settings[pattern]

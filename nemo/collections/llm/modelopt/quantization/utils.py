@@ -1,4 +1,4 @@
-"""quant_cfg from JSON files: what JSON cannot express (integer keys, tuples) is put back."""
+"""Read a quant_cfg from a JSON file and restore what JSON cannot express: integer keys and tuples."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _TUPLE_KEYS = frozenset({"num_bits", "scale_bits"})
 
 
 def standardize_json_config(quant_cfg: dict[str, Any]) -> None:
-    """Turn a quant_cfg as read from JSON into the form modelopt expects, in place.
+    """Convert a quant_cfg that was read from JSON to the form modelopt expects, in place.
 
-    The keys of ``block_sizes`` that are numbers become ``int`` (axes), lists in ``num_bits`` and ``scale_bits``
-    become tuples (exponent and mantissa bits).
+    Numbers among the keys of ``block_sizes`` become ``int`` (axes); lists in ``num_bits`` and ``scale_bits`` become
+    tuples (exponent and mantissa bits).
 
     Args:
-        quant_cfg: The dictionary, nested dictionaries and lists of dictionaries included.
+        quant_cfg: The dictionary; nested dictionaries and lists of dictionaries are converted too.
     """
     for key in list(quant_cfg):
         value = quant_cfg[key]
@@ -57,7 +57,7 @@ def load_quant_cfg(cfg_path: str | Path) -> dict[str, Any]:
         raise kind(f"The quantization config {cfg_path} cannot be read: {error}") from error
     except json.JSONDecodeError as error:
         raise ModelOptConfigError(
-            f"The quantization config {cfg_path} is not valid JSON ({error}); give one of the named algorithms or a "
+            f"The quantization config {cfg_path} is not valid JSON ({error}); use one of the named algorithms or a "
             'file like {"quant_cfg": {"*weight_quantizer": {"num_bits": 8, "axis": 0}}, "algorithm": "max"}.'
         ) from error
     if not isinstance(quant_cfg, dict):

@@ -1,1 +1,1 @@
-"""Calibration: data, micro-batches, forward passes, and the state that is kept of them."""
+"""Calibration: data, micro-batches, forward passes, and the calibrated state."""

@@ -1,4 +1,4 @@
-"""What a calibrated state depends on: settings, data, layout and weights; and how two such fingerprints differ."""
+"""Fingerprints of what a calibrated state depends on: settings, data, parallel layout and weights."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _VALUE_WIDTH = 80
 
 
 def settings_of(config: Any, quant_cfg: dict[str, Any], formats: dict[str, Any], own_loop: bool) -> dict[str, Any]:
-    """Return the part of the fingerprint that the settings decide.
+    """Return the part of the fingerprint that depends on the settings.
 
     Args:
         config: The QuantizationConfig.
-        quant_cfg: What it comes to for this model; copied.
-        formats: Of mixed precision, else empty.
+        quant_cfg: The quant_cfg for this model; it is copied.
+        formats: The formats that mixed precision chooses from, else empty.
         own_loop: Whether a forward loop of the caller calibrates.
     """
     found: dict[str, Any] = {"algorithm": config.algorithm, "quant_cfg": copy.deepcopy(quant_cfg)}
@@ -43,9 +43,9 @@ def settings_of(config: Any, quant_cfg: dict[str, Any], formats: dict[str, Any],
 
 
 def _content(source: Any) -> Any:
-    """Return what tells calibration data from other data; nothing for a stream, which can be read but once.
+    """Return what identifies the content of calibration data; None for a stream, which can be read only once.
 
-    Of each local file that is its size and the checksum of its beginning.
+    For local files this is the size and the checksum of the beginning of each file.
     """
     if isinstance(source, (list, tuple)):
         checked = 0
@@ -53,7 +53,7 @@ def _content(source: Any) -> Any:
             checked = zlib.crc32(repr(row).encode(), checked)
         return f"{len(source)} rows, checksum {checked:08x}"
     if not isinstance(source, (str, Path)):
-        # A datasets.Dataset knows by itself what it was made of.
+        # A datasets.Dataset has a fingerprint of its own.
         return getattr(source, "_fingerprint", None)
     if str(source) in sources.HUB_DATASETS:
         return None
@@ -69,7 +69,7 @@ def _content(source: Any) -> Any:
 
 
 def layout() -> dict[str, Any]:
-    """Return the versions and parallel sizes that a state depends on; data-parallel ranks share one."""
+    """Return the versions and parallel sizes that a state depends on; data-parallel ranks share a state."""
     return {
         "nvidia-modelopt": modelopt.__version__,
         "tensor parallel size": size("tensor"),
@@ -87,10 +87,10 @@ def size(kind: str) -> int:
 
 @torch.no_grad()
 def checksum(tensor: torch.Tensor) -> int:
-    """Return a number that depends on every bit and its place, the same on every device.
+    """Return a number that depends on every bit and its position, and not on the device.
 
-    The bits are weighed by odd numbers and added in 64-bit integers, which wrap around: the order of the additions does
-    not matter, as it would for floats.
+    The bits are weighted by odd numbers and added in 64-bit integers, which wrap around: unlike with floats, the order
+    of the additions does not matter.
     """
     bits = tensor.detach().reshape(-1)
     bits = bits.view(_INTEGERS[bits.element_size()])
@@ -103,7 +103,7 @@ def checksum(tensor: torch.Tensor) -> int:
 
 
 def describe_model(core: torch.nn.Module) -> dict[str, str]:
-    """Return shape, dtype and checksum of each parameter of this rank, by name."""
+    """Return the shape, dtype and checksum of each parameter of this rank, by name."""
     return {
         name: f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')} checksum {checksum(value):016x}"
         for name, value in core.named_parameters()
@@ -111,7 +111,7 @@ def describe_model(core: torch.nn.Module) -> dict[str, str]:
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return a line for each entry in which two fingerprints differ, with both values."""
+    """Return one line with both values for each entry in which two fingerprints differ."""
     first, second = dict(_flat(saved)), dict(_flat(now))
     absent = "absent"
     return [

@@ -1,4 +1,4 @@
-"""Input ranges of experts that no calibration token was sent to."""
+"""Input ranges of experts that received no calibration token."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _SHOWN = 4
 
 
 def complete(core: torch.nn.Module) -> None:
-    """Give the input quantizers of unused experts the largest amax of the same layer in the other experts.
+    """Set the amax of unused experts' input quantizers to the largest amax of the layer's other experts.
 
-    The router sends few tokens to some experts, and calibration data may reach none of theirs. Their static input
-    quantizers then have no amax: in memory they would follow each input, which a file cannot express. All experts of
-    a layer see inputs from the same distribution, so the largest amax of the others is safe.
+    The router sends few tokens to some experts, possibly none of the calibration data. Their static input quantizers
+    then have no amax: in memory they would adapt to each input, which a file cannot express. The inputs of all experts
+    of a layer have the same distribution, so the largest amax of the others is safe.
 
     Args:
-        core: The calibrated Megatron-Core model. Experts of other expert-parallel ranks are not considered.
+        core: The calibrated Megatron-Core model. Experts on other expert-parallel ranks are not considered.
     """
     groups: dict[str, list[tuple[str, TensorQuantizer]]] = {}
     for name, module in core.named_modules():
@@ -50,10 +50,10 @@ def complete(core: torch.nn.Module) -> None:
 
 
 def _is_static(quantizer: TensorQuantizer) -> bool:
-    """Return whether a quantizer needs one amax, found by calibration."""
+    """Return whether a quantizer needs one amax from calibration."""
     return quantizer.is_enabled and not quantizer._dynamic and not quantizer.block_sizes
 
 
 def _is_left_by_awq(quantizer: TensorQuantizer, calibrated: TensorQuantizer) -> bool:
-    """Return whether AWQ has not put a quantizer back: it measures channels with it, and skips unused experts then."""
+    """Return whether AWQ left a quantizer disabled, with which it measures channels: it does so for unused experts."""
     return not quantizer.is_enabled and quantizer.axis is not None and calibrated.axis is None

@@ -1,1 +1,1 @@
-"""Insertion of quantizers: what is quantized, and in which format."""
+"""Inserting quantizers, and choosing what is quantized in which format."""

@@ -1,8 +1,8 @@
-"""KV-cache quantizers in Megatron's own attention.
+"""KV-cache quantizers for Megatron's own attention.
 
-modelopt 0.43 puts quantizers on keys and values into Transformer Engine's attention only (0.37 into none), so on
-``DotProductAttention`` the option had no effect. The class below is registered while a model is converted and taken
-back afterwards: a registration changes which keys every later checkpoint of the process is expected to have.
+modelopt 0.43 inserts quantizers for keys and values into Transformer Engine's attention only (0.37 into none), so the
+option had no effect on ``DotProductAttention``. The class below is registered while a model is converted and removed
+afterwards, because a registration changes the keys that every later checkpoint of the process must have.
 """
 
 from __future__ import annotations
@@ -52,21 +52,21 @@ class QuantDotProductAttention(QuantModule):
             self.q_bmm_quantizer(query), self.k_bmm_quantizer(key), self.v_bmm_quantizer(value), *args, **kwargs
         )
 
-    # torch asks the class, not the instance, whether there is extra state; modelopt then answers on the instance.
+    # torch looks for extra state in the class; modelopt sets its functions on the instance.
     def get_extra_state(self):
-        """Return nothing: modelopt's own function, set on the instance, comes first."""
+        """Return nothing: modelopt's own function, set on the instance, has precedence."""
         return
 
     def set_extra_state(self, state):
         """Do nothing, see `get_extra_state`."""
 
     def modelopt_post_restore(self, prefix: str = ""):
-        """Move the restored amax to where the layer's parameters are."""
+        """Move the restored amax to the device of the layer's parameters."""
         if hasattr(self, "device") and hasattr(self, "dtype"):
             self.to(device=self.device, dtype=self.dtype)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        """Return Megatron's entries and those of the quantizers; amax is a scalar and the same on all TP ranks."""
+        """Return Megatron's entries and the quantizers'; amax is a scalar and equal on all TP ranks."""
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         own = {
             name: value
@@ -82,15 +82,15 @@ def _modelopt() -> str:
 
 
 def is_supported() -> bool:
-    """Return whether this modelopt keeps quantizers of Megatron's own attention.
+    """Return whether this modelopt supports quantizers in Megatron's own attention.
 
-    0.37 creates them too, but does not make their amax equal over tensor-parallel ranks, and restores none.
+    0.37 creates them too, but does not synchronize their amax over tensor-parallel ranks and does not restore them.
     """
     return Version(_modelopt()) >= Version(_FIRST_MODELOPT)
 
 
 def support_for(weights: Path):
-    """Return the context to restore a converted checkpoint in, see `attention_support`.
+    """Return the context in which to restore a converted checkpoint, see `attention_support`.
 
     Args:
         weights: The checkpoint's folder of weights.
@@ -109,7 +109,7 @@ def support_for(weights: Path):
 
 @contextlib.contextmanager
 def attention_support(wanted: bool = True) -> Iterator[None]:
-    """Let modelopt convert ``DotProductAttention`` inside of the context.
+    """Let modelopt convert ``DotProductAttention`` within the context.
 
     Args:
         wanted: False makes it an empty context.
@@ -126,9 +126,9 @@ def attention_support(wanted: bool = True) -> Iterator[None]:
 
 
 def can_quantize(model: torch.nn.Module) -> bool:
-    """Return whether some attention of the model would get KV-cache quantizers; ask inside of `attention_support`."""
+    """Return whether any attention of the model can have KV-cache quantizers; call it within `attention_support`."""
     if isinstance(model, PreTrainedModel):
-        # modelopt converts the attention of transformers' models by itself.
+        # modelopt converts the attention of transformers models itself.
         return True
     return any(
         name.endswith("core_attention") and type(module) in QuantModuleRegistry
@@ -137,20 +137,20 @@ def can_quantize(model: torch.nn.Module) -> bool:
 
 
 def settle(model: torch.nn.Module, quant_cfg: dict, enable: bool | None) -> None:
-    """Say whether the KV cache will be quantized; where the attention cannot, refuse or take it out of ``quant_cfg``.
+    """Log whether the KV cache will be quantized; if the attention cannot, remove it from ``quant_cfg``.
 
     Args:
-        model: The Megatron-Core model; call inside of `attention_support`.
-        quant_cfg: Changed in place where the option was not asked for and cannot work.
-        enable: The user's option: True insists, None leaves it to us.
+        model: The Megatron-Core model; call this function within `attention_support`.
+        quant_cfg: Changed in place if the attention does not support it and ``enable`` is None.
+        enable: The user's option; None decides automatically.
 
     Raises:
-        ModelOptConfigError: If it was asked for and cannot work.
+        ModelOptConfigError: If ``enable`` is set and the attention does not support it.
     """
     wanted = choices.has_kv_cache(quant_cfg)
     if wanted and not can_quantize(model):
         attention = {type(m).__name__ for name, m in model.named_modules() if name.endswith("core_attention")}
-        message = f"modelopt cannot put KV-cache quantizers into this model's attention {sorted(attention)}"
+        message = f"modelopt cannot insert KV-cache quantizers into this model's attention {sorted(attention)}"
         if not is_supported():
             message = (
                 f"modelopt {_modelopt()} cannot keep KV-cache quantizers in Megatron's attention, modelopt "
@@ -163,15 +163,15 @@ def settle(model: torch.nn.Module, quant_cfg: dict, enable: bool | None) -> None
         wanted = False
     if wanted and enable is None:
         logging.warning(
-            "Enabled KV cache quantization, as enable_kv_cache is None; set enable_kv_cache=False "
-            "(--disable_kv_cache) to leave it out"
+            "Enabled KV cache quantization, because enable_kv_cache is None; set enable_kv_cache=False "
+            "(--disable_kv_cache) to disable it"
         )
     else:
         logging.info(f"{'Enabled' if wanted else 'Disabled'} KV cache quantization")
 
 
 def checkpoint_has_quantizers(weights: Path) -> bool:
-    """Return whether a converted checkpoint holds KV-cache quantizers, by the names of its tensors."""
+    """Return whether a converted checkpoint has KV-cache quantizers, by the names of its tensors."""
     if not (Path(weights) / "modelopt_state").exists() or not (Path(weights) / ".metadata").exists():
         return False
     from torch.distributed.checkpoint import FileSystemReader

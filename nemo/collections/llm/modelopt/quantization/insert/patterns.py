@@ -1,4 +1,4 @@
-"""Do the patterns of a quant_cfg mean anything on a model? modelopt passes over those that match no quantizer."""
+"""Check that the patterns of a quant_cfg match quantizers of the model: modelopt ignores those that match none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nemo_modelopt_dropin.errors import nearest
 
 @dataclass(frozen=True)
 class Pattern:
-    """One entry of a quant_cfg: a wildcard of quantizer names, on modules of one class only where it names one."""
+    """One entry of a quant_cfg: a wildcard for quantizer names, optionally for modules of one class only."""
 
     wildcard: str
     module_class: str | None
@@ -29,7 +29,7 @@ class Pattern:
 
 
 def patterns_of(quant_cfg: dict[str, Any]) -> Iterator[Pattern]:
-    """Yield the entries of a quant_cfg, without its default."""
+    """Yield the entries of a quant_cfg except its default."""
     for key, value in quant_cfg.get("quant_cfg", {}).items():
         if key == "default" or not isinstance(key, str):
             continue
@@ -45,24 +45,24 @@ def _enables(setting: Any) -> bool:
 
 
 def shipped_exclusions() -> set[Pattern]:
-    """Return the disabling patterns of modelopt's presets: written for many models, each has only some of the names."""
+    """Return the disabling patterns of modelopt's presets, which are written for many models and need not match."""
     found = (pattern for preset in choices.get_modelopt_presets().values() for pattern in patterns_of(preset))
     return {pattern for pattern in found if not pattern.enables}
 
 
 def check(model: torch.nn.Module, quant_cfg: dict[str, Any], from_file: bool) -> None:
-    """Raise for patterns that match no quantizer of the model on any rank.
+    """Check that the patterns match quantizers of the model on some rank.
 
-    In a user's own quant_cfg every pattern must match, but for the exclusions that modelopt ships; of a preset, which
-    is written for many models, at least one enabling pattern.
+    In a user's own quant_cfg every pattern must match, except the exclusions of modelopt's presets. In a preset, which
+    is written for many models, at least one enabling pattern must match.
 
     Args:
-        model: This rank's converted model; all ranks must call.
-        quant_cfg: What the quantizers were set by.
+        model: This rank's converted model; all ranks must call it.
+        quant_cfg: The quant_cfg by which the quantizers were set.
         from_file: Whether it is the user's own.
 
     Raises:
-        ModelOptConfigError: Naming the patterns and the nearest quantizers.
+        ModelOptConfigError: With the patterns and the nearest quantizers.
     """
     wanted = list(patterns_of(quant_cfg))
     names = [
@@ -109,7 +109,7 @@ def _matches(pattern: Pattern, names: list[tuple[str, torch.nn.Module]]) -> bool
 
 
 def _on_any_rank(flags: list[bool]) -> list[bool]:
-    """Return which flags are set on at least one rank: a pipeline stage has some of the layers only."""
+    """Return the flags that are set on at least one rank: a pipeline stage has only some of the layers."""
     if not flags or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return flags
     device = "cuda" if torch.cuda.is_available() else "cpu"

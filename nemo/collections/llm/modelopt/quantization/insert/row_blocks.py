@@ -1,6 +1,6 @@
-"""Blocks of INT4 weights along a row, and the tensor-parallel ranks that cut rows.
+"""Check blocks of INT4 weights along rows that tensor-parallel ranks split.
 
-A block is a run of inputs that share a scale. Of a row that blocks do not divide, the rest is a block of its own.
+A block is a run of inputs that share a scale. If blocks do not divide a row, its end is a shorter block.
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ from nemo.collections.llm.modelopt.quantization.export import hf_encoding
 
 
 def check(export_format: str, quant_cfg: dict[str, Any], model: torch.nn.Module) -> None:
-    """Refuse blocks of INT4 that do not divide the inputs of this rank's part of a layer.
+    """Check that INT4 blocks divide the inputs of this rank's part of each layer.
 
-    The rest of a row is a block of its own. No reader of Hugging Face files expects that. In the other formats it may
-    stand at the end of a row, but not where tensor-parallel ranks cut the row: another tensor-parallel size has other
-    blocks, and could not restore the scales.
+    No reader of Hugging Face files supports a shorter block. In the other formats it may be at the end of a row, but
+    not where tensor-parallel ranks split the row: another tensor-parallel size has other blocks and could not restore
+    the scales.
 
     Raises:
-        ModelOptConfigError: Naming the first such layer.
+        ModelOptConfigError: With the first layer that they do not divide.
     """
     steps = [a for pattern, a in choices.quantizer_settings(quant_cfg) if "weight_quantizer" in pattern]
     for name, module in model.named_modules():
         if name.rpartition(".")[2].startswith("linear_") and (export_format == "hf" or _is_cut(module)):
-            found = uneven(name, module, int4_block(steps))
-            if found:
-                raise ModelOptConfigError(f'export_format="{export_format}": {found}.')
+            problem = uneven(name, module, int4_block(steps))
+            if problem:
+                raise ModelOptConfigError(f'export_format="{export_format}": {problem}.')
 
 
 def _is_cut(module: torch.nn.Module) -> bool:
-    """Return whether tensor-parallel ranks hold parts of a layer's inputs."""
+    """Return whether tensor-parallel ranks split a layer's inputs."""
     return _holds_parts(module) and getattr(getattr(module, "config", None), "tensor_model_parallel_size", 1) > 1
 
 
 def _holds_parts(module: torch.nn.Module) -> bool:
-    """Return whether tensor-parallel ranks, if there are several, hold parts of a layer's inputs."""
+    """Return whether tensor-parallel ranks would split a layer's inputs if there were several."""
     weight = getattr(module, "weight", None)
     return bool(getattr(weight, "tensor_model_parallel", False)) and getattr(weight, "partition_dim", 0) == 1
 
 
 def int4_block(steps: list[dict[str, Any]]) -> int:
-    """Return the size of INT4 blocks along a row, 0 where there are none."""
+    """Return the size of INT4 blocks along a row, 0 if there are none."""
     return max(((step.get("block_sizes") or {}).get(-1) or 0 for step in steps if step["num_bits"] == 4), default=0)
 
 
 def uneven(name: str, module: torch.nn.Module, size: int) -> str | None:
-    """Return what is wrong where blocks do not divide a layer's inputs, or None."""
+    """Return a problem if blocks do not divide a layer's inputs, or None."""
     weight = getattr(module, "weight", None)
     if not size or not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.shape[-1] % size == 0:
         return None
@@ -61,16 +61,16 @@ def uneven(name: str, module: torch.nn.Module, size: int) -> str | None:
 
 
 def check_restorable(core: torch.nn.Module, weights: Path) -> None:
-    """Refuse to restore blocks at a tensor-parallel size that cuts rows elsewhere than the one they were written at.
+    """Check that rows are split between the same blocks as at the tensor-parallel size of the checkpoint.
 
-    The numbers of blocks may even agree, and then each rank would take over scales of other inputs.
+    The number of blocks may be the same anyway, and then each rank would load the scales of other inputs.
 
     Args:
         core: This rank's Megatron-Core model, converted.
         weights: The checkpoint's folder of weights.
 
     Raises:
-        ModelOptConfigError: Naming the first such layer and the size to restore at.
+        ModelOptConfigError: With the first layer for which they are not, and the size at which to restore.
     """
     size = int(getattr(getattr(core, "config", None), "tensor_model_parallel_size", 1))
     written = written_size(weights)
@@ -92,7 +92,7 @@ def check_restorable(core: torch.nn.Module, weights: Path) -> None:
 
 
 def written_size(weights: Path) -> int | None:
-    """Return the tensor-parallel size that a checkpoint was written at, None if it cannot be known."""
+    """Return the tensor-parallel size of a checkpoint, None if it is unknown."""
     from torch.distributed.checkpoint import FileSystemReader
 
     if not (Path(weights) / ".metadata").exists():
