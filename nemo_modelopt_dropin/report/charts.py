@@ -107,7 +107,7 @@ def figures(made: Mapping[str, tuple[str, str, alt.TopLevelMixin | None]]) -> di
 
 
 def shown_rows(spec: Any) -> list[dict[str, Any]]:
-    """Return the rows of the data that a specification shows, which `report_figures.inline` has marked."""
+    """Return the rows of the data that a specification shows, which `figures.inline` marked."""
     if isinstance(spec, list):
         return next((rows for part in spec if (rows := shown_rows(part))), [])
     if not isinstance(spec, dict):

@@ -112,7 +112,7 @@ def _flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, 
 
 
 def table(names: tuple[str, str], contents: list[dict[str, Any]]) -> Table:
-    """Return the comparison for a terminal."""
+    """Return the comparison as a table for a terminal."""
     from rich import box
     from rich.table import Table
 
@@ -137,7 +137,7 @@ def _remark(contents: list[dict[str, Any]]) -> str:
 
 
 def render(names: tuple[str, str], contents: list[dict[str, Any]]) -> str:
-    """Return the page."""
+    """Return the comparison as an HTML page."""
     charts = report_charts.comparison(names, contents)
     return report.render_template(
         _TEMPLATE,

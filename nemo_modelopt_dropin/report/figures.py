@@ -167,7 +167,7 @@ def heldout_curves(content: Mapping[str, Any]) -> alt.LayerChart | None:
 
 
 def layer_importance(content: Mapping[str, Any]) -> alt.Chart | None:
-    """Draw one bar per layer; the colour tells kept from dropped layers."""
+    """Draw one bar per layer; the colour distinguishes kept and dropped layers."""
     import altair as alt
 
     values = (content.get("importance") or {}).get("layers")
@@ -284,7 +284,7 @@ def curves_of_runs(runs: Runs) -> alt.LayerChart | None:
         color=_by_run([run for run, _ in runs]),
         tooltip=_tooltip("run:N", "model:N", "step:Q", "loss:Q"),
     )
-    # Points of their own: with those of a line, the legend shows dots instead of dashes.
+    # The points are a separate layer, because points of a line turn the dashes of its legend into dots.
     dashes = alt.Legend(symbolType="stroke", symbolSize=300, symbolStrokeColor="currentColor", symbolStrokeWidth=2)
     lines = base.mark_line().encode(strokeDash=alt.StrokeDash("model:N", legend=dashes))
     return lines + base.mark_point(filled=True, size=30, opacity=1)

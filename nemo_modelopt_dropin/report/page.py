@@ -1,7 +1,7 @@
 """Write the report of a compression run: ``report.json``, a self-contained ``report.html``, PNG figures, a table.
 
 The page embeds Vega, its data and its style, and needs no network. It shows the numbers of ``report.json``, which it
-embeds too; `report_charts` makes the figures.
+embeds too; `charts` makes the figures.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def write_files(folder: Path, content: Any, charts: Mapping[str, Mapping[str, An
     Args:
         folder: created if it is missing; an earlier report in it is replaced.
         content: the numbers.
-        charts: the figures, from `report_charts.figures`.
+        charts: the figures, from `charts.figures`.
         page: the text of the page.
 
     Raises:
-        ModelOptConfigError: if the folder has a file or folder with the name of a report file that is not ours.
+        ModelOptConfigError: if a file of the same name exists that this package did not write.
     """
     files.own(folder, files.REPORT, *REPORT_FILES)
     (folder / "figures").mkdir(exist_ok=True)
@@ -58,7 +58,7 @@ def withdraw(folder: Path) -> None:
 
 
 def render(content: Mapping[str, Any], charts: Mapping[str, Mapping[str, Any]] | None = None) -> str:
-    """Return the page."""
+    """Return the report as an HTML page."""
     charts = report_charts.charts(content) if charts is None else charts
     values = {"title": content["title"], "rows": rows(content), "remark": remark(content)}
     values |= {"answers": headline.answers(content), "sizes": headline.SIZES}
@@ -70,7 +70,7 @@ def render_template(template: str, charts: Mapping[str, Mapping[str, Any]], data
 
     Args:
         template: name of the template in the folder of this file.
-        charts: the figures, from `report_charts.figures`.
+        charts: the figures, from `charts.figures`.
         data: the numbers, embedded as JSON.
         **values: variables of the template.
     """
@@ -145,7 +145,7 @@ def remark(content: Mapping[str, Any]) -> str:
 
 
 def table(content: Mapping[str, Any]) -> Table:
-    """Return the table of models for a terminal."""
+    """Return the table of models for a terminal, with captions that explain its columns."""
     from rich import box
     from rich.table import Table
 

@@ -59,7 +59,7 @@ def rows(content: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def charts(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return every figure for which the report has data, as `report_charts.figures` does."""
+    """Return every figure for which the report has data, as `charts.figures` does."""
     made: dict[str, tuple[str, str, alt.TopLevelMixin | None]] = {
         "candidates": (
             "Candidates",

@@ -69,7 +69,7 @@ def facts(content: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def charts(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return every figure for which the report has data, as `report_charts.figures` does."""
+    """Return every figure for which the report has data, as `charts.figures` does."""
     return report_charts.figures(
         {
             "sqnr": (

@@ -103,7 +103,7 @@ def worst(row) -> float:
     return min(row[key] for key in ERRORS if key in row)
 
 
-def test_every_layer_is_there_worst_first(one_rank):
+def test_every_layer_is_listed_worst_first(one_rank):
     fp8, w4a8, without = one_rank
     attentions = 4 if installed.KV_CACHE else 0
     for report in (fp8, w4a8):
@@ -142,7 +142,7 @@ def test_layouts_report_as_one_rank_does(ranks, work, one_rank, tp, pp):
         assert set(rows) == {row["layer"] for row in one_rank[0]["layers"]}
         for row in one_rank[0]["layers"]:
             for key in ERRORS:
-                # Data-parallel ranks compare as many microbatches each, so other inputs; the weights are the same.
+                # Data-parallel ranks compare micro-batches of their own, so inputs differ; the weights are the same.
                 limit = 1.0 if key.startswith("activation") else 0.02
                 assert rows[row["layer"]].get(key) == pytest.approx(row[key], abs=limit) if key in row else True
         assert report["kl_to_original"] == pytest.approx(one_rank[0]["kl_to_original"], rel=0.02)
@@ -187,7 +187,7 @@ def test_files_and_sizes(ranks, work):
     ("settings", "message"),
     [({"sensitivity_scan": True, "comparison_size": 0}, "sensitivity_scan=True compares on held-out rows")],
 )
-def test_a_scan_of_nothing_is_refused(cpu_backend, settings, message):
+def test_a_scan_without_held_out_rows_raises_an_error(cpu_backend, settings, message):
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
     from nemo.collections.llm.modelopt.quantization import quantizer as q
 
