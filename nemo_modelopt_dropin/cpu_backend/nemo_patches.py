@@ -1,4 +1,4 @@
-"""What NeMo and Lightning need on CPU ranks: the second half of `cpu_backend`, which applies these patches."""
+"""Patches of NeMo and Lightning for CPU ranks; `cpu_backend.PATCHES` lists them."""
 
 from __future__ import annotations
 
@@ -6,29 +6,32 @@ import fnmatch
 import functools
 import sys
 import types
+from unittest import mock
 
 import torch
 
+from nemo_modelopt_dropin import finder
+
 
 def patch_checkpoint_devices() -> None:
-    """NeMo's checkpoint loader asserts that CUDA is initialised before it moves tensors; here they are in place."""
+    """Leave tensors where they are: NeMo's checkpoint loader asserts that CUDA is initialised before it moves them."""
     import nemo.lightning.io.pl as io_pl
 
     io_pl._fix_tensors_device = lambda checkpoint: checkpoint
 
 
 def patch_accelerator() -> None:
-    """``accelerator="gpu"`` is written into recipes, scripts and stock's model_utils: read it as the CPU."""
+    """Read ``accelerator="gpu"`` as the CPU: recipes, scripts and stock's model_utils hard-code it."""
     from lightning.pytorch.trainer.connectors import accelerator_connector
 
     accelerator_connector._AcceleratorConnector._choose_gpu_accelerator_backend = staticmethod(lambda: "cpu")
 
 
 def patch_local_checkpoint_callback() -> None:
-    """NeMo's logger asks every checkpoint callback whether it is one of nvidia-resiliency-ext's, a GPU-only package.
+    """Let NeMo's logger work without nvidia-resiliency-ext, a GPU-only package.
 
-    Where that is missing the question itself raises, so any trainer with Lightning's default checkpointing fails. The
-    answer is no.
+    The logger checks whether a checkpoint callback is one of that package's. Without the package the check itself
+    raises an error, so any trainer with Lightning's default checkpointing fails. No callback is one of them here.
     """
     import nemo.lightning.nemo_logger as nemo_logger
 
@@ -39,26 +42,26 @@ def patch_local_checkpoint_callback() -> None:
 
 
 def patch_mock_attention_mask() -> None:
-    """NeMo's mock data passes "create the mask" in the place of the seed, so local-spec models get no mask.
+    """Let NeMo's mock data create an attention mask: it passes that flag as the seed, so there is no mask.
 
-    The mask is needed where Transformer Engine, which makes its own, is missing.
+    Models without Transformer Engine, which creates its own, need the mask.
     """
-    import nemo.collections.llm.gpt.data.mock as mock
+    import nemo.collections.llm.gpt.data.mock as mock_data
 
-    class _MockGPTDataset(mock._MockGPTDataset):
+    class _MockGPTDataset(mock_data._MockGPTDataset):
         def __init__(self, tokenizer, name, num_samples, seq_length, seed=42, create_attention_mask=False):
             if isinstance(seed, bool):
                 seed, create_attention_mask = 42, seed
             super().__init__(tokenizer, name, num_samples, seq_length, seed, create_attention_mask)
 
-    mock._MockGPTDataset = _MockGPTDataset
+    mock_data._MockGPTDataset = _MockGPTDataset
 
 
 def patch_converters() -> None:
-    """NeMo's converters know only the names of Transformer Engine's fused norms.
+    """Let NeMo's converters find norms that are separate modules.
 
-    The local layer spec has norms of their own, and the converters drop the weights that they do not find, with a
-    warning: an imported Llama then has all of its layers' norms at one.
+    The converters contain only the names of Transformer Engine's fused norms. The local layer spec has separate norms,
+    and the converters skip weights that they do not find, with a warning: all norms of an imported Llama would be one.
     """
     import nemo.lightning.io as nemo_io
     import nemo.lightning.io.state as io_state
@@ -81,7 +84,7 @@ _FUSED_NORMS = {
 
 
 def _own_norm(pattern: str, names: list[str]) -> str:
-    """Return the pattern of a norm of its own where the model has that and no fused one; else the pattern itself."""
+    """Return the pattern of the separate norm if the model has one and no fused norm; else the pattern unchanged."""
     for fused, own in _FUSED_NORMS.items():
         candidate = pattern.replace(fused, own)
         if candidate != pattern and not fnmatch.filter(names, f"*{pattern}") and fnmatch.filter(names, f"*{candidate}"):
@@ -90,20 +93,16 @@ def _own_norm(pattern: str, names: list[str]) -> str:
 
 
 def patch_stock_quantizer() -> None:
-    """Stock's Quantizer demands CUDA in its constructor, though all of its arithmetic runs on a CPU."""
-    from nemo_modelopt_dropin import finder
-
+    """Let stock's Quantizer be constructed: it requires CUDA there, though all of its arithmetic runs on a CPU."""
     if finder.is_enabled() and finder.DropInFinder in sys.meta_path:
         return
-    from unittest import mock
+    from nemo.collections.llm import api
 
-    from nemo.collections.llm.modelopt.quantization.quantizer import Quantizer
-
-    construct = Quantizer.__init__
+    construct = api.Quantizer.__init__
 
     @functools.wraps(construct)
     def __init__(self, *args, **kwargs):
         with mock.patch.object(torch.cuda, "is_available", return_value=True):
             construct(self, *args, **kwargs)
 
-    setattr(Quantizer, "__init__", __init__)  # noqa: B010 - mypy refuses the plain assignment
+    setattr(api.Quantizer, "__init__", __init__)  # noqa: B010 - mypy rejects the plain assignment

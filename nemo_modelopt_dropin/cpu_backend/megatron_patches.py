@@ -1,0 +1,129 @@
+"""Patches of Megatron-Core for CPU ranks; `cpu_backend.PATCHES` lists them."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from nemo_modelopt_dropin.cpu_backend.state import CpuBackendError
+
+_GPU_ONLY_FUSIONS = (
+    "apply_rope_fusion",
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "gradient_accumulation_fusion",
+    "masked_softmax_fusion",
+    "persist_layer_norm",
+)
+
+
+def patch_transformer_config() -> None:
+    """Turn off fused kernels, which exist only for CUDA, in every config, including those that importers build."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    check = TransformerConfig.__post_init__
+
+    @functools.wraps(check)
+    def __post_init__(self):
+        for name in _GPU_ONLY_FUSIONS:
+            if getattr(self, name, False):
+                setattr(self, name, False)
+        self.use_cpu_initialization = True
+        check(self)
+
+    TransformerConfig.__post_init__ = __post_init__
+
+
+def patch_parallel_seed() -> None:
+    """Seed Megatron's random trackers, which NeMo does only if it finds GPUs; dropout and initialisation need them."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    initialize = parallel_state.initialize_model_parallel
+
+    @functools.wraps(initialize)
+    def initialize_model_parallel(*args, **kwargs):
+        initialize(*args, **kwargs)
+        if not tensor_parallel.get_cuda_rng_tracker().get_states():
+            tensor_parallel.model_parallel_cuda_manual_seed(torch.initial_seed() % 2**31)
+
+    parallel_state.initialize_model_parallel = initialize_model_parallel
+
+    import nemo.lightning.megatron_init as megatron_init
+
+    seed_all = megatron_init._set_random_seed
+
+    @functools.wraps(seed_all)
+    def _set_random_seed(seed):
+        seed_all(seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(_stage_seed(seed))
+
+    megatron_init._set_random_seed = _set_random_seed
+
+
+def _stage_seed(seed: int) -> int:
+    """Return the seed of this pipeline stage as NeMo derives it on a GPU: 100 more for each stage."""
+    from megatron.core import parallel_state
+
+    return seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+
+
+def patch_distributed_adam() -> None:
+    """Leave the step counts of torch's Adam out of what Megatron's distributed optimizer shards.
+
+    torch's Adam counts steps in one tensor per parameter, and the distributed optimizer shards every state of a
+    parameter. Fused Adam, which GPU runs use, counts in the parameter group; that count is saved and restored
+    separately.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    get_states = DistributedOptimizer._get_main_param_and_optimizer_states
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    @functools.wraps(get_states)
+    def _get_main_param_and_optimizer_states(self, model_param):
+        return {name: state for name, state in get_states(self, model_param).items() if name != "step"}
+
+    @functools.wraps(set_states)
+    def _set_main_param_and_optimizer_states(self, model_param, tensors):
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        kept = {"step": state["step"].clone()} if "step" in state else {}
+        set_states(self, model_param, {**tensors, **kept})
+
+    DistributedOptimizer._get_main_param_and_optimizer_states = _get_main_param_and_optimizer_states
+    DistributedOptimizer._set_main_param_and_optimizer_states = _set_main_param_and_optimizer_states
+
+
+def patch_torch_norms() -> None:
+    """Allow torch's norms with sequence parallelism: they are correct if their weights are marked.
+
+    Megatron sums the gradients of marked weights over the tensor-parallel ranks, each of which has seen a part of the
+    sequence. Without Transformer Engine or Apex there are no other norms.
+    """
+    from megatron.core.transformer import torch_norm
+
+    def __new__(cls, config, hidden_size, eps=1e-5, persist_layer_norm=False, zero_centered_gamma=False, **kwargs):
+        """Return a ``torch.nn`` norm over ``hidden_size``, marked if sequence parallelism is on."""
+        if zero_centered_gamma or config.layernorm_zero_centered_gamma:
+            raise CpuBackendError("zero-centered norm weights need Transformer Engine; there is no such torch norm.")
+        kinds = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+        if config.normalization not in kinds:
+            raise CpuBackendError(
+                f"normalization={config.normalization!r} has no torch norm; use one of {list(kinds)}."
+            )
+        # Transformer Engine's norms have the parameters' precision too, and NeMo's importers compare the two.
+        norm = kinds[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+    torch_norm.WrappedTorchNorm.__new__ = __new__
+
+
+def patch_moe_router() -> None:
+    """Define the name of Transformer Engine's matmul, which the router of experts reads even without that package."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
