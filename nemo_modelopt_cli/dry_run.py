@@ -10,7 +10,7 @@ from pathlib import Path
 from nemo_modelopt_cli import run_file
 from nemo_modelopt_cli.compress.settings import TARGETS, Job
 from nemo_modelopt_cli.run_script import Rows, aligned
-from nemo_modelopt_dropin.preflight import loss_file, model_sizes, pair_checks, prune_layout
+from nemo_modelopt_dropin.preflight import algorithms, loss_file, model_sizes, pair_checks, prune_layout
 from nemo_modelopt_dropin.preflight.model_sizes import Memory, Shape, UnknownModel
 from nemo_modelopt_dropin.report.page import megabytes, millions
 
@@ -66,17 +66,19 @@ def quantization(given: argparse.Namespace) -> Rows:
     """Return the plan of ptq.py."""
     rows, shape = model("model", given.nemo_checkpoint)
     width = 4 if given.cpu else 2
-    written = ""
+    written, bits = "", _bits(given)
     if shape is not None:
-        whole = width * shape.parameters
-        small = model_sizes.quantized_bytes(shape, given.algorithm, given.auto_quantize_bits)
-        written = f", about {megabytes(whole if given.export_format == 'nemo' else small)}"
+        if given.export_format == "nemo":
+            written = f", about {megabytes(width * shape.parameters)}"
+        elif bits is not None:
+            written = f", about {megabytes(model_sizes.quantized_bytes(shape, bits))}"
     tp, pp = given.calibration_tp, given.calibration_pp
     files = {"nemo": _NEMO, "hf": "config.json, *.safetensors, tokenizer"}.get(
         given.export_format, "config, *.safetensors"
     )
     beside: Rows = []
-    done = f"{given.algorithm}; matrices in {_bits(given)} bits, {given.export_format} format{written}"
+    in_bits = "its preset's" if bits is None else f"{bits:g}"
+    done = f"{given.algorithm}; matrices in {in_bits} bits, {given.export_format} format{written}"
     data: Rows = []
     if given.algorithm == "no_quant":
         done = f"not at all: {given.export_format} format{written}"
@@ -100,11 +102,9 @@ def quantization(given: argparse.Namespace) -> Rows:
     ]
 
 
-def _bits(given: argparse.Namespace) -> str:
-    if given.algorithm == "no_quant":
-        return "16"
-    bits = given.auto_quantize_bits or model_sizes.WEIGHT_BITS.get(given.algorithm)
-    return f"{bits:g}" if bits else "its preset's"
+def _bits(given: argparse.Namespace) -> float | None:
+    """Return the bits of a weight on disk, None if only the preset or file determines them."""
+    return given.auto_quantize_bits or algorithms.weight_bits(given.algorithm)
 
 
 def pruning(given: argparse.Namespace, targets: Iterable[str]) -> Rows:
@@ -226,7 +226,7 @@ def compression(job: Job, output: Path, stages: Iterable[str], waiting: Mapping[
             tried = f"the best of up to {job.pruning.max_candidates} candidates by held-out loss"
             rows.append(("pruned", f"params at most {limit}, {tried}"))
         if "hf" in job.quantization.formats:
-            amount = model_sizes.quantized_bytes(small, job.quantization.algorithm)
+            amount = model_sizes.quantized_bytes(small, algorithms.get(job.quantization.algorithm).bits)
             files.append(f"export/hf, about {megabytes(amount)}")
         batch = job.distillation.micro_batch_size
         estimate = model_sizes.training_memory(

@@ -27,11 +27,11 @@ from nemo_modelopt_cli.parser import (
 )
 from nemo_modelopt_dropin import files
 from nemo_modelopt_dropin.errors import did_you_mean
-from nemo_modelopt_dropin.preflight import data_files, output_checks, quant_file
-from nemo_modelopt_dropin.preflight.model_checks import block_problems, block_size, split_problems
+from nemo_modelopt_dropin.preflight import algorithms, data_files, output_checks, quant_file
+from nemo_modelopt_dropin.preflight.model_checks import block_problems, split_problems
 from nemo_modelopt_dropin.preflight.model_sizes import STAGES, known
 
-ALGORITHMS = ("no_quant", "auto", "int8", "int8_sq", "fp8", "block_fp8", "int4_awq", "w4a8_awq", "int4", "nvfp4")
+ALGORITHMS = algorithms.of_ptq()
 PATHS = (
     "nemo_checkpoint",
     "tokenizer",
@@ -42,7 +42,6 @@ PATHS = (
     "report_path",
     "algorithm",
 )
-CUDA_ONLY = ("nvfp4",)
 FORMATS = {
     "trtllm": "a TensorRT-LLM checkpoint",
     "nemo": "a NeMo checkpoint that simulates it with wide weights; only hf and trtllm files are small",
@@ -179,20 +178,20 @@ def resolve(argv: list[str] | None = None) -> argparse.Namespace:
         problems += [f"--algorithm {one}" for one in quant_file.problems(arguments.algorithm)]
     if (arguments.algorithm == "auto") is (arguments.auto_quantize_bits is None):
         problems.append("--algorithm auto and --auto_quantize_bits go together: give both or neither")
-    if arguments.cpu and arguments.algorithm in CUDA_ONLY:
+    if arguments.cpu and algorithms.needs_cuda(arguments.algorithm):
         problems.append(
             f"--algorithm {arguments.algorithm} needs CUDA kernels: leave --cpu out on a machine with a GPU"
         )
     for name in arguments.auto_quantize_formats.split(","):
-        if name not in ALGORITHMS[2:] and not name.endswith("_CFG") and not os.path.isfile(name):
-            known_names = f"one of {', '.join(ALGORITHMS[2:])}, or a preset of modelopt (..._CFG)"
+        if name not in algorithms.TABLE and not name.endswith("_CFG") and not os.path.isfile(name):
+            known_names = f"one of {', '.join(algorithms.TABLE)}, or a preset of modelopt (..._CFG)"
             problems.append(
-                f"--auto_quantize_formats: {name!r} is not {known_names}{did_you_mean(name, ALGORITHMS[2:])}"
+                f"--auto_quantize_formats: {name!r} is not {known_names}{did_you_mean(name, algorithms.TABLE)}"
             )
     problems += split_problems(arguments.nemo_checkpoint, arguments.calibration_tp, arguments.calibration_pp)
-    block = block_size(arguments.algorithm, arguments.awq_block_size)
+    block = algorithms.block_size(arguments.algorithm, arguments.awq_block_size)
     shape = known(arguments.nemo_checkpoint)
-    flag = None if arguments.algorithm == "int4" else "--awq_block_size"
+    flag = "--awq_block_size" if algorithms.has_block_setting(arguments.algorithm) else None
     problems += block_problems(shape, arguments.calibration_tp, block, arguments.export_format == "hf", flag)
     line.refuse(problems)
     return arguments

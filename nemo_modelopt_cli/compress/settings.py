@@ -12,10 +12,18 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from nemo_modelopt_cli.options import group, is_settings, one_value, option
 from nemo_modelopt_cli.parser import no_checkpoints, template_problems, text_problems
 from nemo_modelopt_dropin.errors import did_you_mean
-from nemo_modelopt_dropin.preflight import budget, loss_file, model_checks, model_sizes, pair_checks, prune_layout
+from nemo_modelopt_dropin.preflight import (
+    algorithms,
+    budget,
+    loss_file,
+    model_checks,
+    model_sizes,
+    pair_checks,
+    prune_layout,
+)
 from nemo_modelopt_dropin.preflight.model_sizes import Shape
 
-ALGORITHMS = ("fp8", "int8", "int8_sq", "int4", "int4_awq", "w4a8_awq", "nvfp4")
+ALGORITHMS = algorithms.of_hf()
 EXPORT_FORMATS = ("nemo", "hf")
 VERIFY = ("full", "files", "none")
 TARGETS = (
@@ -203,7 +211,7 @@ class Quantization:
 
     def block(self) -> int | None:
         """Return how many weights share a scale, None if the algorithm has no blocks."""
-        return model_checks.block_size(self.algorithm, self.awq_block_size)
+        return algorithms.block_size(self.algorithm, self.awq_block_size)
 
 
 @dataclass(frozen=True)
@@ -296,7 +304,7 @@ class Job:
             chosen: whether a search is yet to choose its sizes.
         """
         block, to_hf = self.quantization.block(), "hf" in self.quantization.formats
-        option = None if self.quantization.algorithm == "int4" else "--awq-block-size"
+        option = "--awq-block-size" if algorithms.has_block_setting(self.quantization.algorithm) else None
         return model_checks.block_problems(shape, self.layout.tp, block, to_hf, option, chosen)
 
     def size_multiples(self, shape: Shape | None = None) -> dict[str, int]:

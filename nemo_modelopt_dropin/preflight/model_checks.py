@@ -231,13 +231,6 @@ def _searched(shape: Shape, multiples: Mapping[str, int]) -> dict[str, bool]:
     }
 
 
-def block_size(algorithm: str, awq_block_size: int) -> int | None:
-    """Return how many weights share a scale, None if the algorithm has no blocks."""
-    if algorithm not in ("int4", "int4_awq", "w4a8_awq"):
-        return None
-    return 128 if algorithm == "int4" else awq_block_size  # plain INT4 has its preset's
-
-
 def pair_problems(loss_path: str | None, layers: Mapping[str, int | None]) -> list[str]:
     """Return the layers of a file of losses that student or teacher does not have.
 

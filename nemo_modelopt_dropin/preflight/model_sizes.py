@@ -13,19 +13,6 @@ from typing import Any
 
 from nemo_modelopt_dropin.preflight import loss_memory
 
-# Bits of a weight on disk, with its block's scale where the format has blocks.
-WEIGHT_BITS = {
-    "fp8": 8.0,
-    "block_fp8": 8.0,
-    "int8": 8.0,
-    "int8_sq": 8.0,
-    "int4": 4.125,
-    "int4_awq": 4.125,
-    "w4a8_awq": 4.125,
-    "nvfp4": 4.5,
-}
-
-
 # Settings of how many layers the outer pipeline stages hold.
 STAGES = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
 
@@ -272,11 +259,9 @@ def known(path: str | Path | None) -> Shape | None:
         return None
 
 
-def quantized_bytes(shape: Shape, algorithm: str, bits: float | None = None) -> float:
-    """Return the bytes of a checkpoint in a quantized format: matrices in its bits, the rest in 16."""
-    wide = 16 if algorithm == "no_quant" else None
-    width = bits or wide or WEIGHT_BITS.get(algorithm, 8.0)
-    return shape.linear_parameters * width / 8 + 2 * (shape.parameters - shape.linear_parameters)
+def quantized_bytes(shape: Shape, bits: float) -> float:
+    """Return the bytes of a checkpoint whose matrices take ``bits`` for each weight; everything else takes 16."""
+    return shape.linear_parameters * bits / 8 + 2 * (shape.parameters - shape.linear_parameters)
 
 
 @dataclass(frozen=True)

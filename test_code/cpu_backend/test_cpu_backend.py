@@ -152,7 +152,7 @@ def test_hugging_face_weights_go_through_nemo_and_back(ranks, tmp_path, dtype):
 
 
 def test_enable_refuses_where_cuda_is_available(monkeypatch):
-    monkeypatch.setattr(backend_module, "_state", {"enabled": False, "mode": None})
+    monkeypatch.setattr(backend_module.state, "_state", {"enabled": False})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(backend_module.CpuBackendError, match="machine with CUDA.*CUDA_VISIBLE_DEVICES"):
         backend_module.enable()

@@ -11,26 +11,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import modelopt.torch.quantization as mtq
+from nemo_modelopt_dropin.preflight import algorithms
 
 QuantCfg = dict[str, Any]
 
-_SHORT_NAMES = {
-    "int8": "INT8_DEFAULT_CFG",
-    "int8_sq": "INT8_SMOOTHQUANT_CFG",
-    "fp8": "FP8_DEFAULT_CFG",
-    "block_fp8": "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG",
-    "int4_awq": "INT4_AWQ_CFG",
-    "w4a8_awq": "W4A8_AWQ_BETA_CFG",
-    "int4": "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
-    "nvfp4": "NVFP4_DEFAULT_CFG",
-}
 # Bits of exponent and mantissa: FP8 E4M3 is the one float format modelopt emulates without a CUDA kernel.
 _E4M3 = (4, 3)
 
 
 def get_quant_cfg_choices() -> dict[str, QuantCfg]:
     """Return a copy of the quant_cfg of each short name that the installed modelopt supports."""
-    found = {short: getattr(mtq, full, None) for short, full in _SHORT_NAMES.items()}
+    found = {short: getattr(mtq, entry.preset, None) for short, entry in algorithms.TABLE.items()}
     return {short: copy.deepcopy(config) for short, config in found.items() if config}
 
 

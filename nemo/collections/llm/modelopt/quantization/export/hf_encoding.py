@@ -15,6 +15,7 @@ import torch
 
 from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
+from nemo_modelopt_dropin.preflight.algorithms import HF_FORMATS
 
 _E4M3 = (4, 3)
 _E4M3_MAX = 448.0
@@ -28,8 +29,7 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 # Values of ``quant_algo`` whose numbers `decode` knows.
-_ENCODED_HERE = frozenset({"FP8", "W4A16_AWQ", "W4A8_AWQ", "W8A16", "W8A8_SQ_PER_CHANNEL"})
-DECODABLE = _ENCODED_HERE | {"NVFP4"}
+DECODABLE = frozenset(HF_FORMATS)
 
 
 @dataclass
@@ -81,7 +81,7 @@ def algorithm_of(weight: list[dict[str, Any]], has_input: bool, has_pre_quant_sc
 
 def is_encoded_here(algorithm: str) -> bool:
     """Return whether `encode` makes the codes of a ``quant_algo``, and not modelopt's writer."""
-    return algorithm in _ENCODED_HERE
+    return algorithm in HF_FORMATS and HF_FORMATS[algorithm].encoded_here
 
 
 def settings_of(module: torch.nn.Module) -> tuple[list[dict[str, Any]], bool, bool] | None:

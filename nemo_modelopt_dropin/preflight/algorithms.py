@@ -1,0 +1,210 @@
+"""The table of quantization algorithms. Standard library only.
+
+The choices of the commands, the checks of sizes, the estimates of bytes, the presets, the formats of Hugging Face files
+and the table in the documentation are all made from it: a new algorithm is one entry here. Print the table of the
+documentation with ``python -m nemo_modelopt_dropin.preflight.algorithms``.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from nemo_modelopt_dropin.errors import ModelOptConfigError, suggestion
+
+# Names of ptq.py for "leave the model as it is" and for the search that chooses a format for each layer.
+NO_QUANT = "no_quant"
+AUTO = "auto"
+# How a reader of Hugging Face files was checked.
+RUN = "run"
+BY_RULES = "accepted by its rules"
+# Versions of the readers that were checked.
+READERS = MappingProxyType({"vLLM": "0.32", "SGLang": "0.5.23", "TensorRT-LLM": "PyTorch backend"})
+
+
+@dataclass(frozen=True)
+class HfFormat:
+    """One format of quantized weights in Hugging Face files; its name is modelopt's ``quant_algo``.
+
+    Attributes:
+        encoded_here: Whether `hf_encoding.encode` makes the codes; otherwise modelopt's writer does.
+        readers: Name of each program that reads it correctly, and how that was checked: `RUN` or `BY_RULES`.
+    """
+
+    encoded_here: bool = True
+    readers: tuple[tuple[str, str], ...] = ()
+
+
+HF_FORMATS: dict[str, HfFormat] = {
+    "FP8": HfFormat(readers=(("vLLM", RUN), ("SGLang", BY_RULES), ("TensorRT-LLM", BY_RULES))),
+    "W8A8_SQ_PER_CHANNEL": HfFormat(),
+    "W8A16": HfFormat(readers=(("TensorRT-LLM", BY_RULES),)),
+    "W4A16_AWQ": HfFormat(),
+    "W4A8_AWQ": HfFormat(),
+    "NVFP4": HfFormat(encoded_here=False, readers=(("vLLM", BY_RULES), ("SGLang", BY_RULES))),
+}
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One algorithm.
+
+    Attributes:
+        preset: modelopt's name of its quant_cfg.
+        weights: Format of the weights, in words.
+        activations: Format of the activations, in words.
+        bits: Bits of a weight on disk, including its share of the block's scale.
+        hf_format: Name in `HF_FORMATS`; None if Hugging Face files cannot hold it.
+        block: Weights along a layer's input that share a stored scale; None if the algorithm has no such blocks.
+        block_setting: Setting that changes the block; None if it is fixed.
+        needs_cuda: Whether the quantized model runs on CUDA kernels only.
+        remark: What else to know, in a few words.
+    """
+
+    preset: str
+    weights: str
+    activations: str
+    bits: float
+    hf_format: str | None
+    block: int | None = None
+    block_setting: str | None = None
+    needs_cuda: bool = False
+    remark: str = ""
+
+
+# In the order in which stock lists them.
+TABLE: dict[str, Algorithm] = {
+    "int8": Algorithm("INT8_DEFAULT_CFG", "INT8 by channel", "INT8", 8, "W8A8_SQ_PER_CHANNEL"),
+    "int8_sq": Algorithm(
+        "INT8_SMOOTHQUANT_CFG",
+        "INT8 by channel",
+        "INT8",
+        8,
+        "W8A8_SQ_PER_CHANNEL",
+        remark="SmoothQuant, `sq_alpha`",
+    ),
+    "fp8": Algorithm("FP8_DEFAULT_CFG", "FP8 E4M3", "FP8", 8, "FP8", remark="the default"),
+    "block_fp8": Algorithm("FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", "FP8 by block of 128 x 128", "none", 8, None),
+    "int4_awq": Algorithm(
+        "INT4_AWQ_CFG",
+        "INT4 by block of `awq_block_size`",
+        "none",
+        4.125,
+        "W4A16_AWQ",
+        block=128,
+        block_setting="awq_block_size",
+        remark="AWQ's search over the calibration data",
+    ),
+    "w4a8_awq": Algorithm(
+        "W4A8_AWQ_BETA_CFG",
+        "INT4 by block of `awq_block_size`",
+        "FP8",
+        4.125,
+        "W4A8_AWQ",
+        block=128,
+        block_setting="awq_block_size",
+        remark="AWQ's search over the calibration data",
+    ),
+    "int4": Algorithm("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "INT4 by block of 128", "none", 4.125, "W4A16_AWQ", block=128),
+    "nvfp4": Algorithm("NVFP4_DEFAULT_CFG", "NVFP4", "NVFP4", 4.5, "NVFP4", needs_cuda=True),
+}
+
+
+def get(name: str) -> Algorithm:
+    """Return the entry of an algorithm.
+
+    Raises:
+        ModelOptConfigError: If there is none.
+    """
+    if name not in TABLE:
+        raise ModelOptConfigError(
+            f"algorithm={name!r} is not in the table of algorithms; allowed: {[*TABLE]}.{suggestion(name, TABLE)}"
+        )
+    return TABLE[name]
+
+
+def of_ptq() -> tuple[str, ...]:
+    """Return the names that ptq.py accepts."""
+    return (NO_QUANT, AUTO, *TABLE)
+
+
+def of_hf() -> tuple[str, ...]:
+    """Return the names of the algorithms that Hugging Face files can hold."""
+    return tuple(name for name, entry in TABLE.items() if entry.hf_format is not None)
+
+
+def weight_bits(algorithm: str) -> float | None:
+    """Return the bits of a weight on disk.
+
+    Returns None for a preset of modelopt (``..._CFG``) without an entry, and for the path of a file.
+
+    Args:
+        algorithm: A name in the table, `NO_QUANT`, the name of a preset, or the path of a file.
+
+    Raises:
+        ModelOptConfigError: For any other name, `AUTO` included: its bits are chosen by a setting.
+    """
+    if algorithm == NO_QUANT:
+        return 16
+    by_preset = {entry.preset: entry.bits for entry in TABLE.values()}
+    if algorithm.endswith("_CFG"):
+        return by_preset.get(algorithm)
+    if algorithm not in TABLE and Path(algorithm).is_file():
+        return None
+    return get(algorithm).bits
+
+
+def block_size(algorithm: str, awq_block_size: int) -> int | None:
+    """Return how many weights share a scale, None if the algorithm has no blocks or no entry in the table.
+
+    Args:
+        algorithm: The name.
+        awq_block_size: The setting, for algorithms whose block it sets.
+    """
+    entry = TABLE.get(algorithm)
+    if entry is None or entry.block is None:
+        return None
+    return entry.block if entry.block_setting is None else awq_block_size
+
+
+def has_block_setting(algorithm: str) -> bool:
+    """Return whether a setting changes the size of the algorithm's blocks."""
+    entry = TABLE.get(algorithm)
+    return entry is not None and entry.block_setting is not None
+
+
+def needs_cuda(algorithm: str) -> bool:
+    """Return whether the quantized model runs on CUDA kernels only; False for names without an entry."""
+    entry = TABLE.get(algorithm)
+    return entry is not None and entry.needs_cuda
+
+
+def markdown() -> str:
+    """Return the table of the documentation, one line for each algorithm."""
+    lines = [
+        "| name | weights | activations | `hf` files are read by | remark |",
+        "|---|---|---|---|---|",
+    ]
+    for name, entry in TABLE.items():
+        remarks = [entry.remark] if entry.remark else []
+        remarks += ["needs CUDA kernels"] if entry.needs_cuda else []
+        cells = (f"`{name}`", entry.weights, entry.activations, _readers(entry), "; ".join(remarks))
+        lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+    lines += [
+        f"| `{AUTO}` | mixed | mixed | only if one format is chosen | chosen layer by layer |",
+        f"| None (`-algo {NO_QUANT}`) | unchanged | | as any model | exports the model without quantizing it |",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _readers(entry: Algorithm) -> str:
+    if entry.hf_format is None:
+        return "cannot be written"
+    readers = HF_FORMATS[entry.hf_format].readers
+    return ", ".join(name for name, _ in readers) or "no known server"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown())

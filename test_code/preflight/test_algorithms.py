@@ -1,0 +1,116 @@
+"""The table of algorithms: everything else is made from it, and it agrees with modelopt's presets."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_modelopt_dropin.errors import ModelOptConfigError
+from nemo_modelopt_dropin.preflight import algorithms
+
+PAGE = Path(__file__).parents[2] / "docs" / "quantize.md"
+
+# Adds an entry before anything else is imported, and prints what the commands, the checks and the documentation make
+# of it.
+_WITH_ONE_MORE = """
+from nemo_modelopt_dropin.preflight import algorithms
+algorithms.HF_FORMATS["W3A16"] = algorithms.HfFormat(readers=(("vLLM", algorithms.RUN),))
+algorithms.TABLE["int3"] = algorithms.Algorithm(
+    "INT8_WEIGHT_ONLY_CFG", "INT3 by block of 64", "none", 3.25, "W3A16", block=64, needs_cuda=True, remark="new"
+)
+
+from nemo_modelopt_cli import ptq
+from nemo_modelopt_cli.compress import settings
+from nemo_modelopt_dropin.preflight import model_checks, model_sizes
+
+assert ptq.algorithm("int3") == "int3"
+assert "nvfp4, int3, a preset" in " ".join(ptq.parser().format_help().split())
+assert not settings.unknown("algorithm", ["int3"], settings.ALGORITHMS)
+quantization = settings.Quantization(algorithm="int3", formats=("hf",))
+assert quantization.problems() == []
+assert quantization.block() == 64
+
+shape = model_sizes.Shape("tiny", 2, 96, 192, 4, 4, 24, 100)
+found = model_checks.block_problems(shape, 1, quantization.block())
+assert len(found) == 2 and "blocks of 64" in found[0], found
+assert model_sizes.quantized_bytes(shape, algorithms.get("int3").bits) == (
+    shape.linear_parameters * 3.25 / 8 + 2 * (shape.parameters - shape.linear_parameters)
+)
+assert algorithms.needs_cuda("int3")
+assert "| `int3` | INT3 by block of 64 | none | vLLM | new; needs CUDA kernels |" in algorithms.markdown()
+"""
+
+
+def test_one_entry_is_enough_for_the_commands_and_checks():
+    subprocess.run([sys.executable, "-c", _WITH_ONE_MORE], check=True, timeout=120)
+
+
+def test_one_entry_is_enough_for_presets_and_files(monkeypatch, cpu_backend):
+    from nemo.collections.llm.modelopt.quantization import quant_cfg_choices
+    from nemo.collections.llm.modelopt.quantization.export import hf_encoding
+
+    entry = algorithms.Algorithm("INT8_WEIGHT_ONLY_CFG", "INT3", "none", 3, "W3A16")
+    monkeypatch.setitem(algorithms.TABLE, "int3", entry)
+    monkeypatch.setitem(algorithms.HF_FORMATS, "W3A16", algorithms.HfFormat())
+    assert quant_cfg_choices.get_quant_cfg_choices()["int3"] == quant_cfg_choices.get_modelopt_presets()[entry.preset]
+    assert hf_encoding.is_encoded_here("W3A16")
+
+
+def test_the_documentation_has_the_table():
+    text = PAGE.read_text(encoding="utf-8")
+    found = re.search(r"<!-- algorithms: begin.*?-->\n(.*?)<!-- algorithms: end -->", text, re.DOTALL)
+    assert found, f"{PAGE} has no table between its markers"
+    assert found[1].strip() == algorithms.markdown().strip(), (
+        "print the table with: python -m nemo_modelopt_dropin.preflight.algorithms"
+    )
+
+
+@pytest.mark.parametrize("lookup", [algorithms.get, algorithms.weight_bits])
+def test_a_missing_entry_raises_an_error(lookup):
+    with pytest.raises(ModelOptConfigError, match=r"algorithm='fp7'.*allowed: \['int8'.*Did you mean 'fp8'\?"):
+        lookup("fp7")
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("fp8", 8), ("int4_awq", 4.125), ("nvfp4", 4.5), ("no_quant", 16), ("FP8_DEFAULT_CFG", 8), ("MXFP8_CFG", None)],
+)
+def test_bits(name, bits):
+    assert algorithms.weight_bits(name) == bits
+
+
+def test_a_file_has_no_bits_of_its_own(tmp_path):
+    (tmp_path / "own").write_text("{}")
+    assert algorithms.weight_bits(str(tmp_path / "own")) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "block"), [("fp8", None), ("nvfp4", None), ("int4", 128), ("int4_awq", 32), ("w4a8_awq", 32), ("x", None)]
+)
+def test_blocks(name, block):
+    assert algorithms.block_size(name, 32) == block
+    assert algorithms.has_block_setting(name) is (block == 32)
+
+
+@pytest.mark.parametrize("name", algorithms.TABLE)
+def test_the_table_agrees_with_modelopts_presets(cpu_backend, name):
+    from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
+    from nemo.collections.llm.modelopt.quantization.export import hf_encoding
+
+    entry, quant_cfg = algorithms.get(name), choices.get_quant_cfg_choices()[name]
+    settings = list(choices.quantizer_settings(quant_cfg))
+    weight = [attributes for pattern, attributes in settings if "weight_quantizer" in pattern]
+    has_input = any("input_quantizer" in pattern for pattern, _ in settings)
+    scaled = choices.is_awq(quant_cfg) or choices.is_smoothquant(quant_cfg)
+    assert choices.needs_cuda(quant_cfg) is entry.needs_cuda
+    assert choices.bits_of(weight[0]["num_bits"]) == int(entry.bits)
+    assert has_input is (entry.activations != "none")
+    if entry.block is not None:
+        assert weight[0]["block_sizes"][-1] == entry.block
+    # modelopt writes the other formats, if any.
+    written = entry.hf_format if entry.hf_format and algorithms.HF_FORMATS[entry.hf_format].encoded_here else None
+    assert hf_encoding.algorithm_of(weight, has_input, scaled) == written
