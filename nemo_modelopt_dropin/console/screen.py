@@ -1,7 +1,7 @@
-"""What a person sees of our scripts: our lines, bars, results, and the warnings that matter; libraries write to a log.
+"""The screen of the commands: progress bars, results and important warnings; the output of libraries goes to a log.
 
-Nothing changes for code that calls the library itself: without `quiet`, bars go to standard error and nothing is
-relayed. Importing this is cheap.
+Nothing changes for programs that use the library directly: without `quiet`, bars go to standard error and nothing is
+relayed. Importing this module is cheap.
 """
 
 from __future__ import annotations
@@ -16,35 +16,51 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from nemo_modelopt_dropin import finder
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 _screen: ContextVar[TextIO | None] = ContextVar("nemo_modelopt_screen", default=None)
-# Whose warnings a user can act on; the others stay in the log and are counted.
-_HEEDED = (
-    "nemo_modelopt_cli",
-    "nemo_modelopt_dropin",
-    "collections/llm/modelopt",
-    "/modelopt/",
-    "megatron/core/dist_checkpointing",
-    "pytorch/callbacks/model_checkpoint",
+_logging_results: ContextVar[bool] = ContextVar("nemo_modelopt_logging_results", default=False)
+# Folders of this distribution, all of whose warnings a user can act on.
+_PACKAGES = Path(__file__).parents[2]
+_OURS = tuple(
+    f"{folder}{os.sep}"
+    for folder in (_PACKAGES / "nemo_modelopt_dropin", _PACKAGES / "nemo_modelopt_cli", finder.package_dir())
 )
-# What tells nothing: modelopt blocks what is not used, and telemetry that nobody asked for ends with an interruption.
+# Libraries whose warnings a user can act on; the warnings of all others stay in the log and are counted.
+_HEEDED = ("/modelopt/", "megatron/core/dist_checkpointing", "pytorch/callbacks/model_checkpoint")
+# Warnings without use: modelopt blocks a feature that is off, and telemetry that nobody enabled ends when interrupted.
 _UNHEEDED = (
     "DEPRECATED",
     "Model-Optimizer library in use. Async checkpoint saving is blocked",
     "The parent of span",
 )
-# Modules of ours whose information is the result that a user waits for.
-_RESULTS = ("comparison", "_report", "pruner", "quantizers", "hf_verify", "searcher")
+
+
+@contextlib.contextmanager
+def results() -> Iterator[None]:
+    """Show on the screen what is logged inside the context: it is a result that the user waits for.
+
+    The mark does not change the call that logs, because users' tests replace ``logging`` and compare its arguments.
+    """
+    token = _logging_results.set(True)
+    try:
+        yield
+    finally:
+        _logging_results.reset(token)
 
 
 @contextlib.contextmanager
 def quiet(log: Path | None) -> Iterator[TextIO]:
-    """Send file descriptors 1 and 2 to ``log`` and yield a stream to where standard error went before.
+    """Redirect file descriptors 1 and 2 to a log and yield a stream to the original standard error.
 
-    Descriptors and not ``sys.stdout``: NeMo, Megatron and their C++ parts write at import, through handlers they made
-    themselves, and from child processes. None leaves everything as it is.
+    Descriptors are redirected instead of ``sys.stdout`` because NeMo, Megatron and their C++ parts write at import,
+    through their own handlers, and from child processes.
+
+    Args:
+        log: The file; None redirects nothing.
     """
     if log is None:
         yield sys.stderr
@@ -57,7 +73,7 @@ def quiet(log: Path | None) -> Iterator[TextIO]:
     os.dup2(target, 1)
     os.dup2(target, 2)
     os.close(target)
-    # Line buffered: what we said is on the screen when something kills the process.
+    # Line buffered: every line is on the screen even if the process is killed.
     stream = os.fdopen(os.dup(kept[1]), "w", buffering=1, encoding="utf-8")
     token = _screen.set(stream)
     try:
@@ -65,7 +81,7 @@ def quiet(log: Path | None) -> Iterator[TextIO]:
             yield stream
     finally:
         _screen.reset(token)
-        # The log's disk may be full, and the screen's reader gone.
+        # The disk of the log may be full, and the reader of the screen closed.
         for output in (sys.stdout.flush, sys.stderr.flush, stream.close):
             with contextlib.suppress(OSError):
                 output()
@@ -75,38 +91,43 @@ def quiet(log: Path | None) -> Iterator[TextIO]:
 
 
 def is_quiet() -> bool:
-    """Return whether libraries write to a log, so that only our own bars can be seen."""
+    """Return whether the output of libraries goes to a log, so that only our own bars are visible."""
     return _screen.get() is not None
 
 
 def bar(items: Iterable[Any] | None = None, **options) -> tqdm:
-    """Return tqdm's bar, with the time left, on rank zero's screen; ``options`` are tqdm's own."""
+    """Return a progress bar of tqdm on the screen of rank zero.
+
+    Args:
+        items: Iterable to wrap, if any.
+        **options: Options of tqdm.
+    """
     from tqdm import tqdm
 
     stream = _screen.get() or sys.stderr
     settings: dict[str, Any] = {
         "file": stream,
         "disable": os.environ.get("RANK", "0") != "0",
-        "mininterval": 0.1 if stream.isatty() else 15.0,  # a log file needs no animation
+        "mininterval": 0.1 if stream.isatty() else 15.0,  # no animation in log files
         "dynamic_ncols": stream.isatty(),
     }
     return tqdm(items, **{**settings, **options})
 
 
 def close_bars() -> None:
-    """End the lines of bars that an exception left open, so that what is written next has a line of its own."""
+    """End the lines of bars that an exception left open, so that the next output starts on a new line."""
     if "tqdm" in sys.modules:
         from tqdm import tqdm
 
         for one in list(getattr(tqdm, "_instances", ())):
             try:
                 one.close()
-            except AttributeError:  # interrupted in its constructor, with its first line on the screen
+            except AttributeError:  # interrupted in its constructor, after its first output
                 one.fp.write("\n")
 
 
 def warn(text: str) -> None:
-    """Log a warning of a script of ours, on rank zero: the screen shows it, whatever the script's place is."""
+    """Log a warning of a command on rank zero; the screen shows it."""
     from nemo.utils import logging as nemo_logging
     from nemo.utils.get_rank import is_global_rank_zero
 
@@ -115,7 +136,10 @@ def warn(text: str) -> None:
 
 
 class Relay(logging.Handler):
-    """Show warnings that matter, errors, and our own results; count the rest. Nothing that comes up in an import."""
+    """Show errors, results, our own warnings and those of `_HEEDED`; count the other warnings.
+
+    Warnings during an import are not shown.
+    """
 
     def __init__(self, stream: TextIO):
         super().__init__()
@@ -125,12 +149,13 @@ class Relay(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write the record's text, each text once."""
         text = record.getMessage().strip()
-        # NeMo logs Python's warnings from its own file; their first line starts with the file that warned.
+        # NeMo logs Python warnings from its own file; their first line starts with the file that issued the warning.
         origin = text.partition(":")[0] if record.pathname.endswith("nemo_logging.py") else record.pathname
-        heeded, noise = any(part in origin for part in _HEEDED), text.startswith(_UNHEEDED)
         if record.levelno < logging.WARNING:
-            shown = heeded and record.levelno == logging.INFO and record.module in _RESULTS
+            shown = _logging_results.get()
         else:
+            heeded = origin.startswith(_OURS) or any(part in origin for part in _HEEDED)
+            noise = text.startswith(_UNHEEDED)
             shown = (heeded or record.levelno >= logging.ERROR) and not noise and not importing()
             self.withheld += not shown
         if shown and text not in self._shown:
@@ -151,12 +176,12 @@ def importing(frame: FrameType | None = None) -> bool:
 
 @contextlib.contextmanager
 def _relayed(stream: TextIO) -> Iterator[None]:
-    """Relay what loggers get to the screen, on rank zero."""
+    """Relay log records to the screen on rank zero."""
     if os.environ.get("RANK", "0") != "0":
         yield
         return
     relay = Relay(stream)
-    # NeMo's logger passes nothing on to the root logger.
+    # NeMo's logger does not propagate to the root logger.
     loggers = logging.getLogger(), logging.getLogger("nemo_logger")
     for logger in loggers:
         logger.addHandler(relay)

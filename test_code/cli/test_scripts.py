@@ -55,12 +55,10 @@ def guarded_works(folder: str) -> dict[str, tuple[int, list[str]]]:
     return found
 
 
-def _as_from(file: str, level: int, text: str, module: str = "m") -> None:
+def _as_from(file: str, level: int, text: str) -> None:
     """Log through NeMo's logger as a line of ``file`` would."""
     logger = logging.getLogger("nemo_logger")
-    record = logger.makeRecord(logger.name, level, file, 1, text, (), None, func=module)
-    record.module = module
-    logger.handle(record)
+    logger.handle(logger.makeRecord(logger.name, level, file, 1, text, (), None, func="f"))
 
 
 def _done(out) -> None:
@@ -68,7 +66,15 @@ def _done(out) -> None:
     for _ in range(2):  # each text is shown once
         _as_from(ours, logging.WARNING, "ours matters")
     _as_from(ours, logging.INFO, "noise of ours")
-    _as_from(ours, logging.INFO, "our result", "report")
+    with screen.results():  # the mark counts, not the file that logs
+        for name in (ours, "/x/renamed.py", theirs):
+            _as_from(name, logging.INFO, f"a result from {name}")
+    package = Path(screen.__file__).parents[1]
+    for name in ("renamed", "room/_report", "pruner"):
+        _as_from(str(package / f"{name}.py"), logging.INFO, f"noise of {name}")
+        _as_from(str(package / f"{name}.py"), logging.WARNING, f"a warning from {name}")
+    # A library in an environment below a folder that is named like the package.
+    _as_from("/home/nemo_modelopt_dropin/.venv/lib/library.py", logging.WARNING, "noise of a library nearby")
     _as_from(theirs, logging.WARNING, "noise of a library")
     _as_from(theirs, logging.ERROR, "theirs matters")
     logging.getLogger("another.package").warning("noise of a library with another logger")
@@ -83,7 +89,7 @@ def _import_noise() -> None:
     """Import a module that warns as one of ours would."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "noisy_at_import.py").write_text(
-            "from test_code.support.jobs_cli import _as_from\n_as_from('/x/modelopt/a.py', 30, 'noise of an import')\n"
+            "from test_code.cli.test_scripts import _as_from\n_as_from('/x/modelopt/a.py', 30, 'noise of an import')\n"
         )
         sys.path.insert(0, folder)
         try:
@@ -315,14 +321,15 @@ def test_exit_codes_and_what_is_seen(ranks, tmp_path):
     for part in (
         "warning: ours matters",
         "error: theirs matters",
-        "our result",
+        *(f"a result from {name}" for name in ("/x/nemo/collections", "/x/renamed.py", "/x/site-packages/megatron")),
+        *(f"warning: a warning from {name}" for name in ("renamed", "room/_report", "pruner")),
         "UserWarning: python's matters",
         "a bar: 100%",
     ):
         assert shown.count(part) == 1, f"{part!r} in\n{shown}"
     assert "noise" not in shown
-    # Two of libraries, and one of ours that came up in an import.
-    assert found["done"][1][-1] == "3 warnings of libraries are not shown here; -v shows them"
+    # Three of libraries, and one of ours that came up in an import.
+    assert found["done"][1][-1] == "4 warnings of libraries are not shown here; -v shows them"
     log = (tmp_path / "done").read_text()
     for part in ("noise of a library", "noise on a descriptor", "ours matters"):
         assert part in log

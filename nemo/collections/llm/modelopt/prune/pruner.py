@@ -19,7 +19,7 @@ import modelopt.torch.prune as mtp
 from nemo import lightning as nl
 from nemo.collections import llm
 from nemo_modelopt_dropin import files
-from nemo_modelopt_dropin.console import progress
+from nemo_modelopt_dropin.console import progress, screen
 
 from .. import _batches, _real
 from ..errors import ModelOptConfigError
@@ -192,7 +192,8 @@ def prune_language_model(
         from nemo_modelopt_dropin.report import pruning
 
         page = pruning.write(describe_pruning(model), Path(pruning_config.report_path))
-        logging.info(f"The report of the pruning is {page}")
+        with screen.results():
+            logging.info(f"The report of the pruning is {page}")
     return model
 
 
@@ -204,7 +205,8 @@ def _prune_stand_in(model: Any, config: Any, data_module: Any, trainer: Any) -> 
     targets = _requested(config)
     _require(targets, data_module, trainer)
     data_module.val_dataloader = data_module.train_dataloader
-    logging.info("Pruning model...")
+    with screen.results():
+        logging.info("Pruning model...")
     _minitron(
         model, "mcore_minitron", targets, partial(llm.validate, data=data_module, trainer=trainer, tokenizer="model")
     )
@@ -238,7 +240,8 @@ def _prune_by_importance(
         steps = _budget.Steps(_minitron, measure, heldout)
         candidates, known, loss = _budget.prune_to_budget(core, budget, targets, terms, steps, config.scores_path, data)
         report |= {"candidates": [candidate.as_dict() for candidate in candidates], "original_heldout_loss": loss}
-        logging.info(f"Candidates:\n{_budget.table(candidates, loss)}")
+        with screen.results():
+            logging.info(f"Candidates:\n{_budget.table(candidates, loss)}")
     if batches:
         report["forward_seconds"]["after"] = _cost.forward_seconds(core, batches)
     if config.report_path is not None:
@@ -291,7 +294,8 @@ def _minitron(model: Any, mode: Any, export_config: dict[str, Any], forward_loop
 
 def _validate_on_training_data(model: Any, data_module: Any, trainer: Any, converted: Any = None) -> None:
     """Run the forward passes. modelopt hands its unwrapped model in, NeMo wants its own around it."""
-    logging.info("Measuring the importance of the model's parts...")
+    with screen.results():
+        logging.info("Measuring the importance of the model's parts...")
     # modelopt calls this without gradients, but setting a trainer up may build Megatron's DDP, which needs them;
     # the validation loop switches them off again by itself.
     shown = progress.validation_shown(trainer, "importance")
@@ -360,7 +364,8 @@ def _reported(model: Any, core: Any, trainer: Any) -> Iterator[dict[str, Any]]:
     after = _report.measure(core)
     cost["after"] = _cost.describe(core, after["parameters"])
     model.pruning_report = {"before": before, "after": after, "cost": cost, "kept_layers": kept, **more}
-    logging.info(f"Pruned the model; layers kept: {kept}\n{_report.table(before, after)}")
+    with screen.results():
+        logging.info(f"Pruned the model; layers kept: {kept}\n{_report.table(before, after)}")
 
 
 def save_pruned_model(trainer: nl.Trainer, save_path: str) -> None:
@@ -375,18 +380,21 @@ def save_pruned_model(trainer: nl.Trainer, save_path: str) -> None:
     Raises:
         ModelOptConfigError: if the folder holds something that this package did not write.
     """
-    logging.info(f"Saving pruned model to {save_path}...")
+    with screen.results():
+        logging.info(f"Saving pruned model to {save_path}...")
     _state.write_sizes(trainer.model.__io__.config, trainer.model.config, SUPPORTED_PRUNING_HPARAMS)
     if not _real.holds_core(trainer.model):
         _write_checkpoint(trainer, save_path)
-        logging.info(f"Pruned model saved to {save_path}\n")
+        with screen.results():
+            logging.info(f"Pruned model saved to {save_path}\n")
         return
     with files.written(Path(save_path), files.checkpoint("nemo"), writes=is_global_rank_zero()) as folder:
         _state.barrier()
         _write_checkpoint(trainer, folder)
         _state.barrier()
     _state.barrier()
-    logging.info(f"Pruned model saved to {save_path}\n")
+    with screen.results():
+        logging.info(f"Pruned model saved to {save_path}\n")
 
 
 def _write_checkpoint(trainer: Any, folder: Any) -> None:

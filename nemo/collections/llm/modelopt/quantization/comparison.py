@@ -17,6 +17,7 @@ from nemo.utils.get_rank import is_global_rank_zero
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 from nemo.collections.llm.modelopt.quantization.calibration import batching
+from nemo_modelopt_dropin.console import screen
 
 KINDS = ("weight", "input", "output", "kv_cache")
 _SHOWN_LAYERS = 3
@@ -295,7 +296,8 @@ def log(report: dict[str, Any]) -> None:
     where = "that did not calibrate" if report.get("held_out") else "that calibrated it"
     count = report.get("evaluation_tokens")
     tokens = "" if count is None else f", compared on {count} tokens of the calibration data {where}"
-    logging.info(f"Quantization with {report.get('algorithm')}{tokens}:\n{table(report)}")
+    with screen.results():
+        logging.info(f"Quantization with {report.get('algorithm')}{tokens}:\n{table(report)}")
 
 
 def bytes_on_disk(folder: Path) -> int | None:
@@ -344,4 +346,5 @@ def write(content: dict[str, Any], config: Any, folder: Path) -> None:
     except (OSError, ImportError) as error:
         logging.error(f"The report could not be written to {folder}: {error}")
         return
-    logging.info(f"The report of the quantization is {page}.")
+    with screen.results():
+        logging.info(f"The report of the quantization is {page}.")

@@ -24,6 +24,7 @@ from nemo.collections.llm.modelopt.quantization.export import (
     input_scales,
 )
 from nemo.collections.llm.modelopt.quantization.export.support import ExportError
+from nemo_modelopt_dropin.console import screen
 
 # Sequence of the comparison: long enough for rotary embeddings and masks to matter.
 _CHECKED_TOKENS = 32
@@ -264,7 +265,8 @@ def compare(folder: Path, expected: Logits, limit: float) -> float:
                 f"at most {bound:.3g} is rounding. It was not kept; please report it with the model's class and the "
                 "algorithm. ExportConfig(verify='files') writes without this comparison."
             )
-    logging.info(f"Logits of the written checkpoint agree with the model in memory: relative error {error:.2g}")
+    with screen.results():
+        logging.info(f"Logits of the written checkpoint agree with the model in memory: relative error {error:.2g}")
     return error
 
 

@@ -14,6 +14,7 @@ from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization import comparison, ranks, transformers_models
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 from nemo.collections.llm.modelopt.quantization.insert import gated_amax, kv_cache, patterns
+from nemo_modelopt_dropin.console import screen
 
 # The largest values of the formats whose input amax has a lower bound.
 _MAXBOUND = {"fp8": 448, "int8_sq": 127}
@@ -132,7 +133,8 @@ def generate_sample(
     prompts = ["Born in north-east France, Soyer trained as a", "Born in California, Soyer trained as a"]
     if transformers_models.is_wrapped(model):
         texts = transformers_models.generate_sample(model, prompts)
-        logging.info(f"Sample generation after PTQ (with prompts): {texts}")
+        with screen.results():
+            logging.info(f"Sample generation after PTQ (with prompts): {texts}")
         return
     dtype = getattr(getattr(model, "config", None), "params_dtype", None)
     wrapper = model.get_inference_wrapper(
@@ -142,4 +144,5 @@ def generate_sample(
     greedy = inference_params(top_k=1, num_tokens_to_generate=30)
     results = generate(wrapper, wrap_tokenizer(model.tokenizer), prompts, inference_params=greedy)
     texts = [prompt + result.generated_text for prompt, result in zip(prompts, results, strict=False)]
-    logging.info(f"Sample generation after PTQ (with prompts): {texts}")
+    with screen.results():
+        logging.info(f"Sample generation after PTQ (with prompts): {texts}")

@@ -20,6 +20,7 @@ from nemo.utils import logging
 
 from modelopt.torch.opt.utils import named_hparams
 from modelopt.torch.quantization import algorithms
+from nemo_modelopt_dropin.console import screen
 
 from ... import tensor_file
 from ...errors import ModelOptConfigError
@@ -86,7 +87,8 @@ class Searcher(_Base):
                 name: {**stat, "formats": [recipes[recipe] for recipe in stat["formats"]]}
                 for name, stat in state["candidate_stats"].items()
             }
-            logging.info("The scores of the mixed-precision search are read from its checkpoint")
+            with screen.results():
+                logging.info("The scores of the mixed-precision search are read from its checkpoint")
         return bool(self.quantizer_states)
 
     def save_search_checkpoint(self, verbose=False) -> None:
