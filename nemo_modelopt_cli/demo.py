@@ -69,22 +69,27 @@ DISTILLATION = Training(
 )
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the arguments; nothing heavy is imported."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
+def parser(prog: str | None = None) -> Parser:
+    """Return the command line."""
+    found = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument(
         "--output", type=Path, default=Path("runs/demo"), help="folder of the run (default: %(default)s)"
     )
-    parser.add_argument("--devices", type=int, default=2, help="CPU ranks (default: %(default)s)")
-    parser.add_argument(
+    found.add_argument("--devices", type=int, default=2, help="CPU ranks (default: %(default)s)")
+    found.add_argument(
         "--algorithm",
         default="fp8",
         help="quantization: fp8, int8, int4, int4_awq, ... (default: %(default)s)",
     )
-    parser.add_argument("--steps-scale", type=float, default=1.0, help="multiply all training steps (for trials)")
-    parser.add_argument("--fresh", action="store_true", help="remove the folder first")
-    parser.add_argument("-v", "--verbose", action="store_true", help="show what the libraries write")
-    return parser.parse_args(argv)
+    found.add_argument("--steps-scale", type=float, default=1.0, help="multiply all training steps (for trials)")
+    found.add_argument("--fresh", action="store_true", help="remove the folder first")
+    found.add_argument("-v", "--verbose", action="store_true", help="show what the libraries write")
+    return found
+
+
+def parse(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
+    """Return the arguments; nothing heavy is imported."""
+    return parser(prog).parse_args(argv)
 
 
 def scaled(training: Training, factor: float) -> Training:
@@ -150,9 +155,9 @@ def make_stages(job: Job, pretraining: Training, root: Path, out):
     return own + compression_stages(job, root, before="pretrain", out=out)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Run the demo; return 0 when its numbers make sense, else 1."""
-    arguments = parse(argv)
+    arguments = parse(argv, prog)
     arguments.output = arguments.output.resolve()
     job = make_job(arguments)
     pretraining = scaled(PRETRAINING, arguments.steps_scale)

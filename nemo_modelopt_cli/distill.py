@@ -35,9 +35,9 @@ PATHS = (
 PRECISIONS = ("bf16-mixed", "bf16", "16-mixed", "16", "32")
 
 
-def parser() -> Parser:
+def parser(prog: str | None = None) -> Parser:
     """Return the command line."""
-    found = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = found.add_argument_group("models")
     model.add_argument("--name", required=True, help="name of the experiment, a folder below --log_dir")
     model.add_argument("--log_dir", required=True, help="folder of logs and checkpoints")
@@ -101,9 +101,9 @@ def parser() -> Parser:
     return found
 
 
-def resolve(argv: list[str] | None = None) -> argparse.Namespace:
+def resolve(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     """Return the checked arguments."""
-    line = parser()
+    line = parser(prog)
     given = line.read(argv)
     derive(given, "num_nodes", default_nodes(1))
     needed = default_devices(given.num_nodes, given.tp_size, given.cp_size, given.pp_size, given.ep_size)
@@ -365,9 +365,9 @@ def record(given: argparse.Namespace) -> None:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Train or distill, record the teacher, or print the plan; return the exit code."""
-    given = resolve(argv)
+    given = resolve(argv, prog)
     if given.dry_run:
         from nemo_modelopt_cli import dry_run
 

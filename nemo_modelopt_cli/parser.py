@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
         vars(found).update(undone)
         self.problems += self._complaints(unknown)
         unset = [a for a in required if a.dest not in self.told and getattr(found, a.dest) in (None, a.default)]
-        missing = [max(action.option_strings, key=len) for action in unset]
+        missing = [max(action.option_strings, key=len, default=str(action.metavar)) for action in unset]
         if missing:
             self.problems.append(f"missing: {', '.join(missing)}")
         return found

@@ -75,9 +75,9 @@ def number(text: str) -> int | float:
     return int(text) if text.lstrip("+-").isdigit() else float(text)
 
 
-def parser() -> Parser:
+def parser(prog: str | None = None) -> Parser:
     """Return the command line."""
-    found = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = found.add_argument_group("model")
     model.add_argument("--restore_path", required=True, help="checkpoint to prune")
     model.add_argument("--save_path", required=True, help="folder of the pruned checkpoint")
@@ -121,9 +121,9 @@ def parser() -> Parser:
     return found
 
 
-def resolve(argv: list[str] | None = None) -> argparse.Namespace:
+def resolve(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     """Return the checked arguments."""
-    line = parser()
+    line = parser(prog)
     arguments = line.read(argv)
     derive(arguments, "num_nodes", default_nodes(1))
     derive(arguments, "devices", default_devices(arguments.num_nodes, arguments.tp_size, arguments.pp_size))
@@ -279,9 +279,9 @@ def _others(arguments: argparse.Namespace) -> tuple[Path, ...]:
     return (*scores, *([] if arguments.no_report else [Path(arguments.report_path)]))
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Prune and save, or print the plan; return the exit code."""
-    arguments = resolve(argv)
+    arguments = resolve(argv, prog)
     if arguments.dry_run:
         from nemo_modelopt_cli import dry_run
 

@@ -51,9 +51,9 @@ HUB = ("cnn_dailymail", "wikitext")
 _FOLDERS = {"trtllm": "./qnemo_{algorithm}_tp{inference_tp}_pp{inference_pp}", "hf": "./hf_{algorithm}"}
 
 
-def parser() -> Parser:
+def parser(prog: str | None = None) -> Parser:
     """Return the command line."""
-    found = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = found.add_argument_group("model")
     model.add_argument("-nc", "--nemo_checkpoint", required=True, help="NeMo 2 checkpoint")
     model.add_argument("--tokenizer", help="tokenizer to use in place of the checkpoint's")
@@ -145,9 +145,9 @@ def algorithm(name: str) -> str:
     )
 
 
-def resolve(argv: list[str] | None = None) -> argparse.Namespace:
+def resolve(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     """Return the checked arguments with the defaults that depend on others."""
-    line = parser()
+    line = parser(prog)
     arguments = line.read(argv)
     derive(arguments, "num_nodes", default_nodes(1 if arguments.cpu else arguments.calibration_pp))
     needed = default_devices(arguments.num_nodes, arguments.calibration_tp, arguments.calibration_pp)
@@ -321,9 +321,9 @@ def _others(arguments: argparse.Namespace) -> tuple[Path, ...]:
     return (*state, *([] if arguments.no_report else [Path(arguments.report_path)]))
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Quantize and export, or print the plan; return the exit code."""
-    arguments = resolve(argv)
+    arguments = resolve(argv, prog)
     if arguments.dry_run:
         from nemo_modelopt_cli import dry_run
 

@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 TARGET_FLAGS = (*TARGETS, "target_params", "drop_layers")
 
 
-def parser() -> Parser:
+def parser(prog: str | None = None) -> Parser:
     """Return the command line; a flag that is not set is None, because the config file may set it."""
-    found = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     job = found.add_argument_group("job")
     job.add_argument("--config", type=Path, help="YAML file with the settings; flags win over it")
     job.add_argument("--output", type=Path, help="folder of the run (default: runs/compress)")
@@ -119,12 +119,12 @@ def fill_in(found: dict[str, Any]) -> list[tuple[str, str]]:
     return done
 
 
-def resolve(argv: list[str] | None = None) -> tuple[Job | None, Path, argparse.Namespace]:
+def resolve(argv: list[str] | None = None, prog: str | None = None) -> tuple[Job | None, Path, argparse.Namespace]:
     """Return the checked job, its folder and the arguments; no job where two runs are to be compared.
 
     Exits with status 2 after listing everything that is wrong.
     """
-    line = parser()
+    line = parser(prog)
     arguments = line.read(argv)
     if arguments.compare:
         problems = [
@@ -216,9 +216,9 @@ def report_unused_redo(planned: Sequence[Stage], output: Path, redo: Collection[
         )
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Run the job, or print the plan, or compare two runs; return the exit code."""
-    job, output, arguments = resolve(argv)
+    job, output, arguments = resolve(argv, prog)
     if job is None:
         from nemo_modelopt_dropin.report import compare as report_compare
 

@@ -32,7 +32,7 @@ def is_rank() -> bool:
 
 def run_ranks(count: int, argv: Sequence[str] | None = None) -> int:
     """Run ``argv`` (this command by default) in ``count`` processes; return the first exit code that is not zero."""
-    command = [sys.executable, *(argv if argv is not None else sys.argv)]
+    command = [sys.executable, *(own_arguments() if argv is None else argv)]
     port = free_port()
     children: list[subprocess.Popen] = []
     with signals.seen() as arrived:
@@ -46,6 +46,14 @@ def run_ranks(count: int, argv: Sequence[str] | None = None) -> int:
             return signals.CODES[arrived[0]]
         finally:
             _end(children)
+
+
+def own_arguments() -> list[str]:
+    """Return the arguments with which the interpreter runs this command again."""
+    name = sys.argv[0]
+    if os.path.basename(name) == "__main__.py":  # started with -m: as a file, its folder would be on the path
+        return ["-m", os.path.basename(os.path.dirname(os.path.abspath(name))), *sys.argv[1:]]
+    return list(sys.argv)
 
 
 def free_port(host: str = "127.0.0.1") -> int:

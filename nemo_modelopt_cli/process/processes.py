@@ -65,6 +65,18 @@ def end_with(parent: int) -> None:
         os._exit(128 + signal.SIGKILL)
 
 
+def import_in_spawned_children(path: str | os.PathLike[str]) -> None:
+    """Let multiprocessing import a file in spawned children, in place of the main module's file.
+
+    It imports neither the ``__main__.py`` of a package nor, in the children of an installed command, a file of ours.
+
+    Args:
+        path: a file that calls `spawned_child` when it is imported as ``__mp_main__``.
+    """
+    main = sys.modules["__main__"]
+    main.__file__, main.__spec__ = os.fspath(path), None
+
+
 def spawned_child() -> None:
-    """End this process with its parent; called by scripts when multiprocessing imports them in a spawned child."""
+    """End this process with its parent; call it where multiprocessing imports the main module in a spawned child."""
     end_with(os.getppid())

@@ -83,7 +83,7 @@ def _alive(text: str) -> list[str]:
 _PARENT = """
     import multiprocessing, sys, time
     from pathlib import Path
-    from nemo_modelopt_dropin import processes
+    from nemo_modelopt_cli.process import processes
 
     def stay(folder):
         import os
@@ -117,7 +117,7 @@ def test_forked_and_spawned_children_end_with_a_killed_parent(tmp_path):
 _RANK = """
     import os, sys, time
     from pathlib import Path
-    from nemo_modelopt_dropin import entry
+    from nemo_modelopt_cli.process import entry
 
     def main():
         Path(sys.argv[1], str(os.getpid())).touch()
@@ -257,7 +257,7 @@ def test_a_screen_that_is_closed_while_a_rank_works(tmp_path):
     code = """
         import sys, time
         from pathlib import Path
-        from nemo_modelopt_dropin import entry
+        from nemo_modelopt_cli.process import entry
         from nemo_modelopt_cli.compress import runner
 
         def work(out):

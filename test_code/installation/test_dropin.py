@@ -166,10 +166,13 @@ def test_wheel_in_an_environment_of_its_own(tmp_path):
     assert_ours(found, site / "nemo_modelopt_dropin" / "_overlay" / "modelopt")
     assert not (site / "nemo").exists()
     assert len(list(site.glob("nemo_modelopt_dropin-*.dist-info/licenses/LICENSE"))) == 1
+    command = python.with_name("nemo-modelopt")
+    shown = run(command, "ptq", "--help", cwd=tmp_path, env={"PYTHONPATH": without_our_tree()})
+    assert shown.stdout.startswith("usage: nemo-modelopt ptq ")
 
     run(*pip, "uninstall", "--yes", "nemo-modelopt-dropin", cwd=tmp_path)
     left = sorted(p.name for p in site.iterdir() if "modelopt" in p.name)
-    assert left == []
+    assert left == [] and not command.exists()
     show = "import sys; print([str(f) for f in sys.meta_path])"
     finders = run(python, "-c", show, cwd=tmp_path, env={"PYTHONPATH": without_our_tree()}).stdout
     assert "DropInFinder" not in finders
