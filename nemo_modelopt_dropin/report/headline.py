@@ -11,6 +11,10 @@ from typing import Any
 _BF16_BYTES = 2
 # Students whose weights are not quantized, the most finished one first.
 _STUDENTS = ("distilled", "pruned")
+# Models that have the same shape, so the differences of their speeds are those of the measurement.
+_SAME_SHAPE = (*_STUDENTS, "from scratch")
+# Speeds that differ by a higher factor than this are reported as a range.
+_STEADY = 1.25
 # Exported formats whose files hold quantized weights; a NeMo checkpoint only simulates the format.
 _FORMATS = {"hf": "Hugging Face", "trtllm": "TensorRT-LLM"}
 
@@ -55,7 +59,7 @@ def answers(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         _how_small(teacher, student, quantized, exports),
         _how_good(teacher, quantized or student, exports.get("hf") or {}),
-        _how_fast(teacher, student, quantized),
+        _how_fast(teacher, student, models),
     ]
 
 
@@ -109,19 +113,37 @@ def _against(change: float) -> str:
     return f"{abs(change):.4f} nats {'worse' if change > 0 else 'better'} than"
 
 
-def _how_fast(teacher, student, quantized) -> dict[str, Any]:
-    speed, reference = (model.get("heldout_tokens_per_second") for model in (student, teacher))
+def _how_fast(teacher, student, models: Mapping[str, Any]) -> dict[str, Any]:
     unmeasured = "Generation was not measured"
-    unmeasured += ", nor was the speed of the quantized format." if quantized else "."
+    unmeasured += ", nor was the speed of the quantized format." if "quantized" in models else "."
+    speed, reference = (model.get("heldout_tokens_per_second") for model in (student, teacher))
     if not speed or not reference:
         return _answer("How fast?", "not measured", "The run has no speed for both models.", unmeasured)
+    measured = (
+        f"Forward passes over the held-out text on this machine, before quantization: {speed:,.0f} tokens/s, the "
+        f"teacher {reference:,.0f}. Other work on the machine changes these speeds."
+    )
+    slowest, fastest = _speeds_of_shape(student, models)
+    if fastest <= _STEADY * slowest:
+        return _answer("How fast?", f"{speed / reference:.2f} times the teacher's speed", measured, unmeasured)
     return _answer(
         "How fast?",
-        f"{speed / reference:.2f} times the teacher's speed",
-        f"Forward passes over the held-out text on this machine, before quantization: {speed:,.0f} tokens/s, the "
-        f"teacher {reference:,.0f}. Other work on the machine changes these speeds.",
+        f"{slowest / reference:.1f} to {fastest / reference:.1f} times the teacher's speed",
+        measured,
+        f"It did so in this run: models of the same size were measured at {slowest:,.0f} to {fastest:,.0f} tokens/s.",
         unmeasured,
     )
+
+
+def _speeds_of_shape(student, models: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the lowest and highest speed of the models that compute the same as the student."""
+    speeds = [
+        model["heldout_tokens_per_second"]
+        for name, model in models.items()
+        if name in _SAME_SHAPE and model["parameters"] == student["parameters"]
+    ]
+    found = [speed for speed in speeds if speed]
+    return min(found), max(found)
 
 
 def _perplexity(loss: float) -> str:

@@ -43,6 +43,17 @@ def test_the_headline_answers_how_small_how_good_how_fast(content):  # noqa: F81
     )
 
 
+def test_a_speed_that_the_machine_disturbed_is_reported_as_a_range(content):  # noqa: F811
+    speeds = {"teacher": 1000.0, "pruned": 2000.0, "distilled": 5700.0, "from scratch": 1400.0, "quantized": 900.0}
+    models = [
+        {**model, "heldout_tokens_per_second": speeds[model["name"]], "parameters": 1_000_000}
+        for model in content["models"]
+    ]
+    answer, sentences = _answers({**content, "models": models})["How fast?"]
+    assert answer == "1.4 to 5.7 times the teacher's speed"
+    assert "models of the same size were measured at 1,400 to 5,700 tokens/s" in sentences
+
+
 def test_the_headline_reports_what_was_not_measured(content):  # noqa: F811
     found = _answers({**content, "exports": {"nemo": {"bytes": 5, "path": "p"}}})
     assert "The size of the quantized format was not measured" in found["How small?"][1]
