@@ -1,4 +1,4 @@
-"""Quantizer.quantize: its contract on stand-ins, and the real thing on real models and layouts."""
+"""Quantizer.quantize: its contract on stand-ins, and its results on real models and layouts."""
 
 from __future__ import annotations
 
@@ -269,13 +269,13 @@ def one_rank(ranks_factory, work):
 def test_fp8_on_a_real_model(one_rank):
     report = one_rank["report"]
     assert one_rank["same"]
-    # 4 linear layers in each of 4 layers, keys and values in each attention; the output layer stays as it is.
+    # 4 linear layers in each of 4 layers, keys and values in each attention; the output layer is not quantized.
     assert report["quantizers"] == {"weight": 16, "input": 16, "output": 0, "kv_cache": 8 if installed.KV_CACHE else 0}
     assert report["held_out"] and report["evaluation_tokens"] > 50 and report["calibration_rows"] == 20
-    # FP8 keeps 3 bits of mantissa: a few percent on the outputs, hardly anything on the loss.
+    # FP8 keeps 3 bits of mantissa: the outputs change by a few percent, the loss hardly.
     assert 0.0 < report["relative_output_error"] < 0.1
     assert abs(report["loss_after"] - report["loss_before"]) < 0.02
-    # 16 bits and 8, but for what stays: embedding, output layer and norms.
+    # From 16 bits to 8, except for the embedding, the output layer and the norms.
     assert 0.5 * report["weight_bytes_before"] < report["weight_bytes_after"] < report["weight_bytes_before"]
     assert all(torch.isfinite(amax).all() and (amax > 0).all() for amax in one_rank["amax"].values())
 
@@ -306,12 +306,12 @@ def test_layouts_agree_with_one_rank(ranks, work, one_rank, tp, pp, dp):
         ("int4", {"enable_kv_cache": installed.KV_CACHE}, 0.3),
         ("int4_awq", {"awq_block_size": 16}, 0.3),
         ("w4a8_awq", {"awq_block_size": 16}, 0.3),
-        # modelopt 0.37 has no such preset; test_quant_cfg.py checks that it is refused there.
+        # modelopt 0.37 has no such preset; test_quant_cfg.py checks the error.
         *([("INT8_WEIGHT_ONLY_CFG", {}, 0.03)] if hasattr(mtq, "INT8_WEIGHT_ONLY_CFG") else []),
     ],
 )
 def test_every_algorithm_runs_on_two_tensor_ranks(ranks, work, algorithm, settings, worst):
-    # In the preset's blocks of 128 two ranks would cut the rows of this model.
+    # With the preset's blocks of 128, two ranks would split blocks of this model.
     name = jobs_scales.plain_int4(str(work / "int4.json")) if algorithm == "int4" else algorithm
     results = ranks(2).run(jobs.quantize_loaded, str(work / "llama"), str(work / "text.jsonl"), 2, 1, name, **settings)
     report = results[0]["report"]

@@ -1,4 +1,4 @@
-"""Mixed precision: the same choice in every layout, resumable, saved and loaded; patterns that match nothing."""
+"""Mixed precision: the same choice in every layout, resuming, saving and loading; patterns that match nothing."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 from test_code.support import installed, jobs_auto, jobs_hf, jobs_quant, jobs_state
 
-# Formats whose calibration is a maximum: ranks of any layout measure the same.
+# Formats that calibrate by a maximum, which is equal on the ranks of any layout.
 PLAIN = {"auto_quantize_formats": ["int4", "fp8"], "enable_kv_cache": False}
-# INT4's blocks of 128 inputs end where a tensor-parallel shard does; one scale a tensor is the same in any layout.
+# INT4's blocks of 128 inputs depend on the tensor-parallel shards; one scale per tensor is equal in any layout.
 FP8 = {"auto_quantize_formats": ["fp8"], "auto_quantize_bits": 12.0, "enable_kv_cache": False}
 needs_search = pytest.mark.skipif(not installed.AUTO, reason="refused on this modelopt: see test_old_modelopt")
 
@@ -33,7 +33,7 @@ def search(ranks_factory, work, ranks, tp, pp, runs):
 
 @pytest.fixture(scope="module")
 def one_rank(ranks_factory, work):
-    """Return searches on one rank: the later ones go on from the first one's file, two ask what cannot be."""
+    """Return searches on one rank: the later ones resume from the file of the first, two request what is impossible."""
     state = {**PLAIN, "auto_quantize_checkpoint": str(work / "one.pth")}
     runs = [
         state,
@@ -103,7 +103,7 @@ def test_layouts_choose_as_one_rank_does(ranks, work, one_rank, tp, pp):
 
 @needs_search
 def test_tensor_ranks_agree_and_resume_with_awq_and_kv_cache(ranks, work):
-    # AWQ searches by shards, so its scores are TP's own; it is calibrated anew, and not scored, where a search resumes.
+    # AWQ searches by shards, so its scores depend on TP. A resumed search calibrates it again, but does not score it.
     results = search(ranks, work, 2, 2, 1, [{"auto_quantize_checkpoint": str(work / "tp")}] * 2)
     reports = [run["report"] for result in results for run in result]
     assert all(report["formats"] == reports[0]["formats"] for report in reports)
@@ -147,7 +147,7 @@ _INNER = {
 def test_a_mixed_model_of_a_gpt_decoder_is_clamped_by_the_format_of_each_layer(ranks, work):
     found = ranks(1).run(jobs_auto.clamped, str(work / "llama"), str(work / "text.jsonl"))[0]
     before, after = found["before"], found["after"]
-    # The inputs of W4A8 are FP8 as well: stock's clamp goes by the name of the algorithm.
+    # The inputs of W4A8 are FP8 as well, but stock's clamp depends on the name of the algorithm.
     by_format = {"fp8": 4.48, "w4a8_awq": 0.0}
     raised, low = set(), set()
     for name, amax in before.items():
@@ -172,7 +172,7 @@ def test_a_mixed_model_goes_to_hugging_face(ranks, work, formats):
     for name in (n for n, fmt in found["formats"].items() if fmt == "none" and "layers" in n):
         layer, leaf = name.split(".")[2], name.rpartition(".")[2]
         expected |= {f"model.layers.{layer}.{inner}_proj" for inner in _INNER[leaf]}
-    # By their own names: a parent's would take its quantized layers out too.
+    # The exclusions name the layers themselves: the name of a parent would also exclude its quantized layers.
     assert expected == set(excluded) and expected > {"lm_head"}
     assert json.loads((out / "config.json").read_text())["quantization_config"]["ignore"] == excluded
 

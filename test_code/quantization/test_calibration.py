@@ -1,4 +1,4 @@
-"""From text to microbatches: nothing is lost, nothing is padded, every rank gets its part."""
+"""From text to micro-batches: nothing is lost, nothing is padded, every rank gets its part."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_split_never_overlaps_when_held_out(available, wanted, evaluation):
 
 
 def test_number_of_microbatches_comes_from_the_data(quantization):
-    # Stock took 512 // 64 whatever there was: 10 rows ended in StopIteration.
+    # Stock used 512 // 64 for any data: 10 rows raised StopIteration.
     batches = list(quantization.create_data_iterator_getter(model(), ["abcdefgh"] * 10, 8, 64, 512, packed=False)())
     assert [tuple(batch.shape) for batch in batches] == [(10, 8)]
 
@@ -177,7 +177,7 @@ def test_without_packing_rows_of_one_length_run_together_and_none_is_padded(quan
 
 def test_packed_form_has_no_padding(quantization):
     batches = quantization.create_data_iterator_getter(model(), ["ab", "abcdef", "c"], 4, 2, 3)()
-    # Each row gives 4 tokens at most; rows are joined by the end-of-sequence token.
+    # Each row contributes at most 4 tokens; rows are joined by the end-of-sequence token.
     assert [batch.tolist() for batch in batches] == [[[97, 98, 0, 97], [98, 99, 100, 0]], [[99]]]
 
 
@@ -195,7 +195,7 @@ def test_the_data_can_be_read_twice_and_is_tokenized_once(quantization):
 
 @pytest.mark.parametrize(("shard", "rows"), [(True, [2, 2, 1]), (False, [5])], ids=["maxima", "searches"])
 def test_long_sequences_run_a_few_at_a_time_on_the_cpu(quantization, shard, rows):
-    # What a search such as AWQ's measures is a mean over microbatches: those stay as they were asked for.
+    # A search such as AWQ's measures a mean over micro-batches, so their size must be the requested one.
     texts = ["a" * 1024] * 5
     batches = list(quantization.create_data_iterator_getter(model(), texts, 1024, 5, 5, packed=False, shard=shard)())
     assert [tuple(batch.shape) for batch in batches] == [(count, 1024) for count in rows]

@@ -1,4 +1,4 @@
-"""Where calibration rows come from: every source gives the same rows, lazily, and says what is wrong with it."""
+"""Sources of calibration rows: each yields the same rows, lazily, and reports what is wrong with it."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_data_module_gives_its_training_tokens(sources):
         def train_dataloader(self):
             return [{"tokens": torch.tensor([[4, 5, 6, 0, 0, 0], [7, 8, 9, 9, 1, 2]]), "loss_mask": None}]
 
-    # What repeats at the end is padding: one of it stays, as the end of the text.
+    # Repeated ids at the end are padding; one of them is kept as the end of the text.
     assert read(sources, Padded()) == [[4, 5, 6, 0], [7, 8, 9, 9, 1, 2]]
 
 
@@ -142,7 +142,7 @@ def test_a_large_file_costs_no_memory(sources, tmp_path, name):
     tracemalloc.start()
     try:
         assert sum(1 for _ in sources.rows(str(tmp_path / name), None, None, pytest.fail)) == 20_000
-        # 20 MB of text; a one-line array is looked at up to its first million characters.
+        # 20 MB of text; of an array in one line only the first million characters are checked.
         assert tracemalloc.get_traced_memory()[1] < 6 * 2**20
     finally:
         tracemalloc.stop()
@@ -190,7 +190,7 @@ def test_bad_files_are_refused(sources, tmp_path, name, content, column, message
         path.write_bytes(content)
     elif content is not None:
         path.write_text(content)
-    # What is wrong further down is found when it is read.
+    # Errors further down are found when the data is read.
     use = read if column == "late" else sources.check
     arguments = (sources, str(path)) if column == "late" else (str(path), column)
     with pytest.raises(ModelOptConfigError, match=message):
@@ -256,7 +256,7 @@ def test_ptq_looks_at_its_data_before_it_loads_a_model():
     from nemo.collections.llm.modelopt import ExportConfig, QuantizationConfig
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 
-    # NeMo itself would say that the model is not there.
+    # NeMo itself would report that the model does not exist.
     message = "calibration_dataset='dummy' cannot be read: there is no such file"
     with patch("torch.cuda.is_available", return_value=True), pytest.raises(ModelOptConfigError, match=message):
         llm.ptq(
@@ -295,7 +295,7 @@ def test_batched_tokenization_gives_what_single_texts_do(specials):
     with patch.object(AutoTokenizer, "text_to_ids", AutoTokenizer.text_to_ids) as method:
         assert batching.tokenize(texts, tokenizer, 9) == single
         assert method is AutoTokenizer.text_to_ids
-    # Nothing of the calibration stays in the tokenizer that an export saves.
+    # Calibration does not change the tokenizer, which an export saves.
     assert tokenizer.tokenizer.backend_tokenizer.to_str() == before
 
 

@@ -1,4 +1,4 @@
-"""Quantized checkpoints train on: finetuning (QAT), and as the student of a distillation (QAD)."""
+"""Training of quantized checkpoints: finetuning (QAT), and distillation as a student (QAD)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Gradients(pl.Callback):
 
 
 def finetune(checkpoint, saved, steps: int = 24) -> dict:
-    """Go on training a quantized checkpoint as a finetuning does, and save it."""
+    """Finetune a quantized checkpoint and save it."""
     from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
 
     from nemo import lightning as nl
@@ -133,7 +133,7 @@ def test_distilling_into_a_quantized_student(ranks, work, tmp_path, algorithm, l
 
 
 def test_a_quantized_checkpoint_serves_as_teacher(ranks, work, tmp_path):
-    """The student starts with the very weights that were quantized: all there is to learn is the quantization."""
+    """The student starts with the weights that were quantized, so it only learns to compensate the quantization."""
     first = {}
     for teacher in ("plain", "fp8"):
         saved = tmp_path / f"from-{teacher}"

@@ -1,4 +1,4 @@
-"""quant_cfg: presets stay untouched, options arrive, JSON files mean what they say."""
+"""quant_cfg: presets do not change, options are applied, JSON files are read correctly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A quant_cfg in a file is checked by modelopt's own definitions: every preset passes, misspelt fields are named."""
+"""Checks of a quant_cfg file by modelopt's definitions: every preset passes, misspelt fields are named."""
 
 from __future__ import annotations
 

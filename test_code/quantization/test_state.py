@@ -1,4 +1,4 @@
-"""The calibrated state: saved, loaded bit for bit, refused where it does not belong, kept when an export fails."""
+"""The calibrated state: saved, loaded bit for bit, rejected if it does not fit, kept when an export fails."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ needs_search = pytest.mark.skipif(not installed.AUTO, reason="refused on this mo
 
 AWQ = {"algorithm": "int4_awq", "awq_block_size": 16}
 AUTO = {"algorithm": "auto", "awq_block_size": 16, "auto_quantize_bits": 9.0}
-# A format in two steps, of which a search may choose one for this layer and the other for that.
+# A search may choose the format with two steps for some layers and the other format for others.
 AUTO_W4A8 = {**AUTO, "auto_quantize_formats": ["w4a8_awq", "fp8"]}
 
 FILE = "tp0_pp0_ep0.safetensors"
@@ -30,7 +30,7 @@ FILE = "tp0_pp0_ep0.safetensors"
 
 @contextlib.contextmanager
 def counted():
-    """Count the microbatches that run through the model for calibration, its search or the comparison."""
+    """Count the micro-batches that run through the model for calibration, search or comparison."""
     from nemo.collections.llm.modelopt.quantization.calibration import batching
     from nemo.collections.llm.modelopt.quantization.insert import mixed_precision
 
@@ -84,7 +84,7 @@ def unequal(first: dict, second: dict) -> list[str]:
 
 
 def save_and_load(checkpoint, data, work, tp, pp, runs) -> list[dict]:
-    """Quantize and save the state, then load it into a fresh model; compare both, and what they export.
+    """Quantize and save the state, then load it into a new model; compare the models and their exports.
 
     A run is the settings of a QuantizationConfig; "hf" among them exports both models to that format.
     """
@@ -126,7 +126,7 @@ def save_and_load(checkpoint, data, work, tp, pp, runs) -> list[dict]:
 
 
 def load_errors(checkpoint, data, work, kv_cache: bool) -> dict[str, str]:
-    """Return the error of each attempt to use a state where it does not belong; with KV-cache quantizers or without."""
+    """Return the error of each attempt to use a state that does not fit, with or without KV-cache quantizers."""
     from test_code.support import ranks, tiny
 
     state = Path(work) / "one-state"
@@ -199,7 +199,7 @@ def wrong_layout(checkpoint, data, state) -> str:
 
 
 def plant_pickles(checkpoint, data, folder) -> dict:
-    """Quantize with a state folder in which somebody has put pickles under both names, with our marker."""
+    """Quantize with a state folder that contains pickles under both names, and our marker."""
     from nemo_modelopt_dropin import files
 
     kept = Path(folder) / "planted.calibration-state"
@@ -231,7 +231,7 @@ def fill_before_quantize(checkpoint, data, folder) -> tuple[str, list[str]]:
 # --- failing exports ---
 @contextlib.contextmanager
 def _small_files(limit: int):
-    """Let writes past ``limit`` bytes of a file fail in this process and in those it starts, as on a full disk."""
+    """Make writes beyond ``limit`` bytes of a file fail in this process and its children, as on a full disk."""
     kept = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, kept[1]))
     try:
@@ -241,7 +241,7 @@ def _small_files(limit: int):
 
 
 def _kill_once_written(staging: Path) -> None:
-    """Kill this process and all it has started as soon as the export has written a part of a file."""
+    """Kill this process and its children as soon as the export has written a part of a file."""
 
     def watch():
         while not any(p.is_file() and p.stat().st_size > 0 for p in staging.rglob("*")):
@@ -285,7 +285,7 @@ def ptq_that_fails(checkpoint, data, out, fmt, how, algorithm="fp8", tp=1, **set
     try:
         with counted() as counts:
             jobs_quant.ptq(checkpoint, out, algorithm, fmt, tp, quant={**own, **settings})
-    except (Exception, CheckpointException) as caught:  # torch's own is no Exception
+    except (Exception, CheckpointException) as caught:  # torch's error is not an Exception
         error = f"{type(caught).__name__}: {caught}"
     finally:
         writers.write = write
@@ -354,7 +354,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def refusals(ranks_factory, work):
-    """Return the error of each attempt to use a state where it does not belong."""
+    """Return the error of each attempt to use a state that does not fit."""
     return ranks_factory(1).run(load_errors, *paths(work), installed.KV_CACHE)[0]
 
 
@@ -471,7 +471,7 @@ def test_a_kept_state_of_another_run_is_not_used(ranks, work):
     failed = ranks(1).run(*run, "full")[0]
     again = ranks(1).run(*run, "", "int8")[0]
     assert failed["error"] and again["error"] == "" and again["forward"] > 0
-    # int8 leaves the KV cache alone.
+    # int8 does not quantize the KV cache.
     fewer = {name for name in failed["amax"] if "bmm_quantizer" in name}
     assert set(again["amax"]) == {*failed["amax"]} - fewer and bool(fewer) is installed.KV_CACHE
     assert again["left"] == ["changed"]
