@@ -293,9 +293,9 @@ def log(report: dict[str, Any]) -> None:
     """Write the table to NeMo's log, on rank zero."""
     if not is_global_rank_zero():
         return
-    where = "that did not calibrate" if report.get("held_out") else "that calibrated it"
+    rows = "that did not calibrate" if report.get("held_out") else "that calibrated it"
     count = report.get("evaluation_tokens")
-    tokens = "" if count is None else f", compared on {count} tokens of the calibration data {where}"
+    tokens = "" if count is None else f", compared on {count} tokens of the calibration data {rows}"
     with screen.results():
         logging.info(f"Quantization with {report.get('algorithm')}{tokens}:\n{table(report)}")
 

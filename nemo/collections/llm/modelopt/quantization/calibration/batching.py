@@ -21,7 +21,7 @@ from nemo_modelopt_dropin.preflight import chat_rows
 # Enough characters for a token in any language; the rest of a document would be tokenized for nothing.
 _CHARACTERS_PER_TOKEN = 16
 _STOCK_CHARACTERS_PER_TOKEN = 4
-# Tokens in a micro-batch on the CPU: with more, attention scores do not fit its caches, which takes 1/8 longer.
+# Tokens in a micro-batch on the CPU: with more, attention scores exceed its caches, which takes 1/8 longer.
 _CPU_TOKENS = 2048
 
 

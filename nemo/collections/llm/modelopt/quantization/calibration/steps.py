@@ -1,6 +1,6 @@
 """The steps from the original model to the calibrated one, in the order in which ``Quantizer.quantize`` calls them.
 
-Read the rows, build the microbatches, insert and calibrate the quantizers, measure the result. Every function gets the
+Read the rows, build the micro-batches, insert and calibrate the quantizers, measure the result. Every function gets the
 functions of NeMo and Model Optimizer that it calls as arguments, because they can be
 replaced in the module `quantizer`.
 """
@@ -96,7 +96,7 @@ class Rows:
     Attributes:
         used: The rows that calibrate, None to read the configured dataset when the model is calibrated.
         compared: The rows that compare the quantized model with the original.
-        facts: What the report says about them.
+        facts: Entries for the report.
     """
 
     used: sources.ReadRows | None = None
@@ -140,7 +140,7 @@ def read_rows(config: Any, core, forward_loop: Callable | None, get_calib_data_i
 
 
 def calibration_batches(config: Any, model, rows: list | None, shard: bool, create_getter: Callable) -> Batches:
-    """Return a function that returns an iterator over the calibration microbatches `[b, s]`.
+    """Return a function that returns an iterator over the calibration micro-batches `[b, s]`.
 
     Args:
         config: The QuantizationConfig.
@@ -163,7 +163,7 @@ def calibration_batches(config: Any, model, rows: list | None, shard: bool, crea
 
 
 def comparison_batches(config: Any, model, rows: Rows, create_getter: Callable) -> list[torch.Tensor]:
-    """Return this rank's microbatches `[b, s]` of the rows that compare; see `calibration_batches`."""
+    """Return this rank's micro-batches `[b, s]` of the rows that compare; see `calibration_batches`."""
     if not rows.compared:
         return []
     batches = create_getter(
@@ -186,7 +186,7 @@ def calibrate(mtq: Any, core, plan: Plan, forward_loop: Callable | None, batches
         core: The Megatron-Core model, or NeMo 2.5's model from ``transformers``.
         plan: How it is quantized.
         forward_loop: Runs the calibration data through the model; None if none is needed.
-        batches: The microbatches on which mixed precision chooses the formats; unused by other algorithms.
+        batches: The micro-batches on which mixed precision chooses the formats; unused by other algorithms.
 
     Returns:
         Entries for the report: the formats that mixed precision chose.
@@ -211,7 +211,7 @@ def measure(config: Any, core, batches: list[torch.Tensor], before: list[torch.T
     Args:
         config: The QuantizationConfig.
         core: The quantized model.
-        batches: The microbatches that compare, empty if nothing is compared.
+        batches: The micro-batches that compare, empty if nothing is compared.
         before: The hidden states of the original model on them.
     """
     after = None

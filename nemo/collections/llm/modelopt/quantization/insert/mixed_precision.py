@@ -31,7 +31,7 @@ def insert(
     batches: list[torch.Tensor],
     config: Any,
 ) -> dict[str, Any]:
-    """Search, calibrate, and quantize the KV cache if the quant_cfg says so; see `quantize`.
+    """Search, calibrate, and quantize the KV cache if the quant_cfg includes it; see `quantize`.
 
     Args:
         mtq: ``modelopt.torch.quantization``.
@@ -101,7 +101,7 @@ def quantize(
     best = searcher.search(core, {"effective_bits": bits}, config=config)
     if not best["is_satisfied"]:
         raise ModelOptConfigError(
-            f"auto_quantize_bits={bits}: the search found no choice of formats within it (its best takes "
+            f"auto_quantize_bits={bits}: the search found no formats within this budget (its best choice takes "
             f"{searcher.effective_bits:.2f} bits)."
         )
     chosen = {name.removesuffix(".quant_recipe"): recipe for name, recipe in best["recipe"].items()}

@@ -39,7 +39,7 @@ def check_supported() -> None:
     """
     if not hasattr(_Base, "run_search_with_stats"):
         raise ModelOptConfigError(
-            'algorithm="auto" needs nvidia-modelopt 0.43: the search of this version cannot be given a budget over '
+            'algorithm="auto" needs nvidia-modelopt 0.43: the search of this version does not support a budget over '
             "parallel ranks, and does not store its calibration."
         )
 
