@@ -312,6 +312,16 @@ class TestSaveTokenizer:
             made()._save_tokenizer(model, "/fake/model", Path("/fake/out"), "trtllm")
         self.copytree.assert_called_once_with("ctx", "/fake/out/nemo_context", dirs_exist_ok=True)
 
+    def test_the_modules_can_be_replaced(self):
+        with (
+            patch(f"{MODULE}.ckpt_to_context_subdir", return_value="ctx"),
+            patch(f"{MODULE}.shutil") as shutil,
+            patch(f"{MODULE}.os") as os,
+        ):
+            made()._save_tokenizer(MagicMock(), "/fake/model", Path("/fake/out"), "trtllm")
+        shutil.copytree.assert_called_once_with("ctx", os.path.join.return_value, dirs_exist_ok=True)
+        self.copytree.assert_not_called()
+
     def test_unbound(self):
         with patch(f"{MODULE}.ckpt_to_context_subdir", return_value="ctx"):
             Quantizer._save_tokenizer(object(), object(), "/fake/model", Path("/o"), "trtllm")
@@ -384,6 +394,14 @@ class TestExportHfCheckpoint:
         folder = self.mte.export_mcore_gpt_to_hf.call_args.kwargs["pretrained_model_name_or_path"]
         self.exporter.config.save_pretrained.assert_called_once_with(folder)
         assert not Path(folder).exists()
+
+    def test_the_temporary_folder_can_be_replaced(self):
+        with patch(f"{MODULE}.tempfile") as tempfile:
+            tempfile.TemporaryDirectory.return_value.__enter__.return_value = "/fake/tmp"
+            export_hf_checkpoint("/fake/model", "/fake/out", model=MagicMock())
+        self.exporter.config.save_pretrained.assert_called_once_with("/fake/tmp")
+        keywords = self.mte.export_mcore_gpt_to_hf.call_args.kwargs
+        assert keywords["pretrained_model_name_or_path"] == "/fake/tmp"
 
     @pytest.mark.parametrize("extra", [{"dtype": torch.float16}, {"export_extra_modules": True}])
     def test_further_arguments(self, extra):

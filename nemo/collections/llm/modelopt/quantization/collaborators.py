@@ -18,7 +18,9 @@ class Collaborators:
     mte: Any
     mto: Any
     logging: Any
+    os: Any
     shutil: Any
+    tempfile: Any
     barrier: Callable
     is_global_rank_zero: Callable
     unwrap_for_modelopt_operations: Callable

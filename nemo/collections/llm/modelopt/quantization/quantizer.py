@@ -6,9 +6,9 @@ module whenever it is used, and can be replaced here too.
 
 from __future__ import annotations
 
-import os  # noqa: F401
+import os
 import shutil
-import tempfile  # noqa: F401
+import tempfile
 from pathlib import Path
 from typing import Any, Union
 
@@ -314,9 +314,9 @@ def export_hf_checkpoint(
 def _collaborators() -> Collaborators:
     """Return the functions and classes of this module that can be replaced in it, as they are now."""
     return Collaborators(
-        mtq, mte, mto, logging, shutil, barrier, is_global_rank_zero, unwrap_for_modelopt_operations, TrainerContext,
-        PreTrainedTokenizerBase, load_connector_from_trainer_ckpt, ckpt_to_context_subdir, ckpt_to_weights_subdir,
-        export_hf_checkpoint,
+        mtq, mte, mto, logging, os, shutil, tempfile, barrier, is_global_rank_zero, unwrap_for_modelopt_operations,
+        TrainerContext, PreTrainedTokenizerBase, load_connector_from_trainer_ckpt, ckpt_to_context_subdir,
+        ckpt_to_weights_subdir, export_hf_checkpoint,
     )  # fmt: skip
 
 

@@ -9,7 +9,6 @@ Quantizer. So nothing is read here that stock does not read, and every collabora
 from __future__ import annotations
 
 import pprint
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,7 +98,7 @@ def write(tools: Collaborators, quantizer: Any, model: Any, model_dir: Any, trai
 
 def write_hf(tools: Collaborators, core: Any, exporter: Any, export_dir: Any, **kwargs: Any) -> Path:
     """Write a converted stand-in with modelopt's own writer; see ``quantizer.export_hf_checkpoint``."""
-    with torch.inference_mode(), tempfile.TemporaryDirectory() as source:
+    with torch.inference_mode(), tools.tempfile.TemporaryDirectory() as source:
         exporter.config.save_pretrained(source)
         tools.mte.export_mcore_gpt_to_hf(
             core, pretrained_model_name_or_path=source, export_dir=str(export_dir), **kwargs

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +164,7 @@ def save_tokenizer(tools: Collaborators, model, model_dir: str, folder: Path, fm
         tokenizer.save_pretrained(str(folder))
         return
     # nemo.export looks for the tokenizer under this name.
-    target = os.path.join(folder, "nemo_context")
+    target = tools.os.path.join(folder, "nemo_context")
     tools.shutil.copytree(tools.ckpt_to_context_subdir(model_dir), target, dirs_exist_ok=True)
 
 
