@@ -7,10 +7,11 @@ from typing import Any
 
 from nemo.utils.get_rank import is_global_rank_zero
 
-from nemo.collections.llm.modelopt.errors import ModelOptConfigError, one_of
-from nemo.collections.llm.modelopt.quantization.config import ExportConfig, QuantizationConfig
 from nemo_modelopt_dropin import files
 from nemo_modelopt_dropin.preflight import output_checks
+
+from ..errors import ModelOptConfigError, one_of
+from .config import ExportConfig, QuantizationConfig
 
 
 def is_complete(config: Any) -> bool:

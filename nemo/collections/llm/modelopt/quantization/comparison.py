@@ -15,9 +15,10 @@ from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
 
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
-from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
-from nemo.collections.llm.modelopt.quantization.calibration import batching
 from nemo_modelopt_dropin.console import screen
+
+from . import quant_cfg_choices as choices
+from .calibration import batching
 
 KINDS = ("weight", "input", "output", "kv_cache")
 _SHOWN_LAYERS = 3
@@ -151,7 +152,7 @@ def _token_losses(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 def _divergence(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """Return KL(expected || logits) `[s, b]` of logits `[s, b, v]`; ranks may hold parts of the vocabulary."""
-    from nemo.collections.llm.modelopt._divergence import vocab_parallel
+    from .._divergence import vocab_parallel
 
     return vocab_parallel.kl_divergence(logits, expected, group=parallel_state.get_tensor_model_parallel_group())
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from nemo.collections import llm
-from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import transformers_models
+
+from ..errors import ModelOptConfigError
+from . import transformers_models
 
 _DECODERS = (
     ("baichuan", "Baichuan2"),

@@ -16,8 +16,9 @@ import torch
 from megatron.core import parallel_state
 
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
-from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
-from nemo.collections.llm.modelopt.quantization import ranks
+
+from . import quant_cfg_choices as choices
+from . import ranks
 
 # The calls of each quantizer that are measured, one per micro-batch: all inputs of a layer are similar.
 COMPARED_CALLS = 4

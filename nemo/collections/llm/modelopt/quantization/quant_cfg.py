@@ -8,10 +8,10 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from nemo.collections.llm.modelopt.errors import ModelOptConfigError, one_of
-from nemo.collections.llm.modelopt.quantization import quant_cfg_check
-from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
-from nemo.collections.llm.modelopt.quantization.checks import check_number
+from ..errors import ModelOptConfigError, one_of
+from . import quant_cfg_check
+from . import quant_cfg_choices as choices
+from .checks import check_number
 
 DEFAULT_AWQ_BLOCK_SIZE = 128
 AUTO = "auto"

@@ -8,8 +8,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from modelopt.torch.quantization import config as definitions
-from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo_modelopt_dropin.errors import suggestion
+
+from ..errors import ModelOptConfigError
 
 _TOP = ("quant_cfg", "algorithm")
 

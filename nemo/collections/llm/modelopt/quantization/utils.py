@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo.utils.cast_utils import maybe_cast_to_type
 
-from nemo.collections.llm.modelopt.errors import MissingFileError, ModelOptConfigError
+from ..errors import MissingFileError, ModelOptConfigError
 
 _TUPLE_KEYS = frozenset({"num_bits", "scale_bits"})
 

@@ -13,10 +13,11 @@ import torch
 from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
 
-from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization.calibration import sources
 from nemo_modelopt_dropin.console import screen
 from nemo_modelopt_dropin.preflight import chat_rows
+
+from ...errors import ModelOptConfigError
+from . import sources
 
 # Enough characters for a token in any language; the rest of a document would be tokenized for nothing.
 _CHARACTERS_PER_TOKEN = 16

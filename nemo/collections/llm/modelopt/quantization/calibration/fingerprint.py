@@ -12,8 +12,9 @@ import torch
 from megatron.core import parallel_state
 
 import modelopt
-from nemo.collections.llm.modelopt.quantization.calibration import sources
 from nemo_modelopt_dropin.preflight import data_files
+
+from . import sources
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 20

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nemo.collections.llm.modelopt.quantization import checks
-from nemo.collections.llm.modelopt.quantization.calibration import sources
+from .. import checks
+from . import sources
 
 
 def check(config: Any, export_config: Any) -> None:

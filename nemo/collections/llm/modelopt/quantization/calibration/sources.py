@@ -14,8 +14,9 @@ from typing import Any, Union
 
 import datasets
 
-from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo_modelopt_dropin.preflight import chat_rows, data_files
+
+from ...errors import ModelOptConfigError
 
 Row = Union[str, list[int], chat_rows.Chat]  # noqa: UP007
 

@@ -23,12 +23,13 @@ from safetensors import SafetensorError
 import modelopt.torch.opt as mto
 from modelopt.torch.opt.mode import _ModeRegistryCls
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
-from nemo.collections.llm.modelopt import tensor_file
-from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization.calibration import fingerprint
-from nemo.collections.llm.modelopt.quantization.export import support
-from nemo.collections.llm.modelopt.quantization.insert import gated_amax, kv_cache
 from nemo_modelopt_dropin import files, locks
+
+from ... import tensor_file
+from ...errors import ModelOptConfigError
+from ..export import support
+from ..insert import gated_amax, kv_cache
+from . import fingerprint
 
 KIND = files.CALIBRATION_STATE
 _SHOWN = 3

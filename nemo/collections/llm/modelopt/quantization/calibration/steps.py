@@ -1,8 +1,7 @@
 """The steps from the original model to the calibrated one, in the order in which ``Quantizer.quantize`` calls them.
 
-Read the rows, build the micro-batches, insert and calibrate the quantizers, measure the result. Every function gets the
-functions of NeMo and Model Optimizer that it calls as arguments, because they can be
-replaced in the module `quantizer`.
+Read the rows, build the micro-batches, insert and calibrate the quantizers, measure the result. Functions of
+NeMo and Model Optimizer are arguments, because they can be replaced in the module `quantizer`.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from typing import Any
 import torch
 from nemo.utils import logging
 
-from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import comparison, layer_errors
-from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
-from nemo.collections.llm.modelopt.quantization.calibration import batching, fingerprint, sources, unused_experts
-from nemo.collections.llm.modelopt.quantization.insert import mixed_precision, quantizers
-from nemo.collections.llm.modelopt.quantization.quant_cfg import AUTO, auto_formats, is_file
+from ...errors import ModelOptConfigError
+from .. import comparison, layer_errors
+from .. import quant_cfg_choices as choices
+from ..insert import mixed_precision, quantizers
+from ..quant_cfg import AUTO, auto_formats, is_file
+from . import batching, fingerprint, sources, unused_experts
 
 Batches = Callable[[], Iterator[torch.Tensor]]
 

@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 
 from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, TensorQuantizer
 from modelopt.torch.utils.distributed import ParallelState
-from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
+
+from ...errors import ModelOptConfigError
+from .. import quant_cfg_choices as choices
 
 _FIRST_MODELOPT = "0.43"
 _NAMES = ("q_bmm_quantizer", "k_bmm_quantizer", "v_bmm_quantizer")

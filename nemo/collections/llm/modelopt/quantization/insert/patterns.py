@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from modelopt.torch.quantization.nn import QuantModuleRegistry, SequentialQuantizer, TensorQuantizer
-from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 from nemo_modelopt_dropin.errors import nearest
+
+from ...errors import ModelOptConfigError
+from .. import quant_cfg_choices as choices
 
 
 @dataclass(frozen=True)

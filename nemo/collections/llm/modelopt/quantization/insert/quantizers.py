@@ -10,11 +10,12 @@ from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
 
 from modelopt.torch.quantization.nn import TensorQuantizer
-from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import comparison, ranks, transformers_models
-from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
-from nemo.collections.llm.modelopt.quantization.insert import gated_amax, kv_cache, patterns
 from nemo_modelopt_dropin.console import screen
+
+from ...errors import ModelOptConfigError
+from .. import comparison, ranks, transformers_models
+from .. import quant_cfg_choices as choices
+from . import gated_amax, kv_cache, patterns
 
 # The largest values of the formats whose input amax has a lower bound.
 _MAXBOUND = {"fp8": 448, "int8_sq": 127}

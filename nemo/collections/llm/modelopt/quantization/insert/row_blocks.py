@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
-from nemo.collections.llm.modelopt.quantization.export import hf_encoding
+from ...errors import ModelOptConfigError
+from .. import quant_cfg_choices as choices
+from ..export import hf_encoding
 
 
 def check(export_format: str, quant_cfg: dict[str, Any], model: torch.nn.Module) -> None:
