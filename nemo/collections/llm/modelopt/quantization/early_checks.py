@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nemo_modelopt_dropin import cpu_backend
-
 from ..errors import ModelOptConfigError
 from . import checks, transformers_models
 from . import quant_cfg_choices as choices
@@ -15,13 +13,13 @@ from .insert import mixed_precision
 from .quant_cfg import AUTO, planned_quant_cfgs
 
 
-def check_device(has_gpu: bool) -> bool:
+def check_device(has_gpu: bool, has_cpu_backend: bool) -> bool:
     """Return whether there is a GPU, after checking that there is one or that the CPU backend is enabled.
 
     Raises:
         EnvironmentError: If neither is the case.
     """
-    if not has_gpu and not cpu_backend.is_enabled():
+    if not has_gpu and not has_cpu_backend:
         raise OSError(
             "GPU is required for the quantization. On a CPU, call nemo_modelopt_dropin.cpu_backend.enable() first."
         )

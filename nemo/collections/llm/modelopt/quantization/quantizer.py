@@ -33,7 +33,7 @@ import modelopt.torch.export as mte
 import modelopt.torch.opt as mto
 import modelopt.torch.quantization as mtq
 from nemo.collections import llm
-from nemo_modelopt_dropin import files
+from nemo_modelopt_dropin import cpu_backend, files
 
 from .. import _functions
 from . import checks, comparison, decoders, early_checks, overrides, stand_ins, transformers_models
@@ -74,7 +74,7 @@ class Quantizer:
             EnvironmentError: Without a GPU, unless the CPU backend is enabled and the algorithm needs no CUDA kernel.
             ModelOptConfigError: For a value or combination that cannot work.
         """
-        has_gpu = early_checks.check_device(torch.cuda.is_available())
+        has_gpu = early_checks.check_device(torch.cuda.is_available(), cpu_backend.is_enabled())
         self.quantization_config = quantization_config
         self.export_config = export_config
         self.report: dict[str, Any] = {}
