@@ -122,13 +122,13 @@ def make_job(arguments: argparse.Namespace) -> Job:
     )
 
 
-def make_stages(job: Job, pretraining: Training, root: Path, out):
+def make_stages(job: Job, pretraining: Training, root: Path):
     """Return the demo's stages: its own two, then the compression job's."""
     from nemo_modelopt_cli.compress import corpus
     from nemo_modelopt_cli.compress.plan import compression_stages, outcome
     from nemo_modelopt_cli.compress.stages import Stage
 
-    def pretrain(folder, records):
+    def pretrain(folder, records, out):
         return corpus.pretrain(
             folder,
             root / "corpus",
@@ -142,7 +142,9 @@ def make_stages(job: Job, pretraining: Training, root: Path, out):
     python = ".".join(map(str, sys.version_info[:3]))  # another Python has other help texts
     own = [
         Stage(
-            "corpus", lambda folder, records: corpus.make(folder, VOCABULARY), {"size": VOCABULARY, "python": python}
+            "corpus",
+            lambda folder, records, out: corpus.make(folder, VOCABULARY),
+            {"size": VOCABULARY, "python": python},
         ),
         Stage(
             "pretrain",
@@ -152,7 +154,7 @@ def make_stages(job: Job, pretraining: Training, root: Path, out):
             True,
         ),
     ]
-    return own + compression_stages(job, root, before="pretrain", out=out)
+    return own + compression_stages(job, root, before="pretrain")
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
@@ -179,12 +181,13 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     def finish(records):
         return summary.finish(records, arguments.output, "Demo: half of a GPT", job, strict=True)
 
+    stages = make_stages(job, pretraining, arguments.output)
     return runner.execute(
-        lambda out: make_stages(job, pretraining, arguments.output, out),
+        stages,
         arguments.output,
         job.layout,
         finish,
         arguments.verbose,
         # A demo's results are no loss: other settings may replace them.
-        redo=[stage.name for stage in make_stages(job, pretraining, arguments.output, sys.stderr)],
+        redo=[stage.name for stage in stages],
     )

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -28,6 +29,8 @@ from dataclasses import MISSING
 from typing import Any, TypeVar
 
 _Settings = TypeVar("_Settings")
+_SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_KINDS = {int: "a whole number", float: "a number"}
 _HELP, _GROUP, _PREFIX = "help", "group", "prefix"
 
 
@@ -150,6 +153,42 @@ def one_value(hint: Any) -> tuple[Any, bool]:
     return hint, False
 
 
+def may_be_none(hint: Any) -> bool:
+    """Return whether None is a value of an annotation."""
+    return type(None) in typing.get_args(hint)
+
+
+def converted(value: Any, hint: Any) -> Any:
+    """Return a value, mostly a text from a file, as its annotation has it; None stays None.
+
+    Raises:
+        ValueError: if it cannot be read as such a value; the message continues the name of a setting.
+    """
+    if value is None:
+        return None
+    kind, several = one_value(hint)
+    if several:
+        return tuple(_one(item, kind) for item in (value if isinstance(value, (list, tuple)) else [value]))
+    return _one(value, kind)
+
+
+def _one(value: Any, kind: type) -> Any:
+    if kind is bool:
+        switch = _SWITCHES.get(str(value).lower())
+        if switch is None:
+            raise ValueError("must be true or false")
+        return switch
+    if isinstance(value, (list, tuple, Mapping)):
+        raise ValueError("takes one value")
+    try:
+        found = kind(str(value))
+    except ValueError:
+        raise ValueError(f"must be {_KINDS[kind]}") from None
+    if isinstance(found, float) and not math.isfinite(found):
+        raise ValueError("must be a finite number")
+    return found
+
+
 def add(
     parser: argparse.ArgumentParser,
     cls: type,
@@ -164,8 +203,8 @@ def add(
         cls: the dataclass.
         separator: what joins the words of flags that are named after fields.
         title: group of the flags that are not nested.
-        unset: parse a flag that is not on the command line as None, so that another source of settings can be told
-            from it. The help still shows the default of the field, and no flag is required.
+        unset: parse a flag that is not on the command line as None, so that a file can set it. The help still shows the
+            default of the field, and no flag is required.
     """
     groups: dict[str | None, argparse._ActionsContainer] = {known.title: known for known in parser._action_groups}
     groups[None] = parser

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_modelopt_cli.compress import plan, stages
+from nemo_modelopt_cli.compress.digests import Digests
 from nemo_modelopt_cli.compress.settings import Job, SettingsError, raise_all
 from nemo_modelopt_cli.process import launch
 from nemo_modelopt_dropin.preflight import output_checks
@@ -15,6 +16,8 @@ from nemo_modelopt_dropin.preflight import output_checks
 def execute(
     job: Job,
     output: Path,
+    steps: Sequence[stages.Stage],
+    digests: Digests,
     verbose: bool = False,
     derived: Iterable[tuple[str, str]] = (),
     redo: Collection[str] = (),
@@ -24,9 +27,11 @@ def execute(
     Args:
         job: checked settings.
         output: the run's folder.
+        steps: the job's, from `plan.compression_stages`.
+        digests: of the job's inputs; ranks that are started need not compute them again.
         verbose: show what the libraries write.
-        derived: settings that follow from others, as section and name; the saved ones leave them out.
-        redo: names of stages whose results may be replaced if their settings changed.
+        derived: section and name of settings that follow from others; ``run.yaml`` omits them.
+        redo: names of job steps whose results may be replaced if their settings changed.
     """
     from nemo_modelopt_cli.compress import runner, summary
 
@@ -37,48 +42,42 @@ def execute(
     def finish(records):
         return summary.finish(records, output, f"Compression of {Path(job.teacher).name}", job)
 
-    return runner.execute(
-        lambda out: plan.compression_stages(job, output, out=out),
-        output,
-        job.layout,
-        finish,
-        verbose,
-        saved,
-        redo,
-    )
+    return runner.execute(steps, output, job.layout, finish, verbose, saved, redo, digests.for_ranks())
 
 
 def compress(job: Job, output: str, verbose: bool = False, redo: Collection[str] = ()) -> str:
     """Prune, distill, quantize and export a checkpoint, and write the report.
 
     Args:
-        job: what to do.
+        job: settings of the job.
         output: the run's folder; the same job resumes there after an interruption.
         verbose: show what the libraries write.
-        redo: names of stages whose results may be replaced if their settings changed, with those that build on them.
+        redo: names of job steps whose results may be replaced if their settings changed, with the steps that build on
+            them.
 
     Returns:
         The path of the report.
 
     Raises:
-        SettingsError: listing everything that is wrong with the job, or if its ranks are not there, or if finished
-            stages would run again that ``redo`` does not name.
-        RuntimeError: if a stage fails.
+        SettingsError: If something is wrong with the job (the message lists everything), if the job's ranks were not
+            started, or if finished steps that ``redo`` does not name would run again.
+        RuntimeError: If a step fails.
     """
     job.check()
     inputs = {name: getattr(job, name) for name in ("teacher", "train_text", "heldout_text", "distill_config")}
     raise_all(output_checks.place_problems("output", output, inputs))
     if job.layout.devices > 1 and not launch.is_rank():
         raise SettingsError(
-            f"the job wants {job.layout.devices} ranks and this is one process: start it with torchrun, for example "
+            f"the job needs {job.layout.devices} ranks and this is one process: start it with torchrun, for example "
             f"run.LocalExecutor(launcher='torchrun', ntasks_per_node={job.layout.devices})"
         )
-    folder = Path(output).resolve()
+    folder, digests = Path(output).resolve(), Digests.of_this_process()
+    steps = plan.compression_stages(job, folder, digests=digests)
     try:
-        stages.check_redo(plan.compression_stages(job, folder), folder, redo)
+        stages.check_redo(steps, folder, redo)
     except stages.StageError as error:
         raise SettingsError(str(error)) from None
-    code = execute(job, folder, verbose, redo=redo)
+    code = execute(job, folder, steps, digests, verbose, redo=redo)
     if code:
-        raise RuntimeError(f"The compression failed with code {code}; {folder / 'log'} holds the whole story.")
+        raise RuntimeError(f"The compression failed with code {code}; see {folder / 'log'} for the full traceback.")
     return str(folder / "report.html")

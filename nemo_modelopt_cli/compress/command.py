@@ -3,12 +3,13 @@ r"""Compress a NeMo GPT checkpoint: prune, distill, quantize, export and report,
     python scripts/compress.py --teacher CHECKPOINT --train-text train.jsonl --heldout-text heldout.jsonl \
         --target-ffn-hidden-size 4096 --target-num-layers 24 --distill-steps 2000 --output runs/mine
 
-The texts are JSON, JSON-lines, Parquet or text files (also .gz, .bz2, .xz and .zst) of texts or chats. Under torchrun
-every rank runs this command; without it, --devices N starts N local ranks. Run the same command again after an
-interruption to resume; finished stages are kept. If the settings of a stage changed, the command prints which and
-stops; --redo STAGE runs it and those after it again. The settings are saved as run.yaml in the run's folder; --config
-takes such a file, flags win over it. --compare A B puts two finished runs side by side. Exit codes: 0 done, 1 failed, 2
-wrong arguments or settings, 130 interrupted (Ctrl-C), 143 ended by SIGTERM.
+The texts are JSON, JSON-lines, Parquet or text files (also .gz, .bz2, .xz and .zst) of texts or chats. With
+torchrun, start this command on every rank; without it, --devices N starts N local ranks. To resume after an
+interruption, run the same command again: finished job steps are kept. If the settings of a step changed, the command
+prints them and stops; --redo STAGE runs the step again, and the steps that build on it. The settings are saved to
+run.yaml in the run's folder; pass it to --config to repeat the run, flags win over it. --compare A B compares two
+finished runs. Exit codes: 0 done, 1 failed, 2 wrong arguments or settings, 130 interrupted (Ctrl-C), 143 ended by
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import os
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nemo_modelopt_cli import options, run_file
+from nemo_modelopt_cli.compress import api, plan, stages
+from nemo_modelopt_cli.compress.digests import Digests
 from nemo_modelopt_cli.compress.settings import (
     TARGETS,
     Job,
@@ -30,13 +33,12 @@ from nemo_modelopt_cli.compress.settings import (
     from_dict,
     raise_all,
 )
+from nemo_modelopt_cli.compress.stages import Stage
 from nemo_modelopt_cli.parser import Parser, default_devices, default_nodes
+from nemo_modelopt_cli.process import launch
 from nemo_modelopt_dropin import files
 from nemo_modelopt_dropin.errors import ModelOptConfigError
 from nemo_modelopt_dropin.preflight.output_checks import config_paths, formats_in, place_problems
-
-if TYPE_CHECKING:
-    from nemo_modelopt_cli.compress.stages import Stage
 
 TARGET_FLAGS = (*TARGETS, "target_params", "drop_layers")
 
@@ -92,17 +94,21 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def fill_in(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """Set what nobody gave and follows from the rest: ranks, warm-up. Return what, so that it is not saved.
+    """Set the settings that follow from others if they are not set: the ranks and the warm-up.
 
-    Ranks are those that torchrun started, else what one copy of the model needs; the warm-up is at most a tenth.
+    The ranks are those that torchrun started, else as many as one copy of the model needs; the warm-up is at most a
+    tenth of the steps.
+
+    Returns:
+        Section and name of each setting that was filled in; ``run.yaml`` omits them.
     """
     layout, training = (found.setdefault(name, {}) for name in ("layout", "distillation"))
     if not isinstance(layout, dict) or not isinstance(training, dict):
-        return []  # refused later
+        return []  # reported later
 
     def number(section: dict[str, Any], name: str, otherwise: int) -> int:
         value = str(section.get(name) or otherwise)
-        return int(value) if value.isdecimal() else otherwise  # what is no number is refused later
+        return int(value) if value.isdecimal() else otherwise  # a value that is not a number is reported later
 
     done = []
     nodes = number(layout, "num_nodes", default_nodes(1))
@@ -120,7 +126,7 @@ def fill_in(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def resolve(argv: list[str] | None = None, prog: str | None = None) -> tuple[Job | None, Path, argparse.Namespace]:
-    """Return the checked job, its folder and the arguments; no job where two runs are to be compared.
+    """Return the checked job, its folder and the arguments; the job is None if two runs are to be compared.
 
     Exits with status 2 after listing everything that is wrong.
     """
@@ -128,7 +134,7 @@ def resolve(argv: list[str] | None = None, prog: str | None = None) -> tuple[Job
     arguments = line.read(argv)
     if arguments.compare:
         problems = [
-            f"--compare {one}: no report.json there, so no run that finished"
+            f"--compare {one}: not a finished run, there is no report.json"
             for one in arguments.compare
             if not has_report(one)
         ]
@@ -145,16 +151,8 @@ def resolve(argv: list[str] | None = None, prog: str | None = None) -> tuple[Job
         job = make_job(found, line.told)
     except SettingsError as error:
         line.refuse(str(error).splitlines())
-    line.refuse(redo_problems(job, output, arguments.redo))
+    line.refuse(stages.unknown(plan.step_names(job), arguments.redo) if job is not None else [])
     return job, output, arguments
-
-
-def redo_problems(job: Job | None, output: Path, redo: Collection[str]) -> list[str]:
-    """Return which names in --redo are not those of stages; the content of the inputs is not read."""
-    from nemo_modelopt_cli.compress import plan, stages
-
-    planned = plan.compression_stages(job, output, before="") if job is not None and redo else []
-    return stages.unknown([stage.name for stage in planned], redo) if planned else []
 
 
 def output_problems(output: Path, found: dict[str, Any], config: Path | None = None) -> list[str]:
@@ -174,78 +172,76 @@ def has_report(folder: Path) -> bool:
     return (folder / "report.json").is_file()
 
 
-def make_job(found: dict[str, Any], told: Collection[str] = ()) -> Job:
+def make_job(found: dict[str, Any], reported: Collection[str] = ()) -> Job:
     """Return the job of nested settings.
 
     Args:
         found: the settings.
-        told: flags of which a problem is known already, by name: what follows from that is not told.
+        reported: arguments already reported as invalid; problems that only follow from them are left out.
 
     Raises:
         SettingsError: listing every setting that is unknown, missing, of another type or cannot work.
     """
     required = ("teacher", "train_text", "heldout_text")
     problems: list[str] = []
-    job = None
-    missing = [f"--{name.replace('_', '-')}" for name in required if not found.get(name) and name not in told]
+    missing = [f"--{name.replace('_', '-')}" for name in required if not found.get(name) and name not in reported]
     if missing:
         problems.append(f"missing: {', '.join(missing)} (as flags or in --config)")
-    for name in (*required, "distill_config"):
+    for name in options.paths(Job):
         if isinstance(found.get(name), str):
             found[name] = str(Path(found[name]).resolve())
     try:
         job = from_dict(Job, {**dict.fromkeys(required, ""), **found})
-        problems += [one for one in job.problems() if not (follows_from_targets(one) and {*TARGET_FLAGS} & {*told})]
     except SettingsError as error:
-        problems += str(error).splitlines()
+        raise SettingsError("\n".join([*problems, str(error)])) from None
+    problems += [one for one in job.problems() if not (follows_from_targets(one) and {*TARGET_FLAGS} & {*reported})]
     raise_all(problems)
-    assert job is not None  # else there are problems
     return job
 
 
 def report_unused_redo(planned: Sequence[Stage], output: Path, redo: Collection[str]) -> None:
-    """Print in one line which stages of --redo are kept because nothing changed."""
-    from nemo_modelopt_cli.compress import stages
-
+    """Print in one line which job steps of --redo are kept because nothing changed."""
     kept = stages.without_effect(planned, output, redo)
     if kept:
         folders = ", ".join(str(output / name) for name in kept)
         sys.stderr.write(
             f"compress.py: --redo {' '.join(kept)} has no effect, its settings and inputs did not change; to run a "
-            f"stage again anyway, remove its folder: {folders}\n"
+            f"step again anyway, remove its folder: {folders}\n"
         )
+
+
+def show_plan(job: Job, output: Path, planned: Sequence[Stage], redo: Collection[str]) -> int:
+    """Print what a run would do, and return the exit code that it would start with."""
+    from nemo_modelopt_cli import dry_run
+    from nemo_modelopt_cli.compress import runner
+
+    waiting = dict.fromkeys(stages.pending(planned, output), "would run")
+    for change in stages.changed(planned, output):
+        waiting[change.name] = f"would run again: {'; '.join(change.settings)}"
+        waiting |= dict.fromkeys(change.also, f"would run again after {change.name}")
+    dry_run.show(dry_run.compression(job, output, [stage.name for stage in planned], waiting))
+    try:
+        runner.check_place(planned, output)
+        stages.check_redo(planned, output, redo)
+        report_unused_redo(planned, output, redo)
+    except (stages.StageError, ModelOptConfigError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return runner.USAGE
+    return runner.OK
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Run the job, or print the plan, or compare two runs; return the exit code."""
     job, output, arguments = resolve(argv, prog)
     if job is None:
-        from nemo_modelopt_dropin.report import compare as report_compare
+        from nemo_modelopt_dropin.report import compare
 
         first, second = arguments.compare
-        return report_compare.show(first, second, output)
-    from nemo_modelopt_cli.compress import api, plan
-    from nemo_modelopt_cli.process import launch
-
+        return compare.show(first, second, output)
+    digests = Digests.of_this_process()
+    planned = plan.compression_stages(job, output, digests=digests)
     if arguments.dry_run:
-        from nemo_modelopt_cli import dry_run
-        from nemo_modelopt_cli.compress import runner, stages
-
-        planned = plan.compression_stages(job, output)
-        waiting = dict.fromkeys(stages.pending(planned, output), "would run")
-        for change in stages.changed(planned, output):
-            waiting[change.name] = f"would run again: {'; '.join(change.settings)}"
-            waiting |= dict.fromkeys(change.also, f"would run again after {change.name}")
-        dry_run.show(dry_run.compression(job, output, [s.name for s in planned], waiting))
-        try:
-            runner.check_place(planned, output)
-            stages.check_redo(planned, output, arguments.redo)
-            report_unused_redo(planned, output, arguments.redo)
-        except (stages.StageError, ModelOptConfigError) as error:
-            sys.stderr.write(f"error: {error}\n")
-            return 2
-        return 0
-
+        return show_plan(job, output, planned, arguments.redo)
     if arguments.redo and os.environ.get("RANK", "0") == "0" and launch.STARTED_BY_US not in os.environ:
-        report_unused_redo(plan.compression_stages(job, output), output, arguments.redo)
-    return api.execute(job, output, arguments.verbose, arguments.derived, arguments.redo)
+        report_unused_redo(planned, output, arguments.redo)
+    return api.execute(job, output, planned, digests, arguments.verbose, arguments.derived, arguments.redo)

@@ -1,22 +1,26 @@
-"""One line for everything that happens to a stage."""
+"""One line on the screen for each event of a job step."""
 
 from __future__ import annotations
 
-import time
 from typing import TextIO
 
 from nemo_modelopt_cli.compress.stages import Record, Stage
 
 
-class Teller:
-    """Say on rank zero what happens to each stage."""
+class StepLines:
+    """Print the events of `run_stages` on rank zero.
+
+    Args:
+        out: stream to the screen.
+        count: number of job steps.
+        rank: of this process.
+    """
 
     def __init__(self, out: TextIO, count: int, rank: int = 0):
         self.out, self.count, self.rank, self.number = out, count, rank, 0
-        self.started = time.perf_counter()
 
     def __call__(self, event: str, stage: Stage, record: Record | None) -> None:
-        """Write one line for an event of `run_stages`."""
+        """Print one event."""
         if event != "done":
             self.number += 1
         if self.rank != 0:

@@ -36,7 +36,7 @@ def tokenize(folder: Path, job: Job) -> dict[str, Any]:
     """Encode both texts with the teacher's tokenizer into ``train.npy`` and ``heldout.npy``."""
     counts: dict[str, Any] = {}
     if training.rank() == 0:
-        tokenizer = load_tokenizer(job.teacher)
+        tokenizer = tokens.checkpoint_tokenizer(job.teacher)
         for name, path in (("train", job.train_text), ("heldout", job.heldout_text)):
             ids = tokens.encode(path, tokenizer)
             if len(ids) <= job.seq_length + 1:
@@ -48,11 +48,6 @@ def tokenize(folder: Path, job: Job) -> dict[str, Any]:
             counts[f"{name}_tokens"] = len(ids)
             counts[f"{name}_documents"] = sum(1 for _ in tokens.read_documents(path))
     return counts
-
-
-def load_tokenizer(checkpoint: str | Path):
-    """Return the tokenizer saved with a NeMo checkpoint."""
-    return nl.io.load_context(ckpt_to_context_subdir(checkpoint), subpath="model.tokenizer")
 
 
 def prune(folder: Path, job: Job, token_folder: Path) -> dict[str, Any]:
@@ -80,7 +75,7 @@ def prune(folder: Path, job: Job, token_folder: Path) -> dict[str, Any]:
     batch, samples = settings.micro_batch_size, settings.num_samples
     data = None
     if not settings.drop_layers:
-        tokenizer = load_tokenizer(job.teacher)
+        tokenizer = tokens.checkpoint_tokenizer(job.teacher)
         data = tokens.TokenDataModule(token_folder, tokenizer, job.seq_length, batch, batch, samples)
     training.release()
     with run_script.standing_in(folder):  # where importance may leave its logs
@@ -176,7 +171,7 @@ def _train_student(folder: Path, job: Job, student: Path, token_folder: Path, ou
     llm.distill(
         student_model_path=str(student),
         teacher_model_path=str(job.teacher),
-        data=fit_data(token_folder, load_tokenizer(job.teacher), settings, job.seq_length),
+        data=fit_data(token_folder, tokens.checkpoint_tokenizer(job.teacher), settings, job.seq_length),
         trainer=run,
         distillation_config_path=job.distill_config,
         log=logger(folder),

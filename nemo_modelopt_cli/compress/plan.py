@@ -1,16 +1,17 @@
-"""The stages of a compression job, in order. Importing this is cheap: NeMo comes in when a stage runs."""
+"""The steps of a compression job, in order. Importing this is cheap: NeMo is imported when a step runs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from nemo_modelopt_cli.compress.settings import Job, Training, file_digest, folder_digest
+from nemo_modelopt_cli.compress.digests import Digests
+from nemo_modelopt_cli.compress.settings import Job, Training
 from nemo_modelopt_cli.compress.stages import Record, Stage
 
-# Where the held-out loss of each model is found, and what people call it, in the order of the job.
+# Steps that measure a held-out loss, in the order of the job -> the name of the model in the report.
 MODELS = {
     "teacher": "teacher",
     "prune": "pruned",
@@ -18,83 +19,90 @@ MODELS = {
     "scratch": "from scratch",
     "quantize": "quantized",
 }
+_STEPS = ("tokens", "teacher", "prune", "distill", "scratch", "quantize", "export")
+
+# Called with `jobs`, the step's folder and the stream for progress bars.
+_Work = Callable[[Any, Path, "TextIO | None"], dict[str, Any]]
 
 
-def compression_stages(job: Job, root: Path, before: str | None = None, out: TextIO | None = None) -> list[Stage]:
-    """Return the stages tokens, teacher, prune, distill, (scratch,) quantize, export.
+def step_names(job: Job) -> list[str]:
+    """Return the names of a job's steps in order, without reading its inputs."""
+    return [name for name in _STEPS if name != "scratch" or job.scratch]
+
+
+def compression_stages(job: Job, root: Path, before: str | None = None, digests: Digests | None = None) -> list[Stage]:
+    """Return the steps tokens, teacher, prune, distill, (scratch,) quantize, export.
 
     Args:
         job: checked settings.
         root: the run's folder.
-        before: name of a stage that writes the teacher and the texts; None: they exist already.
-        out: where progress bars go.
+        before: name of a step that writes the teacher and the texts; None: they exist already.
+        digests: of the inputs, if some are known already; new ones are added.
     """
+    digests = digests or Digests()
     first = (before,) if before else ()
     inputs: dict[str, Any] = {"seq_length": job.seq_length, "cpu": job.layout.cpu}
     texts: dict[str, Any] = {}
     if before is None:
-        texts = {"train": file_digest(job.train_text), "heldout": file_digest(job.heldout_text)}
-        inputs["teacher"] = folder_digest(job.teacher)
-    distillation = outcome(job.distillation) | {"cpu": job.layout.cpu}
-    config = file_digest(job.distill_config) if job.distill_config else None
-
-    def checkpoint(name: str) -> Path:
-        return root / name / "checkpoint"
-
-    def stage(name, work, settings, after, keeps_progress=False):
-        def run(folder: Path, records: Mapping[str, Record]) -> dict[str, Any]:
-            from nemo_modelopt_cli.compress import jobs
-
-            return work(jobs, folder)
-
-        return Stage(name, run, settings, after, keeps_progress)
-
-    token_folder = root / "tokens"
-    # What the search of sizes depends on besides its own settings; nothing for sizes that are given.
+        texts = {"train": digests.file(job.train_text), "heldout": digests.file(job.heldout_text)}
+        inputs["teacher"] = digests.folder(job.teacher)
+    training = outcome(job.distillation) | {"cpu": job.layout.cpu}
+    config = digests.file(job.distill_config) if job.distill_config else None
+    # The search for sizes depends on these, too; given sizes do not.
     multiples = job.size_multiples() if before is None else {}
     pruned_to = asdict(job.pruning) | ({"size_multiples": multiples} if multiples else {})
-    pruned, distilled = checkpoint("prune"), checkpoint("distill")
-    stages = [
-        stage("tokens", lambda jobs, folder: jobs.tokenize(folder, job), texts, first),
-        stage(
+    quantization = {k: v for k, v in asdict(job.quantization).items() if k not in ("formats", "verify")}
+    formats = {"formats": job.quantization.formats, "verify": job.quantization.verify}
+
+    tokens = root / "tokens"
+    pruned, distilled, quantized = (root / name / "checkpoint" for name in ("prune", "distill", "quantize"))
+    steps = [
+        _step("tokens", lambda jobs, folder, out: jobs.tokenize(folder, job), texts, first),
+        _step(
             "teacher",
-            lambda jobs, folder: jobs.measure(Path(job.teacher), token_folder, job),
+            lambda jobs, folder, out: jobs.measure(Path(job.teacher), tokens, job),
             inputs,
             (*first, "tokens"),
         ),
-        stage("prune", lambda jobs, folder: jobs.prune(folder, job, token_folder), pruned_to, ("teacher",)),
-        stage(
+        _step("prune", lambda jobs, folder, out: jobs.prune(folder, job, tokens), pruned_to, ("teacher",)),
+        _step(
             "distill",
-            lambda jobs, folder: jobs.distill(folder, job, pruned, token_folder, out),
-            distillation | {"config": config},
+            lambda jobs, folder, out: jobs.distill(folder, job, pruned, tokens, out),
+            training | {"config": config},
             ("prune",),
-            True,
+            keeps_progress=True,
         ),
-        stage(
+        _step(
+            "scratch",
+            lambda jobs, folder, out: jobs.from_scratch(folder, job, pruned, tokens, out),
+            training,
+            ("prune",),
+            keeps_progress=True,
+        ),
+        _step(
             "quantize",
-            lambda jobs, folder: jobs.quantize(folder, job, distilled, token_folder),
-            {k: v for k, v in asdict(job.quantization).items() if k not in ("formats", "verify")},
+            lambda jobs, folder, out: jobs.quantize(folder, job, distilled, tokens),
+            quantization,
             ("distill",),
         ),
-        stage(
-            "export",
-            lambda jobs, folder: jobs.export(folder, job, checkpoint("quantize"), token_folder),
-            {"formats": job.quantization.formats, "verify": job.quantization.verify},
-            ("quantize",),
-        ),
+        _step("export", lambda jobs, folder, out: jobs.export(folder, job, quantized, tokens), formats, ("quantize",)),
     ]
-    if job.scratch:
-        scratch = stage(
-            "scratch",
-            lambda jobs, folder: jobs.from_scratch(folder, job, pruned, token_folder, out),
-            distillation,
-            ("prune",),
-            True,
-        )
-        stages.insert(4, scratch)
-    return stages
+    return [step for step in steps if step.name in step_names(job)]
+
+
+def _step(
+    name: str, work: _Work, settings: Mapping[str, Any], after: tuple[str, ...], keeps_progress: bool = False
+) -> Stage:
+    """Return a step that imports NeMo only when it runs."""
+
+    def run(folder: Path, records: Mapping[str, Record], out: TextIO | None) -> dict[str, Any]:
+        from nemo_modelopt_cli.compress import jobs
+
+        return work(jobs, folder, out)
+
+    return Stage(name, run, settings, after, keeps_progress)
 
 
 def outcome(training: Training) -> dict[str, Any]:
-    """Return the settings that the outcome of a training run depends on."""
+    """Return the settings on which the outcome of a training run depends."""
     return {name: value for name, value in asdict(training).items() if name != "save_every"}

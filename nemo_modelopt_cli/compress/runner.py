@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -34,52 +34,54 @@ from nemo_modelopt_dropin.preflight import output_checks
 OK, FAILED, USAGE = 0, 1, 2
 _RANK_ZERO_FIRST_S = 3.0
 
-MakeStages = Callable[[TextIO], list[Stage]]
 Finish = Callable[[Mapping[str, Record]], int]
-Tell = Callable[[str, Stage, "Record | None"], None]
+OnEvent = Callable[[str, Stage, "Record | None"], None]
 
 
 def execute(
-    make_stages: MakeStages,
+    stages: Sequence[Stage],
     root: Path,
     layout: Layout,
     finish: Finish,
     verbose: bool = False,
     settings: Mapping[str, Any] | None = None,
     redo: Collection[str] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> int:
     """Run the stages on the layout's ranks, then ``finish`` on one process; return the exit code.
 
     Args:
-        make_stages: builds the stages; called on every rank with the stream for progress bars.
+        stages: the job's steps; every rank calls this function with the same ones.
         root: the run's folder, locked while stages run.
         layout: how many ranks this machine starts; under torchrun the ranks exist and none is started.
         finish: writes the report and returns the exit code.
         verbose: let everything that libraries write through to the terminal.
         settings: of the run, saved as ``run.yaml`` in its folder.
         redo: names of stages whose results may be replaced if their settings changed.
+        environment: variables for the ranks that this process starts.
     """
     return signals.guarded(
-        lambda: _execute(make_stages, root, layout, finish, verbose, settings, redo), signals.RESUMABLE
+        lambda: _execute(stages, root, layout, finish, verbose, settings, redo, environment), signals.RESUMABLE
     )
 
 
 def _execute(
-    make_stages: MakeStages,
+    stages: Sequence[Stage],
     root: Path,
     layout: Layout,
     finish: Finish,
     verbose: bool,
     settings: Mapping[str, Any] | None,
     redo: Collection[str],
+    environment: Mapping[str, str] | None,
 ) -> int:
     try:
-        check_place(make_stages(sys.stderr), root)
-        check_redo(make_stages(sys.stderr), root, redo)
+        check_place(stages, root)
+        check_redo(stages, root, redo)
     except (StageError, ModelOptConfigError) as error:  # before anything is started or loaded
         sys.stderr.write(f"error: {error}\n")
         return USAGE
-    started, waiting = time.perf_counter(), pending(make_stages(sys.stderr), root)
+    started, waiting = time.perf_counter(), pending(stages, root)
     if layout.cpu:
         cpu_environment()
     elif waiting:
@@ -93,26 +95,26 @@ def _execute(
     if leads:
         try:
             with locks.lock(root):  # later rank zero holds it, which is the one that writes
-                files.own(root, files.COMPRESSION_RUN, *_names(make_stages(sys.stderr)))
+                files.own(root, files.COMPRESSION_RUN, *_names(stages))
         except InUseError as error:
             sys.stderr.write(f"error: {error}\n")
             return FAILED
     if not launch.is_rank() and (layout.devices > 1 and waiting):
-        code = launch.run_ranks(layout.devices)
+        code = launch.run_ranks(layout.devices, environment=environment)
         locks.tidy(root)
         if signals.is_ours(code):
             sys.stderr.write(f"{signals.RESUMABLE}\n")
     else:
-        code = _as_rank(make_stages, root, layout, verbose, settings, redo)
+        code = _as_rank(stages, root, layout, verbose, settings, redo)
     if code == OK and leads:
         whole = time.perf_counter() - started
-        records = {stage.name: read_record(root / stage.name) for stage in make_stages(sys.stderr)}
+        records = {stage.name: read_record(root / stage.name) for stage in stages}
         with locks.lock(root):
             code = finish({name: record for name, record in records.items() if record is not None})
         if waiting:
             from nemo_modelopt_dropin.report.page import duration
 
-            sys.stdout.write(f"All of it took {duration(whole)}: the stages, and loading NeMo on every rank.\n")
+            sys.stdout.write(f"Total time, including loading NeMo on every rank: {duration(whole)}.\n")
     return code
 
 
@@ -145,7 +147,7 @@ def cpu_environment() -> None:
 
 
 def _as_rank(
-    make_stages: MakeStages,
+    stages: Sequence[Stage],
     root: Path,
     layout: Layout,
     verbose: bool,
@@ -156,22 +158,21 @@ def _as_rank(
 
     def work(out: TextIO) -> None:
         with locks.lock(root) if rank == 0 else contextlib.nullcontext():
-            stages = make_stages(out)
-            teller = console.Teller(out, len(stages), rank)
-            tell = _renewing(teller, stages, root, settings) if rank == 0 else teller
-            _run_all(stages, root, layout, teller, tell, redo)
+            show = console.StepLines(out, len(stages), rank)
+            on_event = _renewing(show, stages, root, settings) if rank == 0 else show
+            _run_all(stages, root, layout, out, on_event, redo)
 
     log = None if verbose else root / "log" / f"rank{rank}.txt"
     return guarded(work, log, signals.RESUMABLE, output=root)
 
 
-def _renewing(tell: Tell, stages: list[Stage], root: Path, settings: Mapping[str, Any] | None) -> Tell:
-    """Write the run's settings and remove the report of its older ones, at once or when a result is replaced.
+def _renewing(on_event: OnEvent, stages: Sequence[Stage], root: Path, settings: Mapping[str, Any] | None) -> OnEvent:
+    """Write the run's settings and remove the report of an earlier run, now or when a result is replaced.
 
     As long as the results in the folder are those of an earlier run, its report and ``run.yaml`` describe them.
 
     Returns:
-        ``tell``, which does that if it was not done at once.
+        A function that calls ``on_event``, and first does the above if it was not done now.
     """
     waiting = pending(stages, root)
     left = [True]
@@ -186,26 +187,26 @@ def _renewing(tell: Tell, stages: list[Stage], root: Path, settings: Mapping[str
 
             page.withdraw(root)
 
-    def telling(event: str, stage: Stage, record: Record | None) -> None:
+    def renewing(event: str, stage: Stage, record: Record | None) -> None:
         if event == "done" and left:
             renew()
-        tell(event, stage, record)
+        on_event(event, stage, record)
 
     if not any(read_record(root / name) is not None for name in waiting):
         renew()
-    return telling
+    return renewing
 
 
 def require_gpu() -> None:
-    """Say what is missing before NeMo is imported, instead of what fails first without it.
+    """Fail early, before the slow NeMo import, with a clear message.
 
     Raises:
-        StageError: where PyTorch sees no GPU.
+        StageError: if PyTorch finds no GPU.
     """
     import torch
 
     if not torch.cuda.is_available():
-        raise StageError("PyTorch sees no GPU on this machine; give --cpu to run on CPU ranks")
+        raise StageError("PyTorch sees no GPU on this machine; pass --cpu to run on CPU ranks")
 
 
 def guarded(
@@ -277,13 +278,13 @@ def _code_of(error: BaseException, rank: int, log: Path | None, out: TextIO, out
 
 
 def _run_all(
-    stages: list[Stage], root: Path, layout: Layout, teller: console.Teller, tell: Tell, redo: Collection[str]
+    stages: Sequence[Stage], root: Path, layout: Layout, out: TextIO, on_event: OnEvent, redo: Collection[str]
 ) -> None:
     if not pending(stages, root):
-        run_stages(stages, root, Alone(), tell)  # all finished: needs no NeMo and no other ranks
+        run_stages(stages, root, Alone(), on_event)  # all finished: needs no NeMo and no other ranks
         return
-    if teller.rank == 0:
-        teller.out.write("loading NeMo\n")
+    if int(os.environ.get("RANK", "0")) == 0:
+        out.write("loading NeMo\n")
     if layout.cpu:
         from nemo_modelopt_dropin import cpu_backend
 
@@ -292,5 +293,5 @@ def _run_all(
     from nemo_modelopt_cli.compress import training
 
     ranks = training.StoreRanks() if launch.is_rank() else Alone()
-    run_stages(stages, root, ranks, tell, redo)
+    run_stages(stages, root, ranks, on_event, redo, out)
     training.release()

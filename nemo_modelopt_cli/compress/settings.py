@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
-from nemo_modelopt_cli.options import group, is_settings, one_value, option
+from nemo_modelopt_cli.options import converted, group, is_settings, may_be_none, option
 from nemo_modelopt_cli.parser import no_checkpoints, template_problems, text_problems
-from nemo_modelopt_dropin.errors import did_you_mean
+from nemo_modelopt_dropin.errors import ModelOptConfigError, did_you_mean
 from nemo_modelopt_dropin.preflight import (
     algorithms,
     budget,
@@ -35,13 +33,11 @@ TARGETS = (
 )
 
 _Settings = TypeVar("_Settings")
-_SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-_KINDS = {int: "a whole number", float: "a number"}
 _NOTHING = "pruning: nothing to prune"
 _TOGETHER = "pruning: target_num_attention_heads and target_num_query_groups go together"
 
 
-class SettingsError(ValueError):
+class SettingsError(ModelOptConfigError):
     """Settings that cannot work; the message lists every problem found."""
 
 
@@ -360,7 +356,7 @@ def from_dict(cls: type[_Settings], content: Mapping[str, Any], where: str = "")
             if hint is None:
                 continue  # reported as unknown
             if not is_settings(hint):
-                values[name] = _typed(value, hint)
+                values[name] = converted(value, hint)
             elif isinstance(value, Mapping):
                 values[name] = from_dict(hint, value, name)
             elif isinstance(value, hint):
@@ -373,58 +369,7 @@ def from_dict(cls: type[_Settings], content: Mapping[str, Any], where: str = "")
             problems.append(f"{where + ': ' if where else ''}{name} {error}, got {value!r}")
     raise_all(problems)
     # None is a value only if the setting may be None; else it stands for the default.
-    return cls(**{name: value for name, value in values.items() if value is not None or _may_be_none(hints[name])})
-
-
-def _may_be_none(hint: Any) -> bool:
-    return type(None) in get_args(hint)
-
-
-def _typed(value: Any, hint: Any) -> Any:
-    """Return a value converted to the annotation of its setting; None stays None."""
-    if value is None:
-        return None
-    kind, several = one_value(hint)
-    if several:
-        return tuple(_converted(item, kind) for item in (value if isinstance(value, (list, tuple)) else [value]))
-    return _converted(value, kind)
-
-
-def _converted(value: Any, kind: type) -> Any:
-    """Return one value converted to a type."""
-    if kind is bool:
-        switch = _SWITCHES.get(str(value).lower())
-        if switch is None:
-            raise ValueError("must be true or false")
-        return switch
-    if isinstance(value, (list, tuple, Mapping)):
-        raise ValueError("takes one value")
-    try:
-        found = kind(str(value))
-    except ValueError:
-        raise ValueError(f"must be {_KINDS[kind]}") from None
-    if isinstance(found, float) and not math.isfinite(found):
-        raise ValueError("must be a finite number")
-    return found
-
-
-def file_digest(path: str | Path) -> str:
-    """Return the SHA-256 of a file's content: text that changed is another text."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def folder_digest(path: str | Path) -> str:
-    """Return a SHA-256 of names, sizes and times below a folder: enough to see that a checkpoint was replaced."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(path).rglob("*")):
-        if file.is_file():
-            stat = file.stat()
-            digest.update(f"{file.relative_to(path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+    return cls(**{name: value for name, value in values.items() if value is not None or may_be_none(hints[name])})
 
 
 def _positive(settings: Any, names: Iterable[str], where: str = "") -> list[str]:

@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from nemo_modelopt_cli.compress import stage_folders
 from nemo_modelopt_cli.compress.stage_folders import DONE, WORKING, StageError, read_json, write_json
@@ -48,14 +48,15 @@ class Stage:
 
     Args:
         name: the stage's folder below the root.
-        run: called as ``run(folder, records)`` on every rank; returns what goes into ``Record.result``.
+        run: called as ``run(folder, records, out)`` on every rank, with the stream for progress bars; returns what
+            goes into ``Record.result``.
         settings: everything the outcome depends on, JSON-serialisable.
         after: names of the stages whose outcome this one uses.
         keeps_progress: True if ``run`` can resume from what an interrupted attempt left in the folder.
     """
 
     name: str
-    run: Callable[[Path, Mapping[str, Record]], dict[str, Any]]
+    run: Callable[[Path, Mapping[str, Record], TextIO | None], dict[str, Any]]
     settings: Mapping[str, Any] = field(default_factory=dict)
     after: tuple[str, ...] = ()
     keeps_progress: bool = False
@@ -260,8 +261,9 @@ def run_stages(
     stages: Iterable[Stage],
     root: Path,
     ranks: Ranks | None = None,
-    tell: Callable[[str, Stage, Record | None], None] = lambda event, stage, record: None,
+    on_event: Callable[[str, Stage, Record | None], None] = lambda event, stage, record: None,
     redo: Collection[str] = (),
+    out: TextIO | None = None,
 ) -> dict[str, Record]:
     """Run what is not finished, in order, and return every stage's record.
 
@@ -269,9 +271,10 @@ def run_stages(
         stages: in an order in which each comes after those it names in ``after``.
         root: the run's folder.
         ranks: the distributed job; every rank calls this function, rank zero decides and writes.
-        tell: called on every rank with "kept", "start", "again", "redo" or "done", the stage, and its record if it has
-            one.
+        on_event: called on every rank with "kept", "start", "again", "redo" or "done", the stage, and its record if it
+            has one.
         redo: names of stages whose results may be replaced if their settings changed, with those that build on them.
+        out: stream for progress bars; None is standard error.
 
     Raises:
         StageError: if a stage names one that did not come before it, or a result may not be replaced.
@@ -290,11 +293,11 @@ def run_stages(
         plan = _agreed(prepare(stage, root, records) if ranks.rank == 0 else None, ranks)
         done = plan.done
         if done is None:
-            tell("again" if plan.attempt > 1 else "redo" if plan.replaces else "start", stage, None)
-            done = _run(stage, root, records, plan, ranks)
-            tell("done", stage, done)
+            on_event("again" if plan.attempt > 1 else "redo" if plan.replaces else "start", stage, None)
+            done = _run(stage, root, records, plan, ranks, out)
+            on_event("done", stage, done)
         else:
-            tell("kept", stage, done)
+            on_event("kept", stage, done)
         records[stage.name] = done
     return records
 
@@ -305,9 +308,11 @@ def _agreed(plan: Plan | None, ranks: Ranks) -> Plan:
     return Plan(**{**found, "done": Record(**found["done"]) if found["done"] else None})
 
 
-def _run(stage: Stage, root: Path, records: Mapping[str, Record], plan: Plan, ranks: Ranks) -> Record:
+def _run(
+    stage: Stage, root: Path, records: Mapping[str, Record], plan: Plan, ranks: Ranks, out: TextIO | None
+) -> Record:
     started, folder = time.perf_counter(), Path(plan.folder)
-    result = stage.run(folder, records)
+    result = stage.run(folder, records, out)
     record = None
     if ranks.rank == 0:
         place = stage_folders.final(root, stage.name)

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from nemo_modelopt_cli.process import processes, signals
 
@@ -30,17 +30,23 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def run_ranks(count: int, argv: Sequence[str] | None = None) -> int:
-    """Run ``argv`` (this command by default) in ``count`` processes; return the first exit code that is not zero."""
+def run_ranks(count: int, argv: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> int:
+    """Run ``argv`` (this command by default) in ``count`` processes; return the first exit code that is not zero.
+
+    Args:
+        count: number of ranks.
+        argv: arguments of the Python interpreter.
+        environment: variables that the ranks get in addition to those of this process.
+    """
     command = [sys.executable, *(own_arguments() if argv is None else argv)]
     port = free_port()
     children: list[subprocess.Popen] = []
     with signals.seen() as arrived:
         try:
             for rank in range(count):
-                environment = _environment(rank, count, port)
+                variables = {**_environment(rank, count, port), **(environment or {})}
                 end = functools.partial(processes.end_with, os.getpid())
-                children.append(subprocess.Popen(command, env=environment, preexec_fn=end))
+                children.append(subprocess.Popen(command, env=variables, preexec_fn=end))
             return _wait(children)
         except (KeyboardInterrupt, signals.Stopped):
             return signals.CODES[arrived[0]]

@@ -241,4 +241,4 @@ def test_comparing_two_runs(tmp_path, capsys):
     assert json.loads(page.scripts["report"])["names"] == ["one", "two"]
     with pytest.raises(SystemExit, match="2"):
         compress.main(["--compare", str(tmp_path / "one"), str(tmp_path)])
-    assert "no report.json there" in capsys.readouterr().err
+    assert "there is no report.json" in capsys.readouterr().err

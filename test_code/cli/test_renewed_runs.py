@@ -13,7 +13,7 @@ from nemo_modelopt_dropin.preflight.output_checks import REPORT_FILES
 
 def chain(steps: int, fails: str = "") -> list[Stage]:
     def stage(name: str, after: tuple[str, ...], **settings) -> Stage:
-        def run(folder, records):
+        def run(folder, records, out):
             if name == fails:
                 raise KeyboardInterrupt
             return {}
@@ -27,7 +27,7 @@ def go(root, steps: int, fails: str = "", redo: tuple[str, ...] = ()) -> None:
     """Run the stages as `runner.execute` does."""
     made = chain(steps, fails)
     tell = runner._renewing(lambda event, stage, record: None, made, root, {"steps": steps})
-    stages.run_stages(made, root, tell=tell, redo=redo)
+    stages.run_stages(made, root, on_event=tell, redo=redo)
 
 
 def state(root) -> tuple[str, bool]:

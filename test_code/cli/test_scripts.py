@@ -280,7 +280,7 @@ def test_without_a_gpu_and_without_cpu_it_is_said_what_to_give(script, tmp_path)
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert found.returncode == 1
-    assert "error: PyTorch sees no GPU on this machine; give --cpu to run on CPU ranks" in found.stderr
+    assert "error: PyTorch sees no GPU on this machine; pass --cpu to run on CPU ranks" in found.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "model"]
 
 

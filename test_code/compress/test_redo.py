@@ -21,7 +21,7 @@ def finished(tmp_path, monkeypatch):
     command = [*command_lines.COMPRESS.split(), "--output", "out", "--cpu"]
     job, output, _ = command_lines.script_of("compress").resolve(command)
     idle = [
-        Stage(one.name, lambda folder, records: {}, one.settings, one.after)
+        Stage(one.name, lambda folder, records, out: {}, one.settings, one.after)
         for one in plan.compression_stages(job, output)
     ]
     files.own(output, files.COMPRESSION_RUN, *(one.name for one in idle))

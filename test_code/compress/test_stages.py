@@ -28,7 +28,7 @@ class Log:
         self.ran: list[str] = []
 
     def stage(self, name, after=(), keeps_progress=False, fails=False, **stage_settings) -> Stage:
-        def run(folder, records):
+        def run(folder, records, out):
             self.ran.append(name)
             (folder / "half.txt").write_text("x")
             if fails:
@@ -165,7 +165,9 @@ def test_the_old_result_stays_until_the_new_one_is_complete(tmp_path, finished):
 
 def test_paths_in_a_result_are_those_of_the_final_folder(tmp_path):
     def stage(lr):
-        return Stage("a", lambda folder, records: {"hf": {"path": str(folder / "hf")}, "at": [str(folder)]}, {"lr": lr})
+        return Stage(
+            "a", lambda folder, records, out: {"hf": {"path": str(folder / "hf")}, "at": [str(folder)]}, {"lr": lr}
+        )
 
     stages.run_stages([stage(1)], tmp_path)
     record = stages.run_stages([stage(2)], tmp_path, redo=["a"])["a"]
@@ -269,8 +271,8 @@ def test_events_tell_what_happens(tmp_path):
         events.append((event, stage.name, record is not None))
 
     with pytest.raises(OSError, match="disk full"):
-        stages.run_stages([log.stage("a"), log.stage("b", fails=True)], tmp_path, tell=tell)
-    stages.run_stages([log.stage("a"), log.stage("b")], tmp_path, tell=tell)
+        stages.run_stages([log.stage("a"), log.stage("b", fails=True)], tmp_path, on_event=tell)
+    stages.run_stages([log.stage("a"), log.stage("b")], tmp_path, on_event=tell)
     assert events == [
         ("start", "a", False),
         ("done", "a", True),
@@ -288,7 +290,7 @@ _KILLED = """
     from nemo_modelopt_dropin.locks import lock
     root = Path(sys.argv[1])
     def work(name, steps):
-        def run(folder, records):
+        def run(folder, records, out):
             progress = folder / "steps.txt"
             done = len(progress.read_text()) if progress.exists() else 0
             for step in range(done, steps):
