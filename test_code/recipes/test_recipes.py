@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
+import subprocess
+import sys
+import textwrap
 
 import fiddle
 import nemo_run as run
@@ -106,7 +110,7 @@ def test_the_job_as_a_function_refuses_what_cannot_work(tmp_path, monkeypatch):
     recipe.job.train_text, recipe.job.heldout_text = str(tmp_path / "text.jsonl"), str(tmp_path / "heldout.jsonl")
     recipe.job.pruning.target_num_layers = 1
     recipe.job.distillation.global_batch_size = 32
-    with pytest.raises(SettingsError, match="wants 8 ranks and this is one process: start it with torchrun"):
+    with pytest.raises(SettingsError, match="needs 8 ranks and this is one process: start it with torchrun"):
         fiddle.build(recipe)()
     assert not (tmp_path / "run").exists()
 
@@ -129,3 +133,35 @@ def test_the_job_as_a_function_keeps_finished_stages(tmp_path, monkeypatch):
     recipe.job.distillation.warmup_steps = 2
     with pytest.raises(SettingsError, match=r"distill .finished.: steps was 1000 and is now 20"):
         fiddle.build(recipe)()
+
+
+def test_the_compression_recipe_is_imported_when_it_is_first_used():
+    """The subpackage must not depend on the commands; every way to import the recipe still works."""
+    code = """
+        import sys
+        import nemo.collections.llm.modelopt.recipes as recipes
+        import nemo.collections.llm.modelopt.recipes.compress_recipe
+        assert "nemo_modelopt_cli.compress.recipe" not in sys.modules
+        from nemo.collections.llm.modelopt.recipes import compress_recipe as one
+        from nemo.collections.llm.modelopt.recipes.compress_recipe import NAME, compress_recipe as two
+        from nemo_modelopt_cli.compress.recipe import compress_recipe
+        import nemo.collections.llm.modelopt.recipes.compress_recipe as three
+        names = {}
+        exec("from nemo.collections.llm.modelopt.recipes import *", names)
+        assert one is two is three is recipes.compress_recipe is names["compress_recipe"] is compress_recipe
+        assert NAME == "default" and callable(one)
+        try:
+            recipes.decompress_recipe
+        except AttributeError as error:
+            assert "has no attribute 'decompress_recipe'" in str(error)
+        else:
+            raise SystemExit("no error")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_compression_recipe_is_pickled_by_name():
+    assert pickle.loads(pickle.dumps(compress_recipe)) is compress_recipe
+    earlier = b"cnemo.collections.llm.modelopt.recipes.compress_recipe\ncompress_recipe\n."
+    assert pickle.loads(earlier) is compress_recipe

@@ -18,9 +18,6 @@ BASE = "nemo_modelopt_dropin"
 COMMANDS = "nemo_modelopt_cli"
 FOLDERS = ("nemo", BASE, COMMANDS, "scripts", "benchmarks", "test_code")
 
-# A recipe starts the command, which it imports when it is called.
-DOCUMENTED = {("nemo.collections.llm.modelopt.recipes.compress_recipe", "nemo_modelopt_cli.compress")}
-
 Edges = dict[str, dict[str, int]]
 
 
@@ -91,14 +88,12 @@ def circles(edges: Mapping[str, Mapping[str, int]]) -> list[list[str]]:
 
 
 def arrows(edges: Mapping[str, Mapping[str, int]], source: str, *targets: str) -> list[str]:
-    """Return the imports from a package to others, except the documented ones, as ``module:line -> module``."""
+    """Return the imports from a package to others, as ``module:line -> module``."""
     return [
         f"{name}:{line} -> {target}"
         for name in sorted(edges)
         for target, line in sorted(edges[name].items())
-        if _within(name, source)
-        and any(_within(target, one) for one in targets)
-        and not any(name == a and _within(target, b) for a, b in DOCUMENTED)
+        if _within(name, source) and any(_within(target, one) for one in targets)
     ]
 
 
@@ -156,11 +151,6 @@ def test_private_modules_are_imported_only_within_their_package(edges):
     product = {name: targets for name, targets in edges.items() if _within(name, "nemo") or _is_ours(name)}
     found = [one for one in private_imports(product) if one.partition(":")[0] not in OPEN_PRIVATE]
     assert found == []
-
-
-def test_documented_exceptions_exist(edges):
-    for source, target in DOCUMENTED:
-        assert any(_within(one, target) for one in edges[source]), f"{source} no longer imports {target}"
 
 
 def _is_ours(name: str) -> bool:

@@ -1,53 +1,16 @@
-"""Recipe of the whole job: prune, distill, quantize, export, report."""
+"""The compression recipe under its import path in this package; it is defined with the ``compress`` command."""
 
-import nemo_run as run
+import importlib
+from typing import Any
 
-from nemo_modelopt_cli.compress import api
-from nemo_modelopt_cli.compress.settings import Job, Layout, Pruning, Quantization, Training
-
-NAME = "default"
+_RECIPE = "nemo_modelopt_cli.compress.recipe"
 
 
-@run.cli.factory(target=api.compress, name=NAME)
-def compress_recipe(
-    teacher: str,
-    train_text: str,
-    heldout_text: str,
-    output: str,
-    num_nodes: int = 1,
-    num_gpus_per_node: int = 8,
-    tensor_parallelism: int = 1,
-    pipeline_parallelism: int = 1,
-) -> run.Partial:
-    """Return the job of ``scripts/compress.py`` without a pruning target: set what is to be pruned before running it.
+def __getattr__(name: str) -> Any:
+    """Return an attribute of the recipe's module, which is imported when it is first used.
 
-    Args:
-        teacher: NeMo checkpoint to compress.
-        train_text: JSON lines to distill and calibrate on.
-        heldout_text: JSON lines to measure on.
-        output: folder of the run; the same job goes on there after an interruption.
-        num_nodes: nodes.
-        num_gpus_per_node: GPUs, or CPU ranks, of each node: as many as the executor starts tasks there.
-        tensor_parallelism: ranks that share each layer; 1 unless layers are dropped by number.
-        pipeline_parallelism: stages that share the layers.
-
-    Examples:
-        >>> recipe = compress_recipe("/models/8b", "/data/train.jsonl", "/data/heldout.jsonl", "/runs/4b")
-        >>> recipe.job.pruning.target_ffn_hidden_size = 9216
-        >>> recipe.job.distillation.steps = 2000
-        >>> run.run(recipe, executor=run.LocalExecutor(launcher="torchrun", ntasks_per_node=8))
+    The commands import this package, so this package must not import the commands when it is loaded.
     """
-    layout = run.Config(
-        Layout, devices=num_gpus_per_node, num_nodes=num_nodes, tp=tensor_parallelism, pp=pipeline_parallelism
-    )
-    job = run.Config(
-        Job,
-        teacher=teacher,
-        train_text=train_text,
-        heldout_text=heldout_text,
-        layout=layout,
-        pruning=run.Config(Pruning),
-        distillation=run.Config(Training),
-        quantization=run.Config(Quantization),
-    )
-    return run.Partial(api.compress, job=job, output=output)
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return getattr(importlib.import_module(_RECIPE), name)
