@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from unittest import mock
 
 import pytest
 
@@ -10,6 +11,19 @@ from test_code.support import installed
 from test_code.support import jobs_distill as jobs
 
 PAIR = "intermediate_layer_pairs: [[decoder.final_layernorm, decoder.final_layernorm]]\n"
+
+
+def settings_of_training(teacher_path, path):
+    """Distill one step; return how often the settings were opened, and which ones are used."""
+    from test_code.support import tiny
+
+    with mock.patch("builtins.open", wraps=open) as opened:
+        model = jobs.distillation_model(teacher_path, path)
+        tiny.fit(model, max_steps=1)
+    state = tiny.core(model)._distillation
+    temperature = state.settings.criterion[state.settings.logit_pair]._temperature
+    times = sum(call.args[:1] == (path,) for call in opened.call_args_list)
+    return times, state.settings is model._settings, temperature, state.settings.skip_lm_loss
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +154,8 @@ def test_losses_are_token_means_over_context_parallel_ranks(ranks, per_token):
             assert float(loss) == pytest.approx(float(expected_loss), rel=1e-6)
             assert gradient.allclose(expected_gradient, rtol=1e-6)
             assert float(reduced) == pytest.approx(float(expected_mean), rel=1e-6)
+
+
+def test_the_settings_are_read_once(ranks, teacher_path, settings):
+    path = settings("logit_kl_temperature: 2.0\nskip_lm_loss: false\n")
+    assert ranks(1).run(settings_of_training, teacher_path, path)[0] == (1, True, 2.0, False)

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch.strategies import Strategy
 
+from . import utils
 from ._config import check_models, read_distillation_config
 from ._peft import check_adapters
 from ._pipeline_checks import refuse_virtual_pipeline
@@ -30,12 +31,14 @@ class Plan:
 
     Attributes:
         teacher_config: Megatron-Core configuration of the teacher, brought to the student's layout.
+        settings: argument of ``load_distillation_config``: the settings if a file was read, else what the user passed.
         recorded: The teacher is a recording.
         entries: Entries of the vocabulary that both models have, if their padding differs.
         is_real: The trainer is a real one, so that models are built; a stand-in builds whatever its test says.
     """
 
     teacher_config: Any
+    settings: Any = None
     recorded: bool = False
     entries: int | None = None
     is_real: bool = False
@@ -52,13 +55,16 @@ def plan(model: Any) -> Plan:
         return _checked(model, strategy)
     for name in _SHARED:
         setattr(model._teacher_config, name, getattr(model.config, name))
-    return Plan(model._teacher_config)
+    return Plan(model._teacher_config, model._distillation_config_path)
 
 
 def _checked(model: Any, strategy: Any) -> Plan:
-    settings = read_distillation_config(model._distillation_config_path)
+    path = model._distillation_config_path
+    # The parser can be replaced.
+    settings = read_distillation_config(path, utils.yaml.safe_load)
     refuse_virtual_pipeline(model.config, strategy)
-    found = Plan(model._teacher_config, is_recording(model._teacher_ckpt_path), is_real=True)
+    found = Plan(model._teacher_config, None if path is None else settings, is_real=True)
+    found.recorded = is_recording(model._teacher_ckpt_path)
     if found.recorded:
         vocab_size = padded_vocab_size(model.config, model.tokenizer)
         check_recording(model._teacher_ckpt_path, settings, model.config, vocab_size, model.tokenizer)
@@ -72,7 +78,5 @@ def _checked(model: Any, strategy: Any) -> Plan:
     if not may_leave_weights_unset(getattr(strategy, "ckpt_load_strictness", None)):
         # Every weight is about to be read: drawing random ones would take as long as reading them.
         found.teacher_config.perform_initialization = False
-    model._teacher_config, model._skip_lm_loss = found.teacher_config, settings.skip_lm_loss
-    model._validation_metrics = settings.validation_metrics
-    model._pairs = [(pair[0], pair[1]) for pair in settings.intermediate_layer_pairs]
+    model._teacher_config, model._settings = found.teacher_config, settings
     return found

@@ -24,6 +24,7 @@ from nemo.collections import llm
 from .. import _moved
 from .._batches import Shown
 from .._saved_keys import strip_module_prefix
+from ._config import DistillationConfig
 from ._deferred_logits import SummedLoss
 from ._kd_loss import PAIR
 from ._pipeline_checks import check_student_layers, of_all_stages, refuse_virtual_pipeline
@@ -205,11 +206,9 @@ class DistillationGPTModel(llm.GPTModel):
         self._teacher_config = teacher_config
         self._teacher_ckpt_path = teacher_ckpt_path
         self._distillation_config_path = distillation_config_path
-        self._skip_lm_loss = True
+        self._settings = DistillationConfig()
         self._fused_logits: bool | None = None
-        self._pairs: list[tuple[str, str]] = []
         self._started = 0.0
-        self._validation_metrics = False
         self._validation: DistillationValidation | None = None
         if not all(isinstance(c, llm.GPTConfig) for c in (config, teacher_config)):
             logging.warning(
@@ -228,7 +227,7 @@ class DistillationGPTModel(llm.GPTModel):
             return
         found = plan(self)
         student = self.config.configure_model(self.tokenizer)
-        settings = load_distillation_config(self._distillation_config_path, self.config, found.teacher_config)
+        settings = load_distillation_config(found.settings, self.config, found.teacher_config)
         if found.is_real:
             check_student_layers(student, settings.criterion or {})
         if found.entries is not None:
@@ -282,8 +281,9 @@ class DistillationGPTModel(llm.GPTModel):
             options: dict[str, Any] = {}
             if getattr(getattr(self, "config", None), "calculate_per_token_loss", False):
                 options["per_token_loss"] = True
-            if getattr(self, "_pairs", None):
-                options["pairs"] = len(self._pairs)
+            pairs = getattr(getattr(self, "_settings", None), "intermediate_layer_pairs", None)
+            if pairs:
+                options["pairs"] = len(pairs)
             self._training_loss_reduction = _DistillationLossReduction(
                 distillation_loss_fn=self.core_module.compute_kd_loss, **options
             )
@@ -292,7 +292,7 @@ class DistillationGPTModel(llm.GPTModel):
     @property
     def validation_loss_reduction(self):
         """The reduction of validation losses: NeMo's, which also takes the parts of the loss where they are wanted."""
-        if not self._validation_metrics:
+        if not self._settings.validation_metrics:
             return super().validation_loss_reduction
         if self._validation is None:
             self._validation = DistillationValidation(self._parts_of_validation)
@@ -312,13 +312,13 @@ class DistillationGPTModel(llm.GPTModel):
         means = self._validation.take_means() if self._validation is not None else None
         if means is None:
             return
-        left_out = {"lm_loss"} if self._skip_lm_loss else set()
+        left_out = {"lm_loss"} if self._settings.skip_lm_loss else set()
         for name, value in zip((*METRICS, *self._pair_names()), means, strict=True):
             if name not in left_out:
                 self.log(f"val_{name}", value, batch_size=1)
 
     def _pair_names(self) -> list[str]:
-        return [f"kd_intermediate_loss/{'-'.join(pair)}" for pair in self._pairs]
+        return [f"kd_intermediate_loss/{'-'.join(pair[:2])}" for pair in self._settings.intermediate_layer_pairs]
 
     @property
     def core_module(self):
@@ -369,7 +369,7 @@ class DistillationGPTModel(llm.GPTModel):
         if self._fused_logits is None:
             # The last stage has decided, all stages log.
             self._fused_logits = any(of_all_stages(state.fused))
-        left_out = {"lm_loss"} if self._skip_lm_loss else set()
+        left_out = {"lm_loss"} if self._settings.skip_lm_loss else set()
         if not state.observing and not self._fused_logits:
             left_out.add("kd_top1_agreement")
         if not state.observing or is_recorded(self.core_module):
