@@ -26,11 +26,10 @@ from .._batches import Shown
 from .._saved_keys import strip_module_prefix
 from ._config import DistillationConfig
 from ._deferred_logits import SummedLoss
-from ._kd_loss import PAIR
 from ._pipeline_checks import check_student_layers, of_all_stages, refuse_virtual_pipeline
 from ._plan import plan
+from ._reduction import DistillationValidation, Metrics
 from ._state import state_of
-from ._validation import DistillationValidation
 from .loss import sum_value_over
 from .recorded.teacher import RecordedTeacher, is_recorded, recorded_teacher
 from .utils import adjust_distillation_model_for_mcore, load_distillation_config, teacher_provider
@@ -38,9 +37,6 @@ from .utils import adjust_distillation_model_for_mcore, load_distillation_config
 # A name of stock's module.
 average_losses_across_data_parallel_group = _moved.find("average_losses_across_data_parallel_group")
 
-# Names of the balancer's results, in the order of the tensor that is reduced; what is logged is named below.
-_PARTS = ("kd_loss", "logits_loss", "intermediate_loss", "lm_loss", "top1_agreement", "teacher_lm_loss")
-METRICS = ("kd_loss", "kd_logits_loss", "kd_intermediate_loss", "lm_loss", "kd_top1_agreement", "teacher_lm_loss")
 # Arguments of the constructor that a plain model has, too.
 _OF_STUDENT = ("config", "optim", "tokenizer", "model_transform")
 
@@ -54,23 +50,23 @@ class _DistillationLossReduction(MaskedTokenLossReduction):
     it is set, the mean of the micro-batches' means otherwise.
     """
 
-    def __init__(self, distillation_loss_fn, *args, per_token_loss: bool = False, pairs: int = 0, **kwargs):
+    def __init__(self, distillation_loss_fn, *args, per_token_loss: bool = False, pairs=(), **kwargs):
         """Remember how losses are made.
 
         Args:
             distillation_loss_fn: ``DistillationModel.compute_kd_loss``.
             *args: for NeMo's reduction.
             per_token_loss: Megatron's ``calculate_per_token_loss``.
-            pairs: number of intermediate layer pairs.
+            pairs: intermediate layer pairs, each of which has a metric.
             **kwargs: for NeMo's reduction.
         """
         super().__init__(*args, **kwargs)
         self._distillation_loss_fn = distillation_loss_fn
         self._per_token_loss = per_token_loss
-        self._parts = (*_PARTS, *(PAIR.format(place) for place in range(pairs)))
+        self._metrics = Metrics(pairs)
         self._cp_size = parallel_state.get_context_parallel_world_size()
         self._tp_size = parallel_state.get_tensor_model_parallel_world_size()
-        self._metrics: Tensor | None = None
+        self._sums: Tensor | None = None
 
     def forward(self, batch: dict[str, Tensor], forward_out: Tensor):
         """Return the loss of a micro-batch and what `reduce` needs.
@@ -94,36 +90,28 @@ class _DistillationLossReduction(MaskedTokenLossReduction):
         total = losses["kd_loss"]
 
         tokens = mask.sum().float()
-        parts = {"lm_loss": lm_loss, **losses}
-        means = torch.stack([parts[name].detach().float() if name in parts else tokens * 0 for name in self._parts])
         report = {
             "loss_sum_and_ub_size": torch.stack([total.detach().float() * tokens, tokens]),
-            "kd_sums": torch.cat([means * tokens, tokens.new_full((1,), mask.numel())]),
+            "kd_sums": self._metrics.sums({"lm_loss": lm_loss, **losses}, mask),
         }
         if not self._per_token_loss:
             return total, report
         return total * self._tokens_of_sequence(tokens), tokens.to(torch.int), report
 
     def reduce(self, losses_reduced_per_micro_batch) -> Tensor:
-        """Return the mean loss over the tokens of the global batch, and keep the metrics for `take_metrics`."""
+        """Return the mean loss over the tokens of the global batch, and keep the metrics for `take_sums`."""
         if not losses_reduced_per_micro_batch:
             return super().reduce(losses_reduced_per_micro_batch)
-        sums = sum(
-            torch.cat([report["loss_sum_and_ub_size"], report["kd_sums"]]) for report in losses_reduced_per_micro_batch
-        )
+        sums = sum(report["kd_sums"] for report in losses_reduced_per_micro_batch)
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         torch.distributed.all_reduce(sums, group=group)
-        tokens = sums[1].clamp(min=1.0)
-        self._metrics = torch.cat([sums[2:-1] / tokens, sums[-1:]])
-        return sums[0] / tokens
+        self._sums = sums
+        return self._metrics.means(sums)["kd_loss"]
 
-    def take_metrics(self) -> Tensor | None:
-        """Return the last global batch's `METRICS`, losses of pairs and number of tokens, once.
-
-        None on ranks that compute no loss.
-        """
-        metrics, self._metrics = self._metrics, None
-        return metrics
+    def take_sums(self) -> Tensor | None:
+        """Return the sums of the last global batch's metrics and forget them; None on ranks that compute no loss."""
+        sums, self._sums = self._sums, None
+        return sums
 
     def _masked_token_loss(self, loss_output: Tensor, mask: Tensor):
         """Return the mean of a token loss over the tokens that count, a scalar with the same value on all ranks.
@@ -283,7 +271,7 @@ class DistillationGPTModel(llm.GPTModel):
                 options["per_token_loss"] = True
             pairs = getattr(getattr(self, "_settings", None), "intermediate_layer_pairs", None)
             if pairs:
-                options["pairs"] = len(pairs)
+                options["pairs"] = pairs
             self._training_loss_reduction = _DistillationLossReduction(
                 distillation_loss_fn=self.core_module.compute_kd_loss, **options
             )
@@ -291,15 +279,19 @@ class DistillationGPTModel(llm.GPTModel):
 
     @property
     def validation_loss_reduction(self):
-        """The reduction of validation losses: NeMo's, which also takes the parts of the loss where they are wanted."""
+        """The reduction of validation losses: NeMo's, which also sums up the metrics if the settings ask for them."""
         if not self._settings.validation_metrics:
             return super().validation_loss_reduction
         if self._validation is None:
-            self._validation = DistillationValidation(self._parts_of_validation)
+            self._validation = DistillationValidation(self._metrics, self._validation_sums)
         return self._validation
 
-    def _parts_of_validation(self, batch: dict[str, Tensor], forward_out: Tensor) -> dict[str, Any]:
-        return self.training_loss_reduction.forward(batch, forward_out)[-1]
+    def _validation_sums(self, batch: dict[str, Tensor], forward_out: Tensor) -> Tensor:
+        return self.training_loss_reduction.forward(batch, forward_out)[-1]["kd_sums"]
+
+    @property
+    def _metrics(self) -> Metrics:
+        return Metrics(self._settings.intermediate_layer_pairs)
 
     def on_validation_start(self) -> None:
         """Have everything observed."""
@@ -309,16 +301,11 @@ class DistillationGPTModel(llm.GPTModel):
     def on_validation_epoch_end(self) -> None:
         """Log what training logs."""
         super().on_validation_epoch_end()
-        means = self._validation.take_means() if self._validation is not None else None
-        if means is None:
-            return
+        means = self._validation.take_means() if self._validation is not None else {}
         left_out = {"lm_loss"} if self._settings.skip_lm_loss else set()
-        for name, value in zip((*METRICS, *self._pair_names()), means, strict=True):
+        for name, value in means.items():
             if name not in left_out:
                 self.log(f"val_{name}", value, batch_size=1)
-
-    def _pair_names(self) -> list[str]:
-        return [f"kd_intermediate_loss/{'-'.join(pair[:2])}" for pair in self._settings.intermediate_layer_pairs]
 
     @property
     def core_module(self):
@@ -374,22 +361,22 @@ class DistillationGPTModel(llm.GPTModel):
             left_out.add("kd_top1_agreement")
         if not state.observing or is_recorded(self.core_module):
             left_out.add("teacher_lm_loss")
-        pairs = self._pair_names()
-        *values, tokens = self._metrics_of_last_stage(len(pairs))
-        for name, value in zip((*METRICS, *pairs), values, strict=True):
+        metrics = self._metrics
+        sums = self._sums_of_last_stage(metrics)
+        for name, value in metrics.means(sums).items():
             if name not in left_out:
                 self.log(name, value, batch_size=1)
-        self.log("tokens_per_second", tokens / (time.perf_counter() - self._started), batch_size=1)
+        self.log("tokens_per_second", sums[-1] / (time.perf_counter() - self._started), batch_size=1)
 
-    def _metrics_of_last_stage(self, pairs: int) -> Tensor:
+    def _sums_of_last_stage(self, metrics: Metrics) -> Tensor:
         reduction = self._training_loss_reduction
-        metrics = reduction.take_metrics() if reduction else None
-        if metrics is None:
-            metrics = torch.zeros(len(METRICS) + pairs + 1, device=torch.cuda.current_device())
+        sums = reduction.take_sums() if reduction else None
+        if sums is None:
+            sums = metrics.no_sums(torch.cuda.current_device())
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             torch.distributed.broadcast(
-                metrics,
+                sums,
                 src=parallel_state.get_pipeline_model_parallel_last_rank(),
                 group=parallel_state.get_pipeline_model_parallel_group(),
             )
-        return metrics
+        return sums

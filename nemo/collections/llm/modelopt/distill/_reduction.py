@@ -1,0 +1,90 @@
+"""The metrics of a distillation, summed over the micro-batches and ranks of a training step or a validation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
+from torch import Tensor
+
+from ._kd_loss import PAIR
+
+# Key among the losses of a micro-batch, by the name in the log.
+_METRICS = {
+    "kd_loss": "kd_loss",
+    "kd_logits_loss": "logits_loss",
+    "kd_intermediate_loss": "intermediate_loss",
+    "lm_loss": "lm_loss",
+    "kd_top1_agreement": "top1_agreement",
+    "teacher_lm_loss": "teacher_lm_loss",
+}
+
+
+class Metrics:
+    """The names of the metrics, and one tensor that holds all of their sums, for one collective.
+
+    Attributes:
+        keys: key among the losses of a micro-batch, by the name in the log; in the order of the sums.
+    """
+
+    def __init__(self, pairs: Sequence[Sequence[str]] = ()):
+        """Add a metric for each intermediate layer pair.
+
+        Args:
+            pairs: ``intermediate_layer_pairs`` of the settings.
+        """
+        of_pairs = {f"kd_intermediate_loss/{'-'.join(pair[:2])}": PAIR.format(i) for i, pair in enumerate(pairs)}
+        self.keys = _METRICS | of_pairs
+
+    def sums(self, losses: Mapping[str, Tensor], mask: Tensor) -> Tensor:
+        """Return [metrics + 2]: each metric summed over the tokens that count, their number, and that of all tokens.
+
+        Args:
+            losses: means over the tokens of a micro-batch that count, by key; a missing metric is zero.
+            mask: [b, s], zero where a token does not count.
+        """
+        tokens = mask.sum().float()
+        means = [losses[key].detach().float() if key in losses else tokens * 0 for key in self.keys.values()]
+        return torch.cat([torch.stack(means) * tokens, tokens.view(1), tokens.new_full((1,), mask.numel())])
+
+    def no_sums(self, device: Any) -> Tensor:
+        """Return the sums of no micro-batch."""
+        return torch.zeros(len(self.keys) + 2, device=device)
+
+    def means(self, sums: Tensor) -> dict[str, Tensor]:
+        """Return the means over the tokens that count, by the name in the log."""
+        *values, tokens, _ = sums
+        return {name: value / tokens.clamp(min=1.0) for name, value in zip(self.keys, values, strict=True)}
+
+
+class DistillationValidation(MaskedTokenLossReduction):
+    """NeMo's own validation loss, and the metrics of the distillation summed up on the way."""
+
+    def __init__(self, metrics: Metrics, sums_of: Callable[[dict[str, Tensor], Tensor], Tensor]):
+        """Keep the metrics and their source.
+
+        Args:
+            metrics: the metrics.
+            sums_of: returns their sums for a batch and the model's output.
+        """
+        super().__init__(validation_step=True)
+        self._metrics = metrics
+        self._sums_of = sums_of
+        self._sums: Tensor | None = None
+
+    def forward(self, batch: dict[str, Tensor], forward_out: Tensor):
+        """Return NeMo's validation loss of a micro-batch."""
+        sums = self._sums_of(batch, forward_out)
+        self._sums = sums if self._sums is None else self._sums + sums
+        return super().forward(batch, forward_out)
+
+    def take_means(self) -> dict[str, Tensor]:
+        """Return the means over the tokens of the validation that count and forget them; empty if there were none."""
+        sums, self._sums = self._sums, None
+        if sums is None:
+            return {}
+        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        return self._metrics.means(sums)
