@@ -14,6 +14,36 @@ import torch
 from torch import Tensor
 
 from ._state import DistillationState
+from .recorded.teacher import is_recorded
+
+
+def set_student_input_tensor_shape(self, shapes: list[tuple[int, ...]]) -> None:
+    """Remember how much of a tensor's last axis is the student's, for `set_input_tensor`."""
+    self._tensor_split_idx = shapes[0][-1]
+
+
+def set_input_tensor(self, input_tensors: list[Tensor]) -> None:
+    """Give each model its part of what the previous pipeline stage sent, [s, b, h of student + h of teacher].
+
+    Before the first training step, and in validation, the student's part is all there is.
+    """
+    student: list[Tensor | None] = []
+    teacher: list[Tensor | None] = []
+    state: DistillationState = self._distillation
+    pairs = len(state.early_pairs) if state.early_pairs and self.training else 0
+    state.early_losses = None
+    for tensor in input_tensors:
+        if tensor is None:
+            student.append(None)
+            teacher.append(None)
+            continue
+        split = tensor.shape[-1] if self._tensor_split_idx is None else self._tensor_split_idx
+        student.append(tensor[..., :split])
+        teacher.append(teacher_part(tensor, split, pairs) if pairs else tensor[..., split:])
+        state.early_losses = tensor[..., tensor.shape[-1] - pairs :] if pairs else None
+    if not is_recorded(self):
+        type(self).set_input_tensor(self.teacher_model, teacher)
+    type(self).set_input_tensor(self, student)
 
 
 def teacher_part(tensor: Tensor, split: int, pairs: int) -> Tensor:

@@ -48,7 +48,7 @@ from ._finite import check_outputs, check_weights
 from ._fusion import fuse_output_layers
 from ._kd_loss import captured_layers, compute_kd_loss, copy_captured, forget_captured_outputs
 from ._peft import stay_as_loaded
-from ._pipeline_losses import message, teacher_part
+from ._pipeline_losses import message, set_input_tensor, set_student_input_tensor_shape
 from ._state import DistillationState, state_of
 from ._teacher import drop_missing_extra_state, has_modelopt_state, is_strict, load_weights, merge_in_place
 from .loss import HiddenStateCosineLoss, LogitsAndIntermediatesLossBalancer, LogitsKLLoss, ProjectionLayer
@@ -231,35 +231,6 @@ def _no_lm_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
     return torch.zeros_like(labels, dtype=logits.dtype)
 
 
-def _set_student_input_tensor_shape(self, shapes: list[tuple[int, ...]]) -> None:
-    """Remember how much of a tensor's last axis is the student's, for `_set_input_tensor`."""
-    self._tensor_split_idx = shapes[0][-1]
-
-
-def _set_input_tensor(self, input_tensors: list[Tensor]) -> None:
-    """Give each model its part of what the previous pipeline stage sent, [s, b, h of student + h of teacher].
-
-    Before the first training step, and in validation, the student's part is all there is.
-    """
-    student: list[Tensor | None] = []
-    teacher: list[Tensor | None] = []
-    state: DistillationState = self._distillation
-    pairs = len(state.early_pairs) if state.early_pairs and self.training else 0
-    state.early_losses = None
-    for tensor in input_tensors:
-        if tensor is None:
-            student.append(None)
-            teacher.append(None)
-            continue
-        split = tensor.shape[-1] if self._tensor_split_idx is None else self._tensor_split_idx
-        student.append(tensor[..., :split])
-        teacher.append(teacher_part(tensor, split, pairs) if pairs else tensor[..., split:])
-        state.early_losses = tensor[..., tensor.shape[-1] - pairs :] if pairs else None
-    if not is_recorded(self):
-        type(self).set_input_tensor(self.teacher_model, teacher)
-    type(self).set_input_tensor(self, student)
-
-
 def _forward_student_and_teacher(self, *args, **kwargs) -> Tensor:
     """Run both models in training, and where validation compares them; the student alone otherwise.
 
@@ -327,8 +298,8 @@ def adjust_distillation_model_for_mcore(model: DistillationModel, distill_cfg: D
     methods: dict[str, Callable[..., Any]] = {
         "sharded_state_dict": _sharded_state_dict_of_student,
         "compute_language_model_loss": _student_lm_loss,
-        "set_student_input_tensor_shape": _set_student_input_tensor_shape,
-        "set_input_tensor": _set_input_tensor,
+        "set_student_input_tensor_shape": set_student_input_tensor_shape,
+        "set_input_tensor": set_input_tensor,
         "forward": _forward_student_and_teacher,
         "compute_kd_loss": compute_kd_loss,
     }
