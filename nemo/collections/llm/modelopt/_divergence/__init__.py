@@ -1,1 +1,1 @@
-"""Divergences between two sets of logits: values and gradients, over a split vocabulary or not."""
+"""Divergences between two sets of logits: values and gradients, with a whole or a split vocabulary."""

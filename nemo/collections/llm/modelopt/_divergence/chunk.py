@@ -1,4 +1,4 @@
-"""Value and gradient of divergences between two sets of logits, for a few tokens at a time.
+"""Compute values and gradients of divergences between two sets of logits, a few tokens at a time.
 
 Shapes: c tokens of a chunk, v vocabulary entries (a whole vocabulary, or the shard that this rank holds).
 
@@ -9,12 +9,12 @@ m = (p + q) / 2::
     reverse   KL(p || q)                         d/dz = p * (log p - log q - KL(p || q))
     jsd       (KL(p || m) + KL(q || m)) / 2      d/dz = p * (log(p / m) - KL(p || m)) / 2
 
-and d/d(student) = (d/dz) / T. Each row's maximum over the shard is taken out first, so that logits with a large common
-offset lose nothing, and all that is known of the rest of the vocabulary enters as two numbers a token: L_z and L_y, the
-logarithms of the whole vocabulary's sums of exponentials relative to this shard's maxima. Then p = exp(z - max - L_z).
+and d/d(student) = (d/dz) / T. Each row's maximum over the shard is subtracted first, so that logits with a large common
+offset keep their precision. The rest of the vocabulary enters as two numbers per token, L_z and L_y: the logarithms of
+the whole vocabulary's sums of exponentials relative to this shard's maxima. Then p = exp(z - max - L_z).
 
--inf logits (masked entries) count as a very low finite number: where both models mask an entry it contributes nothing,
-and where only the one that weighs less does, the divergence is huge instead of infinite, so that no NaN can arise.
+-inf logits (masked entries) count as a very low finite number. An entry that both models mask contributes nothing. If
+only the model that weighs less masks it, the divergence is huge instead of infinite, so that no NaN can arise.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ FORWARD, REVERSE, JSD = "forward", "reverse", "jsd"
 DIRECTIONS = (FORWARD, REVERSE, JSD)
 
 LOWEST = -1.0e30
-# The sum of a row without any finite logit; its logarithm is negligible beside LOWEST.
+# The sum of a row without any finite logit; its logarithm is negligible compared with LOWEST.
 TINY = 1.0e-37
 _LOG_2 = math.log(2.0)
 
 
 class Chunk:
-    """Reused fp32 buffers of [c, v] in which a chunk of tokens is worked on.
+    """Reused fp32 buffers of [c, v] for a chunk of tokens.
 
     Attributes:
         exp_z: student's exponentials relative to the row's maximum [c, v].
-        exp_y: the teacher's.
+        exp_y: those of the teacher.
         difference: y - z without the rows' maxima [c, v].
         sums: sums of ``exp_z`` and ``exp_y`` over this shard [2, c].
         max_z: maxima of the student's rows, before the temperature [c, 1].
-        max_y: the teacher's.
+        max_y: those of the teacher.
     """
 
     def __init__(self, rows: int, width: int, device: torch.device, temperature: float = 1.0):
@@ -64,7 +64,7 @@ class Chunk:
         Args:
             student: logits [c, v].
             teacher: logits [c, v].
-            maxima: [2, c] of the student and the teacher where they are known.
+            maxima: [2, c] of the student and the teacher if they are known.
             difference: whether it is needed.
         """
         self.exp_z, self.exp_y, self.difference = self._buffers[:, : student.shape[0]]
@@ -110,7 +110,7 @@ class Chunk:
         return torch.stack([with_p * (-log_z).exp(), with_q * (-log_y).exp()])
 
     def write_gradient(self, out: Tensor, direction: str, log_z: Tensor, log_y: Tensor, mean: Tensor | None) -> None:
-        """Write d loss / d student of the chunk [c, v], in the type of ``out``; uses the buffers up.
+        """Write d loss / d student of the chunk [c, v], in the type of ``out``; overwrites the buffers.
 
         Args:
             out: [c, v].
@@ -150,7 +150,7 @@ def shifted(source: Tensor, temperature: float, out: Tensor, maximum: Tensor | N
 def divergence_of_buckets(student: Tensor, teacher: Tensor, direction: str) -> tuple[Tensor, Tensor]:
     """Return value [c] and d/d(student) [c, k] of a divergence between two small sets of logits [c, k], in fp64.
 
-    For sets that fit many times into memory; the same formulas as above, written plainly.
+    For small sets of logits; the formulas are those above, without buffers.
     """
     log_p, log_q = (x.double().clamp(min=LOWEST).log_softmax(-1) for x in (student, teacher))
     p, q = log_p.exp(), log_q.exp()

@@ -1,16 +1,16 @@
-"""Output layers and distillation loss in one: loss and gradients without the logits of a micro-batch.
+"""Fuse output layers and distillation loss: loss and gradients without the logits of a micro-batch.
 
 Shapes: n tokens of a micro-batch, c tokens of a chunk, h hidden size (student's and teacher's may differ), v vocabulary
 entries held by this rank.
 
-Chunk by chunk, logits z = hidden_s W_s^T and y = hidden_t W_t^T are made, turned into loss and d/dz (in the memory of
-z), and used up: d_hidden = dz W_s, d_W += dz^T hidden_s in fp32. What is held is a few [c, v] buffers whatever n is.
+Chunk by chunk, logits z = hidden_s W_s^T and y = hidden_t W_t^T are computed, turned into loss and d/dz (in the memory
+of z), and consumed: d_hidden = dz W_s, d_W += dz^T hidden_s in fp32. Only a few [c, v] buffers are held for any n.
 
-The value is the sum over tokens weighed by constants (the loss mask), so one scalar scales all gradients in the
-backward pass. With a language-model loss in the mix two scalars arrive, known only then (the dynamic balance depends on
-the values): the backward pass makes the logits again, and forms both gradients in one sweep.
+The value is the sum over tokens weighted by constants (the loss mask), so one scalar scales all gradients in the
+backward pass. With a language-model loss there are two scalars, known only in the backward pass (the dynamic balance
+depends on the values): it computes the logits again, and both gradients in one sweep.
 
-With a vocabulary split over ranks, a chunk takes the collectives of its divergence (see ``_vocab_parallel``); hidden
+With a vocabulary split over ranks, a chunk needs the collectives of its divergence (see ``vocab_parallel``); hidden
 states are whole on every rank, and their gradient is this rank's summand.
 
 Sources: the fused linear losses of Liger-Kernel (arXiv 2410.10989), here with two models and a split vocabulary.
@@ -33,15 +33,15 @@ from .vocab_parallel import default_chunk_rows, divergence_with_gradient, scale_
 
 @dataclass(frozen=True)
 class Objective:
-    """Which divergence, over what.
+    """The divergence and its settings.
 
     Attributes:
         temperature: divides the logits.
-        direction: of the divergence.
-        topk: compare the teacher's so many likeliest entries; None for all.
-        group: process group over which the vocabulary is split; None when it is whole.
-        student_cap: logits are cap * tanh(logits / cap); None where they are not capped.
-        teacher_cap: the teacher's.
+        direction: direction of the divergence.
+        topk: compare only the teacher's top-k logits; None for all.
+        group: process group over which the vocabulary is split; None if it is whole.
+        student_cap: logits are cap * tanh(logits / cap); None if they are not capped.
+        teacher_cap: that of the teacher.
         main_grad: add the weight's gradient to its ``main_grad`` (Megatron's gradient accumulation fusion).
         chunk_rows: c; chosen from the size of the vocabulary by default.
     """
@@ -57,12 +57,12 @@ class Objective:
 
 
 class FusedLosses(NamedTuple):
-    """Sums over the tokens, weighed; scalars in fp32.
+    """Weighted sums over the tokens; scalars in fp32.
 
     Attributes:
         divergence: distillation loss.
         lm: language-model loss; zero without labels.
-        agreement: tokens where both models' likeliest entry is the same; no gradient.
+        agreement: tokens for which both models have the same likeliest entry; no gradient.
     """
 
     divergence: Tensor
@@ -87,7 +87,7 @@ def fused_linear_losses(
         teacher: last hidden states [n, h] of the teacher; constants.
         teacher_weight: its output weight [v, h].
         token_weights: weight of each token [n].
-        objective: what to compute.
+        objective: the divergence and its settings.
         labels: next tokens [n], for the language-model loss.
     """
     return FusedLosses(
@@ -135,15 +135,15 @@ class _FusedLinear(torch.autograd.Function):
             gradients, factor = _gradients_of_two(ctx, grad_divergence, grad_lm), None
         elif gradients is None:
             raise RuntimeError(
-                "The gradient of the fused distillation loss was handed out already: it is scaled in place, so a "
-                "second backward pass needs a second forward pass."
+                "The gradient of the fused distillation loss was already used: it is scaled in place, so a second "
+                "backward pass needs a second forward pass."
             )
         d_hidden, d_weight = gradients.hand_out(factor, ctx.weight, ctx.objective.main_grad)
         return d_hidden, d_weight, None, None, None, None, None
 
 
 def _gradients_of_two(ctx, grad_divergence, grad_lm) -> _Gradients:
-    """Make the logits again, and the gradient of both losses weighed by what arrived."""
+    """Compute the logits again, and the gradient of both losses weighted by the incoming gradients."""
     student, student_weight, teacher, teacher_weight, token_weights, labels = ctx.saved_tensors
     gradients = _Gradients(student, student_weight, *ctx.needs_input_grad[:2])
     heads = _Heads(student, student_weight, teacher, teacher_weight, ctx.objective)
@@ -160,14 +160,14 @@ def _gradients_of_two(ctx, grad_divergence, grad_lm) -> _Gradients:
 
 
 class _Heads:
-    """Both models' output layers, which make logits a chunk at a time."""
+    """Both models' output layers, which compute the logits chunk by chunk."""
 
     def __init__(self, student, student_weight, teacher, teacher_weight, objective: Objective):
         self.inputs = ((student, student_weight), (teacher, teacher_weight))
         self.objective = objective
         rows = loss_memory.logits_rows(len(student), len(student_weight), student.element_size(), student.device.type)
         self.rows = min(objective.chunk_rows or rows, max(1, len(student)))
-        # Reused: a buffer of this size is expensive to allocate again and again.
+        # Reused, because a buffer of this size is expensive to allocate repeatedly.
         self.buffers = [hidden.new_empty(self.rows, weight.shape[0]) for hidden, weight in self.inputs]
 
     def chunks(self):
@@ -191,7 +191,7 @@ class _Heads:
         return divergence_with_gradient(z, y, o.temperature, o.direction, o.group, rows, o.topk, gradient)
 
     def slope(self, z: Tensor) -> Tensor | None:
-        """Return the derivative of the capped logits [c, v] by those before; None where they are not capped."""
+        """Return the derivative of the capped logits [c, v] by the uncapped ones; None if they are not capped."""
         cap = self.objective.student_cap
         return 1.0 - (z / cap).square() if cap else None
 
@@ -206,7 +206,7 @@ class _Gradients:
         self.weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
 
     def add(self, part: slice, gradient: Tensor) -> None:
-        """Carry the gradient of a chunk's logits [c, v] on to hidden states and weight."""
+        """Propagate the gradient of a chunk's logits [c, v] to hidden states and weight."""
         hidden, weight = self.inputs
         if self.hidden is not None:
             torch.mm(gradient, weight, out=self.hidden[part])
@@ -219,9 +219,9 @@ class _Gradients:
             self.weight[rows] += torch.mm(gradient[:, rows].t(), hidden[part])
 
     def hand_out(self, factor: Tensor | None, weight: Tensor, main_grad: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Return d_hidden and d_weight, times ``factor``; the latter goes to ``weight.main_grad`` where that is asked.
+        """Return d_hidden and d_weight, times ``factor``; with ``main_grad`` the latter goes to ``weight.main_grad``.
 
-        Megatron's hooks then want some gradient of the weight's shape, and a flag.
+        Megatron's hooks then expect any gradient of the weight's shape, and a flag.
         """
         for gradient in (self.hidden, self.weight):
             if gradient is not None and factor is not None:
@@ -246,7 +246,7 @@ def cross_entropy(
     Args:
         logits: [c, v], this rank's shard.
         labels: indices in the whole vocabulary [c].
-        group: process group over which it is split; None when it is whole.
+        group: process group over which it is split; None if it is whole.
         gradient: [c, v] to which the gradient times ``factors`` is added.
         factors: [c].
     """
@@ -279,7 +279,7 @@ def cross_entropy(
 
 
 def _agreement(z: Tensor, y: Tensor, group=None) -> Tensor:
-    """Return one for each token [c] whose likeliest entry is the same in both models, else zero."""
+    """Return one for each token [c] with the same likeliest entry in both models, otherwise zero."""
     maxima = torch.stack([z.amax(-1), y.amax(-1)]).float()
     both = torch.empty(z.shape[0], dtype=torch.bool, device=z.device)
     for part in token_chunks(z, default_chunk_rows(z)):

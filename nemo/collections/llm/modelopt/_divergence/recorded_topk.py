@@ -1,10 +1,10 @@
-"""The teacher's likeliest entries taken out of its logits, and a divergence from them that needs no teacher.
+"""Extract the teacher's top-k logits, and compute a divergence from them without the teacher.
 
-Shapes: n tokens, v vocabulary entries held by this rank, k entries recorded of each token, r ranks.
+Shapes: n tokens, v vocabulary entries held by this rank, k entries recorded for each token, r ranks.
 
 A record of a token is the k likeliest entries of the whole vocabulary, the teacher's logits there, and the log-sum-exp
-of all its other logits divided by the temperature. That is all that a divergence over k + 1 buckets (see ``_topk``)
-asks of a teacher, at that temperature and for every smaller k, too.
+of all its other logits divided by the temperature. A divergence over k + 1 buckets (see ``topk``) needs nothing else
+from a teacher, at that temperature and for every smaller k.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _ROWS_BYTES = 1 << 23
 
 @dataclass(frozen=True)
 class RecordedLogits:
-    """What was recorded of the teacher for a micro-batch.
+    """The recorded logits of a micro-batch.
 
     Attributes:
-        entries: places in the whole vocabulary [s, b, k], likeliest first.
+        entries: positions in the whole vocabulary [s, b, k], likeliest first.
         values: the teacher's logits there [s, b, k].
         rest: log-sum-exp of its other logits divided by the temperature [s, b], fp32.
         temperature: that temperature.
@@ -44,9 +44,9 @@ def top_entries(logits: Tensor, k: int, temperature: float, group=None) -> tuple
 
     Args:
         logits: [n, v], this rank's shard of the vocabulary; shards are equally wide.
-        k: entries to keep, at most the whole vocabulary.
+        k: number of entries to keep, at most the whole vocabulary.
         temperature: divides the logits in the rest.
-        group: process group over which the vocabulary is split; None when it is whole.
+        group: process group over which the vocabulary is split; None if it is whole.
     """
     n, v = logits.shape
     rank, size = (
@@ -84,10 +84,10 @@ def recorded_divergence(
 
     Args:
         student: logits [s, b, v], this rank's shard of the vocabulary; gradients flow into it.
-        teacher: what was recorded, of the whole vocabulary.
+        teacher: recorded logits of the whole vocabulary.
         direction: ``forward``, ``reverse`` or ``jsd``.
-        group: process group over which the vocabulary is split; None when it is whole.
-        topk: compare so many entries; all that were recorded by default.
+        group: process group over which the vocabulary is split; None if it is whole.
+        topk: number of entries to compare; by default all recorded ones.
         in_place: overwrite the student's logits with their gradient.
     """
     entries, values = teacher.entries.flatten(0, 1), teacher.values.flatten(0, 1).double() / teacher.temperature
@@ -105,14 +105,14 @@ def recorded_divergence(
 
 
 class _RecordedDivergence(torch.autograd.Function):
-    """Value and gradient in the forward pass, the gradient in one buffer of the logits' type."""
+    """Compute value and gradient in the forward pass, the gradient in one buffer of the logits' type."""
 
     @staticmethod
     def forward(ctx, student, entries, buckets, temperature, direction, group, in_place):
         rank = 0 if group is None else torch.distributed.get_rank(group)
         n, v = student.shape
         places = entries - rank * v
-        # Entries of other shards share one more column, which takes no part.
+        # Entries of other shards share one more column, which is ignored.
         places = torch.where((places >= 0) & (places < v), places, v)
         buffer = torch.empty(min(max(n, 1), _rows(v)), v + 1, dtype=torch.float32, device=student.device)
         own = torch.empty(n, buckets.shape[1], dtype=torch.float64, device=student.device)
@@ -140,9 +140,7 @@ class _RecordedDivergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         if ctx.gradient is None:
-            raise RuntimeError(
-                "The gradient was handed out already; a second backward pass needs a second forward pass."
-            )
+            raise RuntimeError("The gradient was already used; a second backward pass needs a second forward pass.")
         gradient, ctx.gradient = ctx.gradient, None
         scale_rows(gradient, grad_output)
         return gradient, None, None, None, None, None, None
@@ -151,7 +149,7 @@ class _RecordedDivergence(torch.autograd.Function):
 def _own_buckets(student, places, temperature, buffer) -> tuple[Tensor, Tensor]:
     """Return this shard's part of the student's buckets [c, k + 1] in fp64, and the maxima of its rest [c, 1].
 
-    ``buffer`` [c, v + 1] holds the exponentials of the rest afterwards.
+    Afterwards ``buffer`` [c, v + 1] holds the exponentials of the rest.
     """
     buffer = buffer[: len(student)]
     buffer[:, :-1].copy_(student)
@@ -162,7 +160,7 @@ def _own_buckets(student, places, temperature, buffer) -> tuple[Tensor, Tensor]:
 
 
 def _rest(source, places, temperature, buffer) -> tuple[Tensor, Tensor]:
-    """Return the maxima [c, 1] and the log-sum-exp [c] in fp64 of all entries but those at ``places`` [c, k]."""
+    """Return the maxima [c, 1] and the log-sum-exp [c] in fp64 of all entries except those at ``places`` [c, k]."""
     buffer.copy_(source).scatter_(-1, places, -torch.inf)
     maximum = shifted(buffer, temperature, buffer)
     total = buffer.exp_().sum(-1)
@@ -171,7 +169,7 @@ def _rest(source, places, temperature, buffer) -> tuple[Tensor, Tensor]:
 
 
 def _of_all_shards(own: Tensor, group) -> Tensor:
-    """Return the student's buckets [n, k + 1] over all shards, by one collective."""
+    """Return the student's buckets [n, k + 1] over all shards, with one collective."""
     shards = all_gather(own, group)
     # An entry lies on one shard and counts as lowest on the others.
     return torch.cat([shards[..., :-1].amax(0), shards[..., -1:].logsumexp(0)], dim=-1)
@@ -185,8 +183,8 @@ def _write_gradient(out, student, places, temperature, buffer, gradients, tail) 
         student: logits [c, v].
         places: recorded entries on this shard, v for others [c, k].
         temperature: divides the logits.
-        buffer: room for [c, v + 1].
-        gradients: of the buckets [c, k + 1].
+        buffer: memory for [c, v + 1].
+        gradients: gradients of the buckets [c, k + 1].
         tail: log-sum-exp of the student's rest over all shards [c].
     """
     buffer = buffer[: len(student)]
@@ -198,5 +196,5 @@ def _write_gradient(out, student, places, temperature, buffer, gradients, tail) 
 
 
 def _rows(width: int) -> int:
-    """Return how many tokens are worked on at a time."""
+    """Return the number of tokens of a chunk."""
     return max(1, _ROWS_BYTES // (4 * width))

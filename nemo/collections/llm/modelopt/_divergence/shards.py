@@ -1,4 +1,4 @@
-"""What the ranks that share a vocabulary tell each other."""
+"""Exchange tensors between the ranks that share a vocabulary."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def all_gather(local: Tensor, group) -> Tensor:
-    """Return the tensors [r, ...] of all ranks of a group, by one collective; ``local`` has one shape on all."""
+    """Return the tensors [r, ...] of all ranks of a group, with one collective; ``local`` has one shape on all."""
     size = torch.distributed.get_world_size(group)
     gathered = local.new_empty(size * local.shape[0], *local.shape[1:])
     torch.distributed.all_gather_into_tensor(gathered, local.contiguous(), group=group)

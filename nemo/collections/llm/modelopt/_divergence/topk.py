@@ -1,18 +1,17 @@
-"""Divergences over the teacher's k likeliest entries, with everything else (the tail) as one more bucket.
+"""Compute divergences over the teacher's top-k logits, with all other entries (the tail) as one more bucket.
 
 Shapes: n tokens, v vocabulary entries held by this rank, r ranks, k entries compared.
 
 Each model's tail has the logit lse_tail = logsumexp of its logits there, so both are distributions over k + 1 buckets
-and the divergence D is that of small logits [k + 1]. Its gradient reaches the vocabulary by the chain rule: an entry
-among the k takes its bucket's, and an entry z of the tail takes exp(z - lse_tail) of the tail's. Tail and head are
-summed apart, so nothing is lost to 1 - sum where the tail is tiny.
+and the divergence D is that of small logits [k + 1]. Its gradient reaches the vocabulary by the chain rule: one of the
+k entries gets that of its bucket, and an entry z of the tail gets exp(z - lse_tail) times that of the tail. Tail and
+head are summed separately, which is more precise than 1 - sum if the tail is tiny.
 
-With a split vocabulary every rank offers its own k likeliest (both models' logits there) and the log-sum-exp of its
-rest. One all-gather of [2k + 2, n] later each rank chooses the k of all r * k and counts those that were not chosen to
-the tail.
+With a split vocabulary every rank offers its own top k (both models' logits there) and the log-sum-exp of its rest.
+After one all-gather of [2k + 2, n] each rank chooses the top k of all r * k, and adds the others to the tail.
 
-Sorting out k of v entries costs more than their exponentials on a CPU. So blocks are sorted out first, by their
-maxima: the k blocks with the highest hold k entries that no other block surpasses.
+On a CPU, selecting k of v entries costs more than their exponentials. So blocks are selected first, by their maxima:
+the k blocks with the largest maxima hold k entries that no other block exceeds.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from torch import Tensor
 from .chunk import LOWEST, TINY, divergence_of_buckets, shifted
 from .shards import all_gather
 
-# Entries of a block when the likeliest are sorted out, and the fewest blocks for each entry wanted.
+# Entries of a block in the selection of the top k, and the smallest number of blocks for each selected entry.
 _BLOCK, _BLOCKS_FOR_EACH = 16, 2
-# Buffers of [rows, v] that a chunk of the other divergences takes for each one here.
+# Buffers of [rows, v] that a chunk of the other divergences needs for each one here.
 _LEANER = 3
 
 
@@ -36,10 +35,10 @@ def topk_divergence(student, teacher, temperature, direction, group, rows, topk,
         student: logits [n, v].
         teacher: logits [n, v].
         temperature: divides both.
-        direction: which divergence.
-        group: process group over which the vocabulary is split; None when it is whole.
-        rows: tokens that the other divergences would work on at a time.
-        topk: k; the whole vocabulary counts where it is smaller.
+        direction: direction of the divergence.
+        group: process group over which the vocabulary is split; None if it is whole.
+        rows: tokens of a chunk of the other divergences.
+        topk: k; the whole vocabulary if that is smaller.
         gradient: [n, v]; may share the student's memory.
     """
     n, v = student.shape
@@ -53,7 +52,7 @@ def topk_divergence(student, teacher, temperature, direction, group, rows, topk,
         offer, positions, maximum = _offer(student[part], teacher[part], temperature, topk, buffer)
         loss[part], own, tail = _choose(offer.unsqueeze(0), 0, topk, direction)
         if gradient is not None:
-            # The student was loaded last: the exponentials of its tail are in the buffer still.
+            # The student was loaded last, so the buffer still holds the exponentials of its tail.
             _write_gradient(gradient[part], buffer, positions, own, tail, maximum, temperature)
     return loss
 
@@ -62,7 +61,7 @@ def _sharded(student, teacher, temperature, direction, group, rows, topk, gradie
     rank = torch.distributed.get_rank(group)
     n, k = student.shape[0], topk
     kept = min(k, student.shape[1])
-    # A shard with fewer than k entries offers all it has.
+    # A shard with fewer than k entries offers all of them.
     local = torch.full((2 * k + 2, n), LOWEST, dtype=torch.float64, device=student.device)
     positions = torch.empty(n, kept, dtype=torch.int64, device=student.device)
     maxima = torch.empty(n, 1, dtype=torch.float32, device=student.device)
@@ -87,7 +86,7 @@ def _offer(student, teacher, temperature, topk, buffer) -> tuple[Tensor, Tensor,
     The numbers: the teacher's k logits and the student's there, then the log-sum-exp of the rest, teacher and student;
     all divided by the temperature. ``buffer`` holds the student's exponentials of the rest afterwards.
     """
-    # fp32 is selected from faster than what is narrower.
+    # Selecting from fp32 is faster than from narrower types.
     positions = likeliest(buffer[: len(teacher)].copy_(teacher), min(topk, teacher.shape[1]))
     values, rests = [], []
     for source in (teacher, student):
@@ -102,7 +101,7 @@ def _offer(student, teacher, temperature, topk, buffer) -> tuple[Tensor, Tensor,
 def likeliest(logits: Tensor, k: int) -> Tensor:
     """Return the positions [c, k] of the k highest logits [c, v] of each token, in no order.
 
-    Which of equal logits are taken at the edge is left open, as by ``torch.topk``.
+    The choice between equal logits is undefined, as for ``torch.topk``.
     """
     c, v = logits.shape
     blocks = v // _BLOCK
@@ -113,14 +112,14 @@ def likeliest(logits: Tensor, k: int) -> Tensor:
     whole = logits[:, : blocks * _BLOCK].unflatten(-1, (_BLOCK, blocks))
     chosen = whole.amax(1).topk(k, dim=-1, sorted=False).indices
     entries = whole.gather(2, chosen.unsqueeze(1).expand(c, _BLOCK, k)).flatten(1)
-    # What the blocks leave over is looked at as it is.
+    # Entries beyond the last whole block are compared directly.
     found = torch.cat([entries, logits[:, blocks * _BLOCK :]], dim=-1).topk(k, dim=-1, sorted=False).indices
     in_block = found // k * blocks + chosen.gather(1, found % k)
     return torch.where(found < entries.shape[1], in_block, found - entries.shape[1] + blocks * _BLOCK)
 
 
 def _tail_exponentials(source, positions, temperature, buffer, maximum=None, loaded=False) -> Tensor:
-    """Write exponentials of all entries but those at ``positions`` [c, k] to the buffer; return their maxima [c, 1]."""
+    """Write exponentials of entries not at ``positions`` [c, k] to the buffer; return the entries' maxima [c, 1]."""
     buffer = buffer[: len(source)]
     if not loaded:
         buffer.copy_(source)
@@ -134,10 +133,10 @@ def _choose(shards: Tensor, rank: int, topk: int, direction: str) -> tuple[Tenso
     """Return the divergence [c], the gradient of this rank's own k entries [k, c], and two numbers of the tail [2, c].
 
     Args:
-        shards: [r, 2k + 2, c]: what every rank offers.
-        rank: which of them is this one.
-        topk: how many entries are compared.
-        direction: which divergence.
+        shards: offers of all ranks [r, 2k + 2, c].
+        rank: this rank.
+        topk: number of entries to compare.
+        direction: direction of the divergence.
 
     Returns:
         Divergence, own gradients, (gradient of the tail's bucket, log-sum-exp of the student's tail).
@@ -149,7 +148,7 @@ def _choose(shards: Tensor, rank: int, topk: int, direction: str) -> tuple[Tenso
         value, bucket = divergence_of_buckets(student, teacher, direction)
         return value.float(), bucket[:, :-1].t(), torch.stack([bucket[:, -1], student[:, -1]])
     teacher, student = (shards[:, i * k : (i + 1) * k].reshape(size * k, c) for i in (0, 1))
-    # Stable, so that ranks agree about equal logits.
+    # Stable, so that all ranks choose the same of equal logits.
     order = teacher.argsort(dim=0, descending=True, stable=True)
     chosen, others = order[:topk], order[topk:]
     tail_teacher, tail_student = (
@@ -162,7 +161,7 @@ def _choose(shards: Tensor, rank: int, topk: int, direction: str) -> tuple[Tenso
         direction,
     )
     of_tail = bucket[:, -1]
-    # An offered entry that was not chosen is one of the tail.
+    # An offered entry that was not chosen belongs to the tail.
     gradients = of_tail * (student - tail_student).exp()
     gradients.scatter_(0, chosen, bucket[:, :-1].t())
     own = gradients[rank * k : (rank + 1) * k]
@@ -174,7 +173,7 @@ def _write_gradient(out, buffer, positions, own, tail, maximum, temperature) -> 
 
     Args:
         out: [c, v].
-        buffer: exponentials of the student's tail relative to ``maximum``; used up.
+        buffer: exponentials of the student's tail relative to ``maximum``; overwritten.
         positions: this shard's k entries [c, k].
         own: their gradients [k, c].
         tail: gradient of the tail's bucket, and log-sum-exp of the student's tail [2, c].

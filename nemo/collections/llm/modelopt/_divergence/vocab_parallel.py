@@ -1,18 +1,17 @@
-"""Exact divergences between two sets of logits whose vocabulary may be split over tensor-parallel ranks.
+"""Compute exact divergences between two sets of logits, also with a vocabulary split over tensor-parallel ranks.
 
 Shapes: n tokens, v vocabulary entries held by this rank (shards may be uneven), r ranks. The formulas are in
-``_divergence``; here is what happens over chunks of tokens and over ranks.
+``chunk``; this module loops over chunks of tokens and combines ranks.
 
-A whole vocabulary takes one pass: the sums of a chunk are final at once. With a split one, a shard's log-sum-exp of the
-teacher, that of the student and its expectation determine the rest: with w_k = exp(lse_k - lse) the weight of shard k,
-lse = logsumexp_k(lse_k) and E = sum_k w_k E_k. So one all-gather of [3, n] makes value and gradient global on every
-rank (JSD, whose expectation needs the global sums first, takes a second one), and the backward pass needs no
-communication. What crosses ranks is combined in fp64.
+A whole vocabulary needs one pass, because the sums of a chunk are final at once. With a split one, three numbers per
+shard determine the rest: its log-sum-exp of the teacher, that of the student, and its expectation E_k. With the weight
+w_k = exp(lse_k - lse) of shard k, lse = logsumexp_k(lse_k) and E = sum_k w_k E_k. So one all-gather of [3, n] makes
+value and gradient global on every rank (JSD needs a second collective, because its expectation depends on the global
+sums), and the backward pass needs no communication. Numbers of several ranks are combined in fp64.
 
-Memory: tokens are taken in chunks that fit the cache. The gradient is formed during the forward pass in one buffer of
-the student logits' dtype (chunks are accumulated in fp32), and scaled in place by the incoming gradient; neither
-logits nor probabilities are saved. ``in_place`` takes the student's logits for that buffer, ``reuse_teacher`` the
-teacher's.
+Memory: chunks of tokens fit the cache. The gradient is computed during the forward pass in one buffer of the student
+logits' dtype (chunks are accumulated in fp32), and scaled in place by the incoming gradient; neither logits nor
+probabilities are saved. With ``in_place`` the student's logits are that buffer, with ``reuse_teacher`` the teacher's.
 
 Sources: the vocab-parallel cross entropy of Megatron-LM (arXiv 1909.08053) for the reduction over shards; the gradient
 in the forward pass follows Liger-Kernel (arXiv 2410.10989).
@@ -54,11 +53,11 @@ def kl_divergence(
         temperature: divides both logits.
         direction: ``forward`` for KL(teacher || student), ``reverse`` for KL(student || teacher), ``jsd`` for the
             Jensen-Shannon divergence.
-        group: process group over which the vocabulary is split; None when it is whole.
-        chunk_rows: tokens worked on at a time; chosen from the size of the cache by default.
-        topk: compare the teacher's so many likeliest entries, and all others as one.
+        group: process group over which the vocabulary is split; None if it is whole.
+        chunk_rows: tokens of a chunk; by default chosen from the size of the cache.
+        topk: compare only the teacher's top-k logits, and all others as one bucket.
         in_place: overwrite the student's logits with their gradient. Nothing else may need them.
-        reuse_teacher: overwrite the teacher's logits with the gradient, where their type is the student's. Nothing else
+        reuse_teacher: overwrite the teacher's logits with the gradient if they have the student's type. Nothing else
             may need them.
 
     Returns:
@@ -78,7 +77,7 @@ def kl_divergence(
 
 
 class _KLDivergence(torch.autograd.Function):
-    """The divergence of [n, v] logits with its gradient formed on the way (see the module's docstring)."""
+    """The divergence of [n, v] logits; the forward pass computes its gradient (see the module's docstring)."""
 
     @staticmethod
     def forward(ctx, student, teacher, temperature, direction, group, rows, topk, spare):
@@ -92,8 +91,8 @@ class _KLDivergence(torch.autograd.Function):
     def backward(ctx, grad_output):
         if ctx.gradient is None:
             raise RuntimeError(
-                "The gradient of the KL divergence was handed out already: it is scaled in place, so a second "
-                "backward pass needs a second forward pass."
+                "The gradient of the KL divergence was already used: it is scaled in place, so a second backward "
+                "pass needs a second forward pass."
             )
         gradient, ctx.gradient = ctx.gradient, None
         scale_rows(gradient, grad_output)
@@ -116,7 +115,7 @@ def divergence_with_gradient(student, teacher, temperature, direction, group, ro
 
 
 def _whole_vocabulary(chunk: Chunk, student, teacher, direction, rows, gradient) -> Tensor:
-    """Value and gradient chunk by chunk in one pass; the rows' maxima cancel."""
+    """Compute value and gradient chunk by chunk in one pass; the rows' maxima cancel."""
     loss = torch.empty(student.shape[0], dtype=torch.float32, device=student.device)
     for part in token_chunks(student, rows):
         chunk.load(student[part], teacher[part])
@@ -133,7 +132,10 @@ def _whole_vocabulary(chunk: Chunk, student, teacher, direction, rows, gradient)
 
 
 def _sharded_vocabulary(chunk: Chunk, student, teacher, direction, rows, gradient, group) -> Tensor:
-    """Statistics of every token, one all-gather, then the gradient: exponentials are cheaper made twice than kept."""
+    """Compute statistics of every token, one all-gather, then the gradient.
+
+    Exponentials are computed twice, which is cheaper than keeping them.
+    """
     n = student.shape[0]
     maxima = torch.empty(2, n, dtype=torch.float32, device=student.device)
     local = torch.empty(3, n, dtype=torch.float64, device=student.device)
@@ -160,7 +162,7 @@ def _sharded_vocabulary(chunk: Chunk, student, teacher, direction, rows, gradien
 
 
 def _sharded_jsd(chunk: Chunk, student, teacher, rows, gradient, group, maxima, log_z, log_y) -> Tensor:
-    """What is left of JSD when the sums over the whole vocabulary are known."""
+    """Compute JSD from the sums over the whole vocabulary."""
     parts = torch.empty(2, student.shape[0], dtype=torch.float64, device=student.device)
     for part in token_chunks(student, rows):
         chunk.load(student[part], teacher[part], maxima[:, part])
@@ -180,7 +182,7 @@ def scale_rows(tensor: Tensor, factors: Tensor) -> None:
     if tensor.dtype == torch.float32 or tensor.device.type != "cpu":
         tensor.mul_(factors.unsqueeze(-1))
         return
-    # On a CPU the product of two types is ten times slower than conversions in the cache.
+    # On a CPU a product of two types is ten times slower than conversions in the cache.
     rows = default_chunk_rows(tensor)
     buffer = torch.empty(min(rows, max(1, len(tensor))), tensor.shape[1], dtype=torch.float32)
     for part in token_chunks(tensor, rows):
@@ -195,5 +197,5 @@ def token_chunks(tensor: Tensor, rows: int) -> Iterator[slice]:
 
 
 def default_chunk_rows(flat: Tensor) -> int:
-    """Return how many tokens of [n, v] logits are worked on at a time."""
+    """Return the number of tokens of a chunk of [n, v] logits."""
     return loss_memory.chunk_rows(flat.shape[0], flat.shape[1], flat.element_size(), flat.device.type)
