@@ -317,7 +317,7 @@ def test_earlier_stages_have_no_losses(stage):
         ("loss_weights: {kd_logits: -1}", r"loss_weights\['kd_logits'\]=-1 must be a positive number"),
         ("loss_weights: {kd_logits: much}", r"loss_weights\['kd_logits'\]='much'"),
         ("loss_weights: {lm: 1}", "skip_lm_loss is true, which leaves it out"),
-        ("loss_weights: {kd_logits: 1}\nkd_loss_scale: 2", "give one of them"),
+        ("loss_weights: {kd_logits: 1}\nkd_loss_scale: 2", "set only one of them"),
         ("skip_lm_loss: 'no'", "skip_lm_loss='no' must be true or false"),
         ("skip_lm_los: true", "no setting 'skip_lm_los'.*Did you mean 'skip_lm_loss'"),
         ("- a\n- b", "holds a list"),
@@ -360,7 +360,7 @@ def test_a_layer_of_an_earlier_stage_cannot_be_renamed():
     with (
         mock.patch.object(utils.TransformerLayer, "_get_layer_offset", return_value=6),
         pytest.raises(
-            ModelOptConfigError, match="decoder.layers.5.mlp does not fall on final PP rank. Nor is it on this one"
+            ModelOptConfigError, match="decoder.layers.5.mlp does not fall on final PP rank. It is not on this stage"
         ),
     ):
         utils._adjust_layer_index_for_pp("decoder.layers.5.mlp", None)

@@ -265,7 +265,7 @@ def test_what_is_not_exact_is_not_fused_and_named(ranks):
             assert reasons[case] is None if text is None else text in reasons[case], (case, reasons[case])
 
 
-SLOWER = "made a second time"
+SLOWER = "computed a second time"
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ SLOWER = "made a second time"
         (8192, 128256, {"trained": False}, None, None),
         (8192, 128256, {"lm_loss": True}, SLOWER, None),
         (2048, 32000, {"lm_loss": True}, SLOWER, r"take about 562 MiB.* would take 826 MiB"),
-        (4096, 64000, {"lm_loss": True}, SLOWER, r"made a second time, and only \d+ MiB would be saved"),
+        (4096, 64000, {"lm_loss": True}, SLOWER, r"computed a second time, and only \d+ MiB would be saved"),
     ],
 )
 def test_auto_goes_by_memory(cpu_backend, tokens, vocabulary, options, slower, reason):

@@ -241,8 +241,8 @@ class TestRefused:
         ("text", "message"),
         [
             ("logit_kl_temperature: 1.0", r"recorded for logit_kl_temperature=2.0, the settings have 1.0"),
-            ("logit_kl_temperature: 2.0\nlogit_kl_topk: 8", "7 entries were recorded, logit_kl_topk=8 asks for more"),
-            (SETTINGS + "fused_logits: on", "needs the teacher's output layer; take 'auto'"),
+            ("logit_kl_temperature: 2.0\nlogit_kl_topk: 8", "7 entries were recorded, logit_kl_topk=8 needs more"),
+            (SETTINGS + "fused_logits: on", "needs the teacher's output layer; use 'auto'"),
             (
                 SETTINGS + "intermediate_layer_pairs: [[decoder.layers.1, decoder.layers.1]]",
                 "intermediate_layer_pairs need the teacher's activations",
@@ -269,7 +269,7 @@ class TestRefused:
             ({"largest_entry": 5000}, "entry 5000 was recorded, the student's vocabulary has 256"),
             ({"seq_length": 99}, "is damaged"),
             ({"format": 2}, "has format 2; this version reads 1"),
-            ({"unknown": 1}, "is no manifest of a recorded teacher"),
+            ({"unknown": 1}, "is not a valid manifest of a recorded teacher"),
         ],
     )
     def test_another_manifest(self, ranks, folder, tmp_path, change, message):
@@ -294,15 +294,15 @@ class TestRefused:
         shutil.copytree(folder / "teacher", tmp_path / "teacher")
         weights = next((tmp_path / "teacher" / "weights").glob("*.distcp"))
         weights.write_bytes(weights.read_bytes()[:-1] + b"x" * 9)
-        with pytest.raises(ModelOptConfigError, match=f"was not recorded of the teacher .*{weights.name} had"):
+        with pytest.raises(ModelOptConfigError, match=f"was not recorded from the teacher .*{weights.name} had"):
             check_teacher(str(folder / "tp"), str(tmp_path / "teacher"))
 
     @pytest.mark.parametrize(
         ("kwargs", "message"),
         [
             ({"steps": 0}, "steps=0 must be a whole number"),
-            ({"settings": "pair.yaml"}, "a recording holds logits alone"),
-            ({"output": "teacher"}, "exists; give a new folder"),
+            ({"settings": "pair.yaml"}, "a recorded teacher holds only logits"),
+            ({"output": "teacher"}, "exists; pass a new folder"),
         ],
     )
     def test_a_recording_that_cannot_be_made(self, ranks, folder, tmp_path, kwargs, message):

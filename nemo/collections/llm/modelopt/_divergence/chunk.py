@@ -51,7 +51,7 @@ class Chunk:
         Args:
             rows: largest c.
             width: v.
-            device: where the logits are.
+            device: device of the logits.
             temperature: divides the logits.
         """
         self.temperature = temperature

@@ -1,6 +1,6 @@
-"""Settings of a distillation, and the checks that need nothing but settings.
+"""Settings of a distillation, and the checks that need only settings.
 
-A layer is named by its path in the Megatron-Core model, with the layer's index over the whole model, for example
+The name of a layer is its path in the Megatron-Core model, with the layer's index in the whole model, for example
 ``decoder.layers.11`` or ``decoder.layers.11.input_layernorm``.
 """
 
@@ -38,28 +38,28 @@ class DistillationConfig:
     """Settings of a distillation, as in the YAML file.
 
     Attributes:
-        intermediate_layer_pairs: (student layer, teacher layer) or (student layer, teacher layer, loss), the loss
-            being ``cosine`` (default) or ``mse``.
-        logit_layers: (student layer, teacher layer) whose outputs are the logits.
+        intermediate_layer_pairs: (student layer, teacher layer) or (student layer, teacher layer, loss); the loss is
+            ``cosine`` (default) or ``mse``.
+        logit_layers: (student layer, teacher layer) that output the logits.
         skip_lm_loss: leave the language-model loss out of training.
         kd_loss_scale: weight of the distillation loss.
         criterion: losses by layer pair; filled in from the settings above.
         loss_balancer: combines the losses; filled in from the settings above.
         logit_kl_temperature: divides the logits of student and teacher.
         logit_kl_direction: ``forward`` for KL(teacher || student), ``reverse`` for KL(student || teacher), ``jsd`` for
-            the Jensen-Shannon divergence, which is symmetric.
+            the symmetric Jensen-Shannon divergence.
         logit_kl_temperature_squared: multiply the logits loss by the square of the temperature.
-        logit_kl_topk: compare the teacher's so many likeliest entries and the rest as one; None for all entries.
-        logit_kl_in_place: write the gradient over the student's logits, which nothing else may need then.
-        loss_weights: fixed weights of ``kd_logits``, ``intermediate`` and ``lm`` (1 where one is missing) in the place
-            of the dynamic balance; None for the balance.
-        fused_logits: make logits and logits loss in one, chunk by chunk, without holding the logits of a micro-batch.
-            ``auto``: where that is exact for the model; ``on``: refuse where it is not; ``off``.
-        validation_metrics: run the teacher in validation, too, and log what training logs, as ``val_...``.
-        allow_other_tokenizer: distill from a teacher whose tokenizer differs from the student's.
+        logit_kl_topk: compare only the teacher's top-k logits, and all others as one bucket; None for all entries.
+        logit_kl_in_place: overwrite the student's logits with their gradient; nothing else may need them then.
+        loss_weights: fixed weights of ``kd_logits``, ``intermediate`` and ``lm`` (1 if one is missing) instead of the
+            dynamic balance; None for the balance.
+        fused_logits: compute logits and logits loss together, chunk by chunk, without holding the logits of a
+            micro-batch. ``auto``: if that is exact for the model; ``on``: raise an error if it is not; ``off``: never.
+        validation_metrics: run the teacher in validation as well, and log the metrics of training as ``val_...``.
+        allow_other_tokenizer: distill from a teacher with a tokenizer that differs from the student's.
 
     Raises:
-        ModelOptConfigError: where a setting cannot be used.
+        ModelOptConfigError: If a setting cannot be used.
     """
 
     intermediate_layer_pairs: list[tuple[str, ...]] = field(default_factory=list)
@@ -80,7 +80,7 @@ class DistillationConfig:
 
     @property
     def logit_pair(self) -> tuple[str, str]:
-        """The layers of the logits as a tuple: ``logit_layers`` is a list when it comes from YAML."""
+        """The layers of the logits as a tuple; YAML loads ``logit_layers`` as a list."""
         student, teacher = self.logit_layers
         return student, teacher
 
@@ -98,7 +98,7 @@ class DistillationConfig:
         pairs = [self.logit_pair, *(tuple(pair[:2]) for pair in self.intermediate_layer_pairs)]
         repeated = sorted({pair for pair in pairs if pairs.count(pair) > 1})
         if repeated:
-            raise ModelOptConfigError(f"The layer pairs {repeated} are given more than once; give each pair once.")
+            raise ModelOptConfigError(f"The layer pairs {repeated} are listed more than once; list each pair once.")
         self.kd_loss_scale = _positive("self.kd_loss_scale", self.kd_loss_scale)
         self.logit_kl_temperature = _positive("logit_kl_temperature", self.logit_kl_temperature)
         for name in _SWITCHES:
@@ -108,7 +108,7 @@ class DistillationConfig:
         self._check_objective()
 
     def _check_objective(self):
-        if isinstance(self.fused_logits, bool):  # YAML 1.1 reads on and off so
+        if isinstance(self.fused_logits, bool):  # as YAML 1.1 reads on and off
             self.fused_logits = "on" if self.fused_logits else "off"
         one_of("fused_logits", self.fused_logits, FUSED_LOGITS)
         if self.logit_kl_topk is not None and (type(self.logit_kl_topk) is not int or self.logit_kl_topk < 1):
@@ -116,37 +116,37 @@ class DistillationConfig:
         if self.logit_kl_in_place and not self.skip_lm_loss:
             raise ModelOptConfigError(
                 "logit_kl_in_place=True overwrites the logits that the language-model loss needs; set skip_lm_loss to "
-                "true, or leave logit_kl_in_place out."
+                "true, or remove logit_kl_in_place."
             )
         if self.loss_weights is not None:
             self.loss_weights = _loss_weights(self.loss_weights)
             if self.kd_loss_scale != 1.0:
                 raise ModelOptConfigError(
-                    f"kd_loss_scale={self.kd_loss_scale} belongs to the dynamic balance, loss_weights replaces it: "
-                    "give one of them."
+                    f"kd_loss_scale={self.kd_loss_scale} belongs to the dynamic balance, which loss_weights replaces; "
+                    "set only one of them."
                 )
             if self.skip_lm_loss and "lm" in self.loss_weights:
                 raise ModelOptConfigError(
-                    f"loss_weights gives the language-model loss the weight {self.loss_weights['lm']}, but "
-                    "skip_lm_loss is true, which leaves it out. Set skip_lm_loss to false, or take 'lm' out."
+                    f"loss_weights sets the weight of the language-model loss to {self.loss_weights['lm']}, but "
+                    "skip_lm_loss is true, which leaves it out. Set skip_lm_loss to false, or remove 'lm'."
                 )
 
 
-# Pickles, NeMo contexts and NeMo-Run's YAML name a class by its module: the stock one, so that stock reads them too.
+# Pickles, NeMo contexts and NeMo-Run's YAML store the module of a class: the stock one, so that stock can read them.
 DistillationConfig.__module__ = "nemo.collections.llm.modelopt.distill.utils"
 
 
 def read_distillation_config(
     config_path: str | Path | DistillationConfig | None, parse: Callable[[Any], Any] = yaml.safe_load
 ) -> DistillationConfig:
-    """Return the settings in a YAML file, the given settings, or the defaults.
+    """Return the settings in a YAML file, the settings passed, or the defaults.
 
     Args:
         config_path: The file, the settings, or None.
         parse: Reads YAML from an open file.
 
     Raises:
-        ModelOptConfigError: If the file is missing, is not a mapping, or holds settings that do not exist or fit.
+        ModelOptConfigError: If the file is missing, is not a mapping, or contains unknown or invalid settings.
     """
     if config_path is None:
         return DistillationConfig()
@@ -188,15 +188,15 @@ def options_of_logits_loss(config: DistillationConfig) -> dict[str, Any]:
 
 
 def check_models(config: DistillationConfig, student: Any, teacher: Any) -> None:
-    """Raise where two model configurations cannot be distilled with these settings. Needs no model.
+    """Raise an error if two models cannot be distilled with these settings; it reads only their configurations.
 
     Args:
         config: settings.
         student: Megatron-Core configuration of the student.
-        teacher: the teacher's, already brought to the student's parallel layout.
+        teacher: that of the teacher, with the student's parallel layout.
 
     Raises:
-        ModelOptConfigError: naming the layer pair or the setting.
+        ModelOptConfigError: With the layer pair or the setting.
     """
     if (_integer(student, "tensor_model_parallel_size") or 1) > 1 and getattr(
         student, "parallel_output", True
@@ -208,8 +208,8 @@ def check_models(config: DistillationConfig, student: Any, teacher: Any) -> None
     stages = _integer(student, "pipeline_model_parallel_size") or 1
     if config.validation_metrics and stages > 1:
         raise ModelOptConfigError(
-            f"validation_metrics=True needs pipeline_model_parallel_size=1, not {stages}: in validation the stages "
-            "exchange the student alone. Leave it out."
+            f"validation_metrics=True needs pipeline_model_parallel_size=1, not {stages}: in validation, pipeline "
+            "stages exchange only the student's activations. Remove it."
         )
     for pair in config.intermediate_layer_pairs:
         for name, model, whose in ((pair[0], student, "student"), (pair[1], teacher, "teacher")):
@@ -224,17 +224,17 @@ def check_models(config: DistillationConfig, student: Any, teacher: Any) -> None
         reason = recomputed(pair[0], student)
         if reason:
             raise ModelOptConfigError(
-                f"The intermediate pair {tuple(pair[:2])} cannot be trained: {pair[0]!r} runs inside of activation "
-                f"recomputation ({reason}), which drops its gradient. Capture a layer outside of it, for example "
+                f"The intermediate pair {tuple(pair[:2])} cannot be trained: {pair[0]!r} runs inside activation "
+                f"recomputation ({reason}), which drops its gradient. Capture a layer outside it, for example "
                 "'decoder.final_layernorm', or change the recomputation."
             )
 
 
 def check_layer_exists(name: str, model: Any, whose: str) -> None:
-    """Raise where a layer index is beyond the model.
+    """Raise an error if the index of a layer is too large for the model.
 
     Raises:
-        ModelOptConfigError: naming the layer, and the number of layers.
+        ModelOptConfigError: With the layer, and the number of layers.
     """
     match, layers = LAYER_INDEX.search(name), _integer(model, "num_layers")
     if match and layers is not None and int(match.group()) >= layers:
@@ -242,7 +242,7 @@ def check_layer_exists(name: str, model: Any, whose: str) -> None:
 
 
 def first_layers(model: Any) -> list[int] | None:
-    """Return the index of the first layer of each pipeline stage; None where only Megatron's layout tells."""
+    """Return the index of the first layer of each pipeline stage; None if only Megatron's layout defines it."""
     stages, layers = _integer(model, "pipeline_model_parallel_size") or 1, _integer(model, "num_layers")
     if stages == 1:
         return [0]
@@ -266,9 +266,9 @@ def first_layers(model: Any) -> list[int] | None:
 
 
 def stage_of_layer(name: str, model: Any) -> int:
-    """Return the pipeline stage of a layer; layers without an index are on the last.
+    """Return the pipeline stage of a layer; a layer without an index is on the last stage.
 
-    With a layout of Megatron's, the last stage is assumed, and checked when the losses are made.
+    With one of Megatron's layouts, it assumes the last stage; this is checked when the losses are created.
     """
     match, starts = LAYER_INDEX.search(name), first_layers(model)
     if not match or starts is None:
@@ -288,9 +288,9 @@ def pairs_of_stages(config: DistillationConfig, student: Any) -> list[int]:
 
 
 def recomputed(name: str, model: Any) -> str | None:
-    """Return which recomputation setting would drop the gradient of a layer's captured output, or None.
+    """Return the recomputation setting that would drop the gradient of a layer's captured output, or None.
 
-    Megatron runs recomputed parts without a graph in the forward pass, and that is when outputs are captured.
+    Outputs are captured in the forward pass, in which Megatron runs recomputed parts without a graph.
     """
     match = LAYER_INDEX.search(name)
     granularity = getattr(model, "recompute_granularity", None)
@@ -319,7 +319,7 @@ def recomputed(name: str, model: Any) -> str | None:
 
 
 def _integer(model: Any, name: str) -> int | None:
-    """Return a number of a model's configuration; None if a stand-in for one does not have it."""
+    """Return a number of a model's configuration, or None if a stand-in for one lacks it."""
     value = getattr(model, name, None)
     return value if isinstance(value, int) else None
 
@@ -337,7 +337,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _check_names(setting: str, given: Any, value: Any, lengths: tuple[int, ...]) -> None:
-    """Raise unless a part of a setting holds that many names of layers; it stays the list or tuple that it is."""
+    """Raise an error unless a part of a setting is a list or tuple of layer names of an allowed length."""
     if not _is_list(value) or len(value) not in lengths or not all(isinstance(v, str) and v for v in value):
         wanted = " or ".join(str(length) for length in lengths)
         raise ModelOptConfigError(
@@ -348,7 +348,7 @@ def _check_names(setting: str, given: Any, value: Any, lengths: tuple[int, ...])
 
 
 def _loss_weights(value: Any) -> dict[str, float]:
-    """Return fixed weights, each zero or positive; that of the logits loss positive."""
+    """Return the fixed weights as numbers, each zero or positive."""
     if not isinstance(value, Mapping) or not set(value) <= set(LOSS_WEIGHTS):
         raise ModelOptConfigError(f"loss_weights={value!r} must map some of {list(LOSS_WEIGHTS)} to numbers.")
     return {

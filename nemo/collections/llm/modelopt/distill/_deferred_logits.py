@@ -1,8 +1,8 @@
-"""Logits that are not computed yet: hidden states and output weight, which the fused loss turns into losses.
+"""Logits that are not computed yet: hidden states and output weights, from which the fused loss computes the losses.
 
-An output layer that defers gives its hidden states and weight in the place of logits (`DeferredLogits`). modelopt's
-hooks capture them as they capture logits, the logits loss pairs them (`PairedLogits`), and the reduction of the losses,
-which knows the loss mask, has them computed (`_fused_linear`).
+An output layer that defers its logits returns its hidden states and weight instead (`DeferredLogits`). modelopt's hooks
+capture them like logits, the logits loss pairs them (`PairedLogits`), and the reduction of the losses, which has the
+loss mask, computes the losses (`fused_linear`).
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from .._divergence.fused_linear import FusedLosses, Objective, fused_linear_loss
 
 
 class DeferredLogits:
-    """What makes the logits [s, b, v] of one model.
+    """The factors of the logits [s, b, v] of one model.
 
     Attributes:
         hidden: [s, b, h], the whole sequence.
         weight: [v, h], this rank's shard.
         layer: the output layer.
-        labels: next tokens [b, s] where the language-model loss is wanted.
-        pair: with the other model's, once they were brought together.
+        labels: next tokens [b, s] if the language-model loss is needed.
+        pair: the pair with the other model's deferred logits, once it exists.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, layer: Any):
-        """Keep them; a student's gradients will be reduced over the tensor-parallel ranks as its layer would.
+        """Store them; a student's gradients are reduced over the tensor-parallel ranks as its layer would.
 
         Args:
-            hidden: what the layer was given: [s, b, h], or this rank's stretch of it under sequence parallelism.
+            hidden: input of the layer: [s, b, h], or this rank's part of it under sequence parallelism.
             weight: [v, h].
             layer: the layer.
         """
@@ -52,16 +52,16 @@ class DeferredLogits:
 
 
 class PairedLogits:
-    """Both models' deferred logits with what is to be computed of them; computed once, when the mask is known."""
+    """Both models' deferred logits and their objective; the losses are computed once, when the mask is known."""
 
     def __init__(self, student: DeferredLogits, teacher: DeferredLogits, objective: dict[str, Any], factor: float):
-        """Remember them.
+        """Store them.
 
         Args:
-            student: its deferred logits.
-            teacher: its deferred logits.
+            student: deferred logits of the student.
+            teacher: deferred logits of the teacher.
             objective: fields of an ``Objective``.
-            factor: the divergence is multiplied by it.
+            factor: multiplies the divergence.
         """
         self._student, self._teacher, self._factor = student, teacher, factor
         group = student.layer.tp_group
@@ -75,10 +75,10 @@ class PairedLogits:
         self._losses: FusedLosses | None = None
 
     def sums(self, mask: Tensor) -> FusedLosses:
-        """Return the losses summed over the tokens that count.
+        """Return the losses summed over the unmasked tokens.
 
         Args:
-            mask: [b, s], zero where a token does not count.
+            mask: [b, s], zero for masked tokens.
         """
         if self._losses is None:
             labels = self._student.labels
@@ -92,16 +92,16 @@ class PairedLogits:
                 None if labels is None else labels.t().reshape(-1),
             )
             self._losses = losses._replace(divergence=losses.divergence * self._factor)
-            # They know this pair: a cycle would keep them until the garbage is collected.
+            # They refer to this pair; the cycle would keep them until garbage collection.
             del self._student, self._teacher
         return self._losses
 
 
 class SummedLoss:
-    """One of the fused losses, for a reduction to ask for with its mask: ``masked_sum(mask)``."""
+    """One of the fused losses; a reduction calls ``masked_sum`` with its mask."""
 
     def __init__(self, pair: PairedLogits, name: str):
-        """Choose.
+        """Choose the loss.
 
         Args:
             pair: both models' logits.
@@ -110,7 +110,7 @@ class SummedLoss:
         self._pair, self._name = pair, name
 
     def masked_sum(self, mask: Tensor) -> Tensor:
-        """Return the loss summed over the tokens that count, a scalar.
+        """Return the loss summed over the unmasked tokens, a scalar.
 
         Args:
             mask: [b, s].
@@ -119,5 +119,5 @@ class SummedLoss:
 
 
 def softcap(layer: Any) -> float | None:
-    """Return at which value the logits of Gemma 2 and 3 are capped."""
+    """Return the value at which the logits of Gemma 2 and 3 are capped, or None."""
     return getattr(layer.config, "final_logit_softcapping", None) if type(layer) is not ColumnParallelLinear else None

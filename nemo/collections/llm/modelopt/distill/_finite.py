@@ -1,4 +1,4 @@
-"""Checks for NaN and infinity in the teacher: once after loading, and in the first training step."""
+"""Check the teacher for NaN and infinity: once after loading, and in the first training step."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_weights(model: Any, where: Any) -> None:
-    """Raise if weights of the teacher are not finite; the training would show it as its own NaN loss.
+    """Raise an error if weights of the teacher are not finite; the training would only show a NaN loss.
 
     Args:
-        model: the teacher, its weights loaded.
+        model: the teacher with its weights loaded.
         where: its checkpoint.
 
     Raises:
-        ModelOptConfigError: Naming the first such weights.
+        ModelOptConfigError: With the first such weights.
     """
-    if not issubclass(type(model), torch.nn.Module):  # a mock with its spec has nothing to look at
+    if not issubclass(type(model), torch.nn.Module):  # a mock with the spec of a module has no weights
         return
     named = [(name, weight) for name, weight in model.named_parameters() if _can_check(weight)]
     if not named:
@@ -42,10 +42,12 @@ def check_weights(model: Any, where: Any) -> None:
 
 
 def check_outputs(layers: Iterable[Any]) -> None:
-    """Raise if what was captured of the teacher is not finite. Waits for the device: call it in the first step only.
+    """Raise an error if captured outputs of the teacher are not finite.
+
+    It waits for the device, so call it only in the first step.
 
     Args:
-        layers: layers of the teacher whose outputs modelopt captured.
+        layers: layers of the teacher with outputs that modelopt captured.
 
     Raises:
         ModelOptConfigError: If an output holds NaN or infinity.
@@ -63,13 +65,13 @@ def check_outputs(layers: Iterable[Any]) -> None:
 
 
 def _can_check(tensor: Tensor) -> bool:
-    # Meta and fake tensors, with which memory is simulated, hold no numbers.
+    # Meta and fake tensors, which simulate memory, hold no numbers.
     has_numbers = not tensor.is_meta and not isinstance(tensor, FakeTensor)
     return tensor.dtype in _DTYPES and tensor.numel() > 0 and has_numbers
 
 
 @torch.no_grad()
 def _is_finite(tensor: Tensor) -> Tensor:
-    """Return whether all numbers are finite, without a temporary of the tensor's size: NaN goes through aminmax."""
+    """Return whether all numbers are finite, without a temporary of the tensor's size: aminmax propagates NaN."""
     least, most = torch.aminmax(tensor)
     return torch.isfinite(least) & torch.isfinite(most)

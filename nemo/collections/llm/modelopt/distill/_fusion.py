@@ -1,4 +1,4 @@
-"""When the logits loss is fused with Megatron's output layers, and the output layers that defer their logits."""
+"""Decide whether the logits loss is fused with Megatron's output layers, and let these defer their logits."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from .loss import LogitsKLLoss
 
 OFF, ON, AUTO = "off", "on", "auto"
 FUSED_LOGITS = (AUTO, ON, OFF)
-# Bytes saved from which memory matters more than the time of two more matrix products.
+# Bytes saved that are worth the time of two more matrix products.
 _WORTH_IT = 512 << 20
 _OUTPUT_LAYERS = ("output_layer", "output_layer")
 
 
 def why_not_fused(student: Any, teacher: Any, criterion: Any, settings: Any) -> str | None:
-    """Return why the logits loss of two Megatron-Core models cannot be fused with their output layers, or None.
+    """Return the reason why the logits loss cannot be fused with the output layers of two models, or None.
 
     Args:
-        student: model on the last pipeline stage.
-        teacher: model.
+        student: Megatron-Core model on the last pipeline stage.
+        teacher: Megatron-Core model.
         criterion: loss of the logits pair.
         settings: a ``DistillationConfig``.
     """
     if not hasattr(teacher, "decoder"):
-        return "the teacher is a recording"
+        return "the teacher is recorded"
     if settings.logit_pair != _OUTPUT_LAYERS:
         return f"logit_layers={settings.logit_layers} are not the output layers"
     if type(criterion) is not LogitsKLLoss:
@@ -61,7 +61,7 @@ def why_not_fused(student: Any, teacher: Any, criterion: Any, settings: Any) -> 
 
 
 def _why_not_deferred(layer: Any, model: Any) -> str | None:
-    """Return why an output layer does more than a matrix product with a shard of the vocabulary, or None."""
+    """Return the reason why an output layer is more than a product with a shard of the vocabulary, or None."""
     name = type(layer).__name__
     if type(layer) is not ColumnParallelLinear and name != "Gemma2OutputLayer":
         return f"is a {name} (quantized, adapted or of another implementation)"
@@ -78,36 +78,36 @@ def _why_not_deferred(layer: Any, model: Any) -> str | None:
         return "offloads activations to the CPU"
     if getattr(model, "share_embeddings_and_output_weights", False) and layer.weight is None and not model.pre_process:
         return "has no weight"
-    # One hook is modelopt's own.
+    # modelopt adds one hook.
     if len(layer._forward_hooks) > 1 or layer._backward_hooks:
-        return "has hooks that want its logits"
+        return "has hooks that read its logits"
     return None
 
 
 def slower_by(settings: Any) -> str | None:
-    """Return what makes the fused loss slower than the chunked one with these settings, or None."""
+    """Return the reason why the fused loss is slower than the chunked one with these settings, or None."""
     if settings.skip_lm_loss:
         return None
-    return "with a language-model loss the logits are made a second time in the backward pass"
+    return "with a language-model loss the logits are computed a second time in the backward pass"
 
 
 def choose_fused(student: Any, teacher: Any, settings: Any) -> bool:
-    """Return whether the logits loss is fused, and log why.
+    """Return whether the logits loss is fused, and log the reason.
 
     Args:
-        student: model on the last pipeline stage.
-        teacher: model.
-        settings: a ``DistillationConfig`` with its losses made.
+        student: Megatron-Core model on the last pipeline stage.
+        teacher: Megatron-Core model.
+        settings: a ``DistillationConfig`` that holds its losses.
 
     Raises:
-        ModelOptConfigError: where it is demanded and would not be exact.
+        ModelOptConfigError: If the settings demand it and it would not be exact.
     """
     if settings.fused_logits == OFF:
         return False
     reason = why_not_fused(student, teacher, settings.criterion.get(settings.logit_pair), settings)
     if reason and settings.fused_logits == ON:
         raise ModelOptConfigError(
-            f"fused_logits='on' is not exact for this model: {reason}. Take 'auto', or change the model."
+            f"fused_logits='on' is not exact for this model: {reason}. Use 'auto', or change the model."
         )
     slower, sizes = slower_by(settings), None if reason else _sizes(student, teacher, settings)
     if sizes is not None and settings.fused_logits == AUTO:
@@ -124,7 +124,7 @@ def choose_fused(student: Any, teacher: Any, settings: Any) -> bool:
 
 
 def _not_worth_it(sizes: loss_memory.Sizes, slower: str | None) -> str | None:
-    """Return why a fused loss would not pay with these sizes, or None where it does."""
+    """Return the reason why a fused loss would not pay with these sizes, or None if it would."""
     chunked, fused = sizes.chunked(), sizes.fused()
     if fused >= chunked:
         return (
@@ -141,11 +141,11 @@ def _mebibytes(size: int) -> str:
 
 
 def _sizes(student: Any, teacher: Any, settings: Any) -> loss_memory.Sizes | None:
-    """Return what decides the memory of logits and loss on this rank; None where the length of samples is unknown."""
+    """Return the sizes that decide the memory of logits and loss on this rank; None if the sample length is unknown."""
     config, layer = student.config, student.output_layer
     try:
         sequences = get_micro_batch_size()
-    except AttributeError:  # nobody has set it up
+    except AttributeError:  # not set up
         sequences = 1
     tokens = getattr(config, "seq_length", 0) * sequences // config.context_parallel_size
     if not tokens:
@@ -165,14 +165,14 @@ def _sizes(student: Any, teacher: Any, settings: Any) -> loss_memory.Sizes | Non
 
 
 def fuse_output_layers(student: Any, teacher: Any, state: DistillationState) -> bool:
-    """Let both output layers return `DeferredLogits` when the state says so, if that is exact and pays.
+    """Let both output layers return `DeferredLogits` while the state is ``deferring``, if that is exact and pays.
 
-    Otherwise the memory of the teacher's logits is used again.
+    Otherwise the memory of the teacher's logits is reused if possible.
 
     Args:
-        student: model; nothing happens before the last pipeline stage.
-        teacher: model.
-        state: of the distillation, its settings with their losses made.
+        student: Megatron-Core model; before the last pipeline stage nothing is changed.
+        teacher: Megatron-Core model.
+        state: state of the distillation; its settings hold their losses.
 
     Returns:
         Whether the output layers can defer their logits.
@@ -195,7 +195,7 @@ def fuse_output_layers(student: Any, teacher: Any, state: DistillationState) -> 
 
 
 def _reuse_teacher_logits(student: Any, teacher: Any, settings: Any) -> None:
-    """Let the logits loss write its gradient over the teacher's logits, where nothing but modelopt's hook sees them."""
+    """Let the logits loss write its gradient over the teacher's logits if only modelopt's hook reads them."""
     criterion = settings.criterion.get(settings.logit_pair)
     layer = getattr(teacher, "output_layer", None)
     if settings.logit_pair != _OUTPUT_LAYERS or layer is None or type(criterion) is not LogitsKLLoss:

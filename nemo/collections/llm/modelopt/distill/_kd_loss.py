@@ -1,4 +1,4 @@
-"""The losses of a micro-batch, from what was captured of both models."""
+"""Compute the losses of a micro-batch from the outputs that modelopt's hooks captured."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from ._deferred_logits import DeferredLogits, SummedLoss
 from ._metrics import observed
 from ._pipeline_losses import losses_of_stages
 
-# Names of parts of the loss in the order of the settings' layer pairs.
+# Key of the loss of a layer pair, by its position in the settings.
 PAIR = "pair_{}"
 
 
 def compute_kd_loss(self, student_loss: Tensor | None = None, loss_reduction_fn=None, **kwargs):
-    """Return modelopt's total of the losses, with those of earlier pipeline stages.
+    """Return modelopt's total of the losses, including those of earlier pipeline stages.
 
-    The language-model loss is the fused pass's where that computes it.
+    If the fused kernel computes the language-model loss, that value is used.
 
     Returns:
-        What the loss balancer returns. Where that is a dictionary, it also holds the losses of the single layer pairs
-        (`PAIR`), and in steps that are watched, or with fused logits, ``top1_agreement``; in steps that are watched
-        ``teacher_lm_loss``; with fused logits ``lm_loss``.
+        The result of the loss balancer. If it is a dictionary, these are added: the loss of each layer pair (`PAIR`),
+        ``top1_agreement`` on logging steps or with fused logits, ``teacher_lm_loss`` on logging steps, and ``lm_loss``
+        with fused logits.
     """
     student, teacher = _captured_logits(self), _captured_logits(self.teacher_model)
-    watched = _watched(self, student, teacher) if self._distillation.observing else {}
+    observations = _observed(self, student, teacher) if self._distillation.observing else {}
     pair = None
     if isinstance(student, DeferredLogits) and isinstance(teacher, DeferredLogits):
         pair = _logits_loss(self).pair(student, teacher)
@@ -43,7 +43,7 @@ def compute_kd_loss(self, student_loss: Tensor | None = None, loss_reduction_fn=
     if not isinstance(losses, dict):
         return losses
     losses |= _single_pairs(self, each, of_stages)
-    losses |= {name: loss_reduction_fn((value, False, False)).detach() for name, value in watched.items()}
+    losses |= {name: loss_reduction_fn((value, False, False)).detach() for name, value in observations.items()}
     if pair is not None:
         losses["top1_agreement"] = loss_reduction_fn(SummedLoss(pair, "agreement"))
         if student_loss is not None:
@@ -51,17 +51,17 @@ def compute_kd_loss(self, student_loss: Tensor | None = None, loss_reduction_fn=
     return losses
 
 
-def _watched(self, student: Any, teacher: Any) -> dict[str, Tensor]:
-    """Return what is worth watching of both models' logits, [b, s] each; nothing where they were not captured."""
+def _observed(self, student: Any, teacher: Any) -> dict[str, Tensor]:
+    """Return metrics of both models' logits, [b, s] each; none if the logits were not captured."""
     if student is None or teacher is None:
         return {}
-    # The fused pass counts the agreement by itself.
+    # The fused kernel counts the agreement itself.
     own = None if isinstance(student, DeferredLogits) else student
     return observed(own, teacher, self._distillation.labels, _logits_loss(self).entries)
 
 
 def _single_pairs(self, each: Mapping[str, Tensor], of_stages: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the loss of each layer pair by its place in the settings."""
+    """Return the loss of each layer pair by its key."""
     logits = list(self._layers_to_loss.values()).index(_logits_loss(self)) if self._distillation.pair_stages else 0
     losses = [loss for name, loss in each.items() if name != STUDENT_LOSS_KEY]
     own, carried = iter(losses[:logits] + losses[logits + 1 :]), iter(of_stages.values())
@@ -78,21 +78,21 @@ def _logits_loss(self) -> Any:
 
 
 def _captured_logits(model: Any) -> Any:
-    """Return what modelopt's hook captured of a model's output layer: logits or what stands for them, or None."""
+    """Return the captured output of a model's output layer: logits, deferred or recorded logits, or None."""
     output = getattr(getattr(model, "output_layer", None), "_intermediate_output", None)
     return output[0] if isinstance(output, tuple) else output
 
 
 def captured_layers(model: Any) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
-    """Return the (student layer, teacher layer) pairs whose outputs modelopt's hooks keep."""
+    """Return the (student layer, teacher layer) pairs with outputs that modelopt's hooks capture."""
     layers_to_loss = getattr(model, "_layers_to_loss", None)
     return list(layers_to_loss) if isinstance(layers_to_loss, dict) else []
 
 
 def forget_captured_outputs(model: Any) -> None:
-    """Drop what was captured in an evaluation, where no distillation loss takes it.
+    """Delete the outputs captured in an evaluation, in which no distillation loss uses them.
 
-    Otherwise the next training step would find it, warn, and hold it in memory until then.
+    Otherwise they would stay in memory until the next training step, which would log a warning.
     """
     for pair in captured_layers(model):
         for layer in pair:
@@ -100,7 +100,7 @@ def forget_captured_outputs(model: Any) -> None:
 
 
 def copy_captured(model: Any, tensor: Tensor) -> None:
-    """Put a copy in the place of every captured student output that shares memory with ``tensor``."""
+    """Replace every captured student output that shares memory with ``tensor`` by a copy."""
     for layer, _ in captured_layers(model):
         output = layer._intermediate_output
         first = output[0] if isinstance(output, tuple) else output

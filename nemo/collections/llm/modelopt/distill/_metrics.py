@@ -1,4 +1,4 @@
-"""What is worth watching of a distillation beside its losses; computed in the steps that are logged.
+"""Metrics of a distillation other than its losses; computed on logging steps.
 
 Shapes: s sequence, b batch, v vocabulary entries held by this rank, c tokens of a chunk, n = s * b tokens.
 """
@@ -16,20 +16,20 @@ from .._divergence.recorded_topk import RecordedLogits
 from .._divergence.shards import all_gather
 from ._deferred_logits import DeferredLogits, softcap
 
-# What is known of a token on one shard: likeliest entry and its logit, log-sum-exp of the logits, logit of the label.
+# Numbers of a token on one shard: largest logit and its entry, log-sum-exp of the logits, logit of the label.
 _VALUE, _PLACE, _LSE, _LABEL = range(4)
 # Bytes of a chunk of logits.
 _CHUNK_BYTES = 8 << 20
 
 
 def observed(student: Any, teacher: Any, labels: Tensor | None, entries: int | None) -> dict[str, Tensor]:
-    """Return ``top1_agreement`` and ``teacher_lm_loss`` of every token [b, s], as far as they can be known.
+    """Return ``top1_agreement`` and ``teacher_lm_loss`` of every token [b, s], as far as the arguments allow.
 
     Args:
-        student: logits [s, b, v]; None where the agreement is known otherwise.
-        teacher: logits, or what makes them, or what was recorded of them.
+        student: logits [s, b, v]; None if the agreement is computed elsewhere.
+        teacher: logits, deferred logits or recorded logits.
         labels: next tokens [b, s].
-        entries: how many entries of the vocabulary both have, where their padding differs.
+        entries: number of vocabulary entries that both models have, if their padding differs.
     """
     found: dict[str, Tensor] = {}
     of_teacher = None
@@ -56,7 +56,7 @@ def _of_shard(logits: Tensor | DeferredLogits, labels: Tensor | None, entries: i
     found = torch.full((4, len(source)), LOWEST, dtype=torch.float64, device=source.device)
     kept = width if entries is None else min(width, entries - first)
     if kept <= 0:
-        return found  # nothing but padding
+        return found  # only padding
     rows = max(1, _CHUNK_BYTES // (4 * width))
     for start in range(0, len(source), rows):
         part = slice(start, start + rows)
@@ -78,7 +78,7 @@ def _logits(hidden: Tensor, deferred: DeferredLogits) -> Tensor:
 
 
 def _of_all_shards(local: Tensor) -> Tensor:
-    """Return the [4, n] numbers of the whole vocabulary, by one collective."""
+    """Return the [4, n] numbers of the whole vocabulary, with one collective."""
     group = parallel_state.get_tensor_model_parallel_group()
     if torch.distributed.get_world_size(group) == 1:
         return local

@@ -1,4 +1,4 @@
-"""Distillation of a student that trains adapters alone (LoRA and NeMo's other PEFT methods)."""
+"""Support students that train only adapters (LoRA and NeMo's other PEFT methods)."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from ..errors import ModelOptConfigError
 
 
 def stay_as_loaded(self, func: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Return the teacher itself: what NeMo's transforms walk a model with passes it over.
+    """Return the teacher itself, so that NeMo's transforms skip it.
 
-    NeMo's ``fn.map`` asks a module for a method ``map`` before it looks inside. Without this the teacher gets adapters,
-    and they are trained.
+    NeMo's ``fn.map`` calls a module's method ``map`` if there is one, instead of visiting its submodules. Otherwise the
+    teacher would get adapters, and they would be trained.
     """
     return self
 
 
 def check_adapters(settings: Any, student: Any, teacher: Any, trainer: Any) -> None:
-    """Raise where intermediate losses and adapters do not go together.
+    """Raise an error if intermediate losses and adapters do not fit together.
 
     Args:
         settings: a ``DistillationConfig``.
         student: Megatron-Core configuration of the student.
-        teacher: the teacher's.
-        trainer: whose callbacks hold the PEFT method, where there is one.
+        teacher: Megatron-Core configuration of the teacher.
+        trainer: trainer; its callbacks may contain a PEFT method.
 
     Raises:
-        ModelOptConfigError: naming the layer pair.
+        ModelOptConfigError: With the layer pair.
     """
     callbacks = getattr(trainer, "callbacks", None)
     methods = [c for c in callbacks if isinstance(c, PEFT)] if isinstance(callbacks, list) else []
@@ -40,7 +40,7 @@ def check_adapters(settings: Any, student: Any, teacher: Any, trainer: Any) -> N
         raise ModelOptConfigError(
             f"{name} freezes the projection that the intermediate pair "
             f"{tuple(settings.intermediate_layer_pairs[0][:2])} needs between hidden sizes {student.hidden_size} and "
-            f"{teacher.hidden_size}. Leave the pair out, or train the whole student."
+            f"{teacher.hidden_size}. Remove the pair, or train the whole student."
         )
     for pair in settings.intermediate_layer_pairs:
         leaf = pair[0].rpartition(".")[2]

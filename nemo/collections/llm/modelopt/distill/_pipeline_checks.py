@@ -1,4 +1,4 @@
-"""What concerns all pipeline stages before a distillation begins."""
+"""Checks on all pipeline stages before a distillation begins."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..errors import ModelOptConfigError
 
 
 def refuse_virtual_pipeline(config: Any, strategy: Any = None) -> None:
-    """Raise where an interleaved pipeline schedule is set, on the model or on the strategy.
+    """Raise an error if the model or the strategy sets an interleaved pipeline schedule.
 
     Megatron sends fixed shapes between virtual stages, which cannot be widened for the teacher.
 
     Raises:
-        ModelOptConfigError: naming where it is set.
+        ModelOptConfigError: With the configuration that sets it.
     """
     for where, holder in (("model config", config), ("strategy", strategy)):
         size = getattr(holder, "virtual_pipeline_model_parallel_size", None)
@@ -32,10 +32,10 @@ def refuse_virtual_pipeline(config: Any, strategy: Any = None) -> None:
 
 
 def check_student_layers(student: nn.Module, criterion: Mapping[tuple[str, str], Any]) -> None:
-    """Raise on every pipeline stage where a layer to capture is not in the student, before the teacher is loaded.
+    """Raise an error on every pipeline stage if the student lacks a layer to capture, before the teacher is loaded.
 
     Raises:
-        ModelOptConfigError: naming the layer and similar ones.
+        ModelOptConfigError: With the layer and similar ones.
     """
     names = [name for name, _ in student.named_modules()]
     problems: list[str | None] = [
@@ -43,14 +43,14 @@ def check_student_layers(student: nn.Module, criterion: Mapping[tuple[str, str],
         for layer, _ in criterion
         if layer not in names
     ]
-    # Only the last stage knows; the others would wait for it in the teacher's checkpoint.
+    # Only one stage may find it; the others would wait for it while loading the teacher's checkpoint.
     for problem in of_all_stages((problems or [None])[0]):
         if problem:
             raise ModelOptConfigError(problem)
 
 
 def of_all_stages(value: Any) -> list[Any]:
-    """Return what every pipeline stage gives, in order."""
+    """Return the value of every pipeline stage, in order."""
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     values = [value] * stages
     if stages > 1:

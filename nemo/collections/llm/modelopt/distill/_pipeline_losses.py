@@ -1,9 +1,9 @@
-"""Intermediate losses of earlier pipeline stages: their values travel to the last stage with the hidden states.
+"""Pipeline messages of student and teacher, which also carry the intermediate losses of earlier stages.
 
-A message between stages is [s, b, h of the student + h of the teacher + pairs]: each pair of layers before the last
-stage has one more column, zero until the stage that computes the loss of its tokens fills it in. The last stage takes
-the columns like losses of its own: they are masked, balanced and logged there, and Megatron's schedule brings their
-gradient back with that of the hidden states. (In the type of the messages, as all that crosses stages.)
+A message between stages is [s, b, h of the student + h of the teacher + pairs]. Each pair of layers before the last
+stage has one more column. It is zero until the stage of the pair writes the loss of each token. The last stage treats
+the columns like its own losses: it masks, balances and logs them, and Megatron's schedule returns their gradient with
+that of the hidden states. (They have the type of the messages, as everything that is sent between stages.)
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from .recorded.teacher import is_recorded
 
 
 def set_student_input_tensor_shape(self, shapes: list[tuple[int, ...]]) -> None:
-    """Remember how much of a tensor's last axis is the student's, for `set_input_tensor`."""
+    """Store the size of the student's part of a tensor's last axis, for `set_input_tensor`."""
     self._tensor_split_idx = shapes[0][-1]
 
 
 def set_input_tensor(self, input_tensors: list[Tensor]) -> None:
-    """Give each model its part of what the previous pipeline stage sent, [s, b, h of student + h of teacher].
+    """Pass each model its part of the previous stage's message, and store the columns of losses.
 
-    Before the first training step, and in validation, the student's part is all there is.
+    Before the first training step, and in validation, a message holds only the student's part.
     """
     student: list[Tensor | None] = []
     teacher: list[Tensor | None] = []
@@ -52,7 +52,7 @@ def teacher_part(tensor: Tensor, split: int, pairs: int) -> Tensor:
 
 
 def own_columns(model: Any) -> list[Tensor]:
-    """Return the losses [s, b] of the layer pairs captured on this stage, in order, and forget the captured outputs.
+    """Return the losses [s, b] of the layer pairs captured on this stage, in order, and delete the captured outputs.
 
     Args:
         model: a ``DistillationModel`` after a forward pass.
@@ -66,7 +66,7 @@ def own_columns(model: Any) -> list[Tensor]:
 
 
 def message(model: Any, student: Tensor, teacher: Tensor) -> Tensor:
-    """Return what this stage sends: [s, b, h of the student + h of the teacher + pairs].
+    """Return the message of this stage: [s, b, h of the student + h of the teacher + pairs].
 
     Args:
         model: a ``DistillationModel`` with its ``DistillationState``.
@@ -89,7 +89,7 @@ def message(model: Any, student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def losses_of_stages(model: Any, loss_reduction_fn: Any) -> dict[str, Tensor]:
-    """Return the reduced losses that earlier stages have sent, by name, and forget them.
+    """Return the reduced losses that earlier stages have sent, by name, and delete them.
 
     Args:
         model: a ``DistillationModel`` on the last stage.

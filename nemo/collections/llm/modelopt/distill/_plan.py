@@ -1,4 +1,4 @@
-"""What a student, a teacher and the settings of a distillation make of each other, before anything is built."""
+"""Check that a student, a teacher and the settings fit together, and plan how they are built."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Plan:
     """How to build a distillation.
 
     Attributes:
-        teacher_config: Megatron-Core configuration of the teacher, brought to the student's layout.
+        teacher_config: Megatron-Core configuration of the teacher, with the student's layout.
         settings: argument of ``load_distillation_config``: the settings if a file was read, else what the user passed.
-        recorded: The teacher is a recording.
-        entries: Entries of the vocabulary that both models have, if their padding differs.
-        is_real: The trainer is a real one, so that models are built; a stand-in builds whatever its test says.
+        recorded: whether the teacher is a recorded teacher.
+        entries: number of vocabulary entries that both models have, if their padding differs.
+        is_real: whether the trainer is a real one, so that real models are built.
     """
 
     teacher_config: Any
@@ -44,11 +44,11 @@ class Plan:
     is_real: bool = False
 
 
-def plan(model: Any) -> Plan:
-    """Return the plan for a ``DistillationGPTModel``, and check everything that can be checked by now.
+def make_plan(model: Any) -> Plan:
+    """Return the plan for a ``DistillationGPTModel``, after all checks that need no models.
 
     Raises:
-        ModelOptConfigError: If student, teacher and settings do not fit.
+        ModelOptConfigError: If student, teacher and settings do not fit together.
     """
     strategy = getattr(model.trainer, "strategy", None)
     if issubclass(type(strategy), Strategy):
@@ -63,20 +63,20 @@ def _checked(model: Any, strategy: Any) -> Plan:
     # The parser can be replaced.
     settings = read_distillation_config(path, utils.yaml.safe_load)
     refuse_virtual_pipeline(model.config, strategy)
-    found = Plan(model._teacher_config, None if path is None else settings, is_real=True)
-    found.recorded = is_recording(model._teacher_ckpt_path)
-    if found.recorded:
+    plan = Plan(model._teacher_config, None if path is None else settings, is_real=True)
+    plan.recorded = is_recording(model._teacher_ckpt_path)
+    if plan.recorded:
         vocab_size = padded_vocab_size(model.config, model.tokenizer)
         check_recording(model._teacher_ckpt_path, settings, model.config, vocab_size, model.tokenizer)
     else:
-        found.teacher_config = derive_teacher_config(model.config, model._teacher_config)
-        found.entries = align_vocabularies(model.config, found.teacher_config, model.tokenizer)
+        plan.teacher_config = derive_teacher_config(model.config, model._teacher_config)
+        plan.entries = align_vocabularies(model.config, plan.teacher_config, model.tokenizer)
         if not settings.allow_other_tokenizer:
             check_tokenizers(model._teacher_ckpt_path, model.tokenizer)
-    check_models(settings, model.config, found.teacher_config)
-    check_adapters(settings, model.config, found.teacher_config, model.trainer)
+    check_models(settings, model.config, plan.teacher_config)
+    check_adapters(settings, model.config, plan.teacher_config, model.trainer)
     if not may_leave_weights_unset(getattr(strategy, "ckpt_load_strictness", None)):
-        # Every weight is about to be read: drawing random ones would take as long as reading them.
-        found.teacher_config.perform_initialization = False
-    model._teacher_config, model._settings = found.teacher_config, settings
-    return found
+        # All weights will be read, and initializing them at random would take as long as reading them.
+        plan.teacher_config.perform_initialization = False
+    model._teacher_config, model._settings = plan.teacher_config, settings
+    return plan

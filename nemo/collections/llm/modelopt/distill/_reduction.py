@@ -40,11 +40,11 @@ class Metrics:
         self.keys = _METRICS | of_pairs
 
     def sums(self, losses: Mapping[str, Tensor], mask: Tensor) -> Tensor:
-        """Return [metrics + 2]: each metric summed over the tokens that count, their number, and that of all tokens.
+        """Return [metrics + 2]: each metric summed over the unmasked tokens, their number, and that of all tokens.
 
         Args:
-            losses: means over the tokens of a micro-batch that count, by key; a missing metric is zero.
-            mask: [b, s], zero where a token does not count.
+            losses: means over the unmasked tokens of a micro-batch, by key; a missing metric is zero.
+            mask: [b, s], zero for masked tokens.
         """
         tokens = mask.sum().float()
         means = [losses[key].detach().float() if key in losses else tokens * 0 for key in self.keys.values()]
@@ -55,7 +55,7 @@ class Metrics:
         return torch.zeros(len(self.keys) + 2, device=device)
 
     def means(self, sums: Tensor) -> dict[str, Tensor]:
-        """Return the means over the tokens that count, by the name in the log."""
+        """Return the means over the unmasked tokens, by the name in the log."""
         *values, tokens, _ = sums
         return {name: value / tokens.clamp(min=1.0) for name, value in zip(self.keys, values, strict=True)}
 
@@ -82,7 +82,7 @@ class DistillationValidation(MaskedTokenLossReduction):
         return super().forward(batch, forward_out)
 
     def take_means(self) -> dict[str, Tensor]:
-        """Return the means over the tokens of the validation that count and forget them; empty if there were none."""
+        """Return the means over the unmasked tokens of the validation and reset them; empty if there were none."""
         sums, self._sums = self._sums, None
         if sums is None:
             return {}

@@ -1,4 +1,4 @@
-"""What `teacher_provider` needs: the teacher's configuration, its vocabulary, and the strictness of loading."""
+"""Derive the teacher's configuration, align its vocabulary, and load its weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nemo_modelopt_dropin.preflight.model_sizes import stage_layers
 
 from ..errors import ModelOptConfigError
 
-# The ranks and the schedule are shared, so these follow the student. Pipeline splits are derived below.
+# Copied from the student, because both share the ranks and the schedule. Pipeline splits are derived below.
 _FOLLOWS_STUDENT = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -48,7 +48,7 @@ _SPLIT = (
     "account_for_loss_in_pipeline_split",
 )
 _LENIENT = (StrictHandling.LOG_UNEXPECTED, StrictHandling.LOG_ALL, StrictHandling.IGNORE_ALL)
-# Vocabularies are padded to a multiple of some hundred entries for each tensor-parallel rank.
+# Vocabularies are padded to a multiple of a few hundred entries per tensor-parallel rank.
 _MOST_PADDING = 2048
 _EXTRA_STATE = "_extra_state"
 
@@ -56,14 +56,14 @@ _EXTRA_STATE = "_extra_state"
 def derive_teacher_config(student: Any, teacher: Any) -> Any:
     """Return a copy of the teacher's configuration that fits the student's ranks, schedule and precision.
 
-    The teacher runs without gradients, so its own recomputation is dropped.
+    The teacher runs without gradients, so its recomputation is turned off.
 
     Args:
-        student: Megatron-Core configuration of the student, its parallel sizes set.
-        teacher: configuration found in the teacher's checkpoint; left as it is.
+        student: Megatron-Core configuration of the student, with its parallel sizes.
+        teacher: configuration from the teacher's checkpoint; not changed.
 
     Raises:
-        ModelOptConfigError: where the teacher's layers cannot be split over the student's pipeline stages.
+        ModelOptConfigError: If the teacher's layers cannot be split over the student's pipeline stages.
     """
     derived = copy.copy(teacher)
     for name in _FOLLOWS_STUDENT:
@@ -79,7 +79,7 @@ def derive_teacher_config(student: Any, teacher: Any) -> Any:
 
 
 def _pipeline_split(student: Any, teacher: Any) -> dict[str, Any]:
-    """Return how the teacher's layers are split: as the student's where both are equally deep, else evenly."""
+    """Return the split of the teacher's layers: the student's if both have equally many, otherwise an even one."""
     stages = student.pipeline_model_parallel_size
     if teacher.num_layers == student.num_layers:
         return {name: getattr(student, name, None) for name in _SPLIT}
@@ -97,28 +97,28 @@ def _pipeline_split(student: Any, teacher: Any) -> dict[str, Any]:
 
 
 def padded_vocab_size(config: Any, tokenizer: Any) -> int:
-    """Return the rows of a model's embedding: as configured, or the tokenizer's padded for tensor parallelism."""
+    """Return the rows of a model's embedding: as configured, or the tokenizer's size with padding."""
     if config.vocab_size is not None:
         return config.vocab_size
     return get_vocab_size(config, tokenizer.vocab_size, config.make_vocab_size_divisible_by)
 
 
 def align_vocabularies(student: Any, teacher: Any, tokenizer: Any) -> int | None:
-    """Give the teacher the student's padded vocabulary, where the two differ only in padding.
+    """Set the teacher's vocabulary size to the student's if they differ only in padding.
 
-    Megatron then loads the teacher's rows by their place in the vocabulary, cuts what the student has not, and fills up
+    Megatron then loads the teacher's rows by their position, drops rows that the student lacks, and fills missing ones
     with zeros.
 
     Args:
         student: configuration of the student.
         teacher: configuration of the teacher, changed in place.
-        tokenizer: of the student.
+        tokenizer: tokenizer of the student.
 
     Returns:
-        How many entries both models have, from the first on; None where the vocabularies are equal.
+        Number of entries that both models have, counted from the first; None if the vocabularies are equal.
 
     Raises:
-        ModelOptConfigError: with both sizes, where more than padding differs.
+        ModelOptConfigError: With both sizes, if they differ in more than padding.
     """
     sizes = padded_vocab_size(student, tokenizer), padded_vocab_size(teacher, tokenizer)
     if sizes[0] == sizes[1]:
@@ -127,8 +127,8 @@ def align_vocabularies(student: Any, teacher: Any, tokenizer: Any) -> int | None
     if not isinstance(known, int) or not all(known <= size < known + _MOST_PADDING for size in sizes):
         raise ModelOptConfigError(
             f"Student and teacher have different vocabularies: {sizes[0]} and {sizes[1]} entries, the tokenizer "
-            f"{known}. Logits can be compared only over one vocabulary, and these differ in more than padding: use "
-            "models of one tokenizer, and set vocab_size to the size in each checkpoint."
+            f"{known}. Logits can only be compared over one vocabulary, and these differ in more than padding: use "
+            "models with one tokenizer, and set vocab_size to the size in each checkpoint."
         )
     logging.info(
         f"Distillation: the vocabularies of student and teacher are padded to {sizes[0]} and {sizes[1]} entries; the "
@@ -146,7 +146,7 @@ def is_strict(strict: Any, parse: Callable[[Any], Any] = parse_strict_flag) -> b
         parse: Megatron's ``parse_strict_flag``.
 
     Raises:
-        ModelOptConfigError: where the name does not exist.
+        ModelOptConfigError: If the name does not exist.
     """
     if strict is None or isinstance(strict, bool):
         return strict
@@ -161,16 +161,16 @@ def is_strict(strict: Any, parse: Callable[[Any], Any] = parse_strict_flag) -> b
 
 
 def has_modelopt_state(ckpt_path: Any) -> bool:
-    """Return whether a checkpoint is of a model that Model Optimizer has changed (quantized, pruned)."""
+    """Return whether a checkpoint contains a model that Model Optimizer has changed (quantized, pruned)."""
     if not isinstance(ckpt_path, (str, os.PathLike)):
         return False
     return (ckpt_to_weights_subdir(ckpt_path, is_saving=False) / "modelopt_state").exists()
 
 
 def drop_missing_extra_state(sharded: Any, keys: list[str]) -> None:
-    """Take entries of Transformer Engine's ``_extra_state`` that the checkpoint lacks out of a request, in place.
+    """Remove entries of Transformer Engine's ``_extra_state`` that the checkpoint lacks from a request, in place.
 
-    They hold scaling histories that a checkpoint written without FP8, or by another layer implementation, has not.
+    They hold scaling histories, which a checkpoint written without FP8 or by another layer implementation lacks.
     """
     if not keys or not isinstance(sharded, dict):
         return
@@ -182,10 +182,10 @@ def drop_missing_extra_state(sharded: Any, keys: list[str]) -> None:
 
 
 def merge_in_place(sharded: Any) -> None:
-    """Let weights that are stored in parts (gated MLPs) be read into the model itself, in place.
+    """Read weights that are stored in parts (gated MLPs) into the model's own memory.
 
-    Megatron's own merge makes a new tensor of the parts of each such weight, half of a Llama, while the model holds
-    the same numbers already: it gave views of its weights to be read into.
+    The parts are views of the model's weights, so after reading the model already holds the numbers. Megatron's own
+    merge would allocate a new tensor for each such weight, half of a Llama.
     """
     if not isinstance(sharded, dict):
         return
@@ -196,7 +196,7 @@ def merge_in_place(sharded: Any) -> None:
 
 @torch.no_grad()
 def _whole(weight: torch.Tensor, merge: Callable[[Any], Any], parts: Any) -> Any:
-    """Return the weight that its parts were read into, or a merge of parts that were read elsewhere."""
+    """Return the weight if its parts are views of it, otherwise a merge of the parts."""
     storage = weight.untyped_storage().data_ptr()
     views = isinstance(parts, (list, tuple)) and all(
         isinstance(part, torch.Tensor) and part.untyped_storage().data_ptr() == storage for part in parts
@@ -205,15 +205,15 @@ def _whole(weight: torch.Tensor, merge: Callable[[Any], Any], parts: Any) -> Any
 
 
 def load_weights(model: Any, state_dict: dict[str, Any], strict: bool | None) -> None:
-    """Load weights into the teacher; keys of ``_extra_state`` may be missing, weights only where not strict.
+    """Load weights into the teacher; keys of ``_extra_state`` may be missing, weights only if not strict.
 
     Args:
         model: Megatron-Core model.
-        state_dict: keys as the model has them.
-        strict: as `is_strict` returns it. None: NeMo's default, strict for weights.
+        state_dict: weights by the model's keys.
+        strict: the result of `is_strict`. None is NeMo's default, strict for weights.
 
     Raises:
-        ModelOptConfigError: where weights are missing, because they would stay random.
+        ModelOptConfigError: If weights are missing, because they would stay random.
     """
     lenient_extra = (
         strict is True and issubclass(type(model), torch.nn.Module) and _lacks_extra_state(model, state_dict)
@@ -228,8 +228,8 @@ def load_weights(model: Any, state_dict: dict[str, Any], strict: bool | None) ->
     if lost or extra:
         raise ModelOptConfigError(
             f"The teacher's checkpoint does not fit its configuration: {len(lost)} weights are missing (first "
-            f"{lost[:5]}), {len(extra)} are unknown (first {extra[:5]}). Give the matching checkpoint, or set "
-            "strategy.ckpt_load_strictness to False to load what is there."
+            f"{lost[:5]}), {len(extra)} are unknown (first {extra[:5]}). Use the matching checkpoint, or set "
+            "strategy.ckpt_load_strictness to False to load only the matching weights."
         )
     if unexpected:
         logging.warning(f"Distillation: the teacher's checkpoint holds unknown weights, first {unexpected[:5]}.")

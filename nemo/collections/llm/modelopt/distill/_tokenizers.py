@@ -1,4 +1,4 @@
-"""Comparison of the student's tokenizer with the one in the teacher's checkpoint."""
+"""Compare the student's tokenizer with the one in the teacher's checkpoint."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ..errors import ModelOptConfigError
 
 
 def check_tokenizers(teacher_path: Any, tokenizer: Any) -> None:
-    """Raise if the teacher's checkpoint holds another tokenizer than the student's.
+    """Raise an error if the tokenizer in the teacher's checkpoint differs from the student's.
 
     Args:
-        teacher_path: NeMo checkpoint of the teacher. Without a context, or with a tokenizer that cannot be loaded or is
-            of a kind that cannot be compared, nothing is checked.
-        tokenizer: of the student.
+        teacher_path: NeMo checkpoint of the teacher. Nothing is checked if it has no context, or if its tokenizer
+            cannot be loaded or compared.
+        tokenizer: tokenizer of the student.
 
     Raises:
-        ModelOptConfigError: Naming entries that differ.
+        ModelOptConfigError: With entries that differ.
     """
     own = vocabulary(tokenizer)
     if own is None or not isinstance(teacher_path, (str, os.PathLike)):
@@ -36,7 +36,7 @@ def check_tokenizers(teacher_path: Any, tokenizer: Any) -> None:
         return
     try:
         other = vocabulary(io.load_context(context, subpath="model.tokenizer"))
-    except Exception as error:  # a hub out of reach, a class of another version: NeMo's loaders judge that
+    except Exception as error:  # an unreachable hub, a class of another version: NeMo reports that when it loads them
         logging.warning(f"Distillation: the teacher's tokenizer is not compared with the student's: {error}")
         return
     found = tokenizer_files.difference(own, other)
@@ -45,7 +45,7 @@ def check_tokenizers(teacher_path: Any, tokenizer: Any) -> None:
 
 
 def vocabulary(tokenizer: Any) -> Vocabulary | None:
-    """Return the vocabulary of one of NeMo's tokenizers, None for a kind that is not known."""
+    """Return the vocabulary of one of NeMo's tokenizers, or None for an unsupported kind."""
     from nemo.collections.common.tokenizers import AutoTokenizer, SentencePieceTokenizer, TiktokenTokenizer
 
     inner: Any = getattr(tokenizer, "tokenizer", None)
@@ -64,6 +64,6 @@ def vocabulary(tokenizer: Any) -> Vocabulary | None:
     if isinstance(tokenizer, TiktokenTokenizer):
         entries = getattr(tokenizer, "token2id", None)
         ranks = entries if isinstance(entries, dict) else {}
-        # Not comparable with the byte-level spelling of Hugging Face: these are Python's bytes.
+        # These are Python's bytes, which cannot be compared with the byte-level spelling of Hugging Face.
         return Vocabulary({number: repr(token) for token, number in ranks.items()}) if ranks else None
     return None

@@ -1,8 +1,8 @@
 """Distillation losses on Megatron-Core tensors, and the balancer that combines them.
 
-Axes: s sequence, b batch, h hidden, v vocabulary. Under tensor parallelism v is a shard, under sequence parallelism
-the s of intermediate activations is one. A loss returns what ``post_forward`` packs: the loss of every token [b, s],
-and whether its value still has to be summed over the tensor-parallel ranks.
+Axes: s sequence, b batch, h hidden, v vocabulary. Under tensor parallelism v is a shard; under sequence parallelism
+the s of intermediate activations is a shard. A loss returns the tuple of ``post_forward``: the loss of every token
+[b, s], and whether its value still has to be summed over the tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from .._divergence.vocab_parallel import DIRECTIONS, FORWARD, REVERSE, kl_diverg
 from ..errors import ModelOptConfigError, one_of
 from ._deferred_logits import DeferredLogits, PairedLogits, SummedLoss
 
-# Parts of the loss that fixed weights name.
+# Parts of the loss that can have fixed weights.
 LOSS_WEIGHTS = ("kd_logits", "intermediate", "lm")
 _LOGITS = "Logits"  # in the class name of every loss on logits
 
 
 class BaseLoss(_Loss, metaclass=ABCMeta):
-    """Base of the distillation losses: brings both tensors to one size, and the result to [b, s]."""
+    """Base of the distillation losses: projects the student's tensor, and transposes the result to [b, s]."""
 
     def __init__(self, model_config: TransformerConfig, projection_layer: nn.Module | None = None):
-        """Remember the configuration.
+        """Store the configuration.
 
         Args:
             model_config: Megatron-Core configuration of the student.
-            projection_layer: brings student activations to the teacher's hidden size.
+            projection_layer: projects student activations to the teacher's hidden size.
         """
         super().__init__()
         self._config = model_config
         self._projection = projection_layer
 
     def pre_forward(self, predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the student's tensor, projected where needed, and the teacher's without its graph.
+        """Return the student's tensor, projected if needed, and the teacher's without its graph.
 
-        Megatron layers return (output, bias) or (hidden states, context): the first is meant.
+        Megatron layers return (output, bias) or (hidden states, context); the first element is used.
         """
         student, teacher = (x[0] if isinstance(x, tuple) else x for x in (predictions, targets))
         if self._projection is not None:
@@ -63,7 +63,7 @@ class BaseLoss(_Loss, metaclass=ABCMeta):
         Args:
             loss: loss of every token [s, b].
             tp_reduce: each tensor-parallel rank holds a part of every token's loss.
-            is_sequence_parallel: each tensor-parallel rank holds its own stretch of the sequence.
+            is_sequence_parallel: each tensor-parallel rank holds its own part of the sequence.
         """
         return loss.transpose(0, 1).contiguous(), tp_reduce, is_sequence_parallel
 
@@ -92,17 +92,17 @@ class HiddenStateCosineLoss(BaseLoss):
     """One minus the cosine of two activations along the full hidden axis."""
 
     def __init__(self, model_config: TransformerConfig, projection_layer: nn.Module | None = None):
-        """Warn where tensor parallelism may have split the hidden axis.
+        """Log a warning if tensor parallelism may have split the hidden axis.
 
         Args:
             model_config: Megatron-Core configuration of the student.
-            projection_layer: brings student activations to the teacher's hidden size.
+            projection_layer: projects student activations to the teacher's hidden size.
         """
         super().__init__(model_config, projection_layer=projection_layer)
         if model_config.tensor_model_parallel_size > 1 and not model_config.sequence_parallel:
             logging.warning(
-                "HiddenStateCosineLoss needs activations with the full hidden axis. With tensor parallelism take the "
-                "output of a norm or of a whole layer, or turn sequence parallelism on."
+                "HiddenStateCosineLoss needs activations with the full hidden axis. With tensor parallelism, capture "
+                "the output of a norm or of a whole layer, or turn sequence parallelism on."
             )
 
     def forward(self, predictions: Tensor, targets: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class HiddenStateCosineLoss(BaseLoss):
 
 
 class LogitsKLLoss(BaseLoss):
-    """Divergence of two sets of logits: exact, chunked and vocabulary-parallel (see ``_vocab_parallel``)."""
+    """Divergence of two sets of logits: exact, chunked and vocabulary-parallel (see ``_divergence``)."""
 
     def __init__(
         self,
@@ -143,12 +143,12 @@ class LogitsKLLoss(BaseLoss):
             reverse: KL(student || teacher) instead of KL(teacher || student).
             temperature_squared: multiply the loss by temperature ** 2, which keeps the size of its gradients
                 independent of the temperature (Hinton et al., arXiv 1503.02531).
-            direction: ``forward``, ``reverse`` or ``jsd``; as ``reverse`` says by default.
-            topk: compare the teacher's so many likeliest entries, and all others as one.
+            direction: ``forward``, ``reverse`` or ``jsd``; by default set by ``reverse``.
+            topk: compare only the teacher's top-k logits, and all others as one bucket.
             in_place: overwrite the student's logits with their gradient; nothing else may need them.
 
         Raises:
-            ModelOptConfigError: where the temperature is not positive, or the direction does not exist.
+            ModelOptConfigError: If the temperature is not positive, or the direction does not exist.
         """
         super().__init__(model_config)
         if not temperature > 0:
@@ -161,24 +161,24 @@ class LogitsKLLoss(BaseLoss):
         self._direction = direction
         self._topk = topk
         self._in_place = in_place
-        # Whether the teacher's logits are nobody else's: their memory then takes the gradient.
+        # Whether nothing else uses the teacher's logits, so that the gradient can overwrite them.
         self.reuse_teacher = False
-        # How many entries of the vocabulary both models have, where their padding differs.
+        # Number of vocabulary entries that both models have, if their padding differs.
         self.entries: int | None = None
         self._factor = temperature**2 if temperature_squared else 1.0
 
     def forward(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        """Return the divergence of each token; its value is global over the tensor-parallel ranks already.
+        """Return the divergence of each token, already summed over the tensor-parallel ranks.
 
         Args:
             predictions: student logits [s, b, v].
-            targets: teacher logits [s, b, v], or what was recorded of them.
+            targets: teacher logits [s, b, v], or recorded logits.
 
         Returns:
-            ([b, s] loss, tp_reduce, is_sequence_parallel); a `SummedLoss` in its place of deferred logits.
+            ([b, s] loss, tp_reduce, is_sequence_parallel). For deferred logits the loss is a `SummedLoss`.
 
         Raises:
-            ModelOptConfigError: where the vocabularies differ.
+            ModelOptConfigError: If the vocabularies differ.
         """
         first = [x[0] if isinstance(x, tuple) else x for x in (predictions, targets)]
         if isinstance(first[0], DeferredLogits):
@@ -210,11 +210,11 @@ class LogitsKLLoss(BaseLoss):
         return self.post_forward(loss if self._factor == 1.0 else loss * self._factor)
 
     def pair(self, student: DeferredLogits, teacher: DeferredLogits) -> PairedLogits:
-        """Return both models' deferred logits with this divergence, the same object each time.
+        """Return the pair of both models' deferred logits with this divergence; the same object for later calls.
 
         Args:
-            student: its deferred logits.
-            teacher: its deferred logits.
+            student: deferred logits of the student.
+            teacher: deferred logits of the teacher.
         """
         if student.pair is None:
             objective = {"temperature": self._temperature, "direction": self._direction, "topk": self._topk}
@@ -226,8 +226,8 @@ class LogitsAndIntermediatesLossBalancer(DistillationLossBalancer):
     """Combine the logits loss, the mean of the intermediate losses and the language-model loss.
 
     Without weights, the intermediate loss is rescaled to the value of the logits loss, and the distillation loss to
-    that of the language-model loss. The scales are constants to the gradient and stay on the device: nothing is
-    synchronised. With weights, the total is the weighed sum.
+    that of the language-model loss. The scales are constants for the gradient and stay on the device, so nothing is
+    synchronised. With weights, the total is the weighted sum.
     """
 
     def __init__(
@@ -240,9 +240,9 @@ class LogitsAndIntermediatesLossBalancer(DistillationLossBalancer):
         """Choose the weights.
 
         Args:
-            kd_loss_scale: weight of the distillation loss, with or without a language-model loss beside it.
-            skip_original_loss: leave the language-model loss out, whether it was given or not.
-            weights: fixed weights of ``kd_logits``, ``intermediate`` and ``lm`` instead; 1 where one is missing.
+            kd_loss_scale: weight of the distillation loss, with or without a language-model loss.
+            skip_original_loss: ignore the language-model loss.
+            weights: use these fixed weights of ``kd_logits``, ``intermediate`` and ``lm``; 1 if one is missing.
         """
         super().__init__()
         self._kd_loss_scale = kd_loss_scale
@@ -253,13 +253,13 @@ class LogitsAndIntermediatesLossBalancer(DistillationLossBalancer):
         """Return the total and its parts.
 
         Args:
-            loss_dict: scalar losses by name as ``mtd.DistillationModel.compute_kd_loss`` collects them.
+            loss_dict: scalar losses by name, as collected by ``mtd.DistillationModel.compute_kd_loss``.
 
         Returns:
             Dictionary of scalars: ``kd_loss`` (the total to train on), ``logits_loss``, ``intermediate_loss``.
 
         Raises:
-            ModelOptConfigError: where no loss on logits is among them.
+            ModelOptConfigError: If there is not exactly one loss on logits.
         """
         logits, intermediate, original = split_losses(loss_dict)
         if self._skip_original_loss:
@@ -281,7 +281,7 @@ class LogitsAndIntermediatesLossBalancer(DistillationLossBalancer):
 
 
 class ProjectionLayer(MegatronModule):
-    """Linear map from the student's hidden size to the teacher's; the identity where they agree."""
+    """Linear map from the student's hidden size to the teacher's; the identity if they are equal."""
 
     def __init__(self, student_config: TransformerConfig, teacher_config: TransformerConfig):
         """Create the map.
@@ -305,12 +305,12 @@ class ProjectionLayer(MegatronModule):
         self.config.init_method(module.weight.data)
         nn.init.zeros_(module.bias)
         for parameter in module.parameters():
-            # Megatron sums the gradients of parameters so marked over the ranks that share a sequence.
+            # Megatron sums the gradients of parameters with this mark over the ranks that share a sequence.
             parameter.sequence_parallel = self.config.sequence_parallel
 
 
 class _AllReduce(torch.autograd.Function):
-    """All-reduce whose gradient is all-reduced as well: for values that each rank goes on with differently."""
+    """All-reduce with an all-reduced gradient, for values that each rank uses differently."""
 
     @staticmethod
     def forward(ctx, op, group, tensor):
@@ -325,12 +325,12 @@ class _AllReduce(torch.autograd.Function):
 
 
 def all_reduce_autograd(tensor, op=torch.distributed.ReduceOp.SUM, group=torch.distributed.group.WORLD):
-    """Return ``tensor`` reduced over ``group``, with the reduction in the graph (each rank uses it differently)."""
+    """Return ``tensor`` reduced over ``group``, with an all-reduced gradient (each rank uses it differently)."""
     return _AllReduce.apply(op, group, tensor)
 
 
 class _SumValue(torch.autograd.Function):
-    """Sum over ranks in value, the identity in gradient: each rank backpropagates through its own part only."""
+    """Sum the value over ranks and pass the gradient on: each rank backpropagates only through its own part."""
 
     @staticmethod
     def forward(ctx, tensor, group):
@@ -344,7 +344,7 @@ class _SumValue(torch.autograd.Function):
 
 
 def sum_value_over(tensor: Tensor, group) -> Tensor:
-    """Return the sum of ``tensor`` over ``group`` while gradients flow to this rank's own summand."""
+    """Return the sum of ``tensor`` over ``group``; gradients flow only to this rank's summand."""
     return _SumValue.apply(tensor, group)
 
 
@@ -352,7 +352,7 @@ def split_losses(losses: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Tens
     """Return (logits loss, mean of the intermediate losses or None, language-model loss or None).
 
     Raises:
-        ModelOptConfigError: where there is not exactly one loss on logits.
+        ModelOptConfigError: If there is not exactly one loss on logits.
     """
     distillation = {name: loss for name, loss in losses.items() if name != mtd.loss_balancers.STUDENT_LOSS_KEY}
     on_logits = [name for name in distillation if _LOGITS in name]
@@ -367,25 +367,25 @@ def split_losses(losses: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Tens
 
 
 def rescale(loss: Tensor, target: Tensor) -> Tensor:
-    """Return ``loss`` times the constant that gives it the value of ``target``.
+    """Return ``loss`` times the constant that makes its value equal to that of ``target``.
 
-    A loss of zero (equal models, a fully masked micro-batch) has no such constant and stays as it is.
+    A loss of zero (equal models, a fully masked micro-batch) has no such constant and is returned unchanged.
     """
     value, wanted = loss.detach(), target.detach().clamp(min=0.0)
     return loss * torch.where(value > 0, wanted / torch.where(value > 0, value, 1.0), 1.0)
 
 
 def _first_entries(logits: Tensor, entries: int, rank: int) -> Tensor:
-    """Return what this rank's logits [s, b, v] hold of the first entries of the whole vocabulary, at least one."""
+    """Return this rank's part of the first ``entries`` of the vocabulary of logits [s, b, v], at least one entry."""
     own = entries - rank * logits.shape[-1]
     if own > 0:
         return logits[..., :own]
-    return logits[..., :1] * 0.0 - torch.inf  # nothing but padding
+    return logits[..., :1] * 0.0 - torch.inf  # only padding
 
 
 def _same_shape(student: Tensor, teacher: Tensor, what: str, name: str) -> None:
     if student.shape != teacher.shape:
         raise ModelOptConfigError(
             f"{name}: the {what} of student and teacher differ: {student.shape[-1]} and {teacher.shape[-1]} "
-            f"(shapes {tuple(student.shape)} and {tuple(teacher.shape)} on this rank). Give both the same."
+            f"(shapes {tuple(student.shape)} and {tuple(teacher.shape)} on this rank). Use the same for both."
         )

@@ -27,38 +27,38 @@ from .._saved_keys import strip_module_prefix
 from ._config import DistillationConfig
 from ._deferred_logits import SummedLoss
 from ._pipeline_checks import check_student_layers, of_all_stages, refuse_virtual_pipeline
-from ._plan import plan
+from ._plan import make_plan
 from ._reduction import DistillationValidation, Metrics
 from ._state import state_of
 from .loss import sum_value_over
 from .recorded.teacher import RecordedTeacher, is_recorded, recorded_teacher
 from .utils import adjust_distillation_model_for_mcore, load_distillation_config, teacher_provider
 
-# A name of stock's module.
+# A name of the stock module.
 average_losses_across_data_parallel_group = _moved.find("average_losses_across_data_parallel_group")
 
-# Arguments of the constructor that a plain model has, too.
+# Arguments of the constructor that a plain model has as well.
 _OF_STUDENT = ("config", "optim", "tokenizer", "model_transform")
 
 
 class _DistillationLossReduction(MaskedTokenLossReduction):
     """Masks and reduces the losses of a training micro-batch.
 
-    A loss is the mean over the micro-batch's tokens that count, over all context-parallel ranks; a micro-batch without
-    any has loss zero. What is logged is the mean over the tokens of the global batch, as NeMo logs it. What is
-    differentiated follows Megatron's ``calculate_per_token_loss``: the mean over the tokens of the global batch when
-    it is set, the mean of the micro-batches' means otherwise.
+    The loss of a micro-batch is the mean over its unmasked tokens on all context-parallel ranks, or zero if all tokens
+    are masked. Metrics are means over the tokens of the global batch, as in NeMo's logs. The gradient follows
+    Megatron's ``calculate_per_token_loss``: that of the mean over the tokens of the global batch if it is set, and
+    that of the mean of the micro-batches' means otherwise.
     """
 
     def __init__(self, distillation_loss_fn, *args, per_token_loss: bool = False, pairs=(), **kwargs):
-        """Remember how losses are made.
+        """Store the loss function and the settings.
 
         Args:
             distillation_loss_fn: ``DistillationModel.compute_kd_loss``.
-            *args: for NeMo's reduction.
+            *args: passed to NeMo's reduction.
             per_token_loss: Megatron's ``calculate_per_token_loss``.
             pairs: intermediate layer pairs, each of which has a metric.
-            **kwargs: for NeMo's reduction.
+            **kwargs: passed to NeMo's reduction.
         """
         super().__init__(*args, **kwargs)
         self._distillation_loss_fn = distillation_loss_fn
@@ -69,10 +69,10 @@ class _DistillationLossReduction(MaskedTokenLossReduction):
         self._sums: Tensor | None = None
 
     def forward(self, batch: dict[str, Tensor], forward_out: Tensor):
-        """Return the loss of a micro-batch and what `reduce` needs.
+        """Return the loss of a micro-batch and the report that `reduce` reads.
 
         Args:
-            batch: holds ``loss_mask`` [b, s].
+            batch: contains ``loss_mask`` [b, s].
             forward_out: language-model loss [b, s], or (loss, loss mask) from multimodal models.
 
         Returns:
@@ -109,16 +109,16 @@ class _DistillationLossReduction(MaskedTokenLossReduction):
         return self._metrics.means(sums)["kd_loss"]
 
     def take_sums(self) -> Tensor | None:
-        """Return the sums of the last global batch's metrics and forget them; None on ranks that compute no loss."""
+        """Return the sums of the last global batch's metrics and reset them; None on ranks that compute no loss."""
         sums, self._sums = self._sums, None
         return sums
 
     def _masked_token_loss(self, loss_output: Tensor, mask: Tensor):
-        """Return the mean of a token loss over the tokens that count, a scalar with the same value on all ranks.
+        """Return the mean of a token loss over the unmasked tokens, a scalar with the same value on all ranks.
 
         Args:
             loss_output: [b, s] or a `SummedLoss`, alone or as (loss, tp_reduce, is_sequence_parallel).
-            mask: [b, s], zero where a token does not count.
+            mask: [b, s], zero for masked tokens.
         """
         tp_reduce = is_sequence_parallel = False
         if isinstance(loss_output, tuple):
@@ -147,16 +147,17 @@ class _DistillationLossReduction(MaskedTokenLossReduction):
 
 
 class DistillationGPTModel(llm.GPTModel):
-    """GPT model that holds a frozen teacher beside the student and trains on their distance.
+    """GPT model that trains a student to match a frozen teacher.
 
-    Its checkpoints hold the student alone and load into the student's own class, their context included.
+    Its checkpoints contain only the student, and their context names the student's own class.
     """
 
     def io_init(self, **kwargs) -> fdl.Config:
-        """Return what a checkpoint's context describes: the student as a plain model.
+        """Return the configuration that a checkpoint's context stores: the student as a plain model.
 
-        (NeMo asks here what to write of a model. It would otherwise depend on what else the process has built: a
-        context of this class, or, once any ``GPTModel`` exists, one without the teacher, which nobody can load.)
+        (NeMo calls this method for the context of a model. By default the result depends on what else the process has
+        built: a context of this class, or, once any ``GPTModel`` exists, one without the teacher, which cannot be
+        loaded.)
 
         Args:
             **kwargs: arguments of a constructor.
@@ -173,21 +174,21 @@ class DistillationGPTModel(llm.GPTModel):
         tokenizer: TokenizerSpec | None = None,
         model_transform: Callable[[nn.Module], nn.Module] | None = None,
     ):
-        """Remember what `configure_model` builds, and check the settings then.
+        """Store the arguments; `configure_model` checks the settings and builds the models.
 
-        (NeMo's telemetry refuses every later model of a process in which a constructor raised.)
+        (After a constructor has raised an error, NeMo's telemetry rejects every later model of the process.)
 
         Args:
             config: configuration of the student.
             teacher_config: configuration of the teacher.
-            teacher_ckpt_path: NeMo checkpoint of the teacher, or what `dump_teacher_topk` has recorded of it.
-            distillation_config_path: YAML file with a ``DistillationConfig``; the logits alone by default.
+            teacher_ckpt_path: NeMo checkpoint of the teacher, or a recorded teacher written by `dump_teacher_topk`.
+            distillation_config_path: YAML file with a ``DistillationConfig``; by default only the logits are compared.
             optim: optimizer.
             tokenizer: tokenizer.
             model_transform: applied to the model during setup.
 
         Raises:
-            ModelOptConfigError: where the configuration asks for an interleaved pipeline.
+            ModelOptConfigError: If the configuration sets an interleaved pipeline.
         """
         super().__init__(config, optim, tokenizer, model_transform)
         self._training_loss_reduction: _DistillationLossReduction | None = None
@@ -206,28 +207,28 @@ class DistillationGPTModel(llm.GPTModel):
         refuse_virtual_pipeline(config)
 
     def configure_model(self):
-        """Build the student, load the teacher and make one model of them, once.
+        """Build the student, load the teacher and combine them in one model; later calls do nothing.
 
         Raises:
-            ModelOptConfigError: where student, teacher and settings do not fit; before anything is built.
+            ModelOptConfigError: If student, teacher and settings do not fit together, before anything is built.
         """
         if hasattr(self, "module"):
             return
-        found = plan(self)
+        plan = make_plan(self)
         student = self.config.configure_model(self.tokenizer)
-        settings = load_distillation_config(found.settings, self.config, found.teacher_config)
-        if found.is_real:
+        settings = load_distillation_config(plan.settings, self.config, plan.teacher_config)
+        if plan.is_real:
             check_student_layers(student, settings.criterion or {})
-        if found.entries is not None:
+        if plan.entries is not None:
             logits_loss: Any = (settings.criterion or {}).get(settings.logit_pair)
             if logits_loss is not None:
-                logits_loss.entries = found.entries
+                logits_loss.entries = plan.entries
         kd_config = {
-            "teacher_model": (recorded_teacher, [found.teacher_config, self._teacher_ckpt_path], {})
-            if found.recorded
+            "teacher_model": (recorded_teacher, [plan.teacher_config, self._teacher_ckpt_path], {})
+            if plan.recorded
             else (
                 teacher_provider,
-                [found.teacher_config, self._teacher_ckpt_path],
+                [plan.teacher_config, self._teacher_ckpt_path],
                 {"tokenizer": self.tokenizer, "trainer": self.trainer},
             ),
             "criterion": settings.criterion,
@@ -238,21 +239,21 @@ class DistillationGPTModel(llm.GPTModel):
         self.module = distillation_model
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Let a mode that is assigned, as Lightning does after its sanity check, reach the models inside."""
+        """Set an attribute; ``training`` is set on the models inside as well (Lightning's sanity check assigns it)."""
         super().__setattr__(name, value)
         if name == "training":
             for child in self.children():
                 child.train(value)
 
     def data_step(self, dataloader_iter) -> dict[str, Any]:
-        """Return the next micro-batch, as a ``GPTModel`` does; a recorded teacher is told which one it is."""
+        """Return the next micro-batch, as a ``GPTModel`` does, and pass it to a recorded teacher."""
         teacher = getattr(self.core_module, "_teacher_model", None)
         if self.training and isinstance(teacher, RecordedTeacher):
             dataloader_iter = Shown(dataloader_iter, teacher.see)
         return super().data_step(dataloader_iter)
 
     def get_inference_wrapper(self, *args, **kwargs) -> Tensor:
-        """Refuse: a model in distillation does not generate.
+        """Raise an error: a model in distillation does not generate text.
 
         Raises:
             NotImplementedError: always.
@@ -264,7 +265,7 @@ class DistillationGPTModel(llm.GPTModel):
 
     @property
     def training_loss_reduction(self) -> _DistillationLossReduction:
-        """The reduction of training losses, made when it is first needed."""
+        """The reduction of training losses, created on first use."""
         if not self._training_loss_reduction:
             options: dict[str, Any] = {}
             if getattr(getattr(self, "config", None), "calculate_per_token_loss", False):
@@ -279,7 +280,7 @@ class DistillationGPTModel(llm.GPTModel):
 
     @property
     def validation_loss_reduction(self):
-        """The reduction of validation losses: NeMo's, which also sums up the metrics if the settings ask for them."""
+        """The reduction of validation losses: NeMo's, plus the metrics if ``validation_metrics`` is set."""
         if not self._settings.validation_metrics:
             return super().validation_loss_reduction
         if self._validation is None:
@@ -294,12 +295,12 @@ class DistillationGPTModel(llm.GPTModel):
         return Metrics(self._settings.intermediate_layer_pairs)
 
     def on_validation_start(self) -> None:
-        """Have everything observed."""
+        """Enable all metrics during validation."""
         super().on_validation_start()
         state_of(self.core_module).observing = True
 
     def on_validation_epoch_end(self) -> None:
-        """Log what training logs."""
+        """Log the metrics of the validation."""
         super().on_validation_epoch_end()
         means = self._validation.take_means() if self._validation is not None else {}
         left_out = {"lm_loss"} if self._settings.skip_lm_loss else set()
@@ -309,34 +310,34 @@ class DistillationGPTModel(llm.GPTModel):
 
     @property
     def core_module(self):
-        """The Megatron-Core model inside of the wrappers."""
+        """The Megatron-Core model inside the wrappers."""
         return unwrap_model(self.module)
 
     def sharded_state_dict(self, prefix: str = "", *args, **kwargs) -> dict[str, Any]:
-        """Return what checkpoints hold, under one ``module.`` during a training and after it.
+        """Return the sharded state of the student, with one ``module.`` in its keys during a training and after it.
 
-        (NeMo finds the name in the innermost model during a training; afterwards it counts the wrappers, and cannot
-        load what it then saves.)
+        (During a training NeMo takes the prefix of the innermost model. Afterwards it adds one for each wrapper, and
+        cannot load the checkpoints that it then saves.)
 
         Args:
-            prefix: put in front of every key.
-            *args: for the student's own method.
-            **kwargs: for the student's own method.
+            prefix: added to the front of every key.
+            *args: passed to the student's own method.
+            **kwargs: passed to the student's own method.
         """
         return self.core_module.sharded_state_dict(f"{prefix}module.", *args, **kwargs)
 
     def load_state_dict(self, state_dict, *args, **kwargs):
-        """Load the student's weights, whatever wrappers they were saved from.
+        """Load the student's weights, from keys with any number of ``module.`` prefixes.
 
-        The core model's own method is called, because it leaves the teacher out and this class's would not.
+        The core model's own method is called because it leaves out the teacher; the method of this class would not.
         """
         weights = {strip_module_prefix(key): value for key, value in state_dict.items()}
         return self.core_module.load_state_dict(weights, *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the projections of intermediate losses out of a checkpoint that holds nothing but weights.
+        """Remove the projections of intermediate losses from a weights-only checkpoint.
 
-        They are no part of the student. A checkpoint to resume from keeps them, beside their optimizer state.
+        They are not part of the student. A checkpoint to resume from keeps them, together with their optimizer state.
         """
         super().on_save_checkpoint(checkpoint)
         if "optimizer_states" in checkpoint or not len(getattr(self.core_module, "loss_modules", ())):
@@ -345,16 +346,16 @@ class DistillationGPTModel(llm.GPTModel):
             checkpoint["sharded_state_dict"] = self.trainer.strategy.megatron_parallel.sharded_state_dict()
 
     def on_train_batch_start(self, batch, batch_idx) -> None:
-        """Have what costs something observed in the steps that the trainer logs."""
+        """Compute the expensive metrics only on logging steps."""
         every = getattr(self.trainer, "log_every_n_steps", 1) or 1
         state_of(self.core_module).observing = (self.trainer.global_step + 1) % every == 0
         self._started = time.perf_counter()
 
     def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
-        """Log the parts of the loss of this global batch, on every rank the same, and the speed."""
+        """Log the metrics of this global batch, with the same values on every rank, and the speed."""
         state = state_of(self.core_module)
         if self._fused_logits is None:
-            # The last stage has decided, all stages log.
+            # The last stage decides; all stages log.
             self._fused_logits = any(of_all_stages(state.fused))
         left_out = {"lm_loss"} if self._settings.skip_lm_loss else set()
         if not state.observing and not self._fused_logits:

@@ -1,6 +1,6 @@
-"""Teacher loading, and what Megatron-Core needs to train a student and a teacher as one model.
+"""Load a teacher, and adapt Megatron-Core so that a student and a teacher train as one model.
 
-Imports that are not used here are names that the stock module had, too.
+Imports that are not used here are names of the stock module.
 """
 
 from __future__ import annotations
@@ -62,12 +62,13 @@ _LOSS_MODULES = "_loss_modules."
 def load_distillation_config(
     config_path: str | None, student_cfg: TransformerConfig, teacher_cfg: TransformerConfig
 ) -> DistillationConfig:
-    """Return the settings with the losses and the balancer made of them; each loss lives on the stage of its layers.
+    """Return the settings with the losses and the balancer built from them.
 
-    Hidden sizes of intermediate layers are taken to be the models' ``hidden_size``.
+    Each loss is created on the pipeline stage of its layers. Intermediate layers are assumed to have the models'
+    ``hidden_size``.
 
     Args:
-        config_path: YAML file, or a ``DistillationConfig``; None for distillation of the logits with the defaults.
+        config_path: YAML file, or a ``DistillationConfig``; None to distill the logits with the defaults.
         student_cfg: Megatron-Core configuration of the student.
         teacher_cfg: Megatron-Core configuration of the teacher.
 
@@ -87,7 +88,10 @@ def load_distillation_config(
 
 
 def _criterion(cfg: DistillationConfig, student_cfg, teacher_cfg) -> dict[tuple[str, str], torch.nn.Module]:
-    """Return a loss for each pair of this stage's layers, named as on it; all but the logits share a projection."""
+    """Return a loss for each pair of layers of this stage, by their names on the stage.
+
+    The intermediate losses share one projection.
+    """
     is_last = student_cfg.pipeline_model_parallel_size == 1 or parallel_state.is_pipeline_last_stage()
     criterion: dict[tuple[str, str], torch.nn.Module] = {}
     pairs: list[Any] = list(cfg.intermediate_layer_pairs)
@@ -101,7 +105,7 @@ def _criterion(cfg: DistillationConfig, student_cfg, teacher_cfg) -> dict[tuple[
         return criterion
     projection = ProjectionLayer(student_cfg, teacher_cfg)
     for student_layer, teacher_layer, *chosen in pairs:
-        # Names of this module can be replaced.
+        # Looked up at call time, because names of this module can be replaced.
         loss = {**INTERMEDIATE_LOSSES, "cosine": HiddenStateCosineLoss}[chosen[0] if chosen else "cosine"]
         pair = (
             _adjust_layer_index_for_pp(student_layer, student_cfg),
@@ -118,23 +122,23 @@ def _criterion(cfg: DistillationConfig, student_cfg, teacher_cfg) -> dict[tuple[
 
 
 def _adjust_layer_index_for_pp(submodule_name, model_cfg):
-    """Return the name of a layer on this pipeline stage, where layers are counted from zero again.
+    """Return the name of a layer on this pipeline stage, on which layers are counted from zero.
 
     Raises:
-        ModelOptConfigError: where the layer is on an earlier stage.
+        ModelOptConfigError: If the layer is on an earlier stage.
     """
     match = LAYER_INDEX.search(submodule_name)
     if not match:
         return submodule_name
     with warnings.catch_warnings():
-        # Megatron calls it deprecated in favour of a function that has the same answer.
+        # Megatron deprecates it in favour of a function with the same result.
         warnings.simplefilter("ignore")
         first = TransformerLayer._get_layer_offset(model_cfg)
     index = int(match.group()) - first
     if index < 0:
         raise ModelOptConfigError(
-            f"Layer {submodule_name} does not fall on final PP rank. Nor is it on this one, which begins at layer "
-            f"{first}; choose a layer of the stage."
+            f"Layer {submodule_name} does not fall on final PP rank. It is not on this stage either, which begins at "
+            f"layer {first}; choose a layer of this stage."
         )
     return f"{submodule_name[: match.start()]}{index}{submodule_name[match.end() :]}"
 
@@ -147,17 +151,17 @@ def teacher_provider(
 ) -> MCoreGPTModel:
     """Return the teacher with this rank's shards of its weights loaded (top-level, so that it can be pickled).
 
-    Keys saved with ``module.`` or ``module.module.``, the checkpoint's folder or the ``weights`` in it, every
-    strictness that NeMo knows, and checkpoints without Transformer Engine's ``_extra_state`` are understood.
+    It accepts keys saved with ``module.`` or ``module.module.``, the checkpoint's folder or the ``weights`` folder in
+    it, every strictness that NeMo supports, and checkpoints without Transformer Engine's ``_extra_state``.
 
     Args:
-        config: configuration of the teacher, its parallel sizes as in the trainer's strategy.
+        config: configuration of the teacher, with the parallel sizes of the trainer's strategy.
         ckpt_path: NeMo checkpoint of the teacher.
-        tokenizer: gives the size of the vocabulary where the configuration has none.
+        tokenizer: sets the size of the vocabulary if the configuration does not.
         trainer: its strategy reads the checkpoint.
 
     Raises:
-        ModelOptConfigError: where the strictness does not exist, or weights are missing or not finite.
+        ModelOptConfigError: If the strictness does not exist, or weights are missing or not finite.
     """
     strategy = trainer.strategy
     strict = strategy.ckpt_load_strictness
@@ -166,7 +170,7 @@ def teacher_provider(
     model = config.configure_model(tokenizer)
     if has_modelopt_state(ckpt_path):
         restore_modelopt_state(model, ckpt_path)
-        # The quantizers stay; a state of its own inside of the student would be refused.
+        # The quantizers stay; modelopt does not support a model with its own state inside the student.
         mto.ModeloptStateManager.remove_state(model)
 
     keys = saved_keys(ckpt_path)
@@ -179,7 +183,7 @@ def teacher_provider(
     load_weights(model, weights, strict_flag)
     check_weights(model, ckpt_path)
 
-    # The caching allocator keeps what only loading needed until it is told.
+    # The caching allocator keeps the memory that only loading needed until it is emptied.
     del sharded, checkpoint, weights
     torch.cuda.empty_cache()
     logging.info("Distillation: teacher weights loaded.")
@@ -192,12 +196,12 @@ def teacher_provider(
 
 
 def _sharded_state_dict_of_student(self, *args, **kwargs) -> ShardedStateDict:
-    """Return what checkpoints hold: the student, without the teacher."""
+    """Return the sharded state of the student, without the teacher."""
     with self.hide_teacher_model():
         sharded = type(self).sharded_state_dict(self, *args, **kwargs)
     stage = self._distillation.stage
     if stage is not None and not parallel_state.is_pipeline_last_stage():
-        # Each stage has projections of its own; the names in files are those of the whole model.
+        # Each stage has its own projections, but names in checkpoints belong to the whole model.
         for name, value in sharded.items():
             if _LOSS_MODULES in name and hasattr(value, "key"):
                 value.key = value.key.replace(_LOSS_MODULES, f"{_LOSS_MODULES}stage_{stage}.", 1)
@@ -205,13 +209,13 @@ def _sharded_state_dict_of_student(self, *args, **kwargs) -> ShardedStateDict:
 
 
 def _student_lm_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-    """Return the language-model loss [b, s]; zeros in training where the settings skip it."""
+    """Return the language-model loss [b, s], or zeros in training if the settings skip it."""
     state: DistillationState = self._distillation
     state.labels = labels
     if state.settings.skip_lm_loss and self.training:
         return _no_lm_loss(self, labels, logits)
     if isinstance(logits, DeferredLogits):
-        # Computed with the distillation loss; `compute_kd_loss` puts it in the place of these zeros.
+        # It is computed with the distillation loss; `compute_kd_loss` replaces these zeros by it.
         logits.labels = labels
         return _no_lm_loss(self, labels, logits)
     compared = getattr(self, "training", False) or _compares_in_validation(state.settings)
@@ -222,20 +226,20 @@ def _student_lm_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
 
 
 def _compares_in_validation(settings: Any) -> bool:
-    """Return whether the teacher runs in validation, too; a stand-in for the settings has no such field."""
+    """Return whether the teacher runs in validation as well; a stand-in for the settings lacks the field."""
     return getattr(settings, "validation_metrics", False) is True
 
 
 def _no_lm_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-    """Return zeros [b, s] in the place of a language-model loss that nobody uses."""
+    """Return zeros [b, s] instead of a language-model loss that is not used."""
     return torch.zeros_like(labels, dtype=logits.dtype)
 
 
 def _forward_student_and_teacher(self, *args, **kwargs) -> Tensor:
-    """Run both models in training, and where validation compares them; the student alone otherwise.
+    """Run both models in training, and in validation if it compares them; otherwise only the student.
 
     Returns:
-        The student's output; on a pipeline stage that is not the last, the outputs of both joined along the last axis.
+        The student's output; before the last pipeline stage, both outputs concatenated along the last axis.
     """
     state: DistillationState = self._distillation
     if not self.training:
@@ -251,13 +255,13 @@ def _forward_student_and_teacher(self, *args, **kwargs) -> Tensor:
 
     first_step = state.fused is None
     if first_step:
-        # Only now are both as they will be trained: a checkpoint's quantizers come after the model is built.
+        # Not earlier: a checkpoint's quantizers are restored after the model is built.
         state.fused = fuse_output_layers(self, self._teacher_model, state)
     try:
         # Without labels, the caller asks for logits.
         state.deferring = bool(state.fused) and kwargs.get("labels") is not None
         with torch.no_grad():
-            # Whoever calls `train()` reaches the teacher too.
+            # `train()` on the model sets the teacher's mode as well.
             self._teacher_model.eval()
             teacher_output = self._teacher_model(*args, **kwargs)
         if first_step:
@@ -274,22 +278,23 @@ def _forward_student_and_teacher(self, *args, **kwargs) -> Tensor:
 def adjust_distillation_model_for_mcore(model: DistillationModel, distill_cfg: DistillationConfig):
     """Adapt a ``DistillationModel`` to Megatron-Core, in place.
 
-    Its modelopt state goes (the losses hold a configuration that cannot be pickled), checkpoints hold the student
-    alone, language-model losses that nobody needs are skipped, and student and teacher share pipeline messages.
+    It removes the model's modelopt state (the losses hold a configuration that cannot be pickled), limits checkpoints
+    to the student, skips language-model losses that are not used, and lets student and teacher share pipeline
+    messages. What it stores between calls is the model's `DistillationState`.
 
     Args:
         model: result of ``mtd.convert``.
         distill_cfg: settings of the distillation.
 
     Raises:
-        ModelOptConfigError: where the model has another modelopt state than that of distillation.
+        ModelOptConfigError: If the model has a modelopt state other than that of distillation.
     """
     state = mto.ModeloptStateManager(model).state_dict()
     modes = [entry[0] for entry in state]
     if modes != ["kd_loss"]:
         raise ModelOptConfigError(
             f"existing_state={state}. The model's modelopt modes are {modes}, expected ['kd_loss'] alone. "
-            "Distil a student that is not quantized, pruned or sparsified in the same process."
+            "Distill a student that is not quantized, pruned or sparsified in the same process."
         )
     mto.ModeloptStateManager.remove_state(model)
 
@@ -311,7 +316,7 @@ def adjust_distillation_model_for_mcore(model: DistillationModel, distill_cfg: D
 
 
 def _initial_state(model: Any, distill_cfg: Any) -> DistillationState:
-    """Return the state that a distillation starts with; a stand-in for the settings may have no layer pairs."""
+    """Return the state at the beginning of a distillation; a stand-in for the settings may lack layer pairs."""
     pairs = getattr(distill_cfg, "intermediate_layer_pairs", None)
     pairs = pairs if isinstance(pairs, (list, tuple)) else []
     if not pairs or getattr(getattr(model, "config", None), "pipeline_model_parallel_size", 1) <= 1:
@@ -334,19 +339,19 @@ def get_tensor_shapes_adjust_fn_for_distillation(
     decoder_seq_length: int | None = None,
     forward_only: bool = False,
 ) -> Callable | None:
-    """Return what widens Megatron's pipeline messages for the outputs of student and teacher together.
+    """Return a function that widens Megatron's pipeline messages to hold the outputs of student and teacher.
 
     Args:
-        model: model chunk, or the list of one, wrapped or not.
+        model: model chunk, or a list of one, wrapped or not.
         seq_length: tokens of a sequence.
         micro_batch_size: sequences of a micro-batch.
-        decoder_seq_length: tokens of the decoder's sequence where that differs.
-        forward_only: no training step: the student runs alone.
+        decoder_seq_length: tokens of the decoder's sequence if that differs.
+        forward_only: not a training step, so only the student runs.
 
     Returns:
         Function of the shapes to receive and to send, [(s, b, h), ...] each, that adds the teacher's h to them and
-        returns both; None where messages stay as they are: no pipeline, an interleaved one, a forward pass only, or
-        a model without a teacher, or with a recorded one.
+        returns both. None if messages keep their shape: without a pipeline, with an interleaved one, in a forward pass
+        only, and for a model without a teacher or with a recorded teacher.
     """
     if forward_only or parallel_state.get_pipeline_model_parallel_world_size() == 1:
         return None
@@ -360,7 +365,7 @@ def get_tensor_shapes_adjust_fn_for_distillation(
 
     def adjust_tensor_shapes(recv_tensor_shapes: list[tuple[int, ...]], send_tensor_shapes: list[tuple[int, ...]]):
         """Widen both lists in place and return them."""
-        asked = {
+        arguments = {
             "seq_length": seq_length,
             "micro_batch_size": micro_batch_size,
             "decoder_seq_length": decoder_seq_length,
@@ -368,7 +373,7 @@ def get_tensor_shapes_adjust_fn_for_distillation(
             "tp_group": parallel_state.get_tensor_model_parallel_group(),
             "cp_group": parallel_state.get_context_parallel_group(),
         }
-        widths = [get_tensor_shapes(**asked)[0][-1] for _ in ("received", "sent")]
+        widths = [get_tensor_shapes(**arguments)[0][-1] for _ in ("received", "sent")]
         unwrapped.set_student_input_tensor_shape(recv_tensor_shapes)
         more = len(state_of(unwrapped).early_pairs)
         for shapes, width in zip((recv_tensor_shapes, send_tensor_shapes), widths, strict=True):

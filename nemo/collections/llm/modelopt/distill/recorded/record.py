@@ -1,4 +1,4 @@
-"""Run a teacher once over the data of a training and keep its likeliest entries."""
+"""Run a teacher once over the data of a training and record its top-k logits."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _TeacherAlone(llm.GPTModel):
     """The teacher as a distillation would load it, without a student."""
 
     def io_init(self, **kwargs) -> fdl.Config:
-        """Return how NeMo would describe this model: as a plain one."""
+        """Return the configuration that NeMo stores for this model: that of a plain one."""
         return fdl.Config(llm.GPTModel, config=kwargs["config"], tokenizer=kwargs["tokenizer"])
 
     def __init__(self, config: Any, path: str, tokenizer: Any):
@@ -49,26 +49,26 @@ class _TeacherAlone(llm.GPTModel):
 
 
 class _Recorder:
-    """Writes what passes the output layer, together with which samples it was made of."""
+    """Write the top-k outputs of the output layer together with the keys of their samples."""
 
     def __init__(self, writer: store.Writer | None, topk: int, temperature: float):
-        """Remember them.
+        """Store the arguments.
 
         Args:
             writer: None on ranks that write nothing.
-            topk: entries to keep.
-            temperature: of the logits.
+            topk: number of entries to record.
+            temperature: temperature of the logits.
         """
         self.writer, self.topk, self.temperature = writer, topk, temperature
         self.keys: Any = None
         self.samples = self.vocab_size = 0
 
     def see(self, batch) -> None:
-        """Note the samples of the micro-batch."""
+        """Remember the samples of the micro-batch."""
         self.keys = store.sample_keys(batch)
 
     def take(self, module: Any, args: tuple, output: Any) -> None:
-        """Keep the likeliest entries of the logits [s, b, v] that an output layer gives."""
+        """Record the largest logits [s, b, v] that an output layer returns."""
         logits = output[0] if isinstance(output, tuple) else output
         group = parallel_state.get_tensor_model_parallel_group()
         size = torch.distributed.get_world_size(group)
@@ -89,28 +89,28 @@ def dump_teacher_topk(
     tokenizer: Any = None,
     data_description: str = "",
 ) -> Path:
-    """Run a teacher over the training data and write its likeliest entries, to distill without it.
+    """Run a teacher over the training data and write its top-k logits, to distill without the teacher.
 
     ``llm.distill(teacher_model_path=output_path, ...)`` then loads no teacher. The divergence is that of
     ``logit_kl_topk`` at the temperature of the settings.
 
     Args:
         teacher_model_path: NeMo checkpoint of the teacher.
-        output_path: folder to write; must not exist. It appears when it is complete.
-        data: its training loader is read.
-        trainer: with a ``MegatronStrategy`` that fits the teacher.
-        steps: global batches to record.
+        output_path: folder to write, which must not exist. It appears when it is complete.
+        data: data module; its training loader is read.
+        trainer: trainer with a ``MegatronStrategy`` that fits the teacher.
+        steps: number of global batches to record.
         distillation_config_path: settings of the distillation: ``logit_kl_topk`` (100 by default) and
             ``logit_kl_temperature``.
-        tokenizer: in the place of the checkpoint's.
-        data_description: kept in the manifest and shown in errors.
+        tokenizer: used instead of the checkpoint's.
+        data_description: stored in the manifest and shown in errors.
 
     Returns:
         The folder.
 
     Raises:
-        ModelOptConfigError: where the output exists, the settings do not fit a recording, or the samples have
-            different lengths.
+        ModelOptConfigError: If the output exists, a recorded teacher does not support the settings, or the samples
+            have different lengths.
     """
     output = Path(output_path)
     settings = read_distillation_config(distillation_config_path)
@@ -133,25 +133,27 @@ def dump_teacher_topk(
 
 def _check(output: Path, settings: Any, steps: int, trainer: Any) -> None:
     if output.exists():
-        raise ModelOptConfigError(f"{str(output)!r} exists; give a new folder for the recorded teacher.")
+        raise ModelOptConfigError(f"{str(output)!r} exists; pass a new folder for the recorded teacher.")
     if type(steps) is not int or steps < 1:
         raise ModelOptConfigError(f"steps={steps!r} must be a whole number of at least 1.")
     if settings.intermediate_layer_pairs:
         raise ModelOptConfigError(
-            "intermediate_layer_pairs need the teacher's activations, and a recording holds logits alone; take them "
-            "out of the settings, or distill with the teacher."
+            "intermediate_layer_pairs need the teacher's activations, and a recorded teacher holds only logits; remove "
+            "them from the settings, or distill with the teacher."
         )
     if settings.logit_layers[1] != "output_layer":
-        raise ModelOptConfigError(f"The outputs of 'output_layer' are recorded, not of {settings.logit_layers[1]!r}.")
+        raise ModelOptConfigError(
+            f"Only the outputs of 'output_layer' can be recorded, not those of {settings.logit_layers[1]!r}."
+        )
     for name in ("context_parallel_size", "virtual_pipeline_model_parallel_size"):
         if (getattr(trainer.strategy, name, None) or 1) > 1:
             raise ModelOptConfigError(
-                f"{name}={getattr(trainer.strategy, name)} is not supported when a teacher is recorded; leave it out."
+                f"{name}={getattr(trainer.strategy, name)} is not supported when a teacher is recorded; remove it."
             )
 
 
 def _run(model: Any, data: Any, trainer: Any, steps: int, settings: Any, folder: Path) -> _Recorder:
-    """Validate the teacher on the training loader and record on the way."""
+    """Run a validation of the teacher on the training loader and record it."""
     recorder = _Recorder(None, settings.logit_kl_topk or DEFAULT_TOPK, settings.logit_kl_temperature)
     limit, start = trainer.limit_val_batches, _AtStart(partial(_begin, recorder, folder))
     microbatches = data.global_batch_size // (data.micro_batch_size * _data_parallel(trainer))
@@ -161,7 +163,7 @@ def _run(model: Any, data: Any, trainer: Any, steps: int, settings: Any, folder:
     own_data = _batches.own_data(data, val_dataloader=data.train_dataloader, tokenizer=model.tokenizer)
     try:
         with _batches.shown_batches(model.config, recorder.see), own_data, shown:
-            # Not ``llm.validate``, which makes a folder of logs.
+            # Not ``llm.validate``, which creates a folder of logs.
             trainer.validate(model, data, verbose=False)
     finally:
         trainer.limit_val_batches = limit
@@ -170,7 +172,7 @@ def _run(model: Any, data: Any, trainer: Any, steps: int, settings: Any, folder:
 
 
 class _AtStart(pl.Callback):
-    """Calls a function when the model and Megatron's groups are there."""
+    """Call a function when the model and Megatron's groups exist."""
 
     def __init__(self, begin: Callable[[Any], None]):
         self._begin = begin
@@ -180,7 +182,7 @@ class _AtStart(pl.Callback):
 
 
 def _begin(recorder: _Recorder, folder: Path, core: Any) -> None:
-    """Make the folder, and watch the output layer on the last stage; one rank of those that share a sample writes."""
+    """Create the folder, and record the output layer on the last stage; one of the ranks that share a sample writes."""
     if is_global_rank_zero():
         (folder / store.FOLDER).mkdir(parents=True)
     torch.distributed.barrier()
@@ -215,14 +217,14 @@ def _part_of_manifest(recorder: _Recorder) -> dict[str, Any]:
 
 
 def _whole_manifest(parts: list[dict], settings: Any, model: Any, teacher_path: Any, data: str) -> store.Manifest:
-    """Return the manifest of what all ranks have written.
+    """Return the manifest of the shards of all ranks.
 
     Raises:
-        ModelOptConfigError: where there was no sample.
+        ModelOptConfigError: If there was no sample.
     """
     written = [part for part in parts if part.get("samples")]
     if not written:
-        raise ModelOptConfigError("The training loader gave no batch, so nothing of the teacher was recorded.")
+        raise ModelOptConfigError("The training loader returned no batch, so nothing was recorded.")
     shards: dict[str, int] = {}
     for part in written:
         shards |= part["shards"]

@@ -1,11 +1,12 @@
-"""Recordings of a teacher: its likeliest entries for every sample of a training, in memory-mapped files.
+"""Recorded teachers: the teacher's top-k logits for every sample of a training, in memory-mapped files.
 
-A recording is a folder that NeMo reads like a checkpoint without weights: the teacher's ``context``, the manifest
-``teacher_topk.json``, and in ``topk`` for each data-parallel rank shards of four files, one row a sample: ``keys``
-(128-bit digests of what the teacher was shown), ``entries``, ``values`` and ``rest`` (see ``_recorded_topk``).
+A recorded teacher is a folder that NeMo reads like a checkpoint without weights. It holds the teacher's ``context``,
+the manifest ``teacher_topk.json``, and in ``topk`` the shards of each data-parallel rank. A shard has four files with
+one row per sample: ``keys`` (128-bit digests of the teacher's input), ``entries``, ``values`` and ``rest`` (see
+``recorded_topk``).
 
-A sample is found by its own tokens, not by its place: shuffling, another layout, a resumed run and other batch sizes
-find the right rows, and data that the teacher has not seen are noticed with the first sample.
+Samples are found by their tokens, not by their position. So shuffling, other layouts, resumed runs and other batch
+sizes find the right rows, and a sample that was not recorded raises an error at once.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ MANIFEST = "teacher_topk.json"
 FOLDER = "topk"
 _FORMAT = 1
 _FILES = ("keys", "entries", "values", "rest")
-# What a teacher's logits depend on, of a batch.
-_SHOWN = ("tokens", "position_ids", "cu_seqlens")
+# Entries of a batch that a teacher's logits depend on.
+_INPUTS = ("tokens", "position_ids", "cu_seqlens")
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # NumPy has no bfloat16: the bits are kept.
 _BITS = {"float32": np.float32, "bfloat16": np.int16, "float16": np.float16}
@@ -40,21 +41,21 @@ _HEAD = 1 << 20
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a recording is of.
+    """Facts about a recorded teacher.
 
     Attributes:
-        topk: entries recorded of each token.
-        temperature: of the logits in the rest.
+        topk: number of entries recorded for each token.
+        temperature: temperature of the logits in ``rest``.
         seq_length: tokens of a sample.
         vocab_size: entries of the teacher's vocabulary, with padding.
-        largest_entry: the largest that was recorded.
-        dtype: of the teacher's logits.
-        samples: how many were recorded, repeated ones too.
+        largest_entry: the largest entry that was recorded.
+        dtype: type of the teacher's logits.
+        samples: number of recorded samples, repeated ones included.
         shards: rows of each shard by the name of its files.
         teacher: digests of the checkpoint's files.
         tokenizer: its size and a digest of its vocabulary.
-        data: what the samples come from, in words.
-        format: of the files.
+        data: description of the data.
+        format: version of the file format.
     """
 
     topk: int
@@ -75,12 +76,12 @@ class Writer:
     """Append samples to shards of one rank."""
 
     def __init__(self, folder: Path, rank: int, shard_bytes: int = 1 << 30):
-        """Name the shards.
+        """Store the arguments.
 
         Args:
-            folder: that of the shards; exists.
+            folder: existing folder for the shards.
             rank: data-parallel rank.
-            shard_bytes: a new shard is begun when one has grown beyond this.
+            shard_bytes: size from which a new shard is started.
         """
         self._folder, self._rank, self._shard_bytes = folder, rank, shard_bytes
         self._name, self._bytes = "", 0
@@ -98,13 +99,13 @@ class Writer:
             rest: [b, s].
 
         Raises:
-            ModelOptConfigError: where the samples are of different lengths.
+            ModelOptConfigError: If the samples have different lengths.
         """
         s, k = entries.shape[1:]
         if self.seq_length not in (0, s):
             raise ModelOptConfigError(
-                f"Samples have {self.seq_length} and {s} tokens; a recording needs one length. Let the data module pad "
-                "all samples to seq_length."
+                f"Samples have {self.seq_length} and {s} tokens; a recorded teacher needs one length. Let the data "
+                "module pad all samples to seq_length."
             )
         self.seq_length, self.topk, self.dtype = s, k, str(values.dtype).removeprefix("torch.")
         self.largest_entry = max(self.largest_entry, int(entries.max()))
@@ -122,16 +123,16 @@ class Writer:
 
 
 class Recording:
-    """A recording, opened for reading; nothing of it is held in memory but its keys."""
+    """The files of a recorded teacher, opened for reading; only the keys are held in memory."""
 
     def __init__(self, path: str | Path):
         """Read the manifest and the keys.
 
         Args:
-            path: folder of the recording.
+            path: folder of the recorded teacher.
 
         Raises:
-            ModelOptConfigError: where the manifest cannot be read, or files are missing or cut off.
+            ModelOptConfigError: If the manifest cannot be read, or files are missing or truncated.
         """
         self.path = Path(path)
         self.manifest = read_manifest(path)
@@ -146,8 +147,8 @@ class Recording:
                 wanted = rows * int(np.prod(shapes[kind])) * np.dtype(types[kind]).itemsize
                 if not file.is_file() or file.stat().st_size != wanted:
                     raise ModelOptConfigError(
-                        f"The recording {str(self.path)!r} is damaged: {file.name} must have {wanted} bytes. Record "
-                        "the teacher again."
+                        f"The recorded teacher {str(self.path)!r} is damaged: {file.name} must have {wanted} bytes. "
+                        "Record the teacher again."
                     )
             self._shards.append(
                 {kind: np.memmap(files[kind], types[kind], "r", shape=(rows, *shapes[kind])) for kind in _FILES}
@@ -158,14 +159,14 @@ class Recording:
         self._keys = keys[self._order]
 
     def find(self, keys: np.ndarray, device: Any = "cpu") -> RecordedLogits:
-        """Return what was recorded of samples.
+        """Return the recorded logits of samples.
 
         Args:
             keys: [b, 2], as `sample_keys` returns them.
-            device: where the tensors are wanted.
+            device: device of the tensors.
 
         Raises:
-            ModelOptConfigError: where a sample was not recorded.
+            ModelOptConfigError: If a sample was not recorded.
         """
         places = [self._place(key) for key in keys]
         gathered = {
@@ -185,22 +186,22 @@ class Recording:
                 return self._places[self._order[position]]
             position += 1
         raise ModelOptConfigError(
-            f"A training sample is not among the {self.manifest.samples} that {str(self.path)!r} was recorded of"
+            f"A training sample is not among the {self.manifest.samples} samples recorded in {str(self.path)!r}"
             f"{' (' + self.manifest.data + ')' if self.manifest.data else ''}: the data, the tokenizer or the sequence "
             "length differ, or the training is longer. Record the teacher with the settings of this training."
         )
 
 
 def is_recording(path: Any) -> bool:
-    """Return whether a path is a recording and not a checkpoint."""
+    """Return whether a path is a recorded teacher and not a checkpoint."""
     return isinstance(path, (str, os.PathLike)) and (Path(path) / MANIFEST).is_file()
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """Return the manifest of a recording.
+    """Return the manifest of a recorded teacher.
 
     Raises:
-        ModelOptConfigError: where it cannot be read, or is of another format.
+        ModelOptConfigError: If it cannot be read, or has another format.
     """
     file = Path(path) / MANIFEST
     try:
@@ -211,25 +212,25 @@ def read_manifest(path: str | Path) -> Manifest:
     except (OSError, ValueError, TypeError) as error:
         if isinstance(error, ModelOptConfigError):
             raise
-        raise ModelOptConfigError(f"{str(file)!r} is no manifest of a recorded teacher: {error}") from error
+        raise ModelOptConfigError(f"{str(file)!r} is not a valid manifest of a recorded teacher: {error}") from error
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write the manifest, the last file of a recording."""
+    """Write the manifest, the last file of a recorded teacher."""
     (path / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
 
 
 def sample_keys(batch: Mapping[str, Any]) -> np.ndarray:
-    """Return a 128-bit digest of each sample, as two integers [b, 2], of all that a teacher's logits depend on.
+    """Return a 128-bit digest of the teacher's input for each sample, as two integers [b, 2].
 
     Args:
-        batch: ``tokens`` [b, s], and ``position_ids`` [b, s] and ``cu_seqlens`` where there are.
+        batch: ``tokens`` [b, s], and ``position_ids`` [b, s] and ``cu_seqlens`` if they exist.
     """
-    shown = [
-        np.ascontiguousarray(batch[name].cpu().numpy(), dtype=np.int64) for name in _SHOWN if _is_given(batch, name)
+    arrays = [
+        np.ascontiguousarray(batch[name].cpu().numpy(), dtype=np.int64) for name in _INPUTS if _is_tensor(batch, name)
     ]
     digests = []
-    for row in zip(*(array.reshape(len(shown[0]), -1) for array in shown), strict=True):
+    for row in zip(*(array.reshape(len(arrays[0]), -1) for array in arrays), strict=True):
         digest = hashlib.blake2b(digest_size=16)
         for part in row:
             digest.update(len(part).to_bytes(8, "little"))
@@ -238,12 +239,12 @@ def sample_keys(batch: Mapping[str, Any]) -> np.ndarray:
     return np.stack(digests)
 
 
-def _is_given(batch: Mapping[str, Any], name: str) -> bool:
+def _is_tensor(batch: Mapping[str, Any], name: str) -> bool:
     return isinstance(batch.get(name), Tensor)
 
 
 def checkpoint_digests(path: str | Path) -> dict[str, str]:
-    """Return size and checksum of the beginning of each file of a checkpoint's weights, by name."""
+    """Return the size of each file of a checkpoint's weights and a checksum of its beginning, by name."""
     from nemo.lightning.io.pl import ckpt_to_weights_subdir
 
     folder = ckpt_to_weights_subdir(path, is_saving=False)
@@ -255,7 +256,7 @@ def checkpoint_digests(path: str | Path) -> dict[str, str]:
 
 
 def tokenizer_digest(tokenizer: Any) -> dict[str, Any]:
-    """Return the size of a tokenizer's vocabulary, and a checksum of its entries where it shows them."""
+    """Return the size of a tokenizer's vocabulary, and a checksum of its entries if they are accessible."""
     found: dict[str, Any] = {"vocab_size": getattr(tokenizer, "vocab_size", None)}
     vocabulary = getattr(tokenizer, "vocab", None)
     if isinstance(vocabulary, (list, tuple, dict)):
