@@ -13,7 +13,7 @@ from test_code.support import tiny
 
 
 def pipeline_shapes():
-    """Return what Megatron's own shapes become at PP=2, and where the student's part ends."""
+    """Return Megatron's shapes after the adjustment at PP=2, and the width of the student's part."""
     import modelopt.torch.distill as mtd
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel.schedules import get_tensor_shapes
@@ -114,7 +114,7 @@ def test_messages_hold_student_and_teacher(megatron, wrap):
     recv, send = [(32, 2, 64)], [(32, 2, 64), (32, 2, 48)]
     result = adjust_fn(wrap(model))(recv, send)
     assert result == ([(32, 2, 160)], [(32, 2, 160), (32, 2, 144)])
-    # Megatron goes on with the lists it gave.
+    # Megatron uses the lists that it passed.
     assert result[0] is recv and result[1] is send
     assert model.student_shapes == [(32, 2, 64)]
 

@@ -1,4 +1,4 @@
-"""`teacher_provider`: the calls it makes, the ways a checkpoint may have been saved, and what it refuses."""
+"""`teacher_provider`: its calls, the formats of checkpoints, and its errors."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_calls_in_order(empty_cache):
         ("module.decoder.weight", "decoder.weight"),
         ("module.module.decoder.weight", "decoder.weight"),
         ("decoder.weight", "decoder.weight"),
-        # Inside of a key the word belongs to the model.
+        # Inside a key the word belongs to the model.
         ("module.decoder.submodule.weight", "decoder.submodule.weight"),
         ("module.vision.module.weight", "vision.module.weight"),
     ],
@@ -123,7 +123,7 @@ def test_unknown_strictness_is_refused_before_the_model_is_built(empty_cache, st
 
 
 class Teacher(torch.nn.Module):
-    """Two weights and, where asked, the extra state that Transformer Engine's layers have."""
+    """Two weights and, optionally, the extra state of Transformer Engine's layers."""
 
     def __init__(self, extra=False):
         super().__init__()
@@ -177,7 +177,7 @@ def test_what_loading_took_is_released(empty_cache):
     config = SimpleNamespace(configure_model=lambda tokenizer: Teacher())
     empty_cache.side_effect = lambda: loaded.append([reference() for reference in loaded])
     utils.teacher_provider(config, PATH, None, SimpleNamespace(strategy=strategy))
-    # Already when the allocator is told to let go.
+    # They are gone when the allocator's cache is emptied.
     assert loaded[-1] == [None, None]
 
 

@@ -10,7 +10,7 @@ MOE = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 32, "m
 
 
 def experts(path):
-    """Distil experts from experts; return (losses, metrics, metrics without the student's own balancing loss)."""
+    """Distill experts from experts; return (losses, metrics, metrics without the student's own balancing loss)."""
     tiny.fit(tiny.model(**MOE), save_to=path, max_steps=1)
     ranks.reset()
     results = []
@@ -40,7 +40,7 @@ def _adapted(model, steps, save_to=None, callbacks=(), **layout):
 
 
 def adapters(teacher_path, folder, **layout):
-    """Distil adapters; return losses, metrics, what was trained, what changed, and the keys of the checkpoint."""
+    """Distill adapters; return losses, metrics, what was trained, what changed, and the keys of the checkpoint."""
     import torch
 
     from nemo.collections.llm.modelopt import DistillationGPTModel

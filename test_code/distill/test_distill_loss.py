@@ -204,7 +204,7 @@ def test_split_vocabulary_equals_fp64(ranks, sizes):
 
 def test_split_vocabulary_takes_one_collective_and_no_backward_one(ranks):
     for counts in ranks(2).run(jobs.collectives_of_kl):
-        # The Jensen-Shannon divergence needs both models' sums before its expectations; over k + 1 buckets nobody does.
+        # The Jensen-Shannon divergence needs both models' sums before its expectations, except over k + 1 buckets.
         assert counts.pop("jsd topk=None") == (2, 0)
         assert set(counts.values()) == {(1, 0)} and len(counts) == 5
 
@@ -293,7 +293,7 @@ def test_dynamic_balance_reproduces_stocks_rule(skip, expected):
     assert out["logits_loss"].item() == pytest.approx(0.5)
     assert out["intermediate_loss"].item() == pytest.approx(0.2)
     out["kd_loss"].backward()
-    # The logits loss counts once (rescaled by 3 / 1 beside a language-model loss), intermediates by 0.5 / 0.2 and by
+    # The logits loss counts once (rescaled by 3 / 1 with a language-model loss), intermediates by 0.5 / 0.2 and by
     # their number; scales carry no gradient.
     scale = 1.0 if skip else 3.0
     assert tensors["LogitsKLLoss_0"].grad.item() == pytest.approx(scale)

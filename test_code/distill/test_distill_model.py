@@ -1,4 +1,4 @@
-"""`DistillationGPTModel` in real training: against stock, over layouts, its checkpoints, metrics and refusals."""
+"""`DistillationGPTModel` in real training: against stock, over layouts, its checkpoints, metrics and errors."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ PAIR = "intermediate_layer_pairs: [[decoder.final_layernorm, decoder.final_layer
 
 
 def teacher_rows(teacher_path, student_vocabulary, teacher_vocabulary):
-    """Distil one step at TP=2 and return (losses, metrics, the teacher's whole embedding and output weight)."""
+    """Distill one step at TP=2 and return (losses, metrics, the teacher's whole embedding and output weight)."""
     from megatron.core import parallel_state
 
     recorder = jobs_distill.Metrics()
@@ -40,7 +40,7 @@ def teacher_rows(teacher_path, student_vocabulary, teacher_vocabulary):
 
 
 def loss_of_first_entries(entries):
-    """Return, by number of entries that count, this rank's loss and gradient at TP=2 beside those of fp64."""
+    """Return, by number of entries that count, this rank's loss and gradient at TP=2, and those of fp64."""
     from types import SimpleNamespace
 
     from nemo.collections.llm.modelopt.distill.loss import LogitsKLLoss
@@ -82,7 +82,7 @@ class Projection(pl.Callback):
 
 
 def checkpoints(teacher_path, settings, folder):
-    """Distil with a projection, save, resume; return what the checkpoints and the training held."""
+    """Distill with a projection, save, resume; return the contents of the checkpoints and the training."""
     from nemo.collections.llm.modelopt import _saved_keys
 
     folder, student = Path(folder), {"hidden_size": 32}
@@ -119,7 +119,7 @@ def checkpoints(teacher_path, settings, folder):
 
 
 def early_projection(teacher_path, settings, path):
-    """Distil at PP=2 with other hidden sizes, save, and return (keys, how far projections moved, metrics)."""
+    """Distill at PP=2 with other hidden sizes, save, and return (keys, how far projections moved, metrics)."""
     from nemo.collections.llm.modelopt import _saved_keys
 
     recorder, projection = jobs_distill.Metrics(), Projection()
@@ -162,7 +162,7 @@ def watched(teacher_path, settings):
 
 
 def observed_of_shards(entries):
-    """Return what is observed over a vocabulary split over two ranks beside the same of one process in fp64."""
+    """Return the metrics observed over a vocabulary split over two ranks, and those of one process in fp64."""
     from nemo.collections.llm.modelopt.distill._metrics import observed
 
     tiny.init_parallel(tp=2)
@@ -244,7 +244,7 @@ def test_vocabularies_padded_differently_align(ranks, folder):
 
 
 def test_entries_that_one_model_lacks_do_not_count(ranks):
-    # The second shard's padding begins inside of it, at its edge, and before it.
+    # The second shard's padding begins inside it, at its edge, and before it.
     for results in ranks(2).run(loss_of_first_entries, [12, 8, 5]):
         for value, expected, gradient, expected_gradient in results.values():
             torch.testing.assert_close(value, expected, rtol=1e-5, atol=2e-6)
@@ -267,7 +267,7 @@ def test_checkpoints_and_optimizer_hold_what_is_trained(ranks, folder):
         assert result["steps"] == 3
         for saved, resumed, later in zip(result["end"], result["resumed"], result["later"], strict=True):
             assert torch.equal(saved, resumed) and not torch.equal(resumed, later)
-    # Both ranks go on with the same projection.
+    # Both ranks continue with the same projection.
     assert all(torch.equal(a, b) for a, b in zip(results[0]["later"], results[1]["later"], strict=True))
 
 
@@ -337,7 +337,7 @@ def test_what_is_logged(ranks, folder, tmp_path):
 def test_loading_a_teacher_takes_little_more_than_its_weights(ranks, tmp_path):
     weights, peak = ranks(1).run(loading_peak, str(tmp_path / "teacher"))[0]
     assert weights > 8_000_000
-    # One tensor at a time is read beside the model.
+    # In addition to the model, one tensor at a time is read.
     assert weights < peak < 1.1 * weights
 
 

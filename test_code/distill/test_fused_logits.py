@@ -49,7 +49,7 @@ def reference_on_ranks(tensors, labels, scales, temperature=1.0, direction="forw
 
 
 def split_vocabulary():
-    """Return, by case, this rank's losses and gradients over two shards beside those of one process in fp64."""
+    """Return, by case, this rank's losses and gradients over two shards, and those of one process in fp64."""
     from nemo.collections.llm.modelopt._divergence.fused_linear import Objective, fused_linear_losses
 
     tiny.init_parallel(tp=2)
@@ -100,7 +100,7 @@ def fused_and_chunked(teacher_path, cases):
 
 
 def output_layers(cases):
-    """Return, for output layers changed as ``cases`` say, why they are not fused; None where they are."""
+    """Return, for each case of a changed output layer, the reason why it is not fused, or None."""
     from unittest import mock
 
     import modelopt.torch.quantization as mtq
@@ -209,7 +209,7 @@ def test_accumulation_fusion_adds_to_main_grad(with_lm):
         (0.5 * losses.divergence + 3.0 * losses.lm).backward()
     expected = reference_on_ranks(tensors, labels if with_lm else None, (0.5, 3.0))[4]
     torch.testing.assert_close(weight.main_grad.double(), 1 + 2 * expected, **FP32)
-    # Megatron's hook wants a gradient to be there, and does not add it.
+    # Megatron's hook requires a gradient, and does not add it.
     assert weight.grad_added_to_main_grad and (weight.grad == 0).all()
 
 

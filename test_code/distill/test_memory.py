@@ -1,4 +1,4 @@
-"""The memory that a dry run says against what tensors take at the peak of the real run."""
+"""Compare the memory that a dry run reports with the peak of the real run."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from test_code.support import command_lines, jobs_prune, tiny
 # Wide enough that logits, weights and activations are each a good part of the whole.
 SIZES = {"vocab_size": 4096, "hidden_size": 128, "ffn_hidden_size": 512}
 BATCHES = [(2, 32), (16, 64)]  # weights outweigh what a batch needs, and the other way round
-# The estimate is a sum of what lives at the peak by formula. It knows neither the copies that loading, cutting and
-# saving weights make for a moment, nor what dies early: within 1.5 it still says which machine is large enough.
+# The estimate sums up by formula what is held at the peak. It ignores short-lived copies of loading, cutting and saving
+# weights, and memory that is freed early. Within 1.5 it still shows which machine is large enough.
 FACTOR = 1.5
 # Checksums and divergences are computed in pieces of a fixed size, which matters for a model of 8 MB only.
 BUFFERS = 12e6

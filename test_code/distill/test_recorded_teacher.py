@@ -33,7 +33,7 @@ def record_on_ranks(teacher_path, output, settings=None, steps=4, data=None, **l
 
 
 def bars_of_recording(teacher_path, folder, settings):
-    """Return how far each bar got, and its total, where a step has two micro-batches."""
+    """Return the position and the total of each bar; a step has two micro-batches."""
     from unittest import mock
 
     from nemo_modelopt_dropin.console import screen
@@ -96,7 +96,7 @@ def held(recording, settings):
 
 
 def divergences(cases, v=40, k=6):
-    """Return, by case, this rank's loss and gradient of a recorded teacher beside those with its logits at hand."""
+    """Return, by case, this rank's loss and gradient of a recorded teacher, and those computed from its logits."""
     from nemo.collections.llm.modelopt._divergence.recorded_topk import RecordedLogits, recorded_divergence, top_entries
     from nemo.collections.llm.modelopt._divergence.vocab_parallel import kl_divergence
 
@@ -128,7 +128,7 @@ def alone_from(recording, settings, data=None):
 
 
 def refusal(job, *args, **kwargs):
-    """Return the error of a job, by name, that must be refused."""
+    """Return the error of a job, by name, that must raise one."""
     from nemo.collections.llm.modelopt import ModelOptConfigError
 
     try:

@@ -38,7 +38,7 @@ class Damage(pl.Callback):
 def make(path: str, how: str) -> str:
     """Write a teacher damaged in its weights ("nan", "inf", "overflow") or tokenizer ("vocabulary", "merges")."""
     with jobs_distill.alone():
-        # The callback comes first: those that were given run before the one that saves.
+        # The callback comes first: callbacks that are passed run before the one that saves.
         run = tiny.trainer(max_steps=1, callbacks=[Damage(how), tiny.SaveAtEnd(path)])
         run.fit(tiny.model(), tiny.data())
     file = next((Path(path) / "context").rglob("tokenizer.json"))

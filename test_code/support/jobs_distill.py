@@ -57,7 +57,7 @@ def alone():
 
 
 def teacher(path: str, after_fit: bool = False, **overrides) -> str:
-    """Train a teacher for two steps and save it, inside of ``fit`` or after it; each rank trains, rank 0's counts."""
+    """Train a teacher for two steps and save it, inside ``fit`` or after it; rank 0's checkpoint is used."""
     own = path if os.environ["RANK"] == "0" else f"{path}-{os.environ['RANK']}"
     with alone():
         model = tiny.model(**overrides)
@@ -87,7 +87,7 @@ def distillation_model(teacher_path, settings=None, student=None, teacher_overri
 def distill(
     teacher_path, settings=None, student=None, steps=6, data=None, teacher_overrides=None, metrics=False, **layout
 ):
-    """Distil and return the loss of each step, or with ``metrics`` everything logged and the validation losses."""
+    """Distill and return the loss of each step, or with ``metrics`` everything logged and the validation losses."""
     model = distillation_model(teacher_path, settings, student, teacher_overrides)
     recorder = Metrics()
     losses = tiny.fit(model, tiny.data(**(data or {})), max_steps=steps, callbacks=[recorder], **layout)
@@ -95,7 +95,7 @@ def distill(
 
 
 def distill_everywhere(teacher_path, settings_path, data=None):
-    """Distil in every layout of two ranks, and alone, and return the losses by (layout, objective)."""
+    """Distill in every layout of two ranks, and alone, and return the losses by (layout, objective)."""
     objectives = {
         "logits": (None, {}),
         "pair": (settings_path, {}),
@@ -150,7 +150,7 @@ def distinct(*shape, generator, step=0.125):
 
 
 def sharded_kl(all_sizes, tp):
-    """Return, by case, this rank's value and gradient beside those of the whole vocabulary in fp64.
+    """Return, by case, this rank's value and gradient, and those of the whole vocabulary in fp64.
 
     Args:
         all_sizes: for each case the sizes of the shards.
@@ -250,7 +250,7 @@ def kl_loss_against_plugin():
 
 
 def two_stage_training(teacher_path, settings):
-    """Distil at PP=2 with a sanity check and validations in between; return (losses, metrics, validation losses)."""
+    """Distill at PP=2 with a sanity check and validations in between; return (losses, metrics, validation losses)."""
     # Lightning counts micro-batches: two make a global batch.
     extra = {"limit_val_batches": 2, "num_sanity_val_steps": 2, "val_check_interval": 2}
     return distill(teacher_path, settings, steps=4, metrics=True, pp=2, **extra)
