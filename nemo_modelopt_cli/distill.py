@@ -14,90 +14,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nemo_modelopt_cli import options
 from nemo_modelopt_cli.checks import distill_checks, resume_checks
+from nemo_modelopt_cli.flags import distill as flags
 from nemo_modelopt_cli.parser import Parser, default_devices, default_nodes, derive, loading_options
 from nemo_modelopt_dropin.preflight import model_sizes, pair_checks
 
-PATHS = (
-    "log_dir",
-    "model_path",
-    "teacher_path",
-    "distillation_config",
-    "tokenizer",
-    "data_paths",
-    "text",
-    "heldout_text",
-    "chat_template_path",
-    "index_mapping_dir",
-    "dump_teacher_topk",
-    "teacher_topk",
-)
-PRECISIONS = ("bf16-mixed", "bf16", "16-mixed", "16", "32")
+PATHS = options.paths(flags.Options)
 
 
 def parser(prog: str | None = None) -> Parser:
     """Return the command line."""
     found = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model = found.add_argument_group("models")
-    model.add_argument("--name", required=True, help="name of the experiment, a folder below --log_dir")
-    model.add_argument("--log_dir", required=True, help="folder of logs and checkpoints")
-    model.add_argument("--model_path", required=True, help="checkpoint to train")
-    model.add_argument(
-        "--teacher_path",
-        help="checkpoint to distill from, or what --dump-teacher-topk wrote; without it the model is simply trained",
-    )
-    model.add_argument(
-        "--dump-teacher-topk",
-        metavar="FOLDER",
-        help="do not train: run the teacher over the data of this training and write its likeliest tokens",
-    )
-    model.add_argument(
-        "--teacher-topk",
-        metavar="FOLDER",
-        help="what --dump-teacher-topk wrote: distill without a teacher in memory. --teacher_path, if given, must be "
-        "the checkpoint that was recorded",
-    )
-    model.add_argument("--distillation_config", "--kd_config", help="YAML file with the distillation losses")
-    model.add_argument("--tokenizer", help="tokenizer to use in place of the checkpoint's")
-    model.add_argument("--legacy_ckpt", action="store_true", help="checkpoint of Transformer Engine before 1.14")
-    layout = found.add_argument_group("layout")
-    for name in ("tp", "cp", "pp", "ep"):
-        layout.add_argument(f"--{name}_size", f"--{name}", type=int, default=1)
-    layout.add_argument("--devices", type=int, help="ranks of each node (default: torchrun's, or what the model needs)")
-    layout.add_argument("--num_nodes", type=int, help="nodes (default: torchrun's, or 1)")
-    layout.add_argument("--precision", choices=PRECISIONS, help="default: bf16-mixed, or 32 with --cpu")
-    layout.add_argument("--cpu", action="store_true", help="run on CPU ranks over gloo")
+    options.add(found, flags.Options)
     found.add_run_options()
-    data = found.add_argument_group("data")
-    data.add_argument("--data_paths", nargs="+", help="Megatron's tokenized files; one folder with --use-chat-data")
-    data.add_argument(
-        "--text", help="JSON, JSON-lines, Parquet or text file (also .gz, .bz2, .xz, .zst) of texts or chats"
-    )
-    data.add_argument("--heldout_text", help="such a file to validate on (default: --text)")
-    data.add_argument("--use_mock_data", action="store_true", help="random tokens")
-    data.add_argument("--use-chat-data", action="store_true", help="--data_paths holds chats to fine-tune on")
-    data.add_argument("--chat-template-path", help="file with the chat template, where the tokenizer's will not do")
-    data.add_argument("--split", default="99,1,0", help="train, validation and test shares (default: 99,1,0)")
-    data.add_argument("--index_mapping_dir", help="where index files are written")
-    data.add_argument("--seq_length", type=int, required=True, help="tokens a sample")
-    training = found.add_argument_group("training")
-    training.add_argument("--max_steps", type=int, required=True, help="optimizer steps")
-    training.add_argument("--gbs", type=int, required=True, help="global batch size")
-    training.add_argument("--mbs", type=int, required=True, help="micro batch size")
-    training.add_argument("--lr", type=float, default=1e-4)
-    training.add_argument("--min_lr", type=float, default=1e-5)
-    training.add_argument("--warmup_steps", type=int, default=50, help="steps in which the learning rate rises to --lr")
-    training.add_argument(
-        "--val_check_interval", type=int, default=100, help="steps between validations and checkpoints"
-    )
-    training.add_argument(
-        "--save_minutes",
-        type=float,
-        default=5.0,
-        help="minutes between checkpoints to resume from; only the last is kept, until the end (0: none)",
-    )
-    training.add_argument("--limit_val_batches", type=int, default=32, help="micro-batches of a validation")
-    training.add_argument("--log_interval", type=int, default=10, help="steps between logged figures")
     return found
 
 

@@ -15,7 +15,10 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from nemo_modelopt_cli import options
 from nemo_modelopt_cli.checks import data_paths
+from nemo_modelopt_cli.flags import prune as flags
+from nemo_modelopt_cli.flags.prune import BUDGETS, TARGETS
 from nemo_modelopt_cli.parser import (
     Parser,
     absolute_paths,
@@ -40,84 +43,14 @@ from nemo_modelopt_dropin.preflight.model_checks import (
     target_problems,
 )
 
-PATHS = (
-    "restore_path",
-    "save_path",
-    "tokenizer",
-    "data_paths",
-    "text",
-    "heldout_text",
-    "index_mapping_dir",
-    "scores_path",
-    "report_path",
-)
-
-TARGETS = {
-    "target_ffn_hidden_size": "size of the MLP's inner layer",
-    "target_hidden_size": "size of the embedding",
-    "target_num_attention_heads": "attention heads, divisible by the query groups",
-    "target_num_query_groups": "query groups; with --target_num_attention_heads",
-    "target_num_layers": "layers to keep, by block influence (arXiv 2403.03853)",
-    "target_mamba_num_heads": "Mamba's heads",
-    "target_mamba_head_dim": "size of Mamba's heads",
-    "target_num_moe_experts": "experts of each layer",
-    "target_moe_ffn_hidden_size": "size of an expert's inner layer",
-    "target_moe_shared_expert_intermediate_size": "size of the shared expert's inner layer",
-}
-BUDGETS = {
-    "target_params": "parameters to keep at most: 70%%, 5.6e9 or 5.6B; targets given too stay fixed",
-    "target_active_params": "the same for the parameters that one token of an MoE model uses",
-}
-
-
-def number(text: str) -> int | float:
-    """Return a size, or a share of the original's."""
-    return int(text) if text.lstrip("+-").isdigit() else float(text)
+PATHS = options.paths(flags.Options)
 
 
 def parser(prog: str | None = None) -> Parser:
     """Return the command line."""
     found = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model = found.add_argument_group("model")
-    model.add_argument("--restore_path", required=True, help="checkpoint to prune")
-    model.add_argument("--save_path", required=True, help="folder of the pruned checkpoint")
-    model.add_argument("--tokenizer", help="tokenizer to use in place of the checkpoint's")
-    model.add_argument("--legacy_ckpt", action="store_true", help="checkpoint of an older Transformer Engine")
-    layout = found.add_argument_group("layout")
-    layout.add_argument("--devices", type=int, help="ranks of each node (default: torchrun's, or what the model needs)")
-    layout.add_argument("--num_nodes", type=int, help="nodes (default: torchrun's, or 1)")
-    layout.add_argument("--tp_size", "--tp", type=int, default=1, help="by importance: pipeline stages")
-    layout.add_argument("--pp_size", "--pp", type=int, default=1)
-    layout.add_argument("--num_layers_in_first_pipeline_stage", type=int, help="where stages are unequal")
-    layout.add_argument("--num_layers_in_last_pipeline_stage", type=int, help="where stages are unequal")
-    layout.add_argument("--cpu", action="store_true", help="run on CPU ranks over gloo")
+    options.add(found, flags.Options)
     found.add_run_options()
-    data = found.add_argument_group("data for importance")
-    data.add_argument("--data_paths", nargs="*", help="Megatron's files, or weights and files in turn")
-    data.add_argument(
-        "--text", help="JSON, JSON-lines, Parquet or text file (also .gz, .bz2, .xz, .zst) of texts or chats"
-    )
-    data.add_argument("--heldout_text", help="such a file to compare candidates on (default: --text)")
-    data.add_argument("--scores_path", help="folder that keeps the measured importance for further targets")
-    data.add_argument("--split", default="99,1,0", help="train, validation and test shares (default: 99,1,0)")
-    data.add_argument("--index_mapping_dir", help="where index files are written")
-    data.add_argument("--seq_length", type=int, help="tokens a sample; required for importance")
-    data.add_argument("--mbs", type=int, default=1, help="samples a pass (default: 1)")
-    data.add_argument("--num_train_samples", type=int, default=1024, help="samples to measure on (default: 1024)")
-    targets = found.add_argument_group("what to prune")
-    for name, text in TARGETS.items():
-        targets.add_argument(f"--{name}", type=number, help=text)
-    for name, text in BUDGETS.items():
-        targets.add_argument(f"--{name}", help=text)
-    targets.add_argument("--max_candidates", type=int, default=16, help="combinations of sizes to try (default: 16)")
-    targets.add_argument(
-        "--heldout_batches", type=int, default=16, help="batches of held-out data to try them on (default: 16)"
-    )
-    targets.add_argument(
-        "--drop_layers", type=int, nargs="*", help="layers to drop, counted from 1; excludes the targets"
-    )
-    found.add_argument("--report_path", help="folder of report.html and .json (default: save_path + .report)")
-    found.add_argument("--no_report", action="store_true", help="write neither")
     return found
 
 

@@ -13,6 +13,10 @@ import glob
 import os
 from pathlib import Path
 
+from nemo_modelopt_cli import options
+from nemo_modelopt_cli.flags import ptq as flags
+from nemo_modelopt_cli.flags.ptq import ALGORITHMS, FORMATS
+from nemo_modelopt_cli.flags.ptq import algorithm as algorithm
 from nemo_modelopt_cli.parser import (
     Parser,
     default_devices,
@@ -31,22 +35,7 @@ from nemo_modelopt_dropin.preflight import algorithms, data_files, output_checks
 from nemo_modelopt_dropin.preflight.model_checks import block_problems, split_problems
 from nemo_modelopt_dropin.preflight.model_sizes import STAGES, known
 
-ALGORITHMS = algorithms.of_ptq()
-PATHS = (
-    "nemo_checkpoint",
-    "tokenizer",
-    "calibration_dataset",
-    "auto_quantize_checkpoint",
-    "export_path",
-    "calibration_state",
-    "report_path",
-    "algorithm",
-)
-FORMATS = {
-    "trtllm": "a TensorRT-LLM checkpoint",
-    "nemo": "a NeMo checkpoint that simulates it with wide weights; only hf and trtllm files are small",
-    "hf": "Hugging Face files with weights in that format",
-}
+PATHS = options.paths(flags.Options)
 HUB = ("cnn_dailymail", "wikitext")
 _FOLDERS = {"trtllm": "./qnemo_{algorithm}_tp{inference_tp}_pp{inference_pp}", "hf": "./hf_{algorithm}"}
 
@@ -54,95 +43,9 @@ _FOLDERS = {"trtllm": "./qnemo_{algorithm}_tp{inference_tp}_pp{inference_pp}", "
 def parser(prog: str | None = None) -> Parser:
     """Return the command line."""
     found = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model = found.add_argument_group("model")
-    model.add_argument("-nc", "--nemo_checkpoint", required=True, help="NeMo 2 checkpoint")
-    model.add_argument("--tokenizer", help="tokenizer to use in place of the checkpoint's")
-    model.add_argument("--decoder_type", help="architecture as modelopt calls it, where it cannot be inferred")
-    model.add_argument("--legacy_ckpt", action="store_true", help="checkpoint of Transformer Engine before 1.14")
-    model.add_argument("--trust_remote_code", action="store_true", help="for Hugging Face models")
-    layout = found.add_argument_group("layout")
-    layout.add_argument("-ctp", "--calibration_tp", "--calib_tp", "--tp", type=int, default=1)
-    layout.add_argument("-cpp", "--calibration_pp", "--calib_pp", "--pp", type=int, default=1)
-    layout.add_argument("--num_layers_in_first_pipeline_stage", type=int, help="where stages are unequal")
-    layout.add_argument("--num_layers_in_last_pipeline_stage", type=int, help="where stages are unequal")
-    layout.add_argument("--devices", type=int, help="ranks of each node (default: torchrun's, or what the model needs)")
-    layout.add_argument(
-        "-nodes", "--num_nodes", type=int, help="nodes (default: torchrun's, else calibration_pp, 1 with --cpu)"
-    )
-    layout.add_argument("--cpu", action="store_true", help="run on CPU ranks over gloo")
+    options.add(found, flags.Options)
     found.add_run_options()
-    quantization = found.add_argument_group("quantization")
-    quantization.add_argument(
-        "-algo",
-        "--algorithm",
-        default="fp8",
-        type=algorithm,
-        metavar="NAME",
-        help=f"one of {', '.join(ALGORITHMS)}, a preset of modelopt (..._CFG) or a JSON file with a quant_cfg",
-    )
-    quantization.add_argument("-awq_bs", "--awq_block_size", type=int, default=128)
-    quantization.add_argument("--sq_alpha", type=float, default=0.5, help="SmoothQuant's alpha")
-    quantization.add_argument("--enable_kv_cache", action="store_true", default=None, help="quantize the KV cache")
-    quantization.add_argument("--disable_kv_cache", dest="enable_kv_cache", action="store_false")
-    quantization.add_argument(
-        "--kv_cache_qformat", default="fp8", choices=("fp8", "nvfp4"), help="format of the KV cache (default: fp8)"
-    )
-    quantization.add_argument(
-        "-dt", "--dtype", default="bf16", choices=("16", "bf16"), help="of what stays unquantized"
-    )
-    mixed = found.add_argument_group("mixed precision (--algorithm auto)")
-    mixed.add_argument("--auto_quantize_bits", type=float, help="bits of a weight on average")
-    mixed.add_argument("--auto_quantize_formats", default="int4_awq,fp8", help="algorithms to choose among")
-    mixed.add_argument("--auto_quantize_checkpoint", help="file or folder from which an interrupted search goes on")
-    calibration = found.add_argument_group("calibration")
-    calibration.add_argument("-bs", "--batch_size", type=int, default=64)
-    calibration.add_argument("-sl", "--seq_len", type=int, default=128)
-    calibration.add_argument("-calib_size", "--calibration_dataset_size", type=int, default=512)
-    calibration.add_argument(
-        "-calib_ds",
-        "--calibration_dataset",
-        default="cnn_dailymail",
-        help="wikitext, cnn_dailymail, or a JSON, JSON-lines, Parquet or text file, a folder or glob of such",
-    )
-    calibration.add_argument("--calibration_column", help="column of the texts, where it is not text")
-    calibration.add_argument(
-        "--sensitivity_scan", action="store_true", help="measure what each group of layers costs, one at a time"
-    )
-    calibration.add_argument("--calibration_shuffle_seed", type=int, help="shuffle the calibration data")
-    export = found.add_argument_group("export")
-    export.add_argument("-out", "--export_path", "--output_path", help="folder to write (default: named by algorithm)")
-    export.add_argument(
-        "--export_format",
-        default="trtllm",
-        choices=tuple(FORMATS),
-        help="; ".join(f"{name}: {what}" for name, what in FORMATS.items()),
-    )
-    export.add_argument("-itp", "--inference_tp", "--tensor_parallelism_size", type=int, default=1, help="for trtllm")
-    export.add_argument("-ipp", "--inference_pp", "--pipeline_parallelism_size", type=int, default=1, help="for trtllm")
-    export.add_argument("--report_path", help="folder of report.html and .json (default: export_path + .report)")
-    export.add_argument("--no_report", action="store_true", help="write neither")
-    export.add_argument("--generate_sample", action="store_true", help="let the quantized model write a sample")
-    export.add_argument(
-        "--verify",
-        default="full",
-        choices=("full", "files", "none"),
-        help="what is checked of hf files before they appear: their logits too, the files alone, nothing",
-    )
-    state = found.add_argument_group("calibrated state")
-    state.add_argument("--calibration_state", help="folder to keep it in (default: export_path + .calibration-state)")
-    state.add_argument(
-        "--no_calibration_state", action="store_true", help="neither keep nor use one: calibrate every time"
-    )
     return found
-
-
-def algorithm(name: str) -> str:
-    """Return a name that may be an algorithm; which presets modelopt has is known once it is imported."""
-    if name in ALGORITHMS or name.endswith("_CFG") or os.path.isfile(name):
-        return name
-    raise argparse.ArgumentTypeError(
-        f"unknown algorithm {name!r} (one of {', '.join(ALGORITHMS)}, or a file){did_you_mean(name, ALGORITHMS)}"
-    )
 
 
 def resolve(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
