@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nemo.collections.llm.modelopt._parallel import gather_tensors
 from nemo_modelopt_dropin.preflight import loss_memory
 
 from .chunk import FORWARD, shifted
-from .shards import all_gather
 from .vocab_parallel import default_chunk_rows, divergence_with_gradient, scale_rows, token_chunks
 
 
@@ -266,7 +266,7 @@ def cross_entropy(
         local[0, part] = maximum.double() + buffer[: len(maximum)].exp_().sum(-1).double().log()
     lse, picked = local
     if group is not None and torch.distributed.get_world_size(group) > 1:
-        shards = all_gather(local, group)
+        shards = gather_tensors(local, group)
         lse, picked = shards[:, 0].logsumexp(0), shards[:, 1].sum(0)
     if gradient is not None:
         assert factors is not None
@@ -288,6 +288,6 @@ def _agreement(z: Tensor, y: Tensor, group=None) -> Tensor:
         ).any(-1)
     if group is None or torch.distributed.get_world_size(group) == 1:
         return both.float()
-    shards = all_gather(torch.cat([maxima, both[None].float()]), group)
+    shards = gather_tensors(torch.cat([maxima, both[None].float()]), group)
     highest = shards[:, :2].amax(0)
     return ((shards[:, :2] == highest).all(1) & (shards[:, 2] > 0)).any(0).float()

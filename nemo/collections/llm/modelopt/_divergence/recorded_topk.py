@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nemo.collections.llm.modelopt._parallel import gather_tensors
+
 from .chunk import LOWEST, TINY, divergence_of_buckets, shifted
-from .shards import all_gather
 from .vocab_parallel import scale_rows
 
 # Bytes of one fp32 chunk.
@@ -64,7 +65,7 @@ def top_entries(logits: Tensor, k: int, temperature: float, group=None) -> tuple
     values, places, rest = torch.cat(offers), torch.cat(entries), torch.cat(rests)
     if size == 1:
         return places, values, rest.float()
-    values, places, rest = (torch.cat([*all_gather(x, group)], -1) for x in (values, places, rest.unsqueeze(-1)))
+    values, places, rest = (torch.cat([*gather_tensors(x, group)], -1) for x in (values, places, rest.unsqueeze(-1)))
     # Stable, so that all ranks keep the same of equal logits.
     order = values.argsort(dim=-1, descending=True, stable=True)
     chosen, others = order[:, :k], order[:, k:]
@@ -170,7 +171,7 @@ def _rest(source, places, temperature, buffer) -> tuple[Tensor, Tensor]:
 
 def _of_all_shards(own: Tensor, group) -> Tensor:
     """Return the student's buckets [n, k + 1] over all shards, with one collective."""
-    shards = all_gather(own, group)
+    shards = gather_tensors(own, group)
     # An entry lies on one shard and counts as lowest on the others.
     return torch.cat([shards[..., :-1].amax(0), shards[..., -1:].logsumexp(0)], dim=-1)
 

@@ -19,8 +19,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nemo.collections.llm.modelopt._parallel import gather_tensors
+
 from .chunk import LOWEST, TINY, divergence_of_buckets, shifted
-from .shards import all_gather
 
 # Entries of a block in the selection of the top k, and the smallest number of blocks for each selected entry.
 _BLOCK, _BLOCKS_FOR_EACH = 16, 2
@@ -70,7 +71,7 @@ def _sharded(student, teacher, temperature, direction, group, rows, topk, gradie
         offer, positions[part], maxima[part] = _offer(student[part], teacher[part], temperature, topk, buffer)
         local[:kept, part], local[k : k + kept, part] = offer[:kept], offer[kept : 2 * kept]
         local[-2:, part] = offer[-2:]
-    shards = all_gather(local, group)
+    shards = gather_tensors(local, group)
     for start in range(0, n, rows):
         part = slice(start, start + rows)
         loss[part], own, tail = _choose(shards[:, :, part], rank, topk, direction)

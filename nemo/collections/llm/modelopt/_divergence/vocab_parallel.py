@@ -24,10 +24,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from nemo.collections.llm.modelopt._parallel import gather_tensors
 from nemo_modelopt_dropin.preflight import loss_memory
 
 from .chunk import DIRECTIONS, FORWARD, JSD, REVERSE, Chunk
-from .shards import all_gather
 from .topk import topk_divergence
 
 __all__ = ["DIRECTIONS", "FORWARD", "JSD", "REVERSE", "kl_divergence"]
@@ -146,7 +146,7 @@ def _sharded_vocabulary(chunk: Chunk, student, teacher, direction, rows, gradien
         if direction != JSD:
             sign = 1.0 if direction == FORWARD else -1.0
             local[2, part] = chunk.mean_difference(direction) + sign * offset
-    shards = all_gather(local if direction != JSD else local[:2], group)
+    shards = gather_tensors(local if direction != JSD else local[:2], group)
     lse = shards[:, :2].logsumexp(0)
     log_z, log_y = (lse - maxima.double() / chunk.temperature).float()
     if direction == JSD:

@@ -11,9 +11,10 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from nemo.collections.llm.modelopt._parallel import gather_tensors
+
 from .._divergence.chunk import LOWEST
 from .._divergence.recorded_topk import RecordedLogits
-from .._divergence.shards import all_gather
 from ._deferred_logits import DeferredLogits, softcap
 
 # Numbers of a token on one shard: largest logit and its entry, log-sum-exp of the logits, logit of the label.
@@ -82,7 +83,7 @@ def _of_all_shards(local: Tensor) -> Tensor:
     group = parallel_state.get_tensor_model_parallel_group()
     if torch.distributed.get_world_size(group) == 1:
         return local
-    every = all_gather(local, group)
+    every = gather_tensors(local, group)
     # The first of equal maxima, as on one rank.
     best = every[:, _VALUE].argmax(0, keepdim=True)
     value, place = (every[:, i].gather(0, best)[0] for i in (_VALUE, _PLACE))

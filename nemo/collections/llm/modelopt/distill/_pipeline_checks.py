@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from megatron.core import parallel_state
 from torch import nn
 
 from nemo_modelopt_dropin.errors import nearest
 
+from .. import _parallel
 from ..errors import ModelOptConfigError
 
 
@@ -44,15 +43,6 @@ def check_student_layers(student: nn.Module, criterion: Mapping[tuple[str, str],
         if layer not in names
     ]
     # Only one stage may find it; the others would wait for it while loading the teacher's checkpoint.
-    for problem in of_all_stages((problems or [None])[0]):
+    for problem in _parallel.gather_over_stages((problems or [None])[0]):
         if problem:
             raise ModelOptConfigError(problem)
-
-
-def of_all_stages(value: Any) -> list[Any]:
-    """Return the value of every pipeline stage, in order."""
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    values = [value] * stages
-    if stages > 1:
-        torch.distributed.all_gather_object(values, value, group=parallel_state.get_pipeline_model_parallel_group())
-    return values

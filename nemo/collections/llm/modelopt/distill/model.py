@@ -23,10 +23,11 @@ from nemo.collections import llm
 
 from .. import _moved
 from .._batches import Shown
+from .._parallel import gather_over_stages
 from .._saved_keys import strip_module_prefix
 from ._config import DistillationConfig
 from ._deferred_logits import SummedLoss
-from ._pipeline_checks import check_student_layers, of_all_stages, refuse_virtual_pipeline
+from ._pipeline_checks import check_student_layers, refuse_virtual_pipeline
 from ._plan import make_plan
 from ._reduction import DistillationValidation, Metrics
 from ._state import state_of
@@ -356,7 +357,7 @@ class DistillationGPTModel(llm.GPTModel):
         state = state_of(self.core_module)
         if self._fused_logits is None:
             # The last stage decides; all stages log.
-            self._fused_logits = any(of_all_stages(state.fused))
+            self._fused_logits = any(gather_over_stages(state.fused))
         left_out = {"lm_loss"} if self._settings.skip_lm_loss else set()
         if not state.observing and not self._fused_logits:
             left_out.add("kd_top1_agreement")

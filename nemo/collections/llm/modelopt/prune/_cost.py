@@ -10,7 +10,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from .. import _batches
+from .. import _batches, _parallel
 from ..errors import ModelOptConfigError
 from . import _checks, _count, _heldout
 
@@ -132,9 +132,7 @@ def all_curves(known: Mapping[str, Any], numbers: Sequence[int], channels: int) 
         channels: channels of an attention head.
     """
     own = curves(known["activations_per_rank"][parallel_state.get_pipeline_model_parallel_rank()], numbers, channels)
-    group = parallel_state.get_pipeline_model_parallel_group()
-    gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(gathered, own, group=group)
+    gathered = _parallel.gather_over_stages(own)
     whole: dict[str, dict[int, list[float]]] = {}
     for stage in gathered:
         for hparam, layers in stage.items():

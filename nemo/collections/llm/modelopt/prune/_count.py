@@ -15,6 +15,7 @@ import torch
 from megatron.core import parallel_state
 from torch import nn
 
+from .. import _parallel
 from ..errors import ModelOptConfigError
 
 Terms = Counter[tuple[str, ...]]
@@ -48,12 +49,9 @@ def model_terms(core: nn.Module) -> dict[int, Terms]:
             found.setdefault(part, Counter()).update(_parameter_terms(name, parameter, model.config))
         except ModelOptConfigError as error:
             problem = str(error)
-    group = parallel_state.get_pipeline_model_parallel_group()
-    gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
     # The problem goes along: a stage must not stop while the others wait.
-    torch.distributed.all_gather_object(gathered, (found, problem), group=group)
     whole: dict[int, Terms] = {}
-    for stage, complaint in gathered:
+    for stage, complaint in _parallel.gather_over_stages((found, problem)):
         if complaint:
             raise ModelOptConfigError(complaint)
         for part, terms in stage.items():

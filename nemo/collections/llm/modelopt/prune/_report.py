@@ -9,6 +9,7 @@ import torch
 from megatron.core import parallel_state
 from torch import nn
 
+from .. import _parallel
 from . import _hybrid
 from ._checks import model_sizes
 
@@ -58,9 +59,7 @@ def kept_layers(before: Sequence[tuple[int, nn.Module]], core: nn.Module) -> lis
     decoder: Any = core.decoder
     left = {id(layer) for layer in decoder.layers}
     local = [number for number, layer in before if id(layer) in left]
-    group = parallel_state.get_pipeline_model_parallel_group()
-    gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(gathered, local, group=group)
+    gathered = _parallel.gather_over_stages(local)
     return sorted(number for part in gathered for number in part)
 
 

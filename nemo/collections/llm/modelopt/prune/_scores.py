@@ -13,7 +13,7 @@ from torch import nn
 
 from nemo_modelopt_dropin import files
 
-from .. import tensor_file
+from .. import _parallel, tensor_file
 from ..errors import ModelOptConfigError
 from ..quantization.export import support
 from ._checks import model_sizes
@@ -81,8 +81,7 @@ def fingerprint(core: nn.Module, data: dict[str, Any] | None = None) -> dict[str
         digest.update(
             f"{name} {tuple(parameter.shape)} {float(numbers.sum())!r} {float(numbers.square().sum())!r}".encode()
         )
-    digests: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(digests, digest.hexdigest())
+    digests = _parallel.gather_objects(digest.hexdigest())
     return {
         "modelopt": modelopt.__version__,
         "ranks": len(digests),
@@ -105,18 +104,16 @@ def prepare(folder: str | Path, current: dict[str, Any], device: torch.device) -
             folder holds something else.
     """
     folder = Path(folder)
-    problem = [_problem(folder, current) if torch.distributed.get_rank() == 0 else None]
-    torch.distributed.broadcast_object_list(problem, src=0)
-    if problem[0]:
-        raise ModelOptConfigError(f"scores_path={str(folder)!r} {problem[0]}.")
+    problem = _parallel.from_rank_zero(_problem(folder, current) if torch.distributed.get_rank() == 0 else None)
+    if problem:
+        raise ModelOptConfigError(f"scores_path={str(folder)!r} {problem}.")
     found, reason = None, None
     if (folder / _FINGERPRINT).exists():
         try:
             found = tensor_file.load(folder / _file_name(), device)
         except (ModelOptConfigError, OSError) as error:
             reason = f"{error} Measure them again in a new folder."
-    reasons: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(reasons, reason)
+    reasons = _parallel.gather_objects(reason)
     if any(reasons):
         raise ModelOptConfigError(f"scores_path={str(folder)!r}: {next(filter(None, reasons))}")
     return found

@@ -192,9 +192,3 @@ def write_sizes(saved: Any, live: Any, names: Iterable[str]) -> None:
         for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
             if isinstance(getattr(saved, name, None), int):
                 setattr(saved, name, None)
-
-
-def barrier() -> None:
-    """Wait for all ranks, where there are several."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()

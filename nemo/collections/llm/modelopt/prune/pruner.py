@@ -21,7 +21,7 @@ from nemo.collections import llm
 from nemo_modelopt_dropin import files
 from nemo_modelopt_dropin.console import progress, screen
 
-from .. import _batches, _real
+from .. import _batches, _parallel, _real
 from ..errors import ModelOptConfigError
 from . import _budget, _checks, _cost, _hybrid, _report, _scores, _search, _state
 
@@ -389,12 +389,13 @@ def save_pruned_model(trainer: nl.Trainer, save_path: str) -> None:
             logging.info(f"Pruned model saved to {save_path}\n")
         return
     with files.written(Path(save_path), files.checkpoint("nemo"), writes=is_global_rank_zero()) as folder:
-        _state.barrier()
+        _parallel.barrier()
         _write_checkpoint(trainer, folder)
-        _state.barrier()
-    _state.barrier()
+        _parallel.barrier()
+    _parallel.barrier()
     with screen.results():
-        logging.info(f"Pruned model saved to {save_path}\n")
+        logging.info(f"Pruned model saved to {save_path}
+")
 
 
 def _write_checkpoint(trainer: Any, folder: Any) -> None:

@@ -17,6 +17,7 @@ from nemo.utils.get_rank import is_global_rank_zero
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 from nemo_modelopt_dropin.console import screen
 
+from .. import _parallel
 from . import quant_cfg_choices as choices
 from .calibration import batching
 
@@ -165,17 +166,6 @@ def _kind(name: str) -> str | None:
     return kind if kind in KINDS else None
 
 
-def model_parallel_sum(values: list[float]) -> list[float]:
-    """Return each value summed over tensor- and pipeline-parallel ranks."""
-    if not parallel_state.model_parallel_is_initialized():
-        return values
-    group = parallel_state.get_model_parallel_group()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(total, group=group)
-    return total.tolist()
-
-
 def count_quantizers(model) -> dict[str, int]:
     """Return the number of enabled quantizers of each kind, over all pipeline stages."""
     counts = dict.fromkeys(KINDS, 0)
@@ -188,7 +178,7 @@ def count_quantizers(model) -> dict[str, int]:
         # Tensor-parallel ranks hold shards of the same layers.
         if kind and first and _is_enabled(module):
             counts[kind] += 1
-    return dict(zip(counts, map(int, model_parallel_sum(list(counts.values()))), strict=True))
+    return dict(zip(counts, map(int, _parallel.model_parallel_sum(list(counts.values()))), strict=True))
 
 
 def _is_enabled(quantizer) -> bool:
@@ -222,7 +212,7 @@ def model_bytes(model) -> tuple[int, int]:
         first = quantizer[0] if isinstance(quantizer, SequentialQuantizer) else quantizer
         scales = first.amax.numel() if first.amax is not None else 0
         quantized += parameter.numel() * choices.bits_of(first.num_bits) / 8 + 4 * scales
-    plain, quantized = model_parallel_sum([plain, quantized])
+    plain, quantized = _parallel.model_parallel_sum([plain, quantized])
     return int(plain), int(quantized)
 
 
@@ -320,13 +310,10 @@ def bytes_on_disk(folder: Path) -> int | None:
 
 def sizes_on_disk(original: Any, exported: Path) -> dict[str, int]:
     """Return "disk_bytes_before" and "disk_bytes_after" as measured by rank zero; all ranks must call it."""
-    shared: list[Any] = [None]
+    sizes: dict[str, int | None] = {}
     if is_global_rank_zero():
         sizes = {"disk_bytes_before": bytes_on_disk(original), "disk_bytes_after": bytes_on_disk(exported)}
-        shared = [{name: size for name, size in sizes.items() if size is not None}]
-    if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(shared, src=0)
-    return shared[0]
+    return _parallel.from_rank_zero({name: size for name, size in sizes.items() if size is not None})
 
 
 def write(content: dict[str, Any], config: Any, folder: Path) -> None:

@@ -17,8 +17,8 @@ from megatron.core import parallel_state
 
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 
+from .. import _parallel
 from . import quant_cfg_choices as choices
-from . import ranks
 
 # The calls of each quantizer that are measured, one per micro-batch: all inputs of a layer are similar.
 COMPARED_CALLS = 4
@@ -131,10 +131,10 @@ def table(core: torch.nn.Module, activations: Sums) -> list[dict[str, Any]]:
         torch.distributed.all_reduce(stacked, group=group)
     entries = []
     for name, (signal, noise) in zip(names, stacked.tolist(), strict=False):
-        layer, _, leaf = ranks.global_name(core, name).rpartition(".")
+        layer, _, leaf = _parallel.global_name(core, name).rpartition(".")
         entries.append((layer, leaf, format_of(core.get_submodule(name)), signal, noise))
     if parallel_state.model_parallel_is_initialized():
-        stages = ranks.gather(entries, parallel_state.get_pipeline_model_parallel_group())
+        stages = _parallel.gather_objects(entries, parallel_state.get_pipeline_model_parallel_group())
         entries = [entry for stage in stages for entry in stage]
     return _rows(entries)
 
@@ -182,10 +182,10 @@ def sensitivity(core: torch.nn.Module, measure: Callable[[str], dict[str, float]
     own: dict[str, list[Any]] = {}
     for name, quantizer in enabled_quantizers(core):
         parts = [part for part in _parts(quantizer) if part.is_enabled]
-        own.setdefault(group_of(ranks.global_name(core, name)), []).extend(parts)
+        own.setdefault(group_of(_parallel.global_name(core, name)), []).extend(parts)
     groups = set(own)
     if torch.distributed.is_initialized():
-        groups = set().union(*ranks.gather(groups))
+        groups = set().union(*_parallel.gather_objects(groups))
     everything = [part for parts in own.values() for part in parts]
     rows = []
     try:

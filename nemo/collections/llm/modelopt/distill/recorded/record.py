@@ -22,7 +22,7 @@ from nemo.collections import llm
 from nemo_modelopt_dropin import files
 from nemo_modelopt_dropin.console import progress
 
-from ... import _batches
+from ... import _batches, _parallel
 from ..._divergence.recorded_topk import top_entries
 from ...errors import ModelOptConfigError
 from .._config import read_distillation_config
@@ -120,7 +120,7 @@ def dump_teacher_topk(
     writes = is_global_rank_zero()
     with files.written(output, files.RECORDED_TEACHER, writes) as folder:
         recorder = _run(model, data, trainer, steps, settings, folder)
-        manifests = _of_all_ranks(_part_of_manifest(recorder))
+        manifests = _parallel.gather_objects(_part_of_manifest(recorder))
         if writes:
             manifest = _whole_manifest(manifests, settings, model, teacher_model_path, data_description)
             shutil.copytree(ckpt_to_context_subdir(teacher_model_path), folder / "context")
@@ -239,9 +239,3 @@ def _whole_manifest(parts: list[dict], settings: Any, model: Any, teacher_path: 
         tokenizer=store.tokenizer_digest(model.tokenizer),
         data=data,
     )
-
-
-def _of_all_ranks(value: Any) -> list[Any]:
-    values = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values

@@ -25,7 +25,7 @@ from modelopt.torch.opt.mode import _ModeRegistryCls
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 from nemo_modelopt_dropin import files, locks
 
-from ... import tensor_file
+from ... import _parallel, tensor_file
 from ...errors import ModelOptConfigError
 from ..export import support
 from ..insert import gated_amax, kv_cache
@@ -163,7 +163,7 @@ def check_folder(path: str | Path, setting: str) -> None:
     Raises:
         ModelOptConfigError: With the content of the folder and what to do.
     """
-    problems = [text for text in _gathered(files.problem(Path(path), KIND)) if text]
+    problems = [text for text in _parallel.gather_objects(files.problem(Path(path), KIND)) if text]
     if problems:
         raise ModelOptConfigError(f"{setting}: {problems[0]}.")
 
@@ -179,15 +179,7 @@ def _is_writer() -> bool:
 
 def any_rank_sees(path: Path) -> bool:
     """Return whether the folder exists for any rank."""
-    return any(_gathered(path.is_dir()))
-
-
-def _gathered(value: Any) -> list[Any]:
-    if not torch.distributed.is_initialized():
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
+    return any(_parallel.gather_objects(path.is_dir()))
 
 
 def _mode_count(core: torch.nn.Module) -> int:
@@ -235,7 +227,7 @@ def read(path: Path, stamp: dict[str, Any]) -> dict[str, Any]:
         ModelOptConfigError: On all ranks, if the file of one rank cannot be read or belongs to another run.
     """
     content, problem = _read_file(path / _file_name(), stamp)
-    problems = [text for text in _gathered(problem) if text]
+    problems = [text for text in _parallel.gather_objects(problem) if text]
     if problems:
         raise ModelOptConfigError(f"The calibrated state in {path} cannot be used: {problems[0]}")
     return content

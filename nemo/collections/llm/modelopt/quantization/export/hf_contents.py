@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nemo.collections.llm.modelopt.quantization import ranks
+from nemo.collections.llm.modelopt import _parallel
 from nemo.collections.llm.modelopt.quantization.export import hf_encoding, hf_files
 from nemo.collections.llm.modelopt.quantization.export.support import ExportError, together
 
@@ -74,7 +74,7 @@ def of_model(core: torch.nn.Module) -> dict[str, Contents]:
         return found
     first = parallel_state.get_tensor_model_parallel_rank() == 0
     for name, module in core.named_modules():
-        number = _layer_number(ranks.global_name(core, name)) if hasattr(module, "weight_quantizer") else None
+        number = _layer_number(_parallel.global_name(core, name)) if hasattr(module, "weight_quantizer") else None
         layer = hf_encoding.read(module) if number is not None else None
         if layer is None or number is None:
             continue
@@ -125,8 +125,7 @@ def check(core: torch.nn.Module, folder: Path) -> None:
     Raises:
         ExportError: If they differ.
     """
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, dict(of_model(core)))
+    parts = _parallel.gather_objects(dict(of_model(core)))
     with together("The check of the codes"):
         if torch.distributed.get_rank() == 0:
             expected: dict[str, Contents] = defaultdict(Contents)

@@ -16,6 +16,7 @@ import torch
 from nemo.utils import logging
 
 from modelopt.torch.quantization.nn import TensorQuantizer
+from nemo.collections.llm.modelopt import _parallel
 from nemo.collections.llm.modelopt.quantization.export import (
     hf_contents,
     hf_encoding,
@@ -292,8 +293,7 @@ def check_logits(core, folder: Path, dtype: torch.dtype) -> None:
     if is_global_rank_zero():
         facts[0] = hf_files.obstacle(folder)
         facts[1] = 0 if facts[0] else hf_files.plain_config(folder).vocab_size
-    torch.distributed.broadcast_object_list(facts, src=0)
-    reason, vocabulary = facts
+    reason, vocabulary = _parallel.from_rank_zero(facts)
     if reason is not None:
         logging.warning(f"The logits of the written checkpoint were not compared: {reason}")
         return

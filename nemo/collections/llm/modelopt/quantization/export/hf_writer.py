@@ -19,6 +19,7 @@ import torch
 from megatron.core import parallel_state
 from nemo.utils.get_rank import is_global_rank_zero
 
+from nemo.collections.llm.modelopt import _parallel
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization.export import (
     hf_blocks,
@@ -83,11 +84,7 @@ def _kv_cache(model) -> str | None:
         ExportError: If layers have different ones.
     """
     own = hf_kv_cache.formats(model) if isinstance(model, torch.nn.Module) else set()
-    parts: list[Any] = [own]
-    if torch.distributed.is_initialized():
-        parts = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, own)
-    found = set().union(*parts)
+    found = set().union(*_parallel.gather_objects(own))
     if len(found) > 1:
         raise support.ExportError(
             f"A Hugging Face checkpoint has one format for the KV cache of all layers, not {sorted(map(str, found))}."
@@ -323,8 +320,7 @@ def save_layers(layer_state_dicts: dict, total_layers: int, save_directory, name
             _save(tensors, Path(save_directory) / file)
             names.update(dict.fromkeys(tensors, file))
             size += sum(value.numel() * value.element_size() for value in tensors.values())
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, (names, size))
+    parts = _parallel.gather_objects((names, size))
     if is_global_rank_zero():
         weight_map = {name: file for part, _ in parts for name, file in part.items()}
         index = {"metadata": {"total_size": sum(size for _, size in parts)}, "weight_map": weight_map}

@@ -13,6 +13,7 @@ from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
 
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
+from nemo.collections.llm.modelopt import _parallel
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 from nemo.collections.llm.modelopt.quantization.collaborators import Collaborators
@@ -309,7 +310,7 @@ def staged(target: Path, kind: str) -> Iterator[Path]:
             yield staging
             failed = False
         finally:
-            elsewhere = _any_rank(failed)
+            elsewhere = any(_parallel.any_rank([failed]))
             if writes and (failed or elsewhere):
                 files.discard(staging, kind)
             barrier()
@@ -318,15 +319,6 @@ def staged(target: Path, kind: str) -> Iterator[Path]:
         with together(f"Moving {target} into place"):
             if writes:
                 files.publish(staging, target, kind)
-
-
-def _any_rank(failed: bool) -> bool:
-    """Return whether any rank failed."""
-    if not torch.distributed.is_initialized():
-        return failed
-    flag = torch.tensor(int(failed), device="cuda" if torch.cuda.is_available() else "cpu")
-    torch.distributed.all_reduce(flag)
-    return bool(flag)
 
 
 @contextlib.contextmanager
@@ -344,7 +336,7 @@ def together(what: str) -> Iterator[None]:
         yield
         failed = False
     finally:
-        elsewhere = _any_rank(failed)
+        elsewhere = any(_parallel.any_rank([failed]))
     if elsewhere:
         raise ExportError(f"{what} failed on another rank, see its log.")
 

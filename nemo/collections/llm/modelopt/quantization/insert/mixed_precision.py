@@ -13,10 +13,10 @@ from modelopt.torch.quantization import algorithms
 from modelopt.torch.quantization.mode import QuantizeModeRegistry
 from modelopt.torch.quantization.nn import QuantModuleRegistry
 
+from ..._parallel import gather_objects, global_name
 from ...errors import ModelOptConfigError
 from .. import quant_cfg_choices as choices
 from ..calibration import batching, sources
-from ..ranks import gather, global_name
 from . import gated_amax, kv_cache
 from .searcher import Searcher, check_supported
 
@@ -106,7 +106,7 @@ def quantize(
         )
     chosen = {name.removesuffix(".quant_recipe"): recipe for name, recipe in best["recipe"].items()}
     layers = {global_name(core, name): recipes.get(str(recipe), UNQUANTIZED) for name, recipe in chosen.items()}
-    stages = gather(layers, parallel_state.get_pipeline_model_parallel_group())
+    stages = gather_objects(layers, parallel_state.get_pipeline_model_parallel_group())
     return {
         "formats": {name: fmt for stage in stages for name, fmt in stage.items()},
         "effective_bits": searcher.effective_bits,

@@ -13,6 +13,7 @@ import torch
 from modelopt.torch.quantization.nn import QuantModuleRegistry, SequentialQuantizer, TensorQuantizer
 from nemo_modelopt_dropin.errors import nearest
 
+from ... import _parallel
 from ...errors import ModelOptConfigError
 from .. import quant_cfg_choices as choices
 
@@ -71,7 +72,7 @@ def check(model: torch.nn.Module, quant_cfg: dict[str, Any], from_file: bool) ->
         for name, module in model.named_modules()
         if isinstance(module, (TensorQuantizer, SequentialQuantizer))
     ]
-    matched = _on_any_rank([_matches(pattern, names) for pattern in wanted])
+    matched = _parallel.any_rank([_matches(pattern, names) for pattern in wanted])
     missing = [pattern for pattern, found in zip(wanted, matched, strict=True) if not found]
     if from_file:
         shipped = shipped_exclusions()
@@ -107,13 +108,3 @@ def _matches(pattern: Pattern, names: list[tuple[str, torch.nn.Module]]) -> bool
         fnmatch.fnmatch(name, pattern.wildcard) and (parent is None or isinstance(owner, parent))
         for name, owner in names
     )
-
-
-def _on_any_rank(flags: list[bool]) -> list[bool]:
-    """Return the flags that are set on at least one rank: a pipeline stage has only some of the layers."""
-    if not flags or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return flags
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tensor = torch.tensor(flags, dtype=torch.int32, device=device)
-    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
-    return [bool(flag) for flag in tensor.tolist()]

@@ -12,8 +12,9 @@ from nemo.utils.get_rank import is_global_rank_zero
 from modelopt.torch.quantization.nn import TensorQuantizer
 from nemo_modelopt_dropin.console import screen
 
+from ... import _parallel
 from ...errors import ModelOptConfigError
-from .. import comparison, ranks, transformers_models
+from .. import comparison, transformers_models
 from .. import quant_cfg_choices as choices
 from . import gated_amax, kv_cache, patterns
 
@@ -39,7 +40,7 @@ def drop_quantizers(core: torch.nn.Module, algorithm: Any) -> None:
         return
     quantizers = [module for module in core.modules() if isinstance(module, TensorQuantizer)]
     scaled = sum(hasattr(quantizer, "_pre_quant_scale") for quantizer in quantizers)
-    if comparison.model_parallel_sum([scaled])[0]:
+    if _parallel.model_parallel_sum([scaled])[0]:
         raise ModelOptConfigError(
             "This model is quantized already, by an algorithm that scaled its weights (AWQ or SmoothQuant): quantizing "
             f"it again with {algorithm} would start from those. Quantize the original checkpoint."
@@ -108,7 +109,7 @@ def keep_amax_from_vanishing(mtq: Any, quantized: Any, algorithm: str, formats: 
     if formats is None:
         return _clamp(mtq, quantized, "*input_quantizer", algorithm)
     for name, module in quantized.named_modules():
-        chosen = formats.get(ranks.global_name(quantized, name)) if hasattr(module, "input_quantizer") else None
+        chosen = formats.get(_parallel.global_name(quantized, name)) if hasattr(module, "input_quantizer") else None
         if chosen in _MAXBOUND:
             _clamp(mtq, quantized, f"{name}.input_quantizer", chosen)
     return quantized

@@ -23,8 +23,8 @@ from modelopt.torch.quantization import algorithms
 from nemo_modelopt_dropin.console import screen
 
 from ... import tensor_file
+from ..._parallel import gather_objects
 from ...errors import ModelOptConfigError
-from ..ranks import gather
 
 _Base: Any = getattr(algorithms, "AutoQuantizeGradientSearcher", object)
 # Hooks of data-parallel training that Megatron's schedule would call around a backward pass.
@@ -75,12 +75,12 @@ class Searcher(_Base):
         offered = self._get_search_recipes(self.config["quantization_formats"])
         recipes = {str(recipe): recipe for recipe in [*offered, algorithms.QuantRecipe(quant_cfg=None)]}
         stored = {name: saved for name, saved in state.get("quantizer_states", {}).items() if _restorable(saved)}
-        answers = gather((problem, {*stored} & {*recipes}))
+        answers = gather_objects((problem, {*stored} & {*recipes}))
         problems = [text for text, _ in answers if text]
         if problems:
             raise ModelOptConfigError(f"auto_quantize_checkpoint: {problems[0]}")
         common = set.intersection(*(names for _, names in answers))
-        scored = all(gather(bool(state.get("candidate_stats"))))
+        scored = all(gather_objects(bool(state.get("candidate_stats"))))
         self.quantizer_states = {recipes[name]: saved for name, saved in stored.items() if name in common}
         if scored:
             self.candidate_stats = {
@@ -127,7 +127,7 @@ class Searcher(_Base):
     def run_search_with_stats(self, max_weight_size, verbose=False):
         """Choose the formats of all pipeline stages together; return this stage's part."""
         own = self.candidate_stats
-        stages = gather(own, parallel_state.get_pipeline_model_parallel_group())
+        stages = gather_objects(own, parallel_state.get_pipeline_model_parallel_group())
         everything = {(i, name): dict(stat) for i, stats in enumerate(stages) for name, stat in stats.items()}
         # The solver's tolerances are absolute, so the scores are scaled to about one.
         largest = max((max(stat["scores"]) for stat in everything.values()), default=0.0) or 1.0

@@ -1,0 +1,88 @@
+"""Collectives and names that hold for all ranks: thin wrappers of torch.distributed and Megatron's groups.
+
+Without a process group each function answers for this process alone. All ranks of a group must call them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+
+def is_distributed() -> bool:
+    """Return whether this process has a process group."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def gather_objects(value: Any, group: Any = None) -> list[Any]:
+    """Return the value of each rank of a group in order, by default of all ranks."""
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values
+
+
+def gather_over_stages(value: Any) -> list[Any]:
+    """Return the value of each pipeline stage in order."""
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        return [value]
+    return gather_objects(value, parallel_state.get_pipeline_model_parallel_group())
+
+
+def from_rank_zero(value: Any) -> Any:
+    """Return rank zero's value; what the other ranks pass is ignored."""
+    shared = [value]
+    if is_distributed():
+        torch.distributed.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
+def any_rank(flags: Sequence[bool]) -> list[bool]:
+    """Return, for each flag, whether it is set on at least one rank."""
+    if not flags or not is_distributed():
+        return list(flags)
+    tensor = torch.tensor(flags, dtype=torch.int32, device=_device())
+    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in tensor.tolist()]
+
+
+def model_parallel_sum(values: list[float]) -> list[float]:
+    """Return each value summed over tensor- and pipeline-parallel ranks."""
+    if not parallel_state.model_parallel_is_initialized():
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=_device())
+    torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
+    return total.tolist()
+
+
+def gather_tensors(local: Tensor, group: Any) -> Tensor:
+    """Return the tensors [r, ...] of all ranks of a group, by one collective; ``local`` has the same shape on all."""
+    size = torch.distributed.get_world_size(group)
+    gathered = local.new_empty(size * local.shape[0], *local.shape[1:])
+    torch.distributed.all_gather_into_tensor(gathered, local.contiguous(), group=group)
+    return gathered.view(size, *local.shape)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if is_distributed():
+        torch.distributed.barrier()
+
+
+def global_name(core: torch.nn.Module, name: str) -> str:
+    """Return a layer's name with its number in the whole model; a pipeline stage counts its layers from zero."""
+    head, marker, tail = name.partition("layers.")
+    if not marker:
+        return name
+    number, _, rest = tail.partition(".")
+    layer = core.get_submodule(f"{head}layers.{number}")
+    return f"{head}layers.{layer.layer_number - 1}.{rest}" if hasattr(layer, "layer_number") else name
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
