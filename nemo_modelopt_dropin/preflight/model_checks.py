@@ -70,7 +70,7 @@ def drop_problems(layers: int | None, dropped: Sequence[int] | None) -> list[str
         end = f"; the model has layers 1 to {layers}" if layers is not None else "; the first layer is 1"
         found.append(f"drop_layers: there is no layer {', '.join(map(str, wrong))}{end}")
     if twice:
-        found.append(f"drop_layers: {', '.join(map(str, twice))} given more than once")
+        found.append(f"drop_layers: {', '.join(map(str, twice))} listed more than once")
     if not found and layers is not None and len(dropped) >= layers:
         found.append(f"drop_layers: these are all {layers} layers; keep at least one")
     return found

@@ -67,7 +67,7 @@ def test_heads_are_judged_as_pruning_judges_them(cpu_backend, heads, groups, own
     [
         ([1, 5], "there is no layer 5; the model has layers 1 to 4"),
         ([0], "there is no layer 0"),
-        ([2, 2], "2 given more than once"),
+        ([2, 2], "2 listed more than once"),
         ([1, 2, 3, 4], "these are all 4 layers; keep at least one"),
         ([1, 4], None),
         (None, None),

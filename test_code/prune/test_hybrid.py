@@ -290,4 +290,4 @@ class TestHybrids:
     def test_layers_that_modelopt_leaves_are_noticed(self, ranks):
         """Without a rule for the model, modelopt cuts no layer and says nothing, while the configuration claims it."""
         out = ranks(1).run(prune, {"target_num_layers": 3}, "*-*-", 4, rules=False)[0]
-        assert "left 4 layers where 3 were asked for: the model is no longer usable" in out["refused"]
+        assert "left 4 layers although 3 were requested: the model is no longer usable" in out["refused"]

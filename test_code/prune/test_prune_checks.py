@@ -84,7 +84,7 @@ class TestSizes:
             ({"mamba_num_heads": 2}, r"target_mamba_num_heads.*no such dimension; allowed.*target_hidden_size"),
             (
                 {"num_attention_heads": 6},
-                r"=6 with 4 query groups \(target_num_query_groups is not given\).*\[4, 8, 12, 16\]",
+                r"=6 with 4 query groups \(target_num_query_groups is not set\).*\[4, 8, 12, 16\]",
             ),
             (
                 {"num_attention_heads": 10, "num_query_groups": 2},
@@ -131,7 +131,7 @@ class TestSizes:
             ([2.0], r"\[2\.0\] not among"),
             ([True], r"\[True\] not among"),
             (["1"], r"\['1'\] not among"),
-            ([2, 2, 5], r"\[2\] given more than once"),
+            ([2, 2, 5], r"\[2\] listed more than once"),
             (list(range(1, 13)), r"removes all 12 layers; keep at least one"),
         ],
     )
@@ -174,7 +174,7 @@ class TestOnAModel:
             ({"target_mamba_num_heads": 1}, "no such dimension"),
             ({"target_num_layers": 4}, "nothing to prune"),
             ({"drop_layers": [5]}, "allowed: whole numbers from 1 to 4"),
-            ({"drop_layers": [1, 1]}, "given more than once"),
+            ({"drop_layers": [1, 1]}, "listed more than once"),
             ({}, "is empty"),
         ]
         messages = ranks(1).run(jobs.refused_all, [request for request, _ in cases])[0]

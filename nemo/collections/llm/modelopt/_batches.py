@@ -1,4 +1,4 @@
-"""The data that a NeMo model reads: a look at its micro-batches, and loaders lent for a while."""
+"""Observe the micro-batches that a NeMo model reads, and replace its loaders for a while."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Shown:
 
     def __next__(self):
         found = next(self.batches)
-        # NeMo's loaders give (batch, number, loader).
+        # NeMo's loaders return (batch, number, loader).
         batch = found[0] if isinstance(found, tuple) and len(found) == 3 else found
         if isinstance(batch, Mapping):
             self.see(batch)

@@ -28,7 +28,7 @@ def find(name: str) -> Any:
         try:
             return getattr(importlib.import_module(module), name)
         except ModuleNotFoundError as error:
-            # A module that is there but lacks one of its own dependencies must say so.
+            # If a module exists but one of its own dependencies is missing, that error must be seen.
             if error.name is None or not module.startswith(error.name):
                 raise
     raise ImportError(f"This version of nemo-toolkit has {name} in none of {', '.join(_HOMES[name])}.")

@@ -23,7 +23,7 @@ def strip_module_prefix(key: str) -> str:
 
 
 def saved_keys(ckpt_path: Any) -> list[str]:
-    """Return the keys of the tensors and objects in a distributed checkpoint; empty where there is none to look at."""
+    """Return the keys of the tensors and objects in a distributed checkpoint; empty if there is no such checkpoint."""
     if not isinstance(ckpt_path, (str, os.PathLike)):
         return []
     folder = ckpt_to_weights_subdir(ckpt_path, is_saving=False)

@@ -102,7 +102,7 @@ def _set_gpt_modelopt_spec(config: llm.GPTConfig) -> None:
 def _set_gpt_mamba_modelopt_spec(
     model_cfg: llm.GPTConfig | llm.SSMConfig,
 ) -> llm.GPTConfig | llm.SSMConfig:
-    """Set the layer spec that Model Optimizer converts, where the model has no spec of its own.
+    """Set the layer spec that Model Optimizer converts, unless the model has a spec of its own.
 
     Transformer Engine fuses the norm into the linear layers; Model Optimizer's spec keeps them apart and maps the
     names in the checkpoint. Where Transformer Engine is missing, the local layers are of the same form and stay.
@@ -152,7 +152,7 @@ def set_modelopt_spec_if_exists_in_ckpt(model: L.LightningModule, path: str) -> 
 
 
 def _default_device() -> tuple[str, str]:
-    """Return the accelerator and the precision to use: the GPU in bf16, or the CPU in fp32 where that is enabled."""
+    """Return the accelerator and the precision: the GPU in bf16, or the CPU in fp32 if the CPU backend is enabled."""
     from nemo_modelopt_dropin import cpu_backend
 
     if not torch.cuda.is_available() and cpu_backend.is_enabled():
@@ -247,7 +247,7 @@ def setup_trainer_and_restore_model_with_modelopt_spec(
     }
     ends = {"first": num_layers_in_first_pipeline_stage, "last": num_layers_in_last_pipeline_stage}
     stages = {f"num_layers_in_{end}_pipeline_stage": layers for end, layers in ends.items() if layers}
-    # The strategy needs them too: it writes its own layout, and None for what it was not told, over the model's.
+    # The strategy needs them too: it writes its own layout, and None for what was not passed to it, over the model's.
     layout |= stages
     strategy = nl.MegatronStrategy(
         **{**_strategy_settings(layout, dtype, inference_only, legacy_ckpt), **(strategy_kwargs or {})}
@@ -283,7 +283,7 @@ def _hidden_teacher(core_model: nn.Module):
 
 
 def _make_finite(core_model: nn.Module) -> None:
-    """Put zeros where weights hold what was in memory: exporters build models without initialising them.
+    """Replace uninitialised weights by zeros: exporters build models without initialising them.
 
     Restoring calibrates weight quantizers on the weights as they are, and refuses NaN; the checkpoint's weights and
     scales come afterwards.
@@ -299,7 +299,7 @@ def _make_finite(core_model: nn.Module) -> None:
 def restore_modelopt_state(
     model: nn.Module, path: str | None = None, trainer: pl.Trainer | None = None
 ) -> None | Callable:
-    """Convert a model as its checkpoint says (quantizers, pruned sizes ...), before weights are loaded.
+    """Convert a model to the form its checkpoint has (quantizers, pruned sizes ...), before weights are loaded.
 
     NeMo's strategy calls it before every load, and then finds the weights under whatever prefix they were saved.
 

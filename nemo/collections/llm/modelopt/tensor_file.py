@@ -45,7 +45,7 @@ def save(path: Path, content: Any) -> None:
         beside.touch()
         mode = beside.stat().st_mode
         save_file(tensors, str(beside))
-        beside.chmod(mode)  # safetensors makes files that only their owner can read
+        beside.chmod(mode)  # safetensors creates files with mode 0600
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> Any:
@@ -81,7 +81,7 @@ def _encoded(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return value
     if isinstance(value, torch.Tensor):
         name = f"tensor{len(tensors)}"
-        # A copy of its own: safetensors refuses tensors that share memory.
+        # A copy of its own: safetensors raises an error for tensors that share memory.
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {_TENSOR: name}
     if isinstance(value, torch.dtype):

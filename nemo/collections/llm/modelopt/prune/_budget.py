@@ -49,7 +49,7 @@ class Steps:
 
 
 def check(core: nn.Module, budget: Budget, fixed: Mapping[str, int]) -> dict[int, _count.Terms]:
-    """Refuse a budget that this model cannot be pruned to; return what its parameters are made of.
+    """Raise an error for a budget that this model cannot be pruned to; return what its parameters are made of.
 
     All ranks must call it.
 
@@ -66,7 +66,7 @@ def check(core: nn.Module, budget: Budget, fixed: Mapping[str, int]) -> dict[int
     if not hasattr(config, "data_step_fn") or not hasattr(config, "forward_step_fn"):
         raise ModelOptConfigError(
             f"target_params: {type(config).__name__} has no data_step_fn and forward_step_fn to evaluate candidates "
-            "with; give target_* sizes instead."
+            "with; set target_* sizes instead."
         )
     terms, sizes = _count.model_terms(core), _checks.model_sizes(core)
     layers = range(1, sizes["num_layers"] + 1)
@@ -75,7 +75,7 @@ def check(core: nn.Module, budget: Budget, fixed: Mapping[str, int]) -> dict[int
     if budget.active_parameters is not None and total == used:
         raise ModelOptConfigError(
             "target_active_params is for mixture-of-experts models; this model uses all parameters for every token: "
-            "give target_params."
+            "set target_params."
         )
     _limits(budget, total, used)
     # Which layers stay is known once they are scored; with the smallest ones anything is reached that ever can be.
@@ -110,7 +110,7 @@ def prune_to_budget(
         The candidates, the importance, and the original model's held-out loss.
 
     Raises:
-        ModelOptConfigError: where no candidate keeps the budget, or nothing can be measured.
+        ModelOptConfigError: if no candidate keeps the budget, or nothing can be measured.
     """
     with _snapshot.put_back(core):
         known = _search.prune_by_importance(core, {}, steps.minitron, steps.measure, scores_path, data)
@@ -130,7 +130,7 @@ def prune_to_budget(
     if _number(best.loss) < reference.loss and is_global_rank_zero():
         logging.warning(
             f"The best candidate's held-out loss, {best.loss:.4f}, is below the original's, {reference.loss:.4f}: the "
-            "held-out data cannot tell the candidates apart. It may be too little, or unlike what the model was "
+            "held-out data cannot separate the candidates. It may be too little, or unlike what the model was "
             "trained on."
         )
     _search.prune_by_importance(core, _changed(core, best.sizes), steps.minitron, steps.measure, known=known)
@@ -220,12 +220,12 @@ def checked_budget(
     if not whole:
         raise ModelOptConfigError(f"size_multiples={multiples!r} must map hparams to whole numbers of at least 1.")
     if multiples and parameters is None and active_parameters is None:
-        raise ModelOptConfigError(f"size_multiples={multiples!r} is for target_params: other sizes are kept as given.")
+        raise ModelOptConfigError(f"size_multiples={multiples!r} is for target_params: other sizes stay unchanged.")
     for name, value in (("target_params", parameters), ("target_active_params", active_parameters)):
         if value is not None:
             _candidates.parse_budget(name, value)
     if isinstance(max_candidates, bool) or not isinstance(max_candidates, int) or max_candidates < 1:
-        raise ModelOptConfigError(f"max_candidates={max_candidates!r}; give a whole number of at least 1.")
+        raise ModelOptConfigError(f"max_candidates={max_candidates!r}; pass a whole number of at least 1.")
     if parameters is None and active_parameters is None:
         return None
     return Budget(parameters, active_parameters, max_candidates, multiples or {})

@@ -17,7 +17,7 @@ from ..errors import ModelOptConfigError
 # One of these is chosen as large as the budget allows, once the others are fixed.
 _FITTED = ("moe_ffn_hidden_size", "ffn_hidden_size", "hidden_size", "num_layers")
 _CHOICES = 8
-# Candidates further than this below the budget are only tried where there are none nearer.
+# Candidates further than this below the budget are only tried if there are none nearer.
 _TOLERANCE = 0.05
 
 
@@ -54,7 +54,7 @@ def parse_budget(name: str, value: Any) -> float:
         value: such as ``"70%"``, ``0.7``, ``5.6e9`` or ``"5.6B"``.
 
     Raises:
-        ModelOptConfigError: where it is none of these.
+        ModelOptConfigError: if it is none of these.
     """
     try:
         return budget.parse(value)
@@ -71,13 +71,13 @@ def resolve_budget(name: str, value: Any, total: int) -> int:
         total: number of parameters of the original model.
 
     Raises:
-        ModelOptConfigError: where nothing would have to be pruned.
+        ModelOptConfigError: if nothing would have to be pruned.
     """
     number = parse_budget(name, value)
     limit = int(number * total) if number < 1 else int(number)
     if limit >= total:
         raise ModelOptConfigError(
-            f"{name}={value!r} is {limit:,} parameters, not fewer than the model's {total:,}; give fewer."
+            f"{name}={value!r} is {limit:,} parameters, not fewer than the model's {total:,}; pass fewer."
         )
     return limit
 
@@ -128,7 +128,7 @@ def enumerate_sizes(
     fitted = next((name for name in _FITTED if name in free), None)
     if fitted is None:
         raise ModelOptConfigError(
-            f"target_params has nothing left to choose: {', '.join(f'target_{name}' for name in fixed)} are given; "
+            f"target_params has nothing left to choose: {', '.join(f'target_{name}' for name in fixed)} are set; "
             f"leave at least one of {', '.join(f'target_{name}' for name in _FITTED if name in sizes)} out."
         )
 
@@ -157,7 +157,7 @@ def enumerate_sizes(
 
 
 def _largest(steps: range, fits: Callable[[int], bool]) -> int | None:
-    """Return the largest number that fits, by bisection, None where the smallest does not."""
+    """Return the largest number that fits, by bisection, or None if the smallest does not fit."""
     if not steps or not fits(steps[0]):
         return None
     low, high = 0, len(steps) - 1
@@ -266,7 +266,7 @@ def choose(
         if limit is not None
     ]
     share = min(limit / function(sizes) for function, limit in limits)
-    # A dimension gives up somewhat more than its part; where that does not reach the budget, whatever it has.
+    # A dimension gives up somewhat more than its part; if that does not reach the budget, all that it can.
     for floor in (0.6 * share, 0.0):
         combinations = enumerate_sizes(sizes, fixed, limits, floor, least_experts, multiples)
         near = [c for c in combinations if any(f(c) >= (1 - _TOLERANCE) * limit for f, limit in limits)]

@@ -10,7 +10,7 @@ from . import _checks, _search
 
 
 def check_checkpoint(pruning_config: Any, checkpoint: str, tp_size: int = 1) -> None:
-    """Refuse a request that a checkpoint's model cannot be pruned to; only its configuration is read.
+    """Raise an error for a request that a checkpoint's model cannot be pruned to; only its configuration is read.
 
     ``llm.prune`` meets the same errors once the model is loaded.
 

@@ -16,30 +16,30 @@ MOE_SIZES = ("num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_interm
 
 
 def check_target(name: str, value: Any) -> None:
-    """Refuse a target that no model could satisfy.
+    """Raise an error for a target that no model could satisfy.
 
     Args:
         name: the field, such as ``target_hidden_size``.
         value: the size, or the ratio of the original size.
 
     Raises:
-        ModelOptConfigError: where it is neither a whole number of at least 1 nor a ratio between 0 and 1.
+        ModelOptConfigError: if it is neither a whole number of at least 1 nor a ratio between 0 and 1.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ModelOptConfigError(
-            f"{name}={value!r} is not a number; give a size (a whole number of at least 1), "
+            f"{name}={value!r} is not a number; pass a size (a whole number of at least 1), "
             "or a ratio of the original size between 0 and 1."
         )
     legal = value >= 1 if isinstance(value, int) else 0.0 < float(value) < 1.0
     if not legal:
         raise ModelOptConfigError(
-            f"{name}={value!r} is out of range; give a size (a whole number of at least 1), "
+            f"{name}={value!r} is out of range; pass a size (a whole number of at least 1), "
             "or a ratio of the original size between 0 and 1 (None leaves the dimension as it is)."
         )
 
 
 def check_targets(targets: Mapping[str, Any]) -> None:
-    """Refuse targets that contradict each other whatever the model is.
+    """Raise an error for targets that contradict each other whatever the model is.
 
     Args:
         targets: hparam name without ``target_`` -> requested size or ratio; nothing for dimensions left alone.
@@ -63,7 +63,7 @@ def check_targets(targets: Mapping[str, Any]) -> None:
 
 
 def check_drop_layers(drop_layers: Sequence[int], num_layers: int) -> None:
-    """Refuse layer numbers that the model does not have.
+    """Raise an error for layer numbers that the model does not have.
 
     Args:
         drop_layers: 1-indexed numbers of the layers to remove.
@@ -81,7 +81,7 @@ def check_drop_layers(drop_layers: Sequence[int], num_layers: int) -> None:
     twice = sorted({n for n in drop_layers if list(drop_layers).count(n) > 1})
     if twice:
         raise ModelOptConfigError(
-            f"drop_layers={list(drop_layers)}: {twice} given more than once; name each layer once."
+            f"drop_layers={list(drop_layers)}: {twice} listed more than once; name each layer once."
         )
     if len(drop_layers) >= num_layers:
         raise ModelOptConfigError(
@@ -118,7 +118,7 @@ def resolve_targets(targets: Mapping[str, Any], sizes: Mapping[str, int], may_be
         may_be_empty: whether it is right that these targets alone change nothing.
 
     Raises:
-        ModelOptConfigError: where the model cannot be pruned to a target; the message names what is allowed.
+        ModelOptConfigError: if the model cannot be pruned to a target; the message names what is allowed.
     """
     missing = [name for name in targets if name not in sizes]
     if missing:
@@ -163,7 +163,7 @@ def _resolve_heads(resolved: dict[str, int], targets: Mapping[str, Any], sizes: 
         heads = min(allowed, key=lambda legal: (abs(legal - heads), -legal))
         logging.info(f"target_num_attention_heads is {heads}: a multiple of {groups} query groups")
     if heads not in allowed:
-        given = "" if "num_query_groups" in resolved else " (target_num_query_groups is not given)"
+        given = "" if "num_query_groups" in resolved else " (target_num_query_groups is not set)"
         raise ModelOptConfigError(
             f"target_num_attention_heads={heads} with {groups} query groups{given} is impossible for a model of "
             f"{sizes['num_attention_heads']} heads in {sizes['num_query_groups']} groups; allowed: {allowed}."
@@ -172,7 +172,7 @@ def _resolve_heads(resolved: dict[str, int], targets: Mapping[str, Any], sizes: 
 
 
 def check_prunes_experts(resolved: Mapping[str, int], config: Any, by_budget: bool, supported: bool) -> None:
-    """Refuse what would have to cut experts on a modelopt that cannot: it would leave them at their old sizes.
+    """Raise an error for targets that cut experts if modelopt cannot: it would leave them at their old sizes.
 
     Args:
         resolved: hparam -> requested size.
@@ -190,16 +190,16 @@ def check_prunes_experts(resolved: Mapping[str, int], config: Any, by_budget: bo
     if wrong:
         raise ModelOptConfigError(
             f"This modelopt prunes no experts, so a mixture of {config.num_moe_experts} experts cannot be pruned by "
-            f"{', '.join(wrong)}; install modelopt 0.43, or give target_num_layers, target_num_attention_heads or "
+            f"{', '.join(wrong)}; install modelopt 0.43, or set target_num_layers, target_num_attention_heads or "
             "drop_layers."
         )
 
 
 def check_experts(resolved: Mapping[str, int], config: Any) -> None:
-    """Refuse a number of experts that a token cannot be sent to.
+    """Raise an error for a number of experts that a token cannot be sent to.
 
     Raises:
-        ModelOptConfigError: where there are fewer than the router chooses, or they do not divide into its groups.
+        ModelOptConfigError: if there are fewer than the router chooses, or they do not divide into its groups.
     """
     experts = resolved.get("num_moe_experts")
     if experts is None:
@@ -213,7 +213,7 @@ def check_experts(resolved: Mapping[str, int], config: Any) -> None:
 
 
 def check_layout(config: Any, by_importance: bool) -> None:
-    """Refuse parallel layouts in which the model would be pruned wrongly.
+    """Raise an error for parallel layouts in which the model would be pruned wrongly.
 
     Args:
         config: the model's ``TransformerConfig``.
@@ -247,10 +247,10 @@ def check_layout(config: Any, by_importance: bool) -> None:
 
 
 def check_batches(data_module: Any, trainer: Any) -> None:
-    """Refuse a trainer that would measure nothing.
+    """Raise an error for a trainer that would measure nothing.
 
     Raises:
-        ModelOptConfigError: where the trainer's limit leaves no validation batch.
+        ModelOptConfigError: if the trainer's limit leaves no validation batch.
     """
     limit = getattr(trainer, "limit_val_batches", None)
     if isinstance(limit, numbers.Real) and not isinstance(limit, bool) and limit <= 0:
@@ -258,6 +258,6 @@ def check_batches(data_module: Any, trainer: Any) -> None:
         batch = f" ({batch})" if isinstance(batch, int) else ""
         raise ModelOptConfigError(
             f"trainer.limit_val_batches={limit}: no batch would be measured. llm.prune takes num_train_samples // "
-            f"global_batch_size batches, so give num_train_samples of at least the global batch size{batch}; with a "
-            "trainer of your own set limit_val_batches to 1 or more."
+            f"global_batch_size batches, so set num_train_samples to at least the global batch size{batch}; with a "
+            "trainer of your own, set limit_val_batches to 1 or more."
         )

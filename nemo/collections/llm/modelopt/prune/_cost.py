@@ -20,7 +20,7 @@ _POINTS = 33
 
 
 def describe(core: nn.Module, parameters: int) -> dict[str, Any]:
-    """Return the bytes of all weights, and where they can be told the FLOPs of a token's forward pass.
+    """Return the bytes of all weights, and, if they are known, the FLOPs of a token's forward pass.
 
     Args:
         core: the Megatron-Core model. All ranks must call it.

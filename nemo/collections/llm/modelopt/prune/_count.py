@@ -95,7 +95,7 @@ def _parameter_terms(name: str, parameter: torch.Tensor, config: Any) -> dict[tu
         return {("hidden_size",): 1}
     raise ModelOptConfigError(
         f"target_params: it is not known how the size of {name} {tuple(parameter.shape)} follows from the prunable "
-        "sizes; give target_* sizes for this model instead."
+        "sizes; set target_* sizes for this model instead."
     )
 
 

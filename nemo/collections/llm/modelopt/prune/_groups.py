@@ -1,4 +1,4 @@
-"""Pruning of query groups, which modelopt gave up in 0.41: slices of the attention weights.
+"""Pruning of query groups, which modelopt removed in 0.41: slices of the attention weights.
 
 Shapes: G query groups, n heads per group, d channels per head, h hidden size. ``linear_qkv.weight`` is
 ``[G * (n + 2) * d, h]``, each group's queries, key and value together; ``linear_proj.weight`` is ``[h, G * n * d]``.

@@ -20,7 +20,7 @@ from torch.nn import functional
 from .. import _batches
 from ..errors import ModelOptConfigError
 
-# Rows of logits at a time: two matrices of so many rows and the vocabulary.
+# Rows of logits at a time: two matrices [rows, vocabulary] are held.
 _ROWS = 1024
 
 
@@ -68,7 +68,7 @@ def observe(core: nn.Module, validate: Callable[[], None]) -> Reference:
         validate: runs the held-out batches through it with NeMo.
 
     Raises:
-        ModelOptConfigError: where there was no held-out batch.
+        ModelOptConfigError: if there was no held-out batch.
     """
     found = Reference()
 
@@ -81,8 +81,8 @@ def observe(core: nn.Module, validate: Callable[[], None]) -> Reference:
         validate()
     if not found.batches:
         raise ModelOptConfigError(
-            "target_params: the data module's val_dataloader gave no held-out batch to compare candidates on; give it "
-            "validation data (at least one global batch)."
+            "target_params: the data module's val_dataloader returned no held-out batch to compare candidates on; pass "
+            "it validation data (at least one global batch)."
         )
     sums = torch.zeros(3, dtype=torch.float64)
     for batch, hidden in zip(found.batches, found.hidden, strict=False):
@@ -140,7 +140,7 @@ def _forward_step(batches: Iterator, core: Any) -> tuple[Tensor, Callable]:
 
 
 def _no_loss(output: Tensor) -> tuple[Tensor, dict]:
-    """Return a loss for Megatron's schedule, which wants one; ours comes from the hook."""
+    """Return a placeholder loss for Megatron's schedule; the real one comes from the hook."""
     return output.new_zeros(()), {}
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import ModelOptConfigError
 
 PATTERN = "hybrid_override_pattern"
-# Shares of attention and MLP layers, which Megatron makes a pattern of, or compares with one that is given.
+# Shares of attention and MLP layers, which Megatron makes a pattern of, or compares with one that is set.
 RATIOS = ("hybrid_attention_ratio", "hybrid_mlp_ratio")
 
 
@@ -23,7 +23,7 @@ def is_hybrid(core: nn.Module) -> bool:
 
 
 def check_packages(core: nn.Module) -> None:
-    """Refuse a Mamba or hybrid model that this modelopt does not know for want of a package.
+    """Raise an error for a Mamba or hybrid model if the package that modelopt needs for it is missing.
 
     Raises:
         ModelOptConfigError: naming the packages.
@@ -32,14 +32,14 @@ def check_packages(core: nn.Module) -> None:
 
     if is_hybrid(core) and not getattr(plugin, "HAS_MAMBA", True):
         raise ModelOptConfigError(
-            "Mamba and hybrid models are pruned only where the package mamba_ssm can be imported, which it cannot "
+            "Mamba and hybrid models can be pruned only if the package mamba_ssm can be imported, which it cannot "
             "here; install mamba_ssm and causal_conv1d. The model is as it was."
         )
 
 
 @contextlib.contextmanager
 def spelled_out(core: nn.Module) -> Iterator[None]:
-    """Give a hybrid model that has only shares of layers its pattern in letters; take it back where pruning fails.
+    """Write the layer pattern of a hybrid model that has only shares of layers; remove it again if pruning fails.
 
     modelopt cuts the letters, and stops half-way where there are none; shares of the layers that are left would be
     another order of layers.

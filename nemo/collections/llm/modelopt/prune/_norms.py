@@ -39,7 +39,7 @@ def register_torch_norms() -> None:
 
 
 def check_norms(core: nn.Module) -> None:
-    """Refuse a model whose norms modelopt cannot slice.
+    """Raise an error for a model whose norms modelopt cannot slice.
 
     Args:
         core: a Megatron-Core ``GPTModel`` or ``MambaModel``.

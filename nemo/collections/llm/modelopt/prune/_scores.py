@@ -20,12 +20,12 @@ from ._checks import model_sizes
 
 _FINGERPRINT = "fingerprint.json"
 
-# Attributes of a data module that say how far it has been read.
+# Attributes of a data module that hold how far it has been read.
 _PROGRESS = ("init_global_step", "global_step", "consumed_samples")
 
 
 def describe_data(data_module: Any, trainer: Any) -> dict[str, Any]:
-    """Return what tells one measurement's data from another's: the data module's class and settings, the batches.
+    """Return what identifies the data of a measurement: the data module's class and settings, the batches.
 
     Settings are its public attributes that are numbers, texts and lists of them; files named there count with their
     size. The tokens themselves are not read.

@@ -15,7 +15,7 @@ from .. import _batches
 from ..errors import ModelOptConfigError
 from . import _checks, _groups, _norms, _scores, _snapshot, _weights
 
-# A layer that changes nothing has a score of zero, which modelopt takes for "not measured".
+# A layer that changes nothing has a score of zero, which modelopt reads as "not measured".
 _LOWEST_SCORE = 1e-30
 # What modelopt measures.
 _MEASURED = ("activations_per_rank", "layer_scores")
@@ -55,7 +55,7 @@ def prunes_experts() -> bool:
 
 
 def check_positions(core: Any) -> None:
-    """Refuse a model whose positions this modelopt does not prune.
+    """Raise an error for a model whose positions this modelopt does not prune.
 
     Raises:
         ModelOptConfigError: on modelopt up to 0.40, for positions other than rotary ones or none.
@@ -119,8 +119,8 @@ def prune_by_importance(
         What modelopt measured: ``activations_per_rank`` and ``layer_scores``.
 
     Raises:
-        ModelOptConfigError: where nothing was measured, or the scores belong to another model; the model is as before.
-        RuntimeError: where cutting failed half-way.
+        ModelOptConfigError: if nothing was measured, or the scores belong to another model; the model is as before.
+        RuntimeError: if cutting failed half-way.
     """
     config: Any = core.config
     ours, export_config = _shared_work(core, targets)
@@ -169,14 +169,14 @@ def prune_by_importance(
 
 
 def _shared_work(core: nn.Module, targets: Mapping[str, int]) -> tuple[bool, dict[str, int]]:
-    """Return whether heads and query groups are cut by us, and what modelopt is asked for."""
+    """Return whether this package cuts heads and query groups, and the targets to pass to modelopt."""
     sizes = _checks.model_sizes(core)
     ours = set() if prunes_query_groups() else {"num_query_groups"}
     shrink = targets.get("num_query_groups", sizes["num_query_groups"]) != sizes["num_query_groups"]
     if shrink:
-        # Also where modelopt would: 0.37 ranks the groups with the axes of groups and heads exchanged.
+        # Also if modelopt would: 0.37 ranks the groups with the axes of groups and heads exchanged.
         ours = {"num_query_groups", "num_attention_heads"}
-    # A search for query groups alone has nothing else to cut: it is asked for the depth that is there.
+    # A search for query groups alone has nothing else to cut: the present depth is passed.
     export_config = {name: size for name, size in targets.items() if name not in ours}
     return shrink, export_config or {"num_layers": sizes["num_layers"]}
 
@@ -233,7 +233,7 @@ def finish_scores(core: nn.Module, forwards: int) -> None:
         forwards: number of forward passes since the conversion.
 
     Raises:
-        ModelOptConfigError: where nothing was measured or the measurement is not finite.
+        ModelOptConfigError: if nothing was measured or the measurement is not finite.
     """
     if forwards == 0:
         raise ModelOptConfigError(

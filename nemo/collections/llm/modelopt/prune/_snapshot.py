@@ -1,4 +1,4 @@
-"""A model's structure put back after it was pruned: a candidate is tried on the model itself, without a copy."""
+"""Restore a model's structure after pruning: a candidate is tried on the model itself, without a copy."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def put_back(core: nn.Module) -> Iterator[None]:
 
 
 def module_config(module: nn.Module) -> Any:
-    """Return the configuration that a module was built from, None where it keeps none."""
+    """Return the configuration that a module was built from, or None if it keeps none."""
     return vars(module).get("config")
 
 
 def _shallow(attributes: dict[str, Any]) -> dict[str, tuple[Any, dict | None]]:
-    """Return name -> value, and what is in the value where it is a dictionary (parameters, submodules, hooks)."""
+    """Return name -> value, and the content of values that are dictionaries (parameters, submodules, hooks)."""
     return {name: (value, dict(value) if isinstance(value, dict) else None) for name, value in attributes.items()}
 
 

@@ -142,7 +142,7 @@ def find_core(model: nn.Module) -> nn.Module:
     """Return the Megatron-Core language model inside of NeMo's and DDP's wrappers.
 
     Raises:
-        ModelOptConfigError: where there is none.
+        ModelOptConfigError: if there is none.
     """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.mamba import MambaModel

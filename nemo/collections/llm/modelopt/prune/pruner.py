@@ -62,7 +62,7 @@ class PruningConfig:
         target_moe_ffn_hidden_size: size of an expert's inner layer.
         target_moe_shared_expert_intermediate_size: size of the shared expert's inner layer.
         target_params: number of parameters to stay at or below: a share of the original's ("70%", 0.7) or a number
-            (5.6e9, "5.6B"). Sizes are chosen among candidates by held-out loss; targets given too are kept fixed.
+            (5.6e9, "5.6B"). Sizes are chosen among candidates by held-out loss; other targets that are set stay fixed.
         target_active_params: the same for the parameters that one token of an MoE model uses.
         max_candidates: how many combinations of sizes to try for ``target_params``.
         heldout_batches: how many batches of the data module's validation loader to try them on.
@@ -107,7 +107,7 @@ class PruningConfig:
             or not isinstance(self.heldout_batches, int)
             or self.heldout_batches < 1
         ):
-            raise ModelOptConfigError(f"heldout_batches={self.heldout_batches!r}; give a whole number of at least 1.")
+            raise ModelOptConfigError(f"heldout_batches={self.heldout_batches!r}; pass a whole number of at least 1.")
 
 
 def _budget_of(config: PruningConfig) -> _budget.Budget | None:
@@ -262,7 +262,7 @@ def describe_pruning(model: llm.GPTModel) -> dict[str, Any]:
         ``target_params`` the ``candidates`` and the original model's held-out loss.
 
     Raises:
-        ModelOptConfigError: where the model was not pruned in this process.
+        ModelOptConfigError: if the model was not pruned in this process.
     """
     report = getattr(model, "pruning_report", None)
     if not isinstance(report, dict):
@@ -287,13 +287,13 @@ def _require(targets: dict[str, Any], data_module: Any, trainer: Any) -> None:
 
 
 def _minitron(model: Any, mode: Any, export_config: dict[str, Any], forward_loop: Callable) -> Any:
-    """Let modelopt measure, rank and cut; return what it returns."""
+    """Measure, rank and cut with modelopt; return what it returns."""
     config = {"forward_loop": forward_loop}
     return mtp.prune(model, mode=mode, constraints={"export_config": export_config}, dummy_input=None, config=config)
 
 
 def _validate_on_training_data(model: Any, data_module: Any, trainer: Any, converted: Any = None) -> None:
-    """Run the forward passes. modelopt hands its unwrapped model in, NeMo wants its own around it."""
+    """Run the forward passes. modelopt passes its unwrapped model, and NeMo needs its own wrapper around it."""
     with screen.results():
         logging.info("Measuring the importance of the model's parts...")
     # modelopt calls this without gradients, but setting a trainer up may build Megatron's DDP, which needs them;
@@ -344,7 +344,7 @@ def _training_data_for_validation(data_module: Any) -> contextlib.AbstractContex
 
 @contextlib.contextmanager
 def _reported(model: Any, core: Any, trainer: Any) -> Iterator[dict[str, Any]]:
-    """Put back what pruning must not change, and record what it did change in ``model.pruning_report``.
+    """Restore what pruning must not change, and record what it changed in ``model.pruning_report``.
 
     Yields a dictionary for what else belongs there.
     """
@@ -357,8 +357,8 @@ def _reported(model: Any, core: Any, trainer: Any) -> Iterator[dict[str, Any]]:
     kept = _report.kept_layers(layers, core)
     if len(kept) != core.config.num_layers:
         raise RuntimeError(
-            f"modelopt left {len(kept)} layers where {core.config.num_layers} were asked for: the model is no longer "
-            "usable, restore it anew."
+            f"modelopt left {len(kept)} layers although {core.config.num_layers} were requested: the model is no "
+            "longer usable, restore it again."
         )
     _report.keep_layer_patterns(core, kept, before["num_layers"])
     after = _report.measure(core)

@@ -17,7 +17,7 @@ from ..errors import ModelOptConfigError, one_of
 
 _, HAVE_TE = safe_import("transformer_engine")
 
-# Name -> modelopt's mode and its configuration; None where this modelopt has none.
+# Name -> modelopt's mode and its configuration; None if this modelopt has none.
 ALGORITHMS: dict[str, dict[str, Any] | None] = {
     "eagle3": getattr(mtsp, "EAGLE3_DEFAULT_CFG", None),  # arXiv 2503.01840
     "medusa": {"algorithm": "medusa", "config": {"medusa_num_heads": 2, "medusa_num_layers": 1}},  # arXiv 2401.10774
@@ -70,7 +70,7 @@ def apply_speculative_decoding(model: nn.Module, algorithm: str = "eagle3") -> n
 
 
 def _check(core: Any, mode: str) -> None:
-    """Refuse a model that modelopt cannot convert, before it is touched."""
+    """Raise an error for a model that modelopt cannot convert, before it is touched."""
     if not hasattr(core, "config"):
         raise ModelOptConfigError("Model must have a config attached. Pass an llm.GPTModel that has its weights.")
     if core.config.virtual_pipeline_model_parallel_size is not None:
@@ -88,7 +88,7 @@ def _check(core: Any, mode: str) -> None:
 
 
 def _is_convertible(core: nn.Module, mode: str) -> bool:
-    """Return whether modelopt knows this model's class, or a parent of it, and has what the method's layers need."""
+    """Return whether modelopt converts this model's class or a parent of it, and has what the method's layers need."""
     from modelopt.torch.speculative.eagle.conversion import EagleDMRegistry
     from modelopt.torch.speculative.medusa.conversion import MedusaDMRegistry
 
@@ -115,7 +115,7 @@ def _has_same_speculative_decoding_state(model: nn.Module, mode: str) -> bool:
     """Return whether the model has the draft heads of this mode.
 
     Raises:
-        ModelOptConfigError: where it has those of another mode.
+        ModelOptConfigError: if it has those of another mode.
     """
     from modelopt.torch.opt.mode import _ModeRegistryCls
 
