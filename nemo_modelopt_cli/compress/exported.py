@@ -30,6 +30,7 @@ def heldout_loss(folder: Path, ids: np.ndarray, seq_length: int, batch_size: int
     """
     from nemo.utils import logging
 
+    from nemo.collections.llm.modelopt import _heldout
     from nemo.collections.llm.modelopt.quantization.export import hf_files, hf_verify
 
     hf_files.verify(folder)
@@ -44,6 +45,7 @@ def heldout_loss(folder: Path, ids: np.ndarray, seq_length: int, batch_size: int
             rows = [windows[i] for i in range(start, min(start + batch_size, len(windows)))]
             logits = model(torch.stack([row["tokens"] for row in rows])).logits
             labels = torch.stack([row["labels"] for row in rows])
-            total += float(cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
+            losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+            total += float(_heldout.weighted_sum(losses))
             tokens += labels.numel()
     return total / tokens

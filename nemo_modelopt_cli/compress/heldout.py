@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from nemo.collections.llm.inference.base import _setup_trainer_and_restore_model
 from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
 from nemo.utils.model_utils import unwrap_model
 
 from nemo import lightning as nl
+from nemo.collections.llm.modelopt import _heldout
 from nemo.collections.llm.modelopt.quantization import comparison, layer_errors
 from nemo_modelopt_cli.compress import training
 from nemo_modelopt_cli.compress.settings import Layout
@@ -60,11 +60,11 @@ def heldout_loss(core: torch.nn.Module, ids: np.ndarray, seq_length: int, batch_
     """
     batches = _batches(Windows(ids, seq_length), batch_size)
     # The first passes of a process allocate and load; what is timed comes after them, and a short pass more than once.
-    _sums(core, batches[:1], seq_length, batch_size)
+    _sums(core, batches[:1])
     times: list[float] = []
     while not times or (sum(times) < _TIMED_S and len(times) < _TIMED_PASSES):
         started = time.perf_counter()
-        loss_sum, tokens = _sums(core, batches, seq_length, batch_size)
+        loss_sum, tokens = _sums(core, batches)
         times.append(_slowest(time.perf_counter() - started))
     seconds = min(times)
     return {
@@ -75,18 +75,9 @@ def heldout_loss(core: torch.nn.Module, ids: np.ndarray, seq_length: int, batch_
     }
 
 
-def _sums(core: torch.nn.Module, batches: list, seq_length: int, batch_size: int) -> tuple[float, float]:
+def _sums(core: torch.nn.Module, batches: list) -> tuple[float, float]:
     """Return the sum of the losses and the number of tokens of the batches, over all ranks."""
-    with torch.no_grad():
-        outputs = get_forward_backward_func()(
-            forward_step_func=_forward_step,
-            data_iterator=iter(batches),
-            model=core,
-            num_microbatches=len(batches),
-            seq_length=seq_length,
-            micro_batch_size=batch_size,
-            forward_only=True,
-        )
+    outputs = _heldout.run_forward(core, batches, _forward_step, lambda batch: tuple(batch["tokens"].shape))
     total = torch.zeros(2, dtype=torch.float64, device=next(core.parameters()).device)
     if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
         total += torch.stack([out["sums"] for out in outputs]).sum(0)
@@ -126,7 +117,7 @@ def _forward_step(batches, core):
 
     def reduce(loss):
         mask = batch["loss_mask"].double()
-        sums = torch.stack([(loss.double() * mask).sum(), mask.sum()])
+        sums = torch.stack([_heldout.weighted_sum(loss, mask), mask.sum()])
         return sums[0] / mask.sum().clamp(min=1), {"sums": sums}
 
     return output, reduce

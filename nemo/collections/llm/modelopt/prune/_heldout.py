@@ -7,17 +7,15 @@ times the memory. Importance pruning has TP=1, so that logits are whole on the l
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .. import _batches
+from .. import _batches, _heldout
 from ..errors import ModelOptConfigError
 
 # Rows of logits at a time: two matrices [rows, vocabulary] are held.
@@ -119,19 +117,7 @@ def evaluate(core: nn.Module, reference: Reference) -> tuple[float, float]:
 
 def run_batches(core: nn.Module, batches: list[Mapping[str, Any]]) -> None:
     """Send microbatches through all pipeline stages with the model's own data and forward steps, without gradients."""
-    from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-
-    for shape, run in itertools.groupby(batches, key=lambda batch: tuple(batch["tokens"].shape)):
-        same = list(run)
-        get_forward_backward_func()(
-            forward_step_func=_forward_step,
-            data_iterator=iter(same),
-            model=core,
-            num_microbatches=len(same),
-            seq_length=shape[1],
-            micro_batch_size=shape[0],
-            forward_only=True,
-        )
+    _heldout.run_forward(core, batches, _forward_step, lambda batch: tuple(batch["tokens"].shape))
 
 
 def _forward_step(batches: Iterator, core: Any) -> tuple[Tensor, Callable]:
@@ -163,31 +149,21 @@ def token_sums(
     weights = torch.ones(len(labels)) if mask is None else mask.T.flatten()
     weights = weights.to(hidden.device, torch.float64)
     sums = torch.zeros(3, dtype=torch.float64, device=hidden.device)
-    logs = partial(_log_probabilities, output=output)
     for rows in torch.arange(len(labels), device=hidden.device).split(_ROWS):
-        found = logs(hidden.flatten(0, 1)[rows])
-        loss = -found.gather(1, labels[rows, None].clamp(min=0))[:, 0]
+        logits = _logits(hidden.flatten(0, 1)[rows], output)
+        loss = functional.cross_entropy(logits, labels[rows].clamp(min=0), reduction="none")
         kl = torch.zeros_like(loss)
         if reference is not None:
-            expected = _log_probabilities(reference[0].flatten(0, 1)[rows], reference[1])
-            kl = (expected.exp() * (expected - found)).sum(-1)
+            kl = _heldout.divergence(logits, _logits(reference[0].flatten(0, 1)[rows], reference[1]))
         weight = weights[rows]
-        # Padding may have labels that are no tokens, and losses that are no numbers.
-        counted = weight > 0
-        sums += torch.stack(
-            [
-                (loss.double() * weight)[counted].sum(),
-                (kl.double() * weight)[counted].sum(),
-                weight.sum(),
-            ]
-        )
+        sums += torch.stack([_heldout.weighted_sum(loss, weight), _heldout.weighted_sum(kl, weight), weight.sum()])
     return sums
 
 
-def _log_probabilities(hidden: Tensor, output: tuple[Tensor, Tensor | None]) -> Tensor:
-    """Return fp32 log-probabilities `[n, v]` of hidden states `[n, h]`."""
+def _logits(hidden: Tensor, output: tuple[Tensor, Tensor | None]) -> Tensor:
+    """Return fp32 logits `[n, v]` of hidden states `[n, h]`."""
     weight, bias = output
-    return functional.log_softmax(functional.linear(hidden.to(weight.dtype), weight, bias).float(), dim=-1)
+    return functional.linear(hidden.to(weight.dtype), weight, bias).float()
 
 
 def _means(core: nn.Module, sums: Tensor) -> tuple[float, float]:

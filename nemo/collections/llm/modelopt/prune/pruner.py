@@ -394,8 +394,7 @@ def save_pruned_model(trainer: nl.Trainer, save_path: str) -> None:
         _parallel.barrier()
     _parallel.barrier()
     with screen.results():
-        logging.info(f"Pruned model saved to {save_path}
-")
+        logging.info(f"Pruned model saved to {save_path}\n")
 
 
 def _write_checkpoint(trainer: Any, folder: Any) -> None:

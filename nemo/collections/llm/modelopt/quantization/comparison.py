@@ -17,7 +17,7 @@ from nemo.utils.get_rank import is_global_rank_zero
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 from nemo_modelopt_dropin.console import screen
 
-from .. import _parallel
+from .. import _heldout, _parallel
 from . import quant_cfg_choices as choices
 from .calibration import batching
 
@@ -115,14 +115,14 @@ def _sums(model, states: torch.Tensor, expected: torch.Tensor, tokens: torch.Ten
     sums = torch.zeros(7, dtype=torch.float64, device=states.device)
     logits = _logits(model, states).float()
     original = _logits(model, expected, quantized=False).float()
-    divergence = _divergence(logits, original)
-    sums[5] = divergence.double().sum() * counts
+    divergence = _heldout.divergence(logits, original)
+    sums[5] = _heldout.weighted_sum(divergence) * counts
     sums[6] = divergence.numel() * counts
     sums[4] = torch.linalg.vector_norm(original).double().square()
     sums[3] = torch.linalg.vector_norm(logits - original).double().square()
     losses = _token_losses(logits, tokens)
-    sums[0] = losses.double().sum() * counts
-    sums[1] = _token_losses(original, tokens).double().sum() * counts
+    sums[0] = _heldout.weighted_sum(losses) * counts
+    sums[1] = _heldout.weighted_sum(_token_losses(original, tokens)) * counts
     sums[2] = losses.numel() * counts
     return sums
 
@@ -149,13 +149,6 @@ def _token_losses(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     labels = tokens.t()[1:].contiguous()
     # Megatron's cross entropy works in place.
     return tensor_parallel.vocab_parallel_cross_entropy(logits[:-1], labels)
-
-
-def _divergence(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Return KL(expected || logits) `[s, b]` of logits `[s, b, v]`; ranks may hold parts of the vocabulary."""
-    from .._divergence import vocab_parallel
-
-    return vocab_parallel.kl_divergence(logits, expected, group=parallel_state.get_tensor_model_parallel_group())
 
 
 def _kind(name: str) -> str | None:

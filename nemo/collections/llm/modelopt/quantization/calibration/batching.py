@@ -16,6 +16,7 @@ from nemo.utils.get_rank import is_global_rank_zero
 from nemo_modelopt_dropin.console import screen
 from nemo_modelopt_dropin.preflight import chat_rows
 
+from ... import _heldout
 from ...errors import ModelOptConfigError
 from . import sources
 
@@ -204,18 +205,6 @@ def split_rows(available: int, requested: int, evaluation: int) -> tuple[slice, 
     return slice(0, available), slice(0, min(available, evaluation)), False
 
 
-def same_shape_runs(batches: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Yield runs of consecutive micro-batches of one shape: pipeline stages exchange tensors of a fixed shape."""
-    run: list[torch.Tensor] = []
-    for batch in batches:
-        if run and run[-1].shape != batch.shape:
-            yield run
-            run = []
-        run.append(batch)
-    if run:
-        yield run
-
-
 def with_progress(items: Iterable, total: int | None, title: str) -> Iterator:
     """Return an iterator over ``items`` that advances a progress bar on rank zero."""
     return iter(screen.bar(items, total=total, desc=title, disable=not is_global_rank_zero()))
@@ -253,23 +242,12 @@ def run_forward(model, batches: list[torch.Tensor], consume=None, title: str = "
         consume: See `forward_step`.
         title: The title of the progress bar.
     """
-    from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-
-    schedule = get_forward_backward_func()
     progress = with_progress(range(len(batches)), len(batches), title)
-    for run in same_shape_runs(batches):
-        rows, length = run[0].shape
-        data = (batch for batch, _ in zip(run, progress, strict=False))
-        with torch.no_grad():
-            schedule(
-                forward_step_func=forward_step(consume),
-                data_iterator=data,
-                model=model,
-                num_microbatches=len(run),
-                seq_length=length,
-                micro_batch_size=rows,
-                forward_only=True,
-            )
+
+    def ticking(run: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+        return (batch for batch, _ in zip(run, progress, strict=False))
+
+    _heldout.run_forward(model, batches, forward_step(consume), lambda batch: tuple(batch.shape), ticking)
     # Advance the progress bar past the last item, which closes it.
     next(progress, None)
 
