@@ -20,7 +20,7 @@ from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
 from nemo.utils.model_utils import unwrap_model
 
 from nemo import lightning as nl
-from nemo.collections.llm.modelopt import _heldout
+from nemo.collections.llm.modelopt import _heldout, _parallel
 from nemo.collections.llm.modelopt.quantization import comparison, layer_errors
 from nemo_modelopt_cli.compress import training
 from nemo_modelopt_cli.compress.settings import Layout
@@ -125,17 +125,9 @@ def _forward_step(batches, core):
 
 def parameters(core: torch.nn.Module) -> dict[str, int]:
     """Return how many parameters the whole model has, and how many outside of embedding and output layer."""
-    tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    counts = torch.zeros(2, dtype=torch.int64, device=next(core.parameters()).device)
-    if parallel_state.get_data_parallel_rank() == 0:
-        for name, parameter in core.named_parameters():
-            split = getattr(parameter, "tensor_model_parallel", False)
-            if not split and tp_rank != 0:
-                continue  # a replica of rank zero's
-            counts[0] += parameter.numel()
-            counts[1] += 0 if "embedding" in name or "output_layer" in name else parameter.numel()
-    torch.distributed.all_reduce(counts)
-    total, body = counts.tolist()
+    own = [(name, parameter.numel()) for name, parameter in _parallel.own_parameters(core)]
+    body = sum(number for name, number in own if "embedding" not in name and "output_layer" not in name)
+    total, body = map(int, _parallel.model_parallel_sum([sum(number for _, number in own), body]))
     return {"parameters": total, "body_parameters": body}
 
 

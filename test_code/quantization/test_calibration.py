@@ -124,6 +124,7 @@ def test_packing_keeps_every_token_and_adds_only_separators(rows, seq_len):
 @given(rows=rows_of_ids, batch_size=st.integers(1, 5), seq_len=st.integers(2, 9))
 def test_microbatches_lose_nothing(rows, batch_size, seq_len):
     from nemo.collections.llm.modelopt import _heldout
+    from nemo.collections.llm.modelopt.quantization.calibration import batching
 
     sequences = batching.pack(rows, seq_len, separator=0)
     batches = batching.micro_batches(sequences, batch_size)

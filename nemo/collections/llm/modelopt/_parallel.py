@@ -5,7 +5,7 @@ Without a process group each function answers for this process alone. All ranks 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -82,6 +82,20 @@ def global_name(core: torch.nn.Module, name: str) -> str:
     number, _, rest = tail.partition(".")
     layer = core.get_submodule(f"{head}layers.{number}")
     return f"{head}layers.{layer.layer_number - 1}.{rest}" if hasattr(layer, "layer_number") else name
+
+
+def own_parameters(core: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield the parameters that this rank counts: their elements, summed over TP and PP ranks, are the whole model's.
+
+    Replicas on other tensor-parallel ranks and the copy of tied embeddings on the last pipeline stage do not count.
+    """
+    parallel = parallel_state.model_parallel_is_initialized()
+    first = not parallel or parallel_state.get_tensor_model_parallel_rank() == 0
+    tied = getattr(core, "share_embeddings_and_output_weights", False) and not getattr(core, "pre_process", True)
+    for name, parameter in core.named_parameters():
+        replica = not first and not getattr(parameter, "tensor_model_parallel", False)
+        if not replica and not (tied and name.startswith("output_layer")):
+            yield name, parameter
 
 
 def _device() -> str:

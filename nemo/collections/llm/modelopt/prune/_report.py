@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from megatron.core import parallel_state
 from torch import nn
 
 from .. import _parallel
@@ -23,18 +21,9 @@ def measure(core: nn.Module) -> dict[str, int]:
         core: the Megatron-Core model. All ranks must call it.
     """
     model: Any = core
-    tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
-    count, in_experts = 0, 0
-    for name, parameter in core.named_parameters():
-        # With tied embeddings the last pipeline stage holds a copy.
-        copy = name.startswith("output_layer") and model.share_embeddings_and_output_weights and not model.pre_process
-        if not copy:
-            number = parameter.numel() * (tensor_parallel if getattr(parameter, "tensor_model_parallel", False) else 1)
-            count += number
-            in_experts += number if ".mlp.experts." in name else 0
-    total = torch.tensor([count, in_experts], dtype=torch.int64, device=next(core.parameters()).device)
-    torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-    count, in_experts = total.tolist()
+    own = [(name, parameter.numel()) for name, parameter in _parallel.own_parameters(core)]
+    sums = [sum(number for _, number in own), sum(number for name, number in own if ".mlp.experts." in name)]
+    count, in_experts = map(int, _parallel.model_parallel_sum(sums))
     sizes = model_sizes(core)
     experts = sizes.get("num_moe_experts")
     if not experts:

@@ -184,7 +184,6 @@ def model_bytes(model) -> tuple[int, int]:
 
     The size in memory would not be comparable: on CPU ranks weights are fp32.
     """
-    tp_rank = parallel_state.get_tensor_model_parallel_rank() if parallel_state.model_parallel_is_initialized() else 0
     quantizers = {
         id(module.weight): module.weight_quantizer
         for module in model.modules()
@@ -192,10 +191,7 @@ def model_bytes(model) -> tuple[int, int]:
         and isinstance(getattr(module, "weight", None), torch.Tensor)
     }
     plain = quantized = 0.0
-    for parameter in model.parameters():
-        # Every tensor-parallel rank has the whole of norms and similar parameters.
-        if tp_rank and not getattr(parameter, "tensor_model_parallel", False):
-            continue
+    for _, parameter in _parallel.own_parameters(model):
         stored = parameter.numel() * min(_STORED_BYTES, parameter.element_size())
         plain += stored
         quantizer = quantizers.get(id(parameter))
