@@ -229,7 +229,7 @@ class TestBudgets:
             ({"target_params": "50%", "drop_layers": [1]}, r"cannot be used.*drop_layers=\[1\], target_params"),
             ({"target_params": "50%", "max_candidates": 0}, "max_candidates=0; pass a whole number of at least 1"),
             ({"target_params": "50%", "max_candidates": 2.5}, r"max_candidates=2\.5"),
-            ({"target_params": "50%", "heldout_batches": 0}, "heldout_batches=0; give a whole number"),
+            ({"target_params": "50%", "heldout_batches": 0}, "heldout_batches=0; pass a whole number"),
             ({"target_active_params": "none"}, "target_active_params='none' is no number of parameters"),
         ],
     )

@@ -46,7 +46,7 @@ def run_forward(
     for same in same_shape_runs(batches, shape):
         rows, length = shape(same[0])
         with torch.no_grad():
-            outputs += get_forward_backward_func()(
+            found = get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=iterate(same),
                 model=core,
@@ -55,6 +55,7 @@ def run_forward(
                 micro_batch_size=rows,
                 forward_only=True,
             )
+        outputs += found or []
     return outputs
 
 
