@@ -1,10 +1,9 @@
-"""Train a small GPT on Python's own help texts, then prune, distill, quantize and export it. Ends with a report.
+"""Train a small GPT on Python's help texts, then prune, distill, quantize and export it, and write a report.
 
-The recipe: vocabulary 1024; sequences of 128 tokens, 16 a step; fp32 on two data-parallel CPU ranks of one thread each
-(on two cores faster than one process with two threads, and not slowed down by waiting threads when the machine is
-busy). The teacher, 2.8 M parameters, trains 400 steps at a peak rate of 3e-3, about six times over the text; the
-student keeps 46% of its body and distills 200 steps at 2e-3. Run it again after an interruption and it goes on where it
-was.
+The recipe: vocabulary 1024; sequences of 128 tokens, 16 per step; fp32 on two data-parallel CPU ranks with one thread
+each (on two cores faster than one process with two threads, and less sensitive to other load). The teacher has 2.8 M
+parameters and trains 400 steps at a peak learning rate of 3e-3, about six passes over the text; the student keeps 46%
+of its body and distills 200 steps at 2e-3. Run the command again after an interruption to resume.
 """
 
 from __future__ import annotations

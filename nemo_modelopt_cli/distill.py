@@ -1,10 +1,10 @@
-"""Train a NeMo 2 GPT checkpoint, from a teacher's logits where one is given.
+"""Train a NeMo 2 GPT checkpoint, from the logits of a teacher if there is one.
 
-Flags as in NeMo's scripts/llm/gpt_train.py, and --distillation_config, --text, --heldout_text and --cpu. Checkpoints go
-below --log_dir, one every few minutes (--save_minutes), and the same command resumes from the last one. Start it with
-torchrun for more than one GPU; with --cpu it starts its ranks itself. The settings are saved as run.yaml with the
-output; --config takes such a file, flags win over it. Exit codes: 0 done, 1 failed, 2 wrong arguments or settings, 130
-interrupted, 143 ended by SIGTERM.
+Has the flags of NeMo's scripts/llm/gpt_train.py. Checkpoints are written below --log_dir, one every few minutes
+(--save_minutes), and the same command resumes from the last one. For more than one GPU, start the command with
+torchrun; with --cpu it starts its ranks itself. The settings are saved as run.yaml in the output folder; --config reads
+such a file, and flags win over it.
+Exit codes: 0 done, 1 failed, 2 wrong arguments or settings, 130 interrupted, 143 ended by SIGTERM.
 """
 
 from __future__ import annotations

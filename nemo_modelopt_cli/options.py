@@ -288,3 +288,18 @@ def dests(cls: type) -> tuple[str, ...]:
 def paths(cls: type) -> tuple[str, ...]:
     """Return the names of the parsed arguments that are paths, or may be."""
     return tuple(flag.dest for flag in flags(cls) if flag.details["path"])
+
+
+def contradictions(actions: Mapping[str, argparse.Action], words: Iterable[str]) -> list[str]:
+    """Return a sentence for each pair of flags on a command line that turn one switch both on and off.
+
+    Args:
+        actions: the parser's actions by flag.
+        words: the command line.
+    """
+    used: dict[str, dict[bool, str]] = {}
+    for word in words:
+        if word in actions and isinstance(actions[word].const, bool):
+            used.setdefault(actions[word].dest, {})[actions[word].const] = word
+    pairs = [list(both.values()) for both in used.values() if len(both) == 2]
+    return [f"{one} and {other} contradict each other; use one of them" for one, other in pairs]

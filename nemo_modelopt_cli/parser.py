@@ -14,12 +14,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_modelopt_cli import run_file
+from nemo_modelopt_cli import options, run_file
 from nemo_modelopt_dropin.errors import did_you_mean, nearest
 from nemo_modelopt_dropin.preflight import checkpoint_files, data_files, model_sizes
 
 USAGE = 2
-EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 wrong arguments or settings, 130 interrupted."
+EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 wrong arguments or settings, 130 interrupted, 143 ended by SIGTERM."
 _SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 # Flags that say how to run this command, not what the run is; and our own mark.
 _DERIVED = "derived"
@@ -60,6 +60,7 @@ class Parser(argparse.ArgumentParser):
     def read(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Return the arguments and note what is wrong with them; `refuse` then reports it with the caller's own."""
         words = [self._known_spelling(word) for word in (sys.argv[1:] if argv is None else argv)]
+        self.problems += options.contradictions(self._option_string_actions, words)
         words, undone = self._undone_switches(words)
         with self._nothing_required() as required:
             found, unknown = self._parse(words, self._from_file(words))

@@ -1,12 +1,12 @@
-"""Prune a NeMo 2 GPT checkpoint. Flags as in NeMo's scripts/llm/gpt_prune.py, and --text and --cpu.
+"""Prune a NeMo 2 GPT checkpoint. Has the flags of NeMo's scripts/llm/gpt_prune.py.
 
-Width and depth go by importance, which is measured on data (--data_paths: Megatron's tokenized files; --text: a
-file of texts or chats); --drop_layers needs none. A target is a size or a share of the original's (0.5); with
---target_params sizes are chosen among candidates by held-out loss. Importance is measured on whole layers, so
-ranks of --tp then work as pipeline stages; the result loads at any layout. Start it with torchrun for more than one
-GPU; with --cpu it starts its ranks itself. The settings are saved as run.yaml with the
-output; --config takes such a file, flags win over it. Exit codes: 0 done, 1 failed, 2 wrong arguments or settings,
-130 interrupted, 143 ended by SIGTERM.
+Width and depth are pruned by importance, which is measured on data: --data_paths (Megatron's tokenized files) or --text
+(a file of texts or conversations). --drop_layers needs no data. A target is a size or a fraction of the original size
+(0.5); with --target_params, sizes are chosen from candidates by held-out loss. Importance is measured on whole layers:
+the ranks of --tp work as pipeline stages meanwhile, and the result loads at any layout. For more than one GPU, start
+the command with torchrun; with --cpu it starts its ranks itself. The settings are saved as run.yaml in the output
+folder; --config reads such a file, and flags win over it.
+Exit codes: 0 done, 1 failed, 2 wrong arguments or settings, 130 interrupted, 143 ended by SIGTERM.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Quantize a NeMo 2 checkpoint after training (PTQ) and export it. Flags as in NeMo's scripts/llm/ptq.py, and --cpu.
+"""Quantize a NeMo 2 checkpoint after training (PTQ) and export it. Has the flags of NeMo's scripts/llm/ptq.py.
 
-Start it with torchrun for more than one GPU; with --cpu it starts its ranks itself. The settings are saved as run.yaml
-with the output; --config takes such a file, flags win over it. Until the export has succeeded the calibrated state lies
-beside the output: the same command, run again after a failure, does not calibrate again. Exit codes: 0 done, 1 failed,
-2 wrong arguments or settings, 130 interrupted, 143 ended by SIGTERM.
+For more than one GPU, start the command with torchrun; with --cpu it starts its ranks itself. The settings are saved as
+run.yaml in the output folder; --config reads such a file, and flags win over it. Until the export has succeeded, the
+calibrated state is kept next to the output, so that running the same command again does not repeat the calibration.
+Exit codes: 0 done, 1 failed, 2 wrong arguments or settings, 130 interrupted, 143 ended by SIGTERM.
 """
 
 from __future__ import annotations

@@ -94,3 +94,24 @@ def test_numbers_of_a_quantization(flags, problem, capsys, tmp_path, monkeypatch
     assert any(
         problem in line for line in _refused("ptq", [*command_lines.RUNS["ptq"].split(), *flags.split()], capsys)
     )
+
+
+@pytest.mark.parametrize("flags", ["--enable_kv_cache --disable_kv_cache", "--disable-kv-cache --enable-kv-cache"])
+def test_a_switch_cannot_be_both_on_and_off(flags, capsys, tmp_path, monkeypatch):
+    command_lines.inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    line = command_lines.RUNS["ptq"].replace("--disable_kv_cache", flags)
+    first, second = flags.replace("-", "_").replace("__", "--").split()
+    problem = _refused("ptq", line.split(), capsys)[0]
+    assert problem.endswith(f": {first} and {second} contradict each other; use one of them")
+
+
+@pytest.mark.parametrize(
+    ("file", "flag", "expected"), [("true", "--disable_kv_cache", False), ("false", "--enable_kv_cache", True)]
+)
+def test_a_flag_overrides_the_switch_of_a_run_file(file, flag, expected, tmp_path, monkeypatch):
+    command_lines.inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(f"enable_kv_cache: {file}\n")
+    line = command_lines.RUNS["ptq"].replace("--disable_kv_cache", f"{flag} --config run.yaml")
+    assert command_lines.script_of("ptq").resolve(line.split()).enable_kv_cache is expected

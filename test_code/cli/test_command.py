@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_modelopt_cli import completion, main
+from nemo_modelopt_cli import completion, docs, main
 from nemo_modelopt_cli.process import launch
 from test_code.support import command_lines
 
@@ -131,6 +131,11 @@ def test_closed_screens_end_it_quietly(command):
     shown = _run("bash", "-c", line)
     assert shown.stdout.strip() in {"0", "141"}
     assert not shown.stderr
+
+
+def test_the_page_of_the_command_line_is_up_to_date():
+    written = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert written == docs.page(), "run: python -m nemo_modelopt_cli.docs > docs/cli.md"
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
