@@ -7,11 +7,13 @@ import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
 
+from nemo_modelopt_cli import main
 from test_code.support import jobs_quant, ranks, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,24 +88,33 @@ def _commands(code: str) -> list[str]:
 def _run(command: str) -> None:
     words = shlex.split(command, comments=True)
     path = ROOT / words[1] if len(words) > 1 else ROOT
-    one_rank = not {"--devices", "--config"} & set(words) and path.name not in ("compress.py", "demo.py")
+    one_rank = not {"--devices", "--config", "compress", "compare", "demo"} & set(words)
+    if words[0] == "nemo-modelopt" and one_rank:
+        _run_here(command, words[1:], lambda: main.run(words[1:]))
+        return
     if words[0] == "python" and path.suffix == ".py" and path.is_file() and one_rank:
-        argv, sys.argv = sys.argv, [str(path), *words[2:]]
-        try:
-            runpy.run_path(str(path), run_name="__main__")
-        except SystemExit as stop:
-            assert not stop.code, f"{command} ended with {stop.code}"
-        finally:
-            sys.argv = argv
-        ranks.reset()
+        _run_here(command, words[2:], lambda: runpy.run_path(str(path), run_name="__main__") and 0)
         return
     words = [str(ROOT / word) if (ROOT / word).is_file() and word.endswith(".py") else word for word in words]
-    if words[0] == "python":
-        words[0] = sys.executable
+    if words[0] in ("python", "nemo-modelopt"):
+        words[:1] = [sys.executable] if words[0] == "python" else [sys.executable, "-m", "nemo_modelopt_cli"]
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "LOCAL_", "WORLD_", "GROUP_", "MASTER_"))}
     plain.pop("TORCHELASTIC_RUN_ID", None)
     found = subprocess.run(words, env=plain, capture_output=True, text=True, timeout=400)
     assert found.returncode == 0, f"{command}\n{found.stdout[-3000:]}\n{found.stderr[-3000:]}"
+
+
+def _run_here(command: str, arguments: list[str], run: Callable[[], int]) -> None:
+    """Run a command in this process, where NeMo is imported already."""
+    argv, sys.argv = sys.argv, [command.split()[0], *arguments]
+    try:
+        status = run()
+    except SystemExit as stop:
+        status = stop.code
+    finally:
+        sys.argv = argv
+    assert not status, f"{command} ended with {status}"
+    ranks.reset()
 
 
 def _blocks(page: Path) -> list[tuple[str, str, str]]:
