@@ -18,8 +18,7 @@ from collections.abc import Mapping, Sequence
 
 from nemo_modelopt_cli.process import processes, signals
 
-# Tells a rank that `run_ranks` started it, and so that a parent writes the report.
-STARTED_BY_US = "NEMO_MODELOPT_LOCAL_RANKS"
+STARTED_BY_US = signals.STARTED_BY_US
 # Below the range from which systems give out ports of outgoing connections.
 _PORTS = range(20000, 32000)
 _GRACE_S = 10.0

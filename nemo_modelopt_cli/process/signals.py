@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 
 from nemo_modelopt_dropin.console import screen
 
+# Environment variable of ranks that `launch.run_ranks` started: their parent reports.
+STARTED_BY_US = "NEMO_MODELOPT_LOCAL_RANKS"
 CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}
 # What callers print when a signal ended the process.
 RESUMABLE = "interrupted; run the same command again to resume"
@@ -27,9 +29,7 @@ def is_ours(code: int) -> bool:
 
 def reports() -> bool:
     """Return whether this process prints the message: rank zero, unless the process that started it does."""
-    from nemo_modelopt_cli.process import launch
-
-    return os.environ.get("RANK", "0") == "0" and launch.STARTED_BY_US not in os.environ
+    return os.environ.get("RANK", "0") == "0" and STARTED_BY_US not in os.environ
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Numbers of parameters as people write them: ``70%``, ``0.7``, ``5.6e9``, ``5.6B``. Standard library only."""
+"""Parse parameter budgets: ``70%``, ``0.7``, ``5.6e9``, ``5.6B``. Standard library only."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12, "%": 0.01}
 _WRITTEN = re.compile(r"(\d+(?:\.\d*)?(?:e\d+)?)\s*([%kmbt]?)")
-# No model is as small as this: whoever writes such a number means per cent.
+# No model has so few parameters: a number up to here is meant as per cent.
 _PER_CENT = 100
 
 
 def parse(value: Any) -> float:
-    """Return a share of the original model (below 1) or a number of parameters.
+    """Return a budget as a fraction of the original model (below 1) or a number of parameters.
 
     Args:
-        value: a text such as ``"70%"`` or ``"5.6B"``, or a number.
+        value: A text such as ``"70%"`` or ``"5.6B"``, or a number.
 
     Raises:
-        ValueError: saying what it is not and what to write.
+        ValueError: If it is neither; the message says what to use.
     """
     number, unit = value, ""
     if isinstance(value, str):
@@ -28,18 +28,18 @@ def parse(value: Any) -> float:
     legal = isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < math.inf
     if not legal or number == 1 or (unit == "%" and number > 1):
         raise ValueError(
-            "is no number of parameters; give a share of the original model ('70%' or 0.7) or a number (5.6e9 or "
+            "is not a valid parameter budget; use a fraction of the original model ('70%' or 0.7) or a count (5.6e9 or "
             "'5.6B')"
         )
     if 1 < number <= _PER_CENT and not unit:
         raise ValueError(
-            f"means {number:g} parameters; for a share of the original model write '{number:g}%' or {number / 100:g}"
+            f"means {number:g} parameters; for a fraction of the original model use '{number:g}%' or {number / 100:g}"
         )
     return float(number)
 
 
 def problem(name: str, value: Any) -> list[str]:
-    """Return what is wrong with a budget in a list, an empty one where nothing is or none is given."""
+    """Return what is wrong with a budget, in a list that is empty for a valid budget and for None."""
     try:
         if value is not None:
             parse(value)

@@ -1,4 +1,4 @@
-"""Conversations as rows of data: OpenAI's and ShareGPT's forms read as one. Standard library only."""
+"""Read conversations in OpenAI's and ShareGPT's forms. Standard library only."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Columns that hold a conversation, in the order in which they are looked for.
+# Columns that may contain a conversation; the first one present is used.
 COLUMNS = ("messages", "conversations")
-# ShareGPT's names of speakers; every other name is a role that the chat template may know.
+# ShareGPT's names of speakers; any other name is passed to the chat template as a role.
 _ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "bard": "assistant", "observation": "tool"}
 _FORMS = '[{"role": "user", "content": "..."}, ...] or [{"from": "human", "value": "..."}, ...]'
 
@@ -22,7 +22,7 @@ class Chat:
     """One conversation.
 
     Attributes:
-        messages: turns as chat templates expect them: ``role``, ``content``, and what else the file holds.
+        messages: Turns as chat templates expect them: ``role``, ``content`` and any other fields of the file.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -37,8 +37,8 @@ def chat(turns: Sequence[Any], system: Any = None) -> Chat:
     """Return a conversation from a list of turns.
 
     Args:
-        turns: turns in OpenAI's form (``role``, ``content``) or ShareGPT's (``from``, ``value``).
-        system: system prompt that NeMo's chat files store beside the turns.
+        turns: Turns in OpenAI's form (``role``, ``content``) or ShareGPT's (``from``, ``value``).
+        system: System prompt, which NeMo's chat files store in a separate field.
 
     Raises:
         ChatError: If a turn has neither form.
@@ -52,7 +52,7 @@ def chat(turns: Sequence[Any], system: Any = None) -> Chat:
 def _message(turn: Any, number: int) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
         raise ChatError(f"turn {number} of the conversation is a {type(turn).__name__}; expected {_FORMS}")
-    # Parquet and `datasets` fill fields that a turn does not have with None.
+    # Parquet and `datasets` fill the missing fields of a turn with None.
     fields = {name: value for name, value in turn.items() if value is not None}
     if "from" in fields and "role" not in fields:
         speaker = str(fields.pop("from"))
@@ -66,7 +66,7 @@ def _message(turn: Any, number: int) -> dict[str, Any]:
 
 
 def _text(content: Any) -> str | None:
-    """Return a turn's text, joined where it is a list of parts; None where it has other content than text."""
+    """Return a turn's text, joined if it is a list of parts; None if there is content other than text."""
     if isinstance(content, str):
         return content
     if not isinstance(content, (list, tuple)):
@@ -77,10 +77,10 @@ def _text(content: Any) -> str | None:
 
 
 def encode(conversation: Chat, tokenizer: Any) -> list[int]:
-    """Return the token ids of a conversation, laid out by the tokenizer's chat template.
+    """Return the token ids of a conversation, formatted by the tokenizer's chat template.
 
     Args:
-        conversation: the conversation.
+        conversation: The conversation.
         tokenizer: NeMo's tokenizer.
 
     Raises:
@@ -98,7 +98,7 @@ def encode(conversation: Chat, tokenizer: Any) -> list[int]:
         return list(tokenizer.text_to_ids(messages))
     try:
         return list(inner.apply_chat_template(messages, tokenize=True, return_dict=False))
-    except Exception as error:  # jinja2's errors, which templates raise for roles that they do not know
+    except Exception as error:  # templates raise errors of jinja2 for roles that they do not support
         if type(error).__module__.partition(".")[0] != "jinja2":
             raise
         roles = ", ".join(dict.fromkeys(message["role"] for message in messages))

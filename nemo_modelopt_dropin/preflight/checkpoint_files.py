@@ -1,7 +1,7 @@
-"""Whether the files of a checkpoint are all present and whole, before anything heavy is imported.
+"""Check that the files of a checkpoint are present and complete, before anything heavy is imported.
 
-Nothing that a pickle names is imported or called: ``.metadata`` of torch's distributed checkpoints is read into plain
-data. Forms that are not recognised pass: older formats, adapters, and weights without a context are left to NeMo.
+Nothing named in a pickle is imported or called: ``.metadata`` of torch's distributed checkpoints is read into plain
+data. Unrecognised forms pass (older formats, adapters, weights without a context): NeMo checks them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-# Names listed of many missing files.
+# Number of missing files that are listed.
 _SHOWN = 3
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model")
 # Arguments of NeMo's tokenizers that are files or folders.
@@ -25,10 +25,10 @@ _HF_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 
 
 def problems(path: str | Path) -> list[str]:
-    """Return what is missing or broken in a NeMo 2 checkpoint or a Hugging Face folder; [] for a folder of neither.
+    """Return what is missing or broken in a NeMo 2 checkpoint or a Hugging Face folder; [] for any other folder.
 
     Args:
-        path: the folder.
+        path: The folder.
     """
     folder = Path(path)
     if (folder / "context").is_dir() or (folder / "io.json").is_file():
@@ -40,10 +40,10 @@ def problems(path: str | Path) -> list[str]:
 
 
 def tokenizer_problems(name: str | None) -> list[str]:
-    """Return what is wrong with a tokenizer's folder; [] for a name that may be on a hub, and None.
+    """Return what is wrong with a tokenizer's folder; [] for None and for a name that may be on a hub.
 
     Args:
-        name: a folder, or owner/name.
+        name: A folder, or owner/name.
     """
     folder = Path(name or "")
     if not name or folder.is_file():
@@ -58,10 +58,10 @@ def tokenizer_problems(name: str | None) -> list[str]:
 
 
 def has_chat_template(path: str | Path | None) -> bool | None:
-    """Return whether the tokenizer in a checkpoint or a folder has a chat template, None if files do not tell.
+    """Return whether the tokenizer in a checkpoint or a folder has a chat template, None if it cannot be determined.
 
     Args:
-        path: the folder; None for none.
+        path: The folder; None for none.
     """
     folder = Path(path or "")
     if not path or not folder.is_dir():
@@ -95,12 +95,12 @@ def _yaml_problems(file: Path) -> list[str]:
         node = yaml.compose(file.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (OSError, ValueError, yaml.YAMLError) as error:
         return [f"{_name(file)} cannot be read: {' '.join(str(error).split())}"]
-    # Its absence is no error, but an empty or cut off file is a sign of an interrupted copy.
+    # A missing file is not an error, but an empty or truncated one indicates an interrupted copy.
     return [] if node is not None and node.id == "mapping" else [f"{_name(file)} does not describe a model"]
 
 
 def _artifact_problems(context: Path, described: Mapping[str, Any]) -> list[str]:
-    """Return the files of a tokenizer that the context names and that are missing or broken."""
+    """Return the files of a tokenizer that the context names but that are missing or broken."""
     found = [
         f"the tokenizer {context.name}/{name} is missing"
         for name in _artifacts(described)
@@ -115,9 +115,9 @@ def _artifact_problems(context: Path, described: Mapping[str, Any]) -> list[str]
 
 
 def _artifacts(described: Mapping[str, Any]) -> list[str]:
-    """Return the names of the tokenizer's files and folders that NeMo copied beside ``io.json``.
+    """Return the names of the tokenizer's files and folders that NeMo copied next to ``io.json``.
 
-    It stores those as texts, and a name on a hub as an object; of older versions a text may be owner/name.
+    NeMo stores them as texts and names on a hub as objects; in older versions a text may also be owner/name.
     """
     objects = described.get("objects")
     found = []
@@ -135,7 +135,7 @@ def _weight_problems(folder: Path) -> list[str]:
     """Return what is wrong with the weights of a distributed checkpoint."""
     weights = folder / "weights"
     if not weights.is_dir():
-        # Older checkpoints have the weights beside the context.
+        # Older checkpoints have the weights next to the context.
         if (folder / "metadata.json").is_file() or any(folder.glob("*.distcp")):
             weights = folder
         else:
@@ -162,7 +162,7 @@ def _shard_problems(weights: Path) -> list[str]:
             needed = _bytes_needed(_PlainUnpickler(stream).load())
     except OSError as error:
         return [f"{_name(file)} cannot be read: {error.strerror or error}"]
-    except Exception as error:  # whatever a broken pickle makes of itself
+    except Exception as error:  # a broken pickle can raise any error
         return [f"{_name(file)} is broken: {type(error).__name__}: {error}"]
     missing = [name for name in sorted(needed) if not (weights / name).is_file()]
     sizes = {name: (weights / name).stat().st_size for name in sorted(needed) if name not in missing}
@@ -175,7 +175,7 @@ def _shard_problems(weights: Path) -> list[str]:
 
 
 class _Plain:
-    """Stands for any object of a pickle: it keeps what the object was given, and runs nothing."""
+    """A stand-in for any object of a pickle: it stores the state of the object and runs nothing."""
 
     def __new__(cls, *_, **__):
         return object.__new__(cls)
@@ -207,7 +207,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _bytes_needed(metadata: Any) -> dict[str, int]:
-    """Return how many bytes each file must have, from torch's ``Metadata``; nothing if its form is not known."""
+    """Return the bytes that each file must have, from torch's ``Metadata``; {} if its form is unknown."""
     storage = _fields(metadata).get("storage_data")
     found: dict[str, int] = {}
     for info in storage.values() if isinstance(storage, dict) else ():
@@ -220,7 +220,7 @@ def _bytes_needed(metadata: Any) -> dict[str, int]:
 
 def _fields(value: Any) -> Mapping[str, Any]:
     state = getattr(value, "state", None)
-    if isinstance(state, tuple):  # of a class with slots
+    if isinstance(state, tuple):  # a class with slots
         state = next((part for part in reversed(state) if isinstance(part, dict)), None)
     return state if isinstance(state, dict) else {}
 
@@ -246,7 +246,7 @@ def _hf_problems(folder: Path) -> list[str]:
 
 
 def _safetensors_problems(file: Path) -> list[str]:
-    """Return what is wrong with a safetensors file, from its header and its size."""
+    """Return what is wrong with a safetensors file, according to its header and size."""
     size = file.stat().st_size
     try:
         with open(file, "rb") as stream:

@@ -1,6 +1,6 @@
-"""Lazy readers of local files of texts: JSON, JSON lines, Parquet and plain text, compressed or not.
+"""Read local files of texts lazily: JSON, JSON lines, Parquet and plain text, compressed or not.
 
-Checks and loading use the same reader. Nothing heavy is imported, except pyarrow for Parquet and ``.zst`` files.
+Checks and loading use the same readers. Nothing heavy is imported, except pyarrow for Parquet and ``.zst`` files.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ _KNOWN = (*_JSON, *_TEXT, ".parquet")
 _COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _ZSTD = ".zst"
 _CHUNK = 1 << 16
-# Of a file of token ids, one list a line; whether a longer first line is one is not looked at.
+# Longest line that is tested for being one of many lists of token ids.
 _LONGEST_LINE = 1 << 20
 
 
 class DataFileError(ValueError):
-    """A file that cannot be used; the message says which and why."""
+    """A file cannot be used; the message contains the file and the reason."""
 
 
 class NoFiles(DataFileError):
-    """A name that no file is behind."""
+    """No file matches a name."""
 
 
 class NoColumn(DataFileError):
-    """Rows without the column that was asked for; the message names those that they have."""
+    """Rows lack the requested column; the message lists their columns."""
 
 
 def expand(name: str) -> list[Path]:
-    """Return the files that a path, folder or glob stands for, in order of their names.
+    """Return the files of a path, folder or glob pattern, sorted by name.
 
     Args:
-        name: The path; a single file may have any ending and is then JSON.
+        name: The path or pattern; a single file with an unknown ending is read as JSON.
 
     Raises:
         NoFiles: If there are none.
@@ -73,16 +73,16 @@ def expand(name: str) -> list[Path]:
 
 
 def rows(files: list[Path], column: str | None, usual: str) -> Iterator[str | list[int] | Chat]:
-    """Yield the rows of files one after the other: texts, token ids and conversations. Blank rows are skipped.
+    """Yield the rows of all files: texts, token ids and conversations. Blank rows are skipped.
 
     Args:
-        files: What `expand` returned.
-        column: The column asked for. None takes the usual one, else one of `chat_rows.COLUMNS`; of text files, lines.
+        files: Result of `expand`.
+        column: The column. None selects the usual one or one of `chat_rows.COLUMNS`; text files have lines instead.
         usual: The usual column.
 
     Raises:
-        DataFileError: If a file cannot be read, has no such column, or a row of it cannot be used. The message names
-            the file and the line, item or row.
+        DataFileError: If a file cannot be read, lacks the column, or has a row that cannot be used. The message
+            contains the file and the line, item or row.
     """
     for file in files:
         read = _reader(file)
@@ -105,10 +105,10 @@ def problem(name: str, column: str | None = None, usual: str = "text", limit: in
     """Return what is wrong with files, None if they can be used.
 
     Args:
-        name: what `expand` takes.
-        column: the column asked for, None for the usual one.
-        usual: the usual column.
-        limit: how many rows with content to read; None reads all of them.
+        name: Path or pattern for `expand`.
+        column: The column, None for the usual one.
+        usual: The usual column.
+        limit: Number of rows with content to read; None reads all rows.
     """
     try:
         if not sum(1 for _ in islice(rows(expand(name), column, usual), limit)):
@@ -119,11 +119,11 @@ def problem(name: str, column: str | None = None, usual: str = "text", limit: in
 
 
 def holds_chats(name: str, column: str | None = None) -> bool:
-    """Return whether the first row with content is a conversation; False if files cannot be read.
+    """Return whether the first row with content is a conversation; False if the files cannot be read.
 
     Args:
-        name: what `expand` takes.
-        column: the column asked for, None for the usual one.
+        name: Path or pattern for `expand`.
+        column: The column, None for the usual one.
     """
     try:
         return isinstance(next(rows(expand(name), column, "text"), None), Chat)
@@ -135,7 +135,7 @@ def _content(value: Any, place: str) -> str | list[int] | Chat | None:
     """Return a row's text, token ids or conversation; None if there is none.
 
     Raises:
-        DataFileError: If it is something else, or text that is not valid Unicode.
+        DataFileError: If it is something else, or a text that is not valid Unicode.
     """
     if value is None:
         return None
@@ -145,8 +145,8 @@ def _content(value: Any, place: str) -> str | list[int] | Chat | None:
         raise DataFileError(f"{place}: {error}") from None
     if row is None:
         raise DataFileError(
-            f"{place}: holds a value of type {type(value).__name__} where a text or a list of token ids (or a "
-            f"conversation) is expected: {str(value)[:60]}"
+            f"{place}: contains a value of type {type(value).__name__} instead of a text, a list of token ids or a "
+            f"conversation: {str(value)[:60]}"
         )
     wrong = not_unicode(row)
     if wrong:
@@ -158,7 +158,7 @@ def content(value: Any) -> str | list[int] | Chat | None:
     """Return a stored value as a text, token ids or a conversation; None if it is none of these.
 
     Raises:
-        ChatError: If it is a list of objects that are no turns of a conversation.
+        ChatError: If it is a list of objects that are not turns of a conversation.
     """
     if isinstance(value, (str, Chat)):
         return value
@@ -175,7 +175,7 @@ def content(value: Any) -> str | list[int] | Chat | None:
 def not_unicode(row: str | list[int] | Chat) -> str | None:
     """Return what is wrong with a row's characters, None if nothing is.
 
-    JSON may hold halves of surrogate pairs; tokenizers fail on them.
+    JSON may contain halves of surrogate pairs, on which tokenizers fail.
     """
     if isinstance(row, list):
         return None
@@ -196,11 +196,11 @@ def no_column(where: Any, column: str, columns: Iterable[str]) -> NoColumn:
 
 
 class Turns:
-    """The turns of a conversation and the system prompt beside them, as a file stores both.
+    """The turns of a conversation and its system prompt, as a file stores them in separate columns.
 
     Args:
-        turns: the list of turns.
-        system: the prompt, None if there is none.
+        turns: The list of turns.
+        system: The prompt, None if there is none.
     """
 
     def __init__(self, turns: Any, system: Any):
@@ -208,7 +208,7 @@ class Turns:
 
 
 def pick(row: Mapping[str, Any], columns: Iterable[str]) -> Any:
-    """Return the value of the first of the columns that a row has, None if it has none."""
+    """Return the value of the first column that the row contains, None if it contains none of them."""
     name = next((name for name in columns if row.get(name) is not None), None)
     value = None if name is None else row[name]
     return Turns(value, row["system"]) if chat_rows.is_chat(value) and "system" in row else value
@@ -228,7 +228,7 @@ def _reader(file: Path) -> Callable[[Path, tuple[str, ...]], Iterator[tuple[str,
 def _open_text(file: Path) -> IO[str]:
     ending = file.suffix.lower()
     if ending == _ZSTD:
-        import pyarrow  # noqa: ICN001  (unlike zstandard it raises an error for a file that is cut off)
+        import pyarrow  # noqa: ICN001  (unlike zstandard, it raises an error for a truncated file)
 
         return io.TextIOWrapper(pyarrow.input_stream(str(file), compression="zstd"), encoding="utf-8-sig")
     if ending in _COMPRESSED:
@@ -259,7 +259,7 @@ def _parquet_rows(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, A
 
 
 def _json_rows(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    """Yield the column of every object in a JSON-lines file or in a JSON array; plain texts and lists as they are."""
+    """Yield the column of every object in a JSON-lines file or JSON array; texts and lists are yielded unchanged."""
     first = True
     for place, item in _json_items(file):
         if not isinstance(item, dict):
@@ -293,7 +293,7 @@ def _json_items(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _is_one_of_many(text: IO[str]) -> bool:
-    """Return whether a file that begins with an array has one on every line, and not one array of rows."""
+    """Return whether a file that begins with an array has one array per line, rather than one array of rows."""
     lines = (line for line in iter(lambda: text.readline(_LONGEST_LINE), "") if line.strip())
     try:
         item = json.loads(next(lines, ""))
@@ -304,7 +304,7 @@ def _is_one_of_many(text: IO[str]) -> bool:
 
 
 def _array_items(text: IO[str], file: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the items of a JSON array without holding more than a few of them.
+    """Yield the items of a JSON array while only a few of them are in memory.
 
     Raises:
         DataFileError: If the array is broken or ends early.
@@ -316,7 +316,7 @@ def _array_items(text: IO[str], file: Path) -> Iterator[tuple[str, Any]]:
         try:
             item, end = decoder.raw_decode(buffer)
         except json.JSONDecodeError as error:
-            # The item may go on beyond what was read; doubling keeps long items linear.
+            # The item may continue after what was read; doubling the buffer keeps the time linear for long items.
             more = text.read(max(_CHUNK, len(buffer)))
             if not more:
                 raise DataFileError(
@@ -327,4 +327,4 @@ def _array_items(text: IO[str], file: Path) -> Iterator[tuple[str, Any]]:
         yield f"item {number} of the array", item
         buffer, number = buffer[end:], number + 1
     if (buffer[1:] + text.read(_CHUNK)).strip():
-        raise DataFileError(f"{file} cannot be read: there is more after the end of the array")
+        raise DataFileError(f"{file} cannot be read: there is text after the end of the array")

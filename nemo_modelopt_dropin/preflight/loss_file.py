@@ -1,4 +1,4 @@
-"""Files of distillation settings before NeMo is imported: their names, and what they ask for in words."""
+"""Check and describe files of distillation settings before NeMo is imported."""
 
 from __future__ import annotations
 
@@ -28,16 +28,19 @@ SETTINGS = (
     "validation_metrics",
     "allow_other_tokenizer",
 )
-# The index of a layer in a path of modules: the first number that is a whole component.
+# Index of the layer in a module path: the first component that is a number.
 LAYER_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _DIVERGENCES = {"forward": "KL(teacher || student)", "reverse": "KL(student || teacher)", "jsd": "Jensen-Shannon"}
 
 
 def read(path: str | None) -> dict[str, Any]:
-    """Return the settings in a file, none where there is no file.
+    """Return the settings in a file.
+
+    Args:
+        path: The file; None for no settings.
 
     Raises:
-        ValueError: where it cannot be read, or holds no settings by name.
+        ValueError: If the file cannot be read, or is not a mapping of settings.
     """
     import yaml
 
@@ -46,12 +49,12 @@ def read(path: str | None) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds no settings by name")
+        raise ValueError(f"{path} must map names of settings to values")
     return settings
 
 
 def problems(path: str | None) -> list[str]:
-    """Return what is wrong with a file's form, names and values; a file that is missing is another's to tell."""
+    """Return what is wrong with a file's form, names and values; a missing file is reported elsewhere."""
     if not path or not Path(path).is_file():
         return []
     try:
@@ -86,7 +89,7 @@ def _is_pair(value: Any) -> bool:
 _PAIR_LOSSES = ("cosine", "mse")
 _SWITCH = (_is_switch, "true or false")
 _POSITIVE = (_is_positive, "a positive number")
-# What can be told of a value by itself; the configuration checks the rest.
+# Checks of single values; the configuration makes the others.
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "kd_loss_scale": _POSITIVE,
     "logit_kl_temperature": _POSITIVE,
@@ -106,7 +109,7 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def describe(path: str | None) -> str:
-    """Return in words what is minimised."""
+    """Return a description of the losses."""
     try:
         asked = {"logit_kl_direction": "forward", "logit_kl_temperature": 1.0, "skip_lm_loss": True, **read(path)}
     except ValueError as error:

@@ -1,33 +1,33 @@
-"""Bytes that logits and loss of a distillation step take at their peak, by formula. Standard library only.
+"""Formulas for the peak memory of logits and loss in a distillation step. Standard library only.
 
-The sizes of chunks that the losses work with are here, too, so that formula and code cannot part.
-``benchmarks/kd_memory.py`` compares the formulas with what models take.
+The losses take their chunk sizes from here, so that formula and code stay in step. ``benchmarks/kd_memory.py`` compares
+the formulas with measurements.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Bytes of one fp32 chunk of the divergence: a few fit the L3 cache of a CPU; on a GPU it hides the launches.
+# Bytes of one fp32 chunk of the divergence: several fit into a CPU's L3 cache; on a GPU it hides kernel launches.
 CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 64 << 20}
-# Bytes of a chunk of logits of the fused form: matrix products are efficient, and it is little beside the models.
+# Bytes of one chunk of logits in the fused form: large enough for efficient matrix products, small next to the models.
 LOGITS_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
-# Rows of a weight whose gradient is made at a time where it has to be converted.
+# Rows of a weight whose gradient is converted at a time.
 WEIGHT_ROWS = 8192
 _BUFFERS = 3
 _FP32 = 4
 
 
 def chunk_rows(tokens: int, vocabulary: int, width: int, device: str) -> int:
-    """Return how many tokens of logits the divergence works on at a time.
+    """Return the number of tokens whose logits the divergence processes at a time.
 
-    The three buffers of a chunk take an eighth of the logits at most, unless that would make chunks inefficient.
+    The three buffers of a chunk take at most an eighth of the logits, unless chunks would be too small to be efficient.
 
     Args:
-        tokens: of the micro-batch.
-        vocabulary: entries on this rank.
-        width: bytes of a logit.
-        device: its type.
+        tokens: Tokens of the micro-batch.
+        vocabulary: Entries of the vocabulary on this rank.
+        width: Bytes of a logit.
+        device: Type of the device.
     """
     largest = CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (_FP32 * max(1, vocabulary))
     lean = tokens * width // (_BUFFERS * _FP32 * 8)
@@ -35,25 +35,25 @@ def chunk_rows(tokens: int, vocabulary: int, width: int, device: str) -> int:
 
 
 def logits_rows(tokens: int, vocabulary: int, width: int, device: str) -> int:
-    """Return how many tokens' logits the fused form makes at a time."""
+    """Return the number of tokens whose logits the fused form computes at a time."""
     rows = max(16, LOGITS_BYTES.get(device, LOGITS_BYTES["cuda"]) // (width * max(1, vocabulary)))
     return min(rows, max(1, tokens))
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What decides the memory of logits and loss on one rank.
+    """Sizes that determine the memory of logits and loss on one rank.
 
     Attributes:
-        tokens: of a micro-batch.
-        vocabulary: entries on this rank.
-        hidden: hidden size of the student.
-        teacher_hidden: hidden size of the teacher.
-        width: bytes of a logit.
-        tensor_parallel: ranks that share the vocabulary.
-        device: type of the device.
-        lm_loss: whether a language-model loss is mixed in.
-        trained: whether the student's output weight is.
+        tokens: Tokens of a micro-batch.
+        vocabulary: Entries of the vocabulary on this rank.
+        hidden: Hidden size of the student.
+        teacher_hidden: Hidden size of the teacher.
+        width: Bytes of a logit.
+        tensor_parallel: Ranks that share the vocabulary.
+        device: Type of the device.
+        lm_loss: Whether a language-model loss is added.
+        trained: Whether the student's output weight is trained.
     """
 
     tokens: int
@@ -81,10 +81,11 @@ class Sizes:
         return 2 * self.logits + copies * _FP32 * self.tokens * self.vocabulary
 
     def chunked(self) -> int:
-        """Return the bytes of the chunked loss: the logits, one of which takes the gradient, and a chunk's buffers.
+        """Return the bytes of the chunked loss.
 
-        Or, in the backward pass, this gradient and that of the output weight. Megatron's cross entropy keeps an fp32
-        tensor of the logits' size.
+        In the forward pass: both logits, one of which becomes the gradient, and the buffers of a chunk. In the backward
+        pass: this gradient and that of the output weight. Megatron's cross entropy keeps another fp32 tensor of the
+        size of the logits.
         """
         forward = 2 * self.logits + self._chunk(self.tokens)
         backward = self.logits + self.trained * self.hidden * self.vocabulary * self.width
@@ -94,9 +95,9 @@ class Sizes:
     def fused(self) -> int:
         """Return the bytes of the loss fused with the output layers.
 
-        A chunk of each model's logits (with a language-model loss, of a gradient, too), the output weight's gradient in
-        fp32, the gradient of the hidden states, hidden states of both models over the whole sequence, a chunk's buffers
-        or a part of the weight's gradient in its own type.
+        It is the sum of: a chunk of each model's logits (and of a gradient, if there is a language-model loss), the
+        fp32 gradient of the output weight, the gradient of the hidden states, the hidden states of both models over the
+        whole sequence, and the larger of a chunk's buffers and a converted part of the weight's gradient.
         """
         rows = logits_rows(self.tokens, self.vocabulary, self.width, self.device)
         converted = 0

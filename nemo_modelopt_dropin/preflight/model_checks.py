@@ -1,4 +1,4 @@
-"""What of a request does not fit a model, from the model's configuration alone. Nothing heavy is imported."""
+"""Check that requested sizes and layouts fit a model, from its configuration alone. Nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from nemo_modelopt_dropin.preflight import budget, loss_file, model_sizes
 from nemo_modelopt_dropin.preflight.model_sizes import Shape
 
-# Width hparams whose size GPU kernels want as a multiple of something.
+# Widths that GPU kernels compute fastest at a multiple of `TENSOR_CORE_MULTIPLE`.
 ROUNDED = ("hidden_size", "ffn_hidden_size", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
 TENSOR_CORE_MULTIPLE = 8
 _ROUND_TO = 64
@@ -19,7 +19,7 @@ Targets = Mapping[str, int | float | None]
 
 
 def size_step(name: str, original: int) -> int:
-    """Return the number that sizes chosen by us are multiples of."""
+    """Return the number of which all sizes that a search chooses are multiples."""
     if name not in ROUNDED:
         return 1
     if original % _ROUND_TO == 0 and original >= 16 * _ROUND_TO:
@@ -33,12 +33,12 @@ def legal_heads(heads: int, groups: int, target_groups: int) -> list[int]:
 
 
 def target_problems(shape: Shape | None, targets: Targets, budget_too: bool = False) -> list[str]:
-    """Return a sentence for each target, as the flags name them, that the model cannot be pruned to.
+    """Return one sentence for each target that the model cannot be pruned to, with the names of the flags.
 
     Args:
-        shape: the model, None where it is not known.
-        targets: sizes, or shares of the model's; None for what is not given.
-        budget_too: whether other sizes are chosen to reach a number of parameters.
+        shape: The model, None if unknown.
+        targets: Sizes or fractions of the model's sizes; None for those that are not set.
+        budget_too: Whether a search chooses other sizes to reach a number of parameters.
     """
     asked = {name: size for name, size in targets.items() if size is not None}
     own: dict[str, Any] = {name: getattr(shape, name.removeprefix("target_"), None) for name in asked}
@@ -49,9 +49,9 @@ def target_problems(shape: Shape | None, targets: Targets, budget_too: bool = Fa
         allowed = legal_heads(shape.num_attention_heads, shape.num_query_groups, groups or shape.num_query_groups)
         if heads not in allowed:
             found.append(
-                f"target_num_attention_heads {heads} is impossible with {groups or shape.num_query_groups} query groups"
-                f"; of this model's {shape.num_attention_heads} heads in {shape.num_query_groups} groups can stay: "
-                f"{', '.join(map(str, allowed))}"
+                f"target_num_attention_heads {heads} is not possible with {groups or shape.num_query_groups} query "
+                f"groups; allowed for this model's {shape.num_attention_heads} heads in "
+                f"{shape.num_query_groups} groups: {', '.join(map(str, allowed))}"
             )
     kept = all(own[name] == size for name, size in asked.items())
     if asked and kept and not budget_too:
@@ -60,7 +60,12 @@ def target_problems(shape: Shape | None, targets: Targets, budget_too: bool = Fa
 
 
 def drop_problems(layers: int | None, dropped: Sequence[int] | None) -> list[str]:
-    """Return what is wrong with the numbers of layers to drop, counted from 1; ``layers`` None where unknown."""
+    """Return what is wrong with the numbers of the layers to drop.
+
+    Args:
+        layers: Number of layers of the model, None if unknown.
+        dropped: Layers to drop, counted from 1.
+    """
     if not dropped:
         return []
     found = []
@@ -77,13 +82,13 @@ def drop_problems(layers: int | None, dropped: Sequence[int] | None) -> list[str
 
 
 def size_multiples(shape: Shape | None, tp: int, block: int | None, to_hf: bool = True) -> dict[str, int]:
-    """Return the numbers that sizes must be multiples of so that each rank's layers hold whole blocks of weights.
+    """Return the number of which each size must be a multiple so that every rank holds whole blocks of weights.
 
     Args:
-        shape: the original model, None if unknown.
-        tp: tensor-parallel ranks.
-        block: weights that share a scale along a layer's inputs; None for formats without blocks.
-        to_hf: see `block_problems`.
+        shape: The original model, None if unknown.
+        tp: Tensor-parallel ranks.
+        block: Weights that share a scale along a layer's inputs; None for formats without blocks.
+        to_hf: See `block_problems`.
     """
     if shape is None or min(tp, block or 1) < 1:
         return {}
@@ -101,16 +106,16 @@ def _least(step: int, multiple: int, size: int) -> int:
 
 
 def smallest(shape: Shape, targets: Targets, multiples: Mapping[str, int] | None = None) -> Shape:
-    """Return the smallest shape that a search of sizes reaches; what ``targets`` give stays.
+    """Return the smallest shape that a search of sizes reaches; sizes set in ``targets`` are kept.
 
     Args:
-        shape: the original model.
-        targets: sizes or shares that are given.
-        multiples: what `size_multiples` returned.
+        shape: The original model.
+        targets: Sizes or fractions of the model's sizes; None for those that are not set.
+        multiples: Result of `size_multiples`.
     """
     need = multiples or {}
     joint = shape.num_query_groups == shape.num_attention_heads
-    # Without query groups every head is a group of its own.
+    # Without query groups every head is its own group.
     groups = 1 if joint else shape.num_query_groups
     heads = _least(groups, need.get("num_attention_heads", 1), shape.num_attention_heads)
     widths = {
@@ -136,10 +141,10 @@ def budget_problems(
     """Return why a model cannot be pruned to a number of parameters.
 
     Args:
-        shape: the model, None if unknown.
-        limit: ``target_params`` as it was given.
-        targets: sizes or shares that are given.
-        multiples: what `size_multiples` returned.
+        shape: The model, None if unknown.
+        limit: Value of ``target_params``.
+        targets: Sizes or fractions of the model's sizes; None for those that are not set.
+        multiples: Result of `size_multiples`.
     """
     if shape is None or limit is None or budget.problem("", limit):
         return []
@@ -150,18 +155,18 @@ def budget_problems(
     least = smallest(shape, targets, multiples).parameters
     if most < least:
         return [
-            f"target_params {limit} is {most:,} of the model's {shape.parameters:,} parameters; below {least:,} no "
-            "sizes reach, because embedding and output layer keep the whole vocabulary"
+            f"target_params {limit} is {most:,} of the model's {shape.parameters:,} parameters; no "
+            f"sizes go below {least:,}, because embedding and output layer keep the whole vocabulary"
             + "".join(f"; {name} must be a multiple of {number}" for name, number in (multiples or {}).items())
-            + ("; give fewer target_* sizes" if any(size is not None for size in targets.values()) else "")
+            + ("; set fewer target_* sizes" if any(size is not None for size in targets.values()) else "")
         ]
     return []
 
 
 def split_problems(path: str | Path | None, tp: int, pp: int) -> list[str]:
-    """Return what of a model cannot be split over tensor-parallel ranks and pipeline stages."""
+    """Return why a model cannot be split over tensor-parallel ranks and pipeline stages."""
     if min(tp, pp) < 1:
-        return []  # told with the layout
+        return []  # reported with the layout
     shape, found = model_sizes.known(path), []
     if shape is not None and shape.num_attention_heads % tp:
         found.append(f"{shape.num_attention_heads} attention heads of {path} cannot be split over tp {tp}")
@@ -180,7 +185,7 @@ def block_problems(
     option: str | None = "--awq_block_size",
     chosen: bool = False,
 ) -> list[str]:
-    """Return the inputs of a model's layers, on each of the tp ranks, that blocks of weights do not divide.
+    """Return the layers whose inputs, on each of the tp ranks, are not a multiple of the block of weights.
 
     Returns [] for no blocks (None), and for numbers below 1, which are reported elsewhere.
 
@@ -189,7 +194,7 @@ def block_problems(
         tp: Tensor-parallel size.
         block: Weights that share a scale.
         to_hf: Whether hf files are written, which hold whole blocks only. Elsewhere a row may end with a shorter block,
-            unless ranks cut the row there: no other tensor-parallel size could restore the scales.
+            unless ranks split the row there: no other tensor-parallel size could restore the scales.
         option: Flag that sets the block; None if the algorithm's is fixed.
         chosen: Whether a search will choose the sizes: then only a model that is too small is a problem.
     """
@@ -218,7 +223,7 @@ def block_problems(
 
 
 def _searched(shape: Shape, multiples: Mapping[str, int]) -> dict[str, bool]:
-    """Return whether a search finds any size that is a multiple of what is needed, by the names of `block_problems`."""
+    """Return whether a search finds any valid size, by the names of `block_problems`."""
     groups = 1 if shape.num_query_groups == shape.num_attention_heads else shape.num_query_groups
     steps = {
         "hidden_size": ("hidden_size", size_step("hidden_size", shape.hidden_size)),
@@ -232,16 +237,16 @@ def _searched(shape: Shape, multiples: Mapping[str, int]) -> dict[str, bool]:
 
 
 def pair_problems(loss_path: str | None, layers: Mapping[str, int | None]) -> list[str]:
-    """Return the layers of a file of losses that student or teacher does not have.
+    """Return the layers in a file of losses that the student or the teacher lacks.
 
     Args:
-        loss_path: the file.
-        layers: how many layers "student" and "teacher" have, None where that is unknown.
+        loss_path: The file.
+        layers: Number of layers of the "student" and the "teacher", None if unknown.
     """
     try:
         pairs = loss_file.read(loss_path).get("intermediate_layer_pairs") or []
     except ValueError:
-        return []  # told by `loss_file.problems`
+        return []  # reported by `loss_file.problems`
     found = []
     for pair in pairs if isinstance(pairs, list) else []:
         for name, (whose, number) in zip(pair if isinstance(pair, list) else [], layers.items(), strict=False):

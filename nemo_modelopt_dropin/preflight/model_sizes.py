@@ -1,6 +1,6 @@
-"""Sizes of a model from its checkpoint's configuration alone: parameters, bytes, memory. Nothing heavy is imported.
+"""Compute parameters, bytes and memory of a model from its checkpoint's configuration. Nothing heavy is imported.
 
-Formulas of parameters and activations are those of Megatron-Core's GPT; attention keeps no scores.
+The formulas for parameters and activations are those of Megatron-Core's GPT; attention stores no scores.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any
 
 from nemo_modelopt_dropin.preflight import loss_memory
 
-# Settings of how many layers the outer pipeline stages hold.
+# Settings of the number of layers in the outer pipeline stages.
 STAGES = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
 
 
 class UnknownModel(ValueError):
-    """A model whose sizes cannot be told from its configuration; the message says why."""
+    """The sizes of a model cannot be computed from its configuration; the message contains the reason."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a GPT that its number of parameters depends on."""
+    """The sizes of a GPT that determine its number of parameters."""
 
     name: str
     num_layers: int
@@ -46,9 +46,14 @@ class Shape:
     def pruned(
         self, targets: Mapping[str, int | float | None], drop_layers: list[int] | tuple[int, ...] | None = None
     ) -> Shape:
-        """Return the shape after pruning; ``targets`` as the flags name them, None for what stays."""
+        """Return the shape after pruning.
+
+        Args:
+            targets: Sizes or fractions by the names of the flags; None keeps the size.
+            drop_layers: Numbers of the layers to drop.
+        """
         sizes = {name.removeprefix("target_"): size for name, size in targets.items() if size is not None}
-        # A size below one is a share of the original's; pruning rounds it to a legal size near by.
+        # A size below one is a fraction of the original size; pruning rounds it to the nearest valid size.
         known: dict[str, Any] = {
             name: size if size >= 1 else max(1, round(size * getattr(self, name)))
             for name, size in sizes.items()
@@ -60,7 +65,7 @@ class Shape:
 
     @property
     def embedding_parameters(self) -> int:
-        """Parameters of embedding and output layer."""
+        """Number of parameters of embedding and output layer."""
         return self.hidden_size * (self.vocab_size * (1 if self.tied else 2) + self.learned_positions)
 
     @property
@@ -74,7 +79,7 @@ class Shape:
 
     @property
     def body_parameters(self) -> int:
-        """Parameters outside of embedding and output layer."""
+        """Number of parameters outside embedding and output layer."""
         h, width, groups = self.hidden_size, *self._attention_widths()
         norm = (2 if self.layer_norm else 1) * h
         rest = (
@@ -88,7 +93,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """All parameters."""
+        """Number of all parameters."""
         return self.embedding_parameters + self.body_parameters
 
     def _attention_widths(self) -> tuple[int, int]:
@@ -107,7 +112,7 @@ def read(checkpoint: str | Path) -> Shape:
     """Return the shape of a NeMo 2 checkpoint or a Hugging Face folder.
 
     Raises:
-        UnknownModel: where the folder has no configuration, or one of a model that the formulas do not cover.
+        UnknownModel: If the folder has no configuration, or the formulas do not cover the model.
     """
     folder = Path(checkpoint)
     content = _context(folder)
@@ -124,7 +129,7 @@ def read(checkpoint: str | Path) -> Shape:
 
 
 def _context(folder: Path) -> Any:
-    """Return the description of the model in a NeMo 2 checkpoint, None if there is none or it is broken."""
+    """Return the description of the model in a NeMo 2 checkpoint, None if it is missing or broken."""
     file = folder / "context" / "model.yaml"
     if not file.is_file():
         return None
@@ -138,19 +143,19 @@ def _context(folder: Path) -> Any:
 
 
 def layers(checkpoint: str | Path | None) -> int | None:
-    """Return the number of layers of a NeMo 2 checkpoint of any kind, None where its configuration has none."""
+    """Return the number of layers of any NeMo 2 checkpoint, None if its configuration does not contain it."""
     config = (_context(Path(checkpoint)) or {}).get("config") if checkpoint else None
     number = config.get("num_layers") if isinstance(config, dict) else None
     return number if isinstance(number, int) else None
 
 
 def stage_layers(layers: int, stages: int) -> tuple[int, int] | tuple[None, None]:
-    """Return how many layers the first and the last pipeline stage hold, None for both where all hold as many.
+    """Return the number of layers in the first and in the last pipeline stage, None for both if all are equal.
 
-    What does not divide goes to the outer stages: Megatron lets only those differ.
+    The remainder goes to the outer stages, because Megatron allows only those to differ.
 
     Raises:
-        ValueError: for more stages than layers.
+        ValueError: If there are more stages than layers.
     """
     if layers < stages:
         raise ValueError(f"{layers} layers cannot be split over {stages} pipeline stages")
@@ -161,16 +166,16 @@ def stage_layers(layers: int, stages: int) -> tuple[int, int] | tuple[None, None
 
 
 def unequal_stages(checkpoint: str | Path, stages: int) -> dict[str, int]:
-    """Return how many layers a checkpoint's first and last pipeline stages hold, by name; nothing where all hold alike.
+    """Return the number of layers in a checkpoint's first and last pipeline stage, by setting; {} if all are equal.
 
-    So deep a model as pruning leaves need not divide by the number of stages.
+    The number of layers of a pruned model is often not a multiple of the number of stages.
 
     Args:
-        checkpoint: the model; only its configuration is read.
-        stages: number of pipeline stages.
+        checkpoint: The model; only its configuration is read.
+        stages: Number of pipeline stages.
 
     Raises:
-        ValueError: for more stages than layers.
+        ValueError: If there are more stages than layers.
     """
     depth = layers(checkpoint)
     first, last = (None, None) if depth is None else stage_layers(depth, stages)
@@ -217,7 +222,7 @@ def _only_known(config: Mapping[str, Any], unknown: tuple[str, ...]) -> None:
 
 
 def _vocabulary(config: Mapping[str, Any], folder: Path) -> int:
-    """Return the vocabulary as the model pads it; a configuration without one takes its tokenizer's."""
+    """Return the padded size of the vocabulary; if the configuration has none, it is the tokenizer's."""
     size = config.get("vocab_size")
     if size:
         return size
@@ -226,7 +231,7 @@ def _vocabulary(config: Mapping[str, Any], folder: Path) -> int:
         entries = {*content.get("model", {}).get("vocab", {})} | {one["content"] for one in content["added_tokens"]}
         unit = config.get("make_vocab_size_divisible_by") or 1
         return -(-len(entries) // unit) * unit
-    raise UnknownModel("its configuration has no vocab_size and no tokenizer.json is beside it")
+    raise UnknownModel("its configuration has no vocab_size and there is no tokenizer.json next to it")
 
 
 def _from_hugging_face(config: Mapping[str, Any]) -> Shape:
@@ -243,7 +248,7 @@ def _from_hugging_face(config: Mapping[str, Any]) -> Shape:
             kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
             vocab_size=config["vocab_size"],
             tied=bool(config.get("tie_word_embeddings")),
-            gated="rms_norm_eps" in config,  # families with RMSNorm gate their MLPs
+            gated="rms_norm_eps" in config,  # model families with RMSNorm have gated MLPs
             bias="rms_norm_eps" not in config,
             layer_norm="rms_norm_eps" not in config,
         )
@@ -252,7 +257,7 @@ def _from_hugging_face(config: Mapping[str, Any]) -> Shape:
 
 
 def known(path: str | Path | None) -> Shape | None:
-    """Return a checkpoint's shape, None where there is none or its sizes cannot be told."""
+    """Return a checkpoint's shape, None if there is no path or the sizes cannot be computed."""
     try:
         return read(path) if path else None
     except UnknownModel:
@@ -266,27 +271,27 @@ def quantized_bytes(shape: Shape, bits: float) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank, by what they are for."""
+    """Bytes on one rank, by purpose."""
 
     parts: dict[str, float]
 
     @property
     def total(self) -> float:
-        """Their sum."""
+        """Sum of all parts."""
         return sum(self.parts.values())
 
 
 def forward_memory(shape: Shape, batch: int, seq: int, tp: int, pp: int, width: int, compared: bool = False) -> Memory:
-    """Estimate what forward passes without gradients need on one rank.
+    """Estimate the memory of forward passes without gradients on one rank.
 
     Args:
-        shape: the model.
-        batch: sequences of a microbatch.
-        seq: tokens of a sequence.
-        tp: tensor-parallel ranks.
-        pp: pipeline stages.
-        width: bytes of a weight or activation.
-        compared: whether the original model's logits are there too, as where quantization is judged.
+        shape: The model.
+        batch: Sequences of a micro-batch.
+        seq: Tokens of a sequence.
+        tp: Tensor-parallel ranks.
+        pp: Pipeline stages.
+        width: Bytes of a weight or activation.
+        compared: Whether the logits of the original model are in memory too, as in the comparison after quantization.
     """
     attention = shape.num_attention_heads * shape.kv_channels + 2 * shape.num_query_groups * shape.kv_channels
     units = 4 * shape.hidden_size + (attention + 3 * shape.ffn_hidden_size) / tp
@@ -310,32 +315,32 @@ def training_memory(
     width: int,
     device: str = "cuda",
 ) -> Memory:
-    """Estimate what a training step needs on one rank: Adam in fp32, shared by the data-parallel ranks.
+    """Estimate the memory of a training step on one rank: Adam in fp32, sharded over the data-parallel ranks.
 
     Args:
-        student: the model that is trained.
-        teacher: the frozen one, where there is one.
-        batch: sequences of a microbatch.
-        seq: tokens of a sequence.
-        tp: tensor-parallel ranks.
-        pp: pipeline stages.
-        dp: data-parallel ranks.
-        width: bytes of a weight or activation, 2 or 4; fp32 weights need no second copy.
-        device: its type, which decides how much of the logits is worked on at a time.
+        student: The model that is trained.
+        teacher: The frozen model, None if there is none.
+        batch: Sequences of a micro-batch.
+        seq: Tokens of a sequence.
+        tp: Tensor-parallel ranks.
+        pp: Pipeline stages.
+        dp: Data-parallel ranks.
+        width: Bytes of a weight or activation, 2 or 4; fp32 weights need no second copy.
+        device: Type of the device, which determines the size of the chunks of logits.
     """
     own = student.parameters / (tp * pp)
-    # On CPU ranks each has the whole optimizer.
+    # Each CPU rank has the whole optimizer.
     optimizer = (8 if width == 4 else 12) / (1 if device == "cpu" else dp)
     queries, keys = student.num_attention_heads * student.kv_channels, student.num_query_groups * student.kv_channels
     inner = (4 if student.gated else 2) * student.ffn_hidden_size
-    # What Megatron's own layers keep of a token (`benchmarks/kd_memory.py` checks it); Transformer Engine's keep less.
+    # What Megatron's own layers store for a token (see `benchmarks/kd_memory.py`); Transformer Engine's store less.
     per_token = (6 * student.hidden_size + 6 * queries + 4 * keys + inner) * width / tp
     logits = 4.0 * batch * seq * student.vocab_size / tp * 2
     if teacher is not None:
         sizes = student.hidden_size, teacher.hidden_size, width, tp, device
         both = loss_memory.Sizes(batch * seq, student.vocab_size // tp, *sizes)
         logits = min(both.chunked(), both.fused())
-    # Pipelining keeps up to pp microbatches of layers / pp each: one whole model's activations.
+    # A pipeline stores up to pp micro-batches of layers / pp layers: the activations of one whole model.
     parts = {
         "weights": width * own,
         "gradients": 4 * own,

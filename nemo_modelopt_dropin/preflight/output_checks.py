@@ -10,10 +10,10 @@ from pathlib import Path
 
 from nemo_modelopt_dropin import files
 
-# What a report consists of.
+# Files and folders of a report.
 REPORT_FILES = ("report.json", "report.html", "figures")
 
-# Names by which a checkpoint's format is known.
+# Names that identify the format of a checkpoint.
 _MARKS = {
     "nemo": ("context", "weights"),
     "hf": ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors", "pytorch_model*.bin"),
@@ -27,17 +27,17 @@ def formats_in(folder: Path) -> list[str]:
 
 
 def problems(flag: str, output: str | None, inputs: Mapping[str, str | None], wanted: str) -> list[str]:
-    """Return why a checkpoint of the format ``wanted`` cannot be written to a folder; see the two that follow."""
+    """Return why a checkpoint of the format ``wanted`` cannot be written to a folder."""
     return place_problems(flag, output, inputs) or content_problems(flag, output, wanted)
 
 
 def place_problems(flag: str, output: str | None, inputs: Mapping[str, str | None]) -> list[str]:
-    """Return why a folder cannot be written, or what of the inputs would be overwritten.
+    """Return why a folder cannot be written, or which inputs would be overwritten.
 
     Args:
-        flag: that names the folder.
-        output: the folder, which need not exist.
-        inputs: flag -> path of what is read.
+        flag: Flag that sets the folder.
+        output: The folder, which need not exist.
+        inputs: Flag -> path of each input.
     """
     if not output:
         return []
@@ -47,9 +47,9 @@ def place_problems(flag: str, output: str | None, inputs: Mapping[str, str | Non
             continue
         own, other = folder.resolve(), Path(path).resolve()
         if own == other:
-            return [f"{flag} {output} is {name} itself, which would be overwritten; give another folder"]
+            return [f"{flag} {output} is {name} itself, which would be overwritten; use another folder"]
         if other in own.parents:
-            return [f"{flag} {output} lies inside of {name} {path}; give a folder outside of it"]
+            return [f"{flag} {output} lies inside {name} {path}; use a folder outside it"]
         if own in other.parents:
             return [f"{name} {path} lies inside {flag} {output}, which this command writes; use another folder"]
     reason = unwritable(folder)
@@ -75,16 +75,16 @@ def unwritable(folder: Path) -> str | None:
 
 
 def _exists(path: str) -> bool:
-    """Return whether there is a file or folder, or a tokenized data set of Megatron that is named by its prefix."""
+    """Return whether a path exists, as a file, a folder or the prefix of a tokenized data set of Megatron."""
     return any(os.path.lexists(f"{path}{ending}") for ending in ("", ".bin", ".idx"))
 
 
 def input_paths(flag: str, values: Iterable[str] | str | None) -> dict[str, str]:
-    """Return the paths of a setting that takes several, by flag; of a pattern its first match counts.
+    """Return the paths of a setting that takes several, by flag; a pattern is replaced by its first match.
 
     Args:
-        flag: that names them.
-        values: one or more paths or patterns; the weights of a blend lead nowhere.
+        flag: Flag that sets them.
+        values: One or more paths or patterns. The weights of a blend are included; they match no file.
     """
     found = {}
     for number, value in enumerate([values] if isinstance(values, str) else values or ()):
@@ -94,20 +94,20 @@ def input_paths(flag: str, values: Iterable[str] | str | None) -> dict[str, str]
 
 
 def config_paths(config: str | os.PathLike[str] | None, output: str | None) -> dict[str, str]:
-    """Return a file of settings as an input, unless it is the one that this command keeps in its output."""
+    """Return the file of settings as an input, unless it is the run file in the command's own output."""
     if not config or not output or Path(config).resolve() == (Path(output) / files.RUN_FILE).resolve():
         return {}
     return {"--config": str(config)}
 
 
 def state_problems(flag: str, folder: str | None, kind: str, outputs: Mapping[str, str | None]) -> list[str]:
-    """Return why a folder of ours beside the output cannot be used: what it holds, or that it is in the way.
+    """Return why a folder for intermediate content cannot be used.
 
     Args:
-        flag: that names the folder.
-        folder: that is written and removed.
-        kind: of its content.
-        outputs: flag -> other paths that this command writes.
+        flag: Flag that sets the folder.
+        folder: The folder, which is written and removed.
+        kind: Kind of its content.
+        outputs: Flag -> other paths that this command writes.
     """
     if not folder:
         return []
@@ -117,12 +117,12 @@ def state_problems(flag: str, folder: str | None, kind: str, outputs: Mapping[st
 
 
 def nesting_problems(flag: str, path: str | None, outputs: Mapping[str, str | None]) -> list[str]:
-    """Return that a path is, or lies in, something else that is written as a whole.
+    """Return which of the outputs, each of which is replaced as a whole, contains a path.
 
     Args:
-        flag: that names the path.
-        path: of what is written first.
-        outputs: flag -> other paths that are written.
+        flag: Flag that sets the path.
+        path: The path, which is written first.
+        outputs: Flag -> other paths that are written.
     """
     for name, other in outputs.items():
         if path and other:
@@ -136,9 +136,9 @@ def report_problems(flag: str, folder: str | None, outputs: Mapping[str, str | N
     """Return why a report cannot be written into a folder.
 
     Args:
-        flag: that names the folder.
-        folder: of the report.
-        outputs: flag -> checkpoints that this command writes, which hold nothing but the checkpoint.
+        flag: Flag that sets the folder.
+        folder: Folder of the report.
+        outputs: Flag -> checkpoints that this command writes; their folders hold nothing else.
     """
     nested = nesting_problems(flag, folder, outputs or {})
     if nested:
@@ -148,14 +148,14 @@ def report_problems(flag: str, folder: str | None, outputs: Mapping[str, str | N
 
 
 def content_problems(flag: str, output: str | None, wanted: str) -> list[str]:
-    """Return why a checkpoint cannot be written into a folder that exists: it would be mixed with something else.
+    """Return why a checkpoint cannot be written into an existing folder, because it would be mixed with other files.
 
-    What this command wrote there before, in the same format, is replaced.
+    An earlier checkpoint of this command in the same format is replaced.
 
     Args:
-        flag: that names the folder.
-        output: the folder.
-        wanted: format of the checkpoint to come, a key of ``formats_in``.
+        flag: Flag that sets the folder.
+        output: The folder.
+        wanted: Format of the new checkpoint: "nemo", "hf" or "trtllm".
     """
     folder = Path(output or "")
     if not output or not folder.is_dir():
@@ -163,5 +163,5 @@ def content_problems(flag: str, output: str | None, wanted: str) -> list[str]:
     found = files.problem(folder, files.checkpoint(wanted))
     others = [name for name in formats_in(folder) if name != wanted]
     if found and others:
-        return [f"{flag} {output} holds a checkpoint of format {', '.join(others)} already; give another folder"]
+        return [f"{flag} {output} holds a checkpoint of format {', '.join(others)} already; use another folder"]
     return [f"{flag}: {found}"] if found else []

@@ -1,4 +1,4 @@
-"""Checks of two inputs against each other, before anything heavy is imported: texts, models, names."""
+"""Checks that compare two inputs (texts, models, names) before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from nemo_modelopt_dropin.report.page import millions
 
 
 def same_text(train: tuple[str, str | None], heldout: tuple[str, str | None]) -> list[str]:
-    """Return why a held-out text cannot be measured on: it is the training text.
+    """Return why a held-out text cannot be used for measurements: it is the training text.
 
     Args:
-        train: flag and path of the training text.
-        heldout: flag and path of the held-out text.
+        train: Flag and path of the training text.
+        heldout: Flag and path of the held-out text.
     """
     (flag, path), (heldout_flag, heldout_path) = train, heldout
     if not path or not heldout_path or not Path(path).is_file() or not Path(heldout_path).is_file():
@@ -30,16 +30,16 @@ def same_text(train: tuple[str, str | None], heldout: tuple[str, str | None]) ->
 
 
 def name_problems(flag: str, name: str | None, folder: str | None) -> list[str]:
-    """Return why a run's name cannot be that of a folder below another.
+    """Return why a run's name cannot be used as the name of a folder.
 
     Args:
-        flag: that holds the name.
-        name: the name of the run.
-        folder: in which the run makes its folder.
+        flag: Flag that sets the name.
+        name: Name of the run.
+        folder: Folder in which the run creates its own.
     """
     if not name or not folder:
         return []
-    # Not resolved: a link inside the folder may well lead to another disk.
+    # Links are not resolved: a link inside the folder may lead to another disk.
     base, place = os.path.abspath(folder), os.path.abspath(os.path.join(folder, name))
     if place.startswith(base.rstrip(os.sep) + os.sep) and ".." not in Path(name).parts:
         return []

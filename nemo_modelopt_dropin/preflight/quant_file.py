@@ -1,4 +1,4 @@
-"""The form of a JSON file with a quant_cfg, before modelopt is imported; its fields are checked by modelopt's own."""
+"""Check the form of a JSON file with a quant_cfg before modelopt is imported, which checks the fields itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def problems(path: str) -> list[str]:
     """Return what is wrong with the form of a file.
 
     Args:
-        path: of the file, which exists.
+        path: The file, which exists.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))

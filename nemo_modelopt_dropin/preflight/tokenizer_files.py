@@ -1,7 +1,7 @@
-"""Comparison of two tokenizers by vocabulary and merges rather than size. Standard library only.
+"""Compare two tokenizers by vocabulary and merges. Standard library only.
 
-Only ids that both have are compared; if one vocabulary is longer, that shows in its size. Special tokens that were
-added to a vocabulary may have different names.
+Only ids in both vocabularies are compared; a longer vocabulary is visible in its size. Special tokens that were added
+to a vocabulary may have different names.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ OVERRIDE = "allow_other_tokenizer"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What decides which ids a text gets.
+    """The parts of a tokenizer that determine the ids of a text.
 
     Attributes:
-        tokens: by id.
-        merges: of byte-pair encoding, in order; None if unknown.
+        tokens: Tokens by id.
+        merges: Merges of byte-pair encoding, in order; None if unknown.
     """
 
     tokens: Mapping[int, str]
@@ -30,7 +30,7 @@ class Vocabulary:
 
 
 def of_json(content: Any) -> Vocabulary | None:
-    """Return the vocabulary of a ``tokenizer.json``, None if its form is not known."""
+    """Return the vocabulary in a ``tokenizer.json``, None if its form is unknown."""
     model = content.get("model") if isinstance(content, dict) else None
     stored = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(stored, dict):
@@ -47,10 +47,10 @@ def of_json(content: Any) -> Vocabulary | None:
 
 
 def of_folder(path: str | Path | None) -> Vocabulary | None:
-    """Return the vocabulary of a NeMo 2 checkpoint or a tokenizer's folder, None if it cannot be told from files.
+    """Return the vocabulary of a NeMo 2 checkpoint or a tokenizer's folder, None if its files do not contain it.
 
     Args:
-        path: the folder; None for none.
+        path: The folder; None for none.
     """
     if not path or not Path(path).is_dir():
         return None
@@ -65,7 +65,7 @@ def of_folder(path: str | Path | None) -> Vocabulary | None:
 
 
 def difference(student: Vocabulary | None, teacher: Vocabulary | None) -> str | None:
-    """Return in words how two vocabularies differ; None if they agree or one is not known."""
+    """Describe how two vocabularies differ; return None if they agree or one is unknown."""
     if student is None or teacher is None:
         return None
     both = student.tokens.keys() & teacher.tokens.keys()
@@ -82,10 +82,10 @@ def difference(student: Vocabulary | None, teacher: Vocabulary | None) -> str | 
 
 
 def message(found: str) -> str:
-    """Return the error for a difference.
+    """Return the error message for a difference.
 
     Args:
-        found: what `difference` returned.
+        found: Result of `difference`.
     """
     return (
         f"Student and teacher have different tokenizers: {found}. The teacher's logits belong to other tokens, so the "

@@ -222,7 +222,7 @@ def test_a_dry_run_of_a_search_says_what_is_tried(tmp_path, monkeypatch, capsys)
     assert "params at most 70%, the best of up to 5 candidates by held-out loss" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         command_lines.script_of("compress").main([*command, "--target-params", "most"])
-    assert "target_params most is no number of parameters; give a share" in capsys.readouterr().err
+    assert "target_params most is not a valid parameter budget; use a fraction" in capsys.readouterr().err
 
 
 def test_comparing_two_runs(tmp_path, capsys):

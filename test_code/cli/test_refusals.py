@@ -108,9 +108,9 @@ def test_what_is_no_checkpoint_is_said_before_nemo_is_loaded(
         (
             "prune",
             command_lines.IMPORTANCE + " --target_num_attention_heads 3",
-            "--target_num_attention_heads 3 is impossible with 2",
+            "--target_num_attention_heads 3 is not possible with 2",
         ),
-        ("prune", command_lines.IMPORTANCE.partition(" --target_ffn")[0] + " --target_params 3%", "no sizes reach"),
+        ("prune", command_lines.IMPORTANCE.partition(" --target_ffn")[0] + " --target_params 3%", "no sizes go below"),
         (
             "prune",
             "--restore_path model --save_path x --drop_layers 1 7",
@@ -137,7 +137,7 @@ def test_what_is_no_checkpoint_is_said_before_nemo_is_loaded(
         (
             "distill",
             command_lines.RUNS["distill"].replace("logs", "teacher"),
-            "teacher/n lies inside of --teacher_path teacher",
+            "teacher/n lies inside --teacher_path teacher",
         ),
         (
             "distill",

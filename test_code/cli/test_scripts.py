@@ -167,7 +167,11 @@ def test_help_takes_no_time(script):
         (
             "compress",
             ["--teacher", "t", "--train-text", "a", "--heldout-text", "b", "--verify", "some", "--target-params", "60"],
-            ["unknown verify 'some'; allowed: full, files, none", "60 means 60 parameters; for a share", "write '60%'"],
+            [
+                "unknown verify 'some'; allowed: full, files, none",
+                "60 means 60 parameters; for a fraction",
+                "use '60%'",
+            ],
         ),
         ("demo", ["--devices", "3"], ["not a multiple of micro batch size 8 x 3"]),
         ("demo", ["--steps", "3", "--vorbose"], ["--vorbose; did you mean --verbose?"]),

@@ -65,7 +65,7 @@ def test_every_problem_is_reported_at_once(tmp_path):
         ({"target_num_layers": 0}, "target_num_layers must be positive"),
         ({"target_num_layers": 2, "drop_layers": (1,)}, "cannot be combined"),
         ({"target_params": "70%", "drop_layers": (1,)}, "cannot be combined with target_params"),
-        ({"target_params": "much"}, "give a share of the original model"),
+        ({"target_params": "much"}, "use a fraction of the original model"),
         ({"target_params": "70%", "max_candidates": 0}, "max_candidates must be positive"),
         ({"target_num_layers": 2, "num_samples": 2, "micro_batch_size": 4}, "less than one batch"),
     ],

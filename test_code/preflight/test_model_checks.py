@@ -20,9 +20,12 @@ SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", 
     ("targets", "problem"),
     [
         ({"hidden_size": 65}, "hidden_size 65 is above the model's 64"),
-        ({"num_attention_heads": 3}, "3 is impossible with 2 query groups; .* can stay: 2, 4, 6, 8"),
+        ({"num_attention_heads": 3}, "3 is not possible with 2 query groups; allowed for .*: 2, 4, 6, 8"),
         ({"num_attention_heads": 2, "num_query_groups": 4}, "num_query_groups 4 is above the model's 2"),
-        ({"num_attention_heads": 6, "num_query_groups": 1}, "impossible with 1 query groups; .* can stay: 1, 2, 3, 4"),
+        (
+            {"num_attention_heads": 6, "num_query_groups": 1},
+            "not possible with 1 query groups; allowed for .*: 1, 2, 3, 4",
+        ),
         ({"num_layers": 4, "hidden_size": 64}, "all are the model's own sizes, there is nothing to prune"),
         ({"num_layers": 4, "hidden_size": 56}, None),
         ({"num_attention_heads": 0.4}, None),
@@ -110,7 +113,7 @@ def test_budgets_are_judged_as_the_search_judges_them(cpu_backend, budget, layer
 def test_a_budget_says_how_small_the_model_gets():
     found = model_checks.budget_problems(MODEL, "1%", {})
     least = model_checks.smallest(MODEL, {}).parameters
-    assert f"below {least:,} no sizes reach" in found[0]
+    assert f"no sizes go below {least:,}, because" in found[0]
     assert not model_checks.budget_problems(MODEL, str(least), {})
     assert "not fewer than the model's" in model_checks.budget_problems(MODEL, "1B", {})[0]
     assert model_checks.budget_problems(None, "3%", {}) == []

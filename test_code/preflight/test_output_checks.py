@@ -41,7 +41,7 @@ def test_formats_are_told_by_their_files(tmp_path, kind, expected):
         ("model", "is --in itself, which would be overwritten"),
         ("./model/", "is --in itself"),
         ("link", "is --in itself"),
-        ("model/inside", "lies inside of --in model"),
+        ("model/inside", "lies inside --in model"),
         ("file", "file is a file; use another folder"),
         ("file/below", "file is a file; use another folder"),
         ("/proc/nowhere", "cannot be written"),

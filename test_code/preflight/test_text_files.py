@@ -146,11 +146,11 @@ def test_a_sentencepiece_template_is_used(tmp_path):
         ("a.jsonl", '{"messages": [{"role": "user", "content": 3}]}', "line 1: turn 1 of the conversation has no text"),
         ("a.jsonl", '{"messages": [{"speaker": "x"}]}', "turn 1 of the conversation has the fields ['speaker']; expec"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "a"}, 3]}', "turn 2 of the conversation is a int; expe"),
-        ("a.jsonl", '{"text": "a"}\n{"text": 3}\n', "a.jsonl, line 2: holds a value of type int where a text or a"),
+        ("a.jsonl", '{"text": "a"}\n{"text": 3}\n', "a.jsonl, line 2: contains a value of type int instead of a text"),
         ("a.jsonl", '{"text": "a"}\n{"text": ', "a.jsonl cannot be read: line 2 is not valid JSON"),
         ("a.jsonl", '{"text": ""}\n{"text": " \\n"}\n', "a.jsonl is empty, or all of its rows are blank"),
         ("a.txt", "\n \n", "a.txt is empty, or all of its rows are blank"),
-        ("a.json", '[{"text": "a"}] [{"text": "b"}]', "a.json cannot be read: there is more after the end of"),
+        ("a.json", '[{"text": "a"}] [{"text": "b"}]', "a.json cannot be read: there is text after the end of"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "a.jsonl cannot be read: 'utf-8' codec can't decode"),
     ],
 )  # fmt: skip

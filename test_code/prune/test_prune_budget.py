@@ -213,14 +213,16 @@ class TestBudgets:
     def test_refused(self, cpu_backend, value):
         from nemo.collections.llm.modelopt.prune import PruningConfig
 
-        with pytest.raises(ValueError, match=r"target_params=.* is no number of parameters; give a share"):
+        with pytest.raises(ValueError, match=r"target_params=.* is not a valid parameter budget; use a fraction"):
             PruningConfig(target_params=value)
 
     @pytest.mark.parametrize("value", [60, "60", 99.5, "100"])
     def test_per_cent_without_the_sign_are_refused(self, cpu_backend, value):
         from nemo.collections.llm.modelopt.prune import PruningConfig
 
-        with pytest.raises(ValueError, match=rf"target_params=.* parameters; for a share .* write '{float(value):g}%'"):
+        with pytest.raises(
+            ValueError, match=rf"target_params=.* parameters; for a fraction .* use '{float(value):g}%'"
+        ):
             PruningConfig(target_params=value)
 
     @pytest.mark.parametrize(
@@ -230,7 +232,7 @@ class TestBudgets:
             ({"target_params": "50%", "max_candidates": 0}, "max_candidates=0; pass a whole number of at least 1"),
             ({"target_params": "50%", "max_candidates": 2.5}, r"max_candidates=2\.5"),
             ({"target_params": "50%", "heldout_batches": 0}, "heldout_batches=0; pass a whole number"),
-            ({"target_active_params": "none"}, "target_active_params='none' is no number of parameters"),
+            ({"target_active_params": "none"}, "target_active_params='none' is not a valid parameter budget"),
         ],
     )
     def test_contradictions_refused(self, cpu_backend, fields, message):

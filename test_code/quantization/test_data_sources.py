@@ -172,7 +172,7 @@ BAD_FILES = [
     ("broken.parquet", b"not parquet", None, "cannot be read"),
     ("broken.jsonl.gz", b"not gzip", None, "cannot be read"),
     ("column.jsonl", '{"body": "a"}', None, r"has no column \"text\"; its columns are \['body'\]"),
-    ("value.jsonl", '{"text": {"a": 1}}', None, "holds a value of type dict where a text or a list of token ids"),
+    ("value.jsonl", '{"text": {"a": 1}}', None, "contains a value of type dict instead of a text, a list of token ids"),
     ("text.txt", "some text", "body", "is a text file and has no column 'body'"),
 ]
 
