@@ -78,10 +78,10 @@ def make_tokenizer(given: argparse.Namespace):
     """Return the tokenizer of --tokenizer, with the chat template of --chat-template-path, or None."""
     if not given.tokenizer:
         return None
-    from nemo.collections.llm.modelopt import _moved
+    from nemo_modelopt_dropin import moved
 
     template = Path(given.chat_template_path).read_text(encoding="utf-8").strip() if given.chat_template_path else None
-    return _moved.find("get_tokenizer")(given.tokenizer, **({"chat_template": template} if template else {}))
+    return moved.find("get_tokenizer")(given.tokenizer, **({"chat_template": template} if template else {}))
 
 
 def make_trainer(given: argparse.Namespace):

@@ -25,8 +25,9 @@ from nemo.utils.model_utils import unwrap_model
 import modelopt.torch.opt as mto
 from nemo import lightning as nl
 from nemo.collections import llm
-from nemo.collections.llm.modelopt import _functions, _moved, _real, _saved_keys
+from nemo.collections.llm.modelopt import _functions, _real, _saved_keys
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError, one_of
+from nemo_modelopt_dropin import moved
 
 _, HAVE_TE = safe_import("transformer_engine")
 _, HAVE_MAMBA_SSM = safe_import("mamba_ssm")
@@ -189,7 +190,7 @@ def _load_tokenizer(path: str | None) -> Any:
     """Return the tokenizer to use in place of the checkpoint's, or None."""
     if not path:
         return None
-    return _moved.find("get_tokenizer")(path)
+    return moved.find("get_tokenizer")(path)
 
 
 def setup_trainer_and_restore_model_with_modelopt_spec(

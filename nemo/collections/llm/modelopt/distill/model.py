@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import modelopt.torch.distill as mtd
 from nemo.collections import llm
+from nemo_modelopt_dropin import moved
 
-from .. import _moved
 from .._batches import Shown
 from .._parallel import gather_over_stages
 from .._saved_keys import strip_module_prefix
@@ -36,7 +36,7 @@ from .recorded.teacher import RecordedTeacher, is_recorded, recorded_teacher
 from .utils import adjust_distillation_model_for_mcore, load_distillation_config, teacher_provider
 
 # A name of the stock module.
-average_losses_across_data_parallel_group = _moved.find("average_losses_across_data_parallel_group")
+average_losses_across_data_parallel_group = moved.find("average_losses_across_data_parallel_group")
 
 # Arguments of the constructor that a plain model has as well.
 _OF_STUDENT = ("config", "optim", "tokenizer", "model_transform")

@@ -1,12 +1,12 @@
-"""Names of NeMo that another module holds in another of the versions we support."""
+"""Find functions of NeMo that are in different modules in the supported versions."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
 
-# Name -> modules, the default version's first.
-_HOMES = {
+# Name -> modules, that of the default version first.
+_MODULES = {
     "average_losses_across_data_parallel_group": (
         "nemo.utils.megatron_utils",
         "nemo.collections.nlp.modules.common.megatron.utils",  # 2.5
@@ -19,16 +19,16 @@ _HOMES = {
 
 
 def find(name: str) -> Any:
-    """Return what NeMo calls ``name``, from the module that holds it in the installed version.
+    """Return a function of NeMo from the module that contains it in the installed version.
 
     Raises:
-        ImportError: If none of the modules that are known to have held it does.
+        ImportError: If none of the known modules contains it.
     """
-    for module in _HOMES[name]:
+    for module in _MODULES[name]:
         try:
             return getattr(importlib.import_module(module), name)
         except ModuleNotFoundError as error:
-            # If a module exists but one of its own dependencies is missing, that error must be seen.
+            # An existing module that lacks one of its own dependencies must raise its own error.
             if error.name is None or not module.startswith(error.name):
                 raise
-    raise ImportError(f"This version of nemo-toolkit has {name} in none of {', '.join(_HOMES[name])}.")
+    raise ImportError(f"This version of nemo-toolkit has {name} in none of {', '.join(_MODULES[name])}.")
