@@ -1,4 +1,4 @@
-"""What the drop-in needs and NeMo does not own: the import finder, the version check and the CPU backend.
+"""Everything that the subpackage and the commands share: finder, versions, CPU backend, files, checks, reports.
 
-Nothing is imported here: this package is loaded at every interpreter start by ``activate.pth``.
+Nothing is imported here, because ``activate.pth`` loads this package at every interpreter start.
 """

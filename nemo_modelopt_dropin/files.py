@@ -1,9 +1,9 @@
-"""Write and replace files and folders without losing what is not ours. Standard library only.
+"""Write and replace files and folders without deleting files of the user. Standard library only.
 
-Three rules hold for everything that this package writes:
+Everything that this package writes follows three rules:
 
-- It deletes or replaces only folders that carry its marker, and in them only the entries that the marker lists.
-- It writes beside the target and renames, so that readers see the old content or the new, never half of it.
+- It deletes or replaces only folders that contain its marker, and in them only the entries that the marker lists.
+- It writes next to the target and renames, so that readers see the old content or the new one, never a part of it.
 - One run at a time writes to an output (see `locks`).
 """
 
@@ -42,11 +42,11 @@ _UNFINISHED = "unfinished "
 
 
 def checkpoint(export_format: str) -> str:
-    """Return the kind of content of an export: of "nemo", "hf" or "trtllm"."""
+    """Return the kind of content of an export in the format "nemo", "hf" or "trtllm"."""
     return _FORMATS[export_format]
 
 
-# --- whose folder it is -----------------------------------------------------------------------------------------------
+# --- which folders are ours -------------------------------------------------------------------------------------------
 
 
 def mark(folder: Path, kind: str, entries: Iterable[str] | None = None) -> None:
@@ -54,8 +54,8 @@ def mark(folder: Path, kind: str, entries: Iterable[str] | None = None) -> None:
 
     Args:
         folder: The folder; it must exist.
-        kind: What it holds, for example "calibration state".
-        entries: Names of the entries that are ours; by default everything that is in the folder now.
+        kind: Kind of its content, for example "calibration state".
+        entries: Names of the entries that are ours; by default all current entries of the folder.
     """
     folder = Path(folder)
     found = sorted(_names(folder)) if entries is None else sorted(set(entries))
@@ -63,14 +63,17 @@ def mark(folder: Path, kind: str, entries: Iterable[str] | None = None) -> None:
 
 
 def claim(folder: Path, *names: str) -> None:
-    """Add entries to a marked folder's own; do nothing if the folder has no marker."""
+    """Add entries to those that the marker of a folder lists; do nothing if the folder has no marker."""
     content = _marker(Path(folder))
     if content is not None:
         mark(folder, content["kind"], {*content["entries"], *names})
 
 
 def taken(folder: Path, names: Iterable[str]) -> str | None:
-    """Return why entries of these names cannot be written into a folder, or None if nothing of a user's is there."""
+    """Return why entries with these names cannot be written into a folder, or None if they can.
+
+    They cannot if an entry of the user has one of the names.
+    """
     folder = Path(folder)
     if os.path.lexists(folder) and not folder.is_dir():
         return f"{folder} is a file; use a folder"
@@ -82,15 +85,15 @@ def taken(folder: Path, names: Iterable[str]) -> str | None:
 
 
 def own(folder: Path, kind: str, *names: str) -> None:
-    """Make entries of a folder ours, before they are written; the folder need not exist.
+    """Mark entries of a folder as ours before they are written; the folder need not exist.
 
     Args:
-        folder: The folder; it keeps its kind if it has one.
-        kind: Its kind of content otherwise.
+        folder: The folder; if it is marked, its kind of content does not change.
+        kind: Kind of content if it is not marked.
         *names: The entries.
 
     Raises:
-        ModelOptConfigError: If a user's entry has one of these names.
+        ModelOptConfigError: If an entry of the user has one of these names.
     """
     problem_found = taken(folder, names)
     if problem_found:
@@ -101,7 +104,7 @@ def own(folder: Path, kind: str, *names: str) -> None:
 
 
 def remove_entries(folder: Path, *names: str) -> None:
-    """Remove entries of a folder, of those that are ours."""
+    """Remove the entries with these names that are ours."""
     content = _marker(folder)
     if content is None:
         return
@@ -111,7 +114,7 @@ def remove_entries(folder: Path, *names: str) -> None:
 
 
 def kind_of(folder: Path) -> str | None:
-    """Return the kind of content of a marked folder, or None if it carries no marker."""
+    """Return the kind of content of a marked folder, or None if it has no marker."""
     content = _marker(Path(folder))
     return content["kind"] if content else None
 
@@ -122,9 +125,9 @@ def is_ours(folder: Path, kind: str) -> bool:
 
 
 def problem(path: Path, kind: str) -> str | None:
-    """Return why content of a kind cannot be written to a path without losing something there, or None if it can.
+    """Return why content cannot be written to a path without losing files of the user, or None if it can.
 
-    A path that does not exist, an empty folder and a folder of ours with this kind of content are free to use.
+    The path may not exist, be an empty folder, or be a folder of ours with the same kind of content.
     """
     path = Path(path)
     if not path.exists():
@@ -145,15 +148,15 @@ def problem(path: Path, kind: str) -> str | None:
 
 
 def check(path: Path, kind: str, setting: str) -> None:
-    """Raise an error if writing content of a kind to a path would lose something.
+    """Raise an error if writing content to a path would lose files of the user.
 
     Args:
-        path: The folder that is to be written.
+        path: The folder to write.
         kind: Its kind of content.
-        setting: Name of the setting or flag that holds the path, for the message.
+        setting: Name of the setting or flag with the path, for the message.
 
     Raises:
-        ModelOptConfigError: With what is there and what to do.
+        ModelOptConfigError: With the existing content and what to do.
     """
     found = problem(path, kind)
     if found:
@@ -161,7 +164,7 @@ def check(path: Path, kind: str, setting: str) -> None:
 
 
 def remove(folder: Path, kind: str) -> None:
-    """Remove our entries of a folder, and the folder if nothing else is in it; do nothing if it does not exist.
+    """Remove our entries of a folder, and the folder if it is then empty; do nothing if it does not exist.
 
     Raises:
         ModelOptConfigError: If the folder is neither empty nor ours.
@@ -171,29 +174,29 @@ def remove(folder: Path, kind: str) -> None:
     for one in (gone, folder):
         if one.exists():
             check(one, kind, "cannot remove")
-    if gone.exists():  # a kill left it
+    if gone.exists():  # from a killed run
         _clear(gone)
     if not folder.exists():
         return
     if not folder.is_symlink() and not _foreign(folder):
-        with contextlib.suppress(OSError):  # of a mount point, for one
-            folder = folder.rename(gone)  # at once: a kill must not leave a part that looks whole
+        with contextlib.suppress(OSError):  # for example of a mount point
+            folder = folder.rename(gone)  # in one step: a killed run must not leave a part that looks complete
     _clear(folder)
 
 
 def _clear(folder: Path) -> None:
-    """Remove our entries of a folder, the marker last, and the folder if nothing else is in it."""
+    """Remove our entries of a folder, the marker last, and the folder if it is then empty."""
     for name in (_marker(folder) or {"entries": ()})["entries"]:
         _delete(folder / name)
     if _names(folder):
-        return  # what a user put there keeps the marker, so that the folder can be written again
+        return  # the marker stays with the user's files, so that the folder can be written again
     (folder / MARKER).unlink(missing_ok=True)
     if not folder.is_symlink():
         folder.rmdir()
 
 
 def _marker(folder: Path) -> dict[str, Any] | None:
-    """Return the content of a folder's marker, or None if there is none that can be read."""
+    """Return the content of a folder's marker, or None if it is missing or cannot be read."""
     try:
         content = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -203,7 +206,7 @@ def _marker(folder: Path) -> dict[str, Any] | None:
     entries = content.get("entries")
     if not isinstance(entries, list):
         return None
-    # A marker is a file that anybody may have written: it reaches nothing outside its folder.
+    # Anybody may have written the marker, so names that lead out of the folder are ignored.
     return {"kind": content["kind"], "entries": [one for one in entries if isinstance(one, str) and _is_name(one)]}
 
 
@@ -227,7 +230,7 @@ def _delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-# --- write beside, then rename ----------------------------------------------------------------------------------------
+# --- write next to the target, then rename ----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -235,7 +238,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a path to write a file to; it replaces the file at ``path`` if the context ends without an error."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    beside.unlink(missing_ok=True)  # a link that somebody put there must not be written through
+    beside.unlink(missing_ok=True)  # do not write through an existing link
     try:
         yield beside
         with open(beside, "rb") as file:
@@ -247,7 +250,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in one step: readers see the old file or the new one."""
+    """Write a text file in one step: readers see the old file or the new one, never a part."""
     with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
@@ -257,14 +260,14 @@ def write_json(path: Path, content: Any, default: Callable[[Any], Any] | None = 
 
     Args:
         path: The file.
-        content: What it holds.
-        default: Called for objects that JSON does not have, as for ``json.dump``.
+        content: Its content.
+        default: Called for objects that JSON cannot represent, as in ``json.dump``.
     """
     write_text(path, json.dumps(content, indent=1, default=default))
 
 
 def staging_path(target: Path) -> Path:
-    """Return the path that `staging` returns for a target, on ranks that do not call it."""
+    """Return the path that `staging` returns for a target, for ranks that do not call it."""
     target = _resolved(target)
     return target.with_name(f".{target.name}.partial") / target.name
 
@@ -273,16 +276,16 @@ def staging_path(target: Path) -> Path:
 def written(target: Path, kind: str, writes: bool = True) -> Iterator[Path]:
     """Yield a path to write a folder to; it replaces the target if the context ends without an error.
 
-    Ranks that write together all call this and wait for each other by means of their own; only one moves the folder.
+    All ranks that write the folder call this and synchronise by other means; only one of them moves the folder.
 
     Args:
         target: The folder.
         kind: Its kind of content.
-        writes: Whether this process locks the target, makes the folder around the path and moves it into place.
+        writes: Whether this process locks the target, creates the folder around the path and moves it into place.
 
     Raises:
-        ModelOptConfigError: If the target or the folder beside it holds something that is not ours.
-        InUseError: If another process writes there.
+        ModelOptConfigError: If the target or the temporary folder next to it contains files that are not ours.
+        InUseError: If another process is writing there.
     """
     if not writes:
         yield staging_path(target)
@@ -298,13 +301,13 @@ def written(target: Path, kind: str, writes: bool = True) -> Iterator[Path]:
 
 
 def staging(target: Path, kind: str) -> Path:
-    """Return where to write a folder's new content, a path that does not exist; `publish` moves it into place.
+    """Return a new path to write the content of a folder to; `publish` moves it into place.
 
-    It lies in a marked folder beside the target. What a killed run left there is removed, and what it left between the
-    two renames of `publish` is put back.
+    The path is in a marked folder next to the target. Content that a killed run left there is removed, and a target
+    that it left between the two renames of `publish` is restored.
 
     Raises:
-        ModelOptConfigError: If the target or the folder beside it holds something that is not ours.
+        ModelOptConfigError: If the target or the temporary folder next to it contains files that are not ours.
     """
     target = _resolved(target)
     check(target, kind, "cannot write")
@@ -318,10 +321,10 @@ def staging(target: Path, kind: str) -> Path:
 
 
 def discard(new: Path, kind: str) -> None:
-    """Remove what was written to a path from `staging`, and the folder around it.
+    """Remove a path from `staging` and the folder around it.
 
     Raises:
-        ModelOptConfigError: If that folder was not made by `staging`.
+        ModelOptConfigError: If `staging` did not create that folder.
     """
     if os.path.lexists(new.parent):
         check(new.parent, _UNFINISHED + kind, "cannot remove")
@@ -329,12 +332,12 @@ def discard(new: Path, kind: str) -> None:
 
 
 def publish(new: Path, target: Path, kind: str) -> None:
-    """Move finished content from `staging` into place; if nothing was written, leave the target as it is.
+    """Move finished content from `staging` into place; if nothing was written, do not change the target.
 
-    The target's earlier content is replaced as a whole; what a user added to it stays.
+    The earlier content of the target is replaced as a whole; files that the user added to it are kept.
 
     Raises:
-        ModelOptConfigError: If the target holds something that is not ours and is in the way.
+        ModelOptConfigError: If a file of the user in the target has the name of a new entry.
     """
     target = _resolved(target)
     check(target, kind, "cannot write")
@@ -354,7 +357,7 @@ def publish(new: Path, target: Path, kind: str) -> None:
 
 
 def _resolved(target: Path) -> Path:
-    """Return a path without links, so that renames reach the folder and not the link to it."""
+    """Return a path without links, so that renames affect the folder and not a link to it."""
     return Path(os.path.realpath(target))
 
 
@@ -371,7 +374,7 @@ def _foreign(folder: Path) -> list[str]:
 
 
 def _recover(target: Path, kind: str) -> None:
-    """Finish the replacement of a folder: keep what a user added, remove the old content, or put it back."""
+    """Finish the replacement of a folder: keep the user's files and remove the old content, or restore it."""
     old = _old(target)
     if not old.exists():
         return

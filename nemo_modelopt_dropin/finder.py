@@ -1,10 +1,10 @@
 """Serve ``nemo.collections.llm.modelopt`` from this distribution instead of from nemo-toolkit.
 
 nemo-toolkit owns ``nemo/__init__.py``, so a second ``nemo/`` folder can neither extend nor shadow it, and overwriting
-its files would break its uninstallation. One finder in front of ``sys.meta_path`` therefore answers for exactly one
-name; submodules follow by ordinary import from the package's ``__path__``. ``NEMO_MODELOPT=stock`` switches it off.
+its files would break its uninstallation. Therefore a finder at the front of ``sys.meta_path`` serves exactly one name;
+submodules are imported as usual from the package's ``__path__``. ``NEMO_MODELOPT=stock`` turns it off.
 
-This module runs at every interpreter start: it imports only what the interpreter has loaded already.
+This module runs at every interpreter start: it imports only modules that the interpreter has already loaded.
 """
 
 import os
@@ -16,7 +16,7 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def package_dir():
-    """Return the folder that holds our subpackage: inside the wheel's private folder, or in the source tree."""
+    """Return the folder of our subpackage, in the wheel's private folder or in the source tree."""
     installed = os.path.join(_HERE, "_overlay", "modelopt")
     if os.path.isdir(installed):
         return installed
@@ -29,11 +29,11 @@ def is_enabled():
 
 
 class DropInFinder:
-    """Meta path finder that answers for ``nemo.collections.llm.modelopt`` and for nothing else."""
+    """Meta path finder for ``nemo.collections.llm.modelopt`` only."""
 
     @staticmethod
     def find_spec(fullname, path=None, target=None):
-        """Return the spec of our package, or None for every other name and when switched off."""
+        """Return the spec of our package, or None for any other name and if the finder is turned off."""
         if fullname != PACKAGE or not is_enabled():
             return None
         from importlib.util import spec_from_file_location
@@ -45,12 +45,12 @@ class DropInFinder:
 
 
 def install():
-    """Put the finder in front of ``sys.meta_path``; a second call changes nothing."""
+    """Insert the finder at the front of ``sys.meta_path``; a second call changes nothing."""
     if DropInFinder not in sys.meta_path:
         sys.meta_path.insert(0, DropInFinder)
 
 
 def uninstall():
-    """Take the finder out again; modules that are already imported stay as they are."""
+    """Remove the finder; modules that are already imported do not change."""
     if DropInFinder in sys.meta_path:
         sys.meta_path.remove(DropInFinder)

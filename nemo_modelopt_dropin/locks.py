@@ -1,4 +1,4 @@
-"""Let one run at a time write to an output. Standard library only."""
+"""Lock outputs so that one run at a time writes to them. Standard library only."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ os.register_at_fork(after_in_child=_forget_locks)
 
 @contextlib.contextmanager
 def lock(output: Path, patience_s: float = 0.0) -> Iterator[None]:
-    """Hold an output for this process, by a lock on ``.<name>.lock`` beside it; a process may hold it several times.
+    """Lock an output for this process with the file ``.<name>.lock`` next to it; a process may lock it several times.
 
-    The lock is a POSIX record lock. The system releases it when the process dies, however it dies. Unlike ``flock``, it
+    The lock is a POSIX record lock; the system releases it when the process ends for any reason. Unlike ``flock``, it
     belongs to the process and not to the open file: forked children do not hold it, and it works between hosts on NFS
-    (version 4, and 3 with lockd). Its price is that closing any descriptor of the file releases it; so only this
-    function opens the file, once in each process.
+    (version 4, and 3 with lockd). Closing any descriptor of the file releases it; therefore only this function opens
+    the file, once in each process.
 
     Args:
-        output: The file or folder that is to be written; it need not exist.
-        patience_s: How long to wait for another run to end.
+        output: The file or folder to write; it need not exist.
+        patience_s: Seconds to wait for another run to end.
 
     Raises:
-        InUseError: If another process holds the output; the message names its number, host and age.
-        ModelOptConfigError: If there is no place for the lock.
+        InUseError: If another process holds the lock; the message contains its number, host and age.
+        ModelOptConfigError: If the lock file cannot be created.
     """
     path, made = _lock_file(Path(os.path.realpath(output)))
     if path in _held:
@@ -58,14 +58,14 @@ def lock(output: Path, patience_s: float = 0.0) -> Iterator[None]:
 
 
 def tidy(*outputs: Path) -> None:
-    """Remove the lock files that killed processes left; those of processes that live stay."""
+    """Remove the lock files of killed processes; those of running processes are kept."""
     for output in outputs:
         with contextlib.suppress(InUseError, ModelOptConfigError), lock(output):
             pass
 
 
 def release_all() -> None:
-    """Release what this process holds, before it ends without unwinding (``os._exit``)."""
+    """Release all locks of this process before it ends without unwinding (``os._exit``)."""
     for path, (descriptor, _) in list(_held.items()):
         del _held[path]
         if descriptor >= 0:
@@ -74,7 +74,7 @@ def release_all() -> None:
 
 
 def _lock_file(output: Path) -> tuple[Path, list[Path]]:
-    """Return the lock's file and the folders that were made for it, innermost first."""
+    """Return the path of the lock file and the folders that were created for it, innermost first."""
     made = []
     above = output.parent
     while not above.exists():
@@ -84,7 +84,7 @@ def _lock_file(output: Path) -> tuple[Path, list[Path]]:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ModelOptConfigError(f"{output} cannot be written: {error.strerror}: {error.filename}.") from None
-    # A folder that is mounted may lie in one that cannot be written.
+    # The parent of a mounted folder may not be writable.
     inside = output.is_dir() and not os.access(output.parent, os.W_OK)
     return (output / ".lock" if inside else output.with_name(f".{output.name}.lock")), made
 
@@ -111,7 +111,7 @@ def _acquire(path: Path, output: Path, patience_s: float) -> int:
             continue
         if _is_same(descriptor, path):
             break
-        os.close(descriptor)  # its holder removed it after it was opened here
+        os.close(descriptor)  # its holder removed the file after it was opened here
     content = {"lock": str(output), "pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
     if not _is_lock(os.pread(descriptor, 4096, 0)):
         os.close(descriptor)
@@ -122,7 +122,7 @@ def _acquire(path: Path, output: Path, patience_s: float) -> int:
 
 
 def _warn_without_locks(output: Path, error: OSError) -> None:
-    """Warn on a file system without locks, for example Lustre mounted without "flock"."""
+    """Warn about a file system without locks, for example Lustre mounted without "flock"."""
     logging.getLogger(__name__).warning(
         "%s cannot be locked (%s): do not start a second run that writes to it.", output, error.strerror
     )
@@ -136,7 +136,7 @@ def _is_same(descriptor: int, path: Path) -> bool:
 
 
 def _is_lock(content: bytes) -> bool:
-    """Return whether a file is empty or holds what `_acquire` writes, whole or cut by a kill."""
+    """Return whether a file is empty or contains what `_acquire` writes, possibly truncated by a kill."""
     return content.startswith(b'{"lock": ') or not content.strip(b"\0")
 
 
@@ -147,7 +147,7 @@ def _in_use(output: Path, holder: bytes) -> str:
         age = max(0, round(time.time() - float(found["since"])))
         who = f"process {int(found['pid'])} on host {found['host']}, for {_duration(age)}"
     except (ValueError, TypeError, KeyError):
-        who = "another process"  # it has not written its number yet
+        who = "another process"  # the holder has not written its number yet
     return f"{output} is in use by another run ({who}); wait for it, stop it, or choose another folder"
 
 
@@ -166,8 +166,8 @@ def _release(path: Path, made: list[Path]) -> None:
         return
     del _held[path]
     if entry[0] >= 0:
-        path.unlink(missing_ok=True)  # while it is locked: who opened it already finds that it is gone
+        path.unlink(missing_ok=True)  # while it is locked: a process that has already opened it notices the removal
         os.close(entry[0])
     for folder in made:
         with contextlib.suppress(OSError):
-            folder.rmdir()  # only if nothing was written after all
+            folder.rmdir()  # fails, as it should, if something was written

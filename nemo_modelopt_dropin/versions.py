@@ -1,4 +1,4 @@
-"""The versions this drop-in supports, and the one clear error where another one is installed."""
+"""Check that the installed versions are supported."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ SUPPORTED = {
 
 
 class UnsupportedVersionError(ImportError):
-    """An installed package is outside of the range this drop-in was tested with."""
+    """An installed package is outside the range that was tested with this package."""
 
 
 def check(installed: dict[str, str | None] | None = None) -> None:
-    """Raise where nemo-toolkit, megatron-core or nvidia-modelopt is missing or unsupported.
+    """Raise an error if nemo-toolkit, megatron-core or nvidia-modelopt is missing or unsupported.
 
     Args:
-        installed: distribution name to version (None: not installed); read from the environment by default.
+        installed: Version of each distribution (None if it is not installed); read from the environment by default.
 
     Raises:
-        UnsupportedVersionError: naming every offender, the supported range, the reason and the way back to stock.
+        UnsupportedVersionError: With every unsupported version, the supported range, the reason and how to use stock.
     """
     from packaging.version import Version
 
@@ -53,7 +53,7 @@ def check(installed: dict[str, str | None] | None = None) -> None:
 
 
 def _conflicts(installed: dict[str, str | None]) -> list[str]:
-    """Return what two packages that are each supported cannot do together."""
+    """Return the combinations of supported versions that do not work together."""
     from packaging.version import Version
 
     nemo, megatron = installed.get("nemo-toolkit"), installed.get("megatron-core")

@@ -1,1 +1,1 @@
-"""Progress bars, and the lines that a person sees on the screen."""
+"""Progress bars and other output on the screen."""

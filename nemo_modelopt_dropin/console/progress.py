@@ -1,4 +1,4 @@
-"""Bars of Lightning's loops, in the place of those that our scripts send to the log with the rest."""
+"""Progress bars of Lightning's loops for commands, which redirect Lightning's own bars to the log."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ _LABELS = {
 
 
 class TrainingBar(pl.Callback):
-    """One bar for a training run: steps, time left, loss."""
+    """One bar for a training run, with steps, remaining time and loss."""
 
     def __init__(self, title: str):
         self.title = title
         self.bar: Any = None
 
     def __getstate__(self):
-        """Leave the bar out of copies: NeMo copies what a trainer holds."""
+        """Return the state without the bar, because NeMo copies the callbacks of a trainer."""
         return {**self.__dict__, "bar": None}
 
     def on_train_start(self, trainer, pl_module):
-        """Open the bar where a resumed run goes on."""
+        """Open the bar at the step from which the run resumes."""
         self.bar = screen.bar(total=trainer.max_steps, initial=trainer.global_step, desc=self.title, unit="step")
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        """Move the bar to the step."""
+        """Update the bar to the current step and loss."""
         loss = trainer.callback_metrics.get("reduced_train_loss")
         self.bar.update(trainer.global_step - self.bar.n)
         if loss is not None:
@@ -52,25 +52,25 @@ class TrainingBar(pl.Callback):
 
 
 class FirstFigures(pl.Callback):
-    """Keep the first value of everything that a training logs: the last ones alone tell no progress.
+    """Store the first value of every metric, to show progress next to the last one.
 
     Attributes:
-        values: name -> value.
+        values: First values by name.
     """
 
     def __init__(self) -> None:
         self.values: dict[str, float] = {}
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        """Take what is new."""
+        """Store the values of new metrics."""
         for name, value in trainer.callback_metrics.items():
-            # The first validation comes after many steps.
+            # The first validation is after many steps, so it does not show the start.
             if name not in self.values and not name.startswith("val"):
                 self.values[name] = float(value)
 
 
 def figures(trainer: Any) -> list[tuple[str, str]]:
-    """Return steps and last logged losses of a training by what they are, with the first of this run beside."""
+    """Return rows with the steps and the last value of each loss, and its first value in this run."""
     metrics = trainer.callback_metrics
     first = next((one.values for one in trainer.callbacks if isinstance(one, FirstFigures)), {})
     rows = [("steps", str(trainer.global_step))]
@@ -97,20 +97,20 @@ class _ValidationBar(pl.Callback):
 
 
 def _total(batches: list[int | float]) -> int | None:
-    """Return the steps of a validation: Lightning counts micro-batches, NeMo takes a global batch a step."""
+    """Return the steps of a validation: Lightning counts micro-batches, but a step of NeMo is a global batch."""
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
     if not batches or batches[0] == float("inf"):
         return None
     try:
         return -(-int(batches[0]) // max(1, get_num_microbatches()))
-    except AttributeError:  # the calculator of this process was never set up
+    except AttributeError:  # the calculator is not initialised in this process
         return int(batches[0])
 
 
 @contextlib.contextmanager
 def validation_shown(trainer: Any, title: str) -> Iterator[None]:
-    """Show a validation of this trainer as one bar where Lightning's own bar goes to a log; elsewhere do nothing."""
+    """Show a validation of a trainer as one bar if Lightning's own bar goes to a log; otherwise do nothing."""
     callbacks = getattr(trainer, "callbacks", None)
     if not screen.is_quiet() or not isinstance(callbacks, list):
         yield
@@ -120,7 +120,7 @@ def validation_shown(trainer: Any, title: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # Lightning may have put another list there.
+        # Lightning may have replaced the list.
         trainer.callbacks[:] = [one for one in trainer.callbacks if one is not bar]
         if bar.bar is not None:
             bar.bar.close()
