@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
-from nemo_modelopt_cli import main
 
-
-def script(shell: str) -> str:
+def script(line: argparse.ArgumentParser, parsers: Iterable[argparse.ArgumentParser], shell: str) -> str:
     """Return a script that completes commands, flags, choices and paths without starting Python.
 
     Args:
-        shell: a name in `main.SHELLS`.
+        line: Parser of the command ``nemo-modelopt``.
+        parsers: Parsers of the commands below it, whose actions are changed.
+        shell: A name in `main.SHELLS`.
     """
     import shtab
 
-    line = main.parser(with_options=True)
-    for parser in main.command_parsers(line).values():
+    for parser in parsers:
         for action in parser._actions:
             # In bash, a flag with several values would otherwise complete no further flag.
             several = action.nargs in (argparse.ONE_OR_MORE, argparse.ZERO_OR_MORE)

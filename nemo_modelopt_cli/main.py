@@ -92,7 +92,8 @@ def run(argv: Sequence[str]) -> int:
     elif arguments.print_completion:
         from nemo_modelopt_cli import completion
 
-        sys.stdout.write(completion.script(arguments.print_completion))
+        whole = parser(with_options=True)
+        sys.stdout.write(completion.script(whole, command_parsers(whole).values(), arguments.print_completion))
     else:
         line.print_help(sys.stderr)
         return USAGE

@@ -275,7 +275,8 @@ def test_bash_completes(bash_script, words, expected):
 
 @pytest.mark.parametrize("shell", main.SHELLS)
 def test_every_flag_is_in_the_completion_script(shell):
-    shown = completion.script(shell)
+    line = main.parser(with_options=True)
+    shown = completion.script(line, main.command_parsers(line).values(), shell)
     parsers = main.command_parsers(main.parser(with_options=True))
     flags = {flag for parser in parsers.values() for action in parser._actions for flag in action.option_strings}
     assert {"--target-params", "--kd_config", "-algo"} <= flags
