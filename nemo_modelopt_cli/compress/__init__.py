@@ -1,5 +1,6 @@
-"""The whole job, teacher checkpoint to quantized student, as resumable stages over NeMo's public API.
+"""The whole job, from a teacher checkpoint to a quantized student, as resumable steps over NeMo's public API.
 
-``stages`` is the state machine and knows nothing of models, ``settings`` are the checked inputs, ``jobs`` are the
-stages themselves. Only ``jobs``, ``training``, ``heldout`` and ``tokens`` import NeMo, and only when a stage runs.
+``settings`` holds the checked inputs, ``plan`` the steps and their order, ``jobs`` the work of each step, and
+``stages`` the state machine, which is independent of models. Only ``jobs``, ``training``, ``heldout``,
+``exported`` and ``recipe`` import NeMo, and the first four only when a step runs.
 """

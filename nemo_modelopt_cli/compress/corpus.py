@@ -1,4 +1,4 @@
-"""The demo's text, tokenizer and teacher: English that every CPython carries, and a small Llama-style GPT.
+"""The demo's text, tokenizer and teacher: English text that CPython includes, and a small Llama-style GPT.
 
 ``pydoc_data.topics`` holds the topics of Python's help, about 80 documents and half a megabyte.
 """
@@ -25,8 +25,8 @@ def documents() -> dict[str, str]:
 def split(texts: dict[str, str], one_in: int = 8) -> tuple[list[str], list[str]]:
     """Split documents into training and held-out texts by the hash of their names.
 
-    Some topics repeat paragraphs of others: a paragraph that a held-out document has is taken out of the training
-    documents, so that held-out text is text not seen.
+    Some topics repeat paragraphs of others. A paragraph of a held-out document is removed from the training documents,
+    so that the held-out text is not seen in training.
     """
 
     def is_held_out(name: str) -> bool:
@@ -44,7 +44,7 @@ def split(texts: dict[str, str], one_in: int = 8) -> tuple[list[str], list[str]]
 
 
 def write_jsonl(path: Path, texts: list[str]) -> None:
-    """Write one document a line, as ``{"text": ...}``."""
+    """Write one document per line, as ``{"text": ...}``."""
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
 
@@ -70,7 +70,7 @@ def train_tokenizer(texts: list[str], vocabulary: int, folder: Path) -> None:
 
 
 def make(folder: Path, vocabulary: int) -> dict[str, Any]:
-    """Write ``train.jsonl``, ``heldout.jsonl`` and ``tokenizer/`` into the stage's folder."""
+    """Write ``train.jsonl``, ``heldout.jsonl`` and ``tokenizer/`` into the step's folder."""
     from nemo_modelopt_cli.compress.training import rank
 
     training, held_out = split(documents())
@@ -90,7 +90,7 @@ def pretrain(
     seq_length: int,
     out: TextIO | None,
 ) -> dict[str, Any]:
-    """Train the teacher, an ``llm.LlamaModel`` of the given sizes, with llm.train."""
+    """Train the teacher, an ``llm.LlamaModel`` with these sizes, with llm.train."""
     import numpy as np
     import torch
     from nemo.collections.common.tokenizers import AutoTokenizer

@@ -1,4 +1,4 @@
-"""Held-out loss of an exported Hugging Face checkpoint: what was written is read back and computed with."""
+"""Held-out loss of an exported Hugging Face checkpoint, computed from the files as they were written."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from nemo_modelopt_cli.tokens import Windows
 def heldout_loss(folder: Path, ids: np.ndarray, seq_length: int, batch_size: int) -> float | None:
     """Return the mean next-token loss over the windows that `heldout.heldout_loss` uses.
 
-    Weights count as the files hold them; inputs of linear layers are scaled and quantized as the files say.
+    Weights are used as the files hold them; inputs of linear layers are scaled and quantized as the files specify.
 
     Args:
         folder: a Hugging Face checkpoint.
         ids: token ids `[n]`.
-        seq_length: tokens a window.
-        batch_size: windows a pass.
+        seq_length: tokens per window.
+        batch_size: windows per forward pass.
 
     Returns:
-        Nats a token; None, with a warning, where the files cannot be computed with here.
+        Nats per token; None, with a warning, if the model cannot be run from these files.
 
     Raises:
-        ExportError: where a tensor is missing, or has another shape than ``config.json`` says.
+        ExportError: if a tensor is missing, or its shape differs from ``config.json``.
     """
     from nemo.utils import logging
 

@@ -1,4 +1,4 @@
-"""Held-out loss, parameters and sizes of a NeMo checkpoint: one measure for every stage.
+"""Held-out loss, parameters and sizes of a NeMo checkpoint, measured in the same way for every job step.
 
 Source of the pipeline-parallel forward: ``megatron.core.pipeline_parallel.schedules``, as training uses it.
 """
@@ -27,7 +27,7 @@ from nemo_modelopt_cli.compress.settings import Layout
 from nemo_modelopt_cli.tokens import Windows
 from nemo_modelopt_dropin.preflight import model_sizes
 
-# A speed is that of the fastest of some passes, until they took so long together.
+# The speed is that of the fastest pass; passes are repeated until they took this long in total, or this often.
 _TIMED_S, _TIMED_PASSES = 1.0, 5
 _LAYER = re.compile(r"layers\.(\d+)\.(?:.*\.)?(\w+)$")
 
@@ -59,7 +59,7 @@ def heldout_loss(core: torch.nn.Module, ids: np.ndarray, seq_length: int, batch_
         ``loss``, ``tokens`` (predicted), ``seconds`` and ``tokens_per_second`` of the forward passes.
     """
     batches = _batches(Windows(ids, seq_length), batch_size)
-    # The first passes of a process allocate and load; what is timed comes after them, and a short pass more than once.
+    # The first pass of a process allocates memory and loads kernels, so it is not timed. Short passes are repeated.
     _sums(core, batches[:1])
     times: list[float] = []
     while not times or (sum(times) < _TIMED_S and len(times) < _TIMED_PASSES):
@@ -87,7 +87,7 @@ def _sums(core: torch.nn.Module, batches: list) -> tuple[float, float]:
 
 
 def _slowest(seconds: float) -> float:
-    """Return the most that any rank took, so that all decide alike."""
+    """Return the longest time of any rank, so that all ranks make the same decision."""
     found = torch.tensor([seconds], dtype=torch.float64)
     found = found.to("cuda") if torch.cuda.is_available() else found
     torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
@@ -124,7 +124,7 @@ def _forward_step(batches, core):
 
 
 def parameters(core: torch.nn.Module) -> dict[str, int]:
-    """Return how many parameters the whole model has, and how many outside of embedding and output layer."""
+    """Return the number of parameters of the whole model, with and without embedding and output layer."""
     own = [(name, parameter.numel()) for name, parameter in _parallel.own_parameters(core)]
     body = sum(number for name, number in own if "embedding" not in name and "output_layer" not in name)
     total, body = map(int, _parallel.model_parallel_sum([sum(number for _, number in own), body]))
@@ -135,7 +135,7 @@ def weight_errors(core: torch.nn.Module) -> list[dict[str, Any]]:
     """Return for each layer and quantized matrix the relative change of its weights, ``||Q(w) - w|| / ||w||``.
 
     Args:
-        core: this rank's part of a Megatron-Core GPT; all ranks must call it. Without quantizers the list is empty.
+        core: this rank's part of a Megatron-Core GPT; all ranks must call this. Without quantizers the list is empty.
     """
     found = []
     for row in layer_errors.table(core, {}):
@@ -147,7 +147,7 @@ def weight_errors(core: torch.nn.Module) -> list[dict[str, Any]]:
 
 
 def shape(core: torch.nn.Module) -> dict[str, Any]:
-    """Return the sizes that pruning changes."""
+    """Return the sizes that pruning can change."""
     names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
     return {name: getattr(core.config, name) for name in names}
 
@@ -164,7 +164,7 @@ def device_name() -> str:
 
 
 def measure(checkpoint: str | Path, tokens: Path, layout: Layout, seq_length: int, batch_size: int) -> dict[str, Any]:
-    """Load a checkpoint and return held-out loss, speed, parameters, shape, bytes on disk, errors of weights."""
+    """Load a checkpoint and return its held-out loss, speed, parameters, shape, bytes on disk and weight errors."""
     training.release()
     core = load(checkpoint, layout)
     found: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The stages of the compression job: what each does with NeMo's API, and what it reports."""
+"""The work of each step of the compression job, over NeMo's API, and the figures that it reports."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tokenize(folder: Path, job: Job) -> dict[str, Any]:
             if len(ids) <= job.seq_length + 1:
                 raise ModelOptConfigError(
                     f"{path} has {len(ids)} tokens; at least {job.seq_length + 2} are needed for samples of "
-                    f"{job.seq_length}: give more text, or a smaller --seq-length"
+                    f"{job.seq_length}: use more text, or a smaller --seq-length"
                 )
             np.save(folder / f"{name}.npy", ids)
             counts[f"{name}_tokens"] = len(ids)
@@ -53,8 +53,8 @@ def tokenize(folder: Path, job: Job) -> dict[str, Any]:
 def prune(folder: Path, job: Job, token_folder: Path) -> dict[str, Any]:
     """Prune the teacher with llm.prune; ranks that would be data parallel become pipeline stages.
 
-    Importance is measured on whole layers and llm.prune takes one microbatch at a time, so neither tensor- nor
-    data-parallel ranks have a share in it.
+    Importance is measured on whole layers and llm.prune runs one micro-batch at a time, so tensor- and data-parallel
+    ranks would have no work.
     """
     settings, layout = job.pruning, job.layout
     world = layout.devices * layout.num_nodes
@@ -78,7 +78,7 @@ def prune(folder: Path, job: Job, token_folder: Path) -> dict[str, Any]:
         tokenizer = tokens.checkpoint_tokenizer(job.teacher)
         data = tokens.TokenDataModule(token_folder, tokenizer, job.seq_length, batch, batch, samples)
     training.release()
-    with run_script.standing_in(folder):  # where importance may leave its logs
+    with run_script.standing_in(folder):  # the measurement of importance may write logs to the current folder
         llm.prune(
             nemo_checkpoint=job.teacher,
             save_path=str(folder / _CHECKPOINT),
@@ -93,7 +93,7 @@ def prune(folder: Path, job: Job, token_folder: Path) -> dict[str, Any]:
 
 
 def check_blocks(student: Path, job: Job) -> None:
-    """Raise before a step's work for a student whose sizes blocks of weights do not divide, rather than at the export.
+    """Raise an error before a step if the student's sizes are not multiples of the weight blocks that the export needs.
 
     Raises:
         ModelOptConfigError: naming sizes, blocks and options.
@@ -106,15 +106,15 @@ def check_blocks(student: Path, job: Job) -> None:
 def fit_trainer(
     folder: Path, title: str, settings: Training, layout: Layout, out: TextIO | None, student: Path | None = None
 ) -> nl.Trainer:
-    """Return the trainer of a training run: checkpoints, curve, and held-out losses where they are asked for.
+    """Return the trainer of a training run, with checkpoints, a curve, and held-out losses if they are enabled.
 
     Args:
-        folder: the stage's.
-        title: of the bar.
-        settings: steps and the like.
-        layout: of the ranks.
-        out: where the bar goes.
-        student: checkpoint of the model, whose layers need not divide by the pipeline stages.
+        folder: folder of the step.
+        title: title of the progress bar.
+        settings: settings of the training.
+        layout: ranks and parallel sizes.
+        out: stream for the progress bar.
+        student: checkpoint of the model, to split layers unequally if the pipeline stages do not divide them.
     """
     options: dict[str, Any] = {"max_steps": settings.steps, "enable_checkpointing": True}
     if settings.evaluate_every:
@@ -126,7 +126,7 @@ def fit_trainer(
 
 
 def fit_data(token_folder: Path, tokenizer, settings: Training, seq_length: int) -> tokens.TokenDataModule:
-    """Return the data of a training run: as many windows as it has steps for."""
+    """Return the data of a training run: enough windows for all steps."""
     return tokens.TokenDataModule(
         token_folder,
         tokenizer,
@@ -141,21 +141,21 @@ def fit_data(token_folder: Path, tokenizer, settings: Training, seq_length: int)
 def resume(run: nl.Trainer, start_from: str | None = None) -> nl.AutoResume:
     """Resume from the newest intermediate checkpoint of the trainer's `Keeper`, else start from other weights."""
     latest = next(c for c in run.callbacks if isinstance(c, training.Keeper)).latest()
-    # The tokenizer is the student's anyway; AutoResume does not find the artifacts of a path that it is told.
+    # The tokenizer is the student's anyway, and AutoResume does not find the artifacts of an explicit path.
     restore = nl.RestoreConfig(path=start_from, load_artifacts=False) if start_from else None
     return nl.AutoResume(resume_from_path=str(latest) if latest else None, restore_config=restore)
 
 
 def logger(folder: Path) -> nl.NeMoLogger:
-    """Return a NeMo logger that writes its files below the stage's folder."""
+    """Return a NeMo logger that writes its files below the step's folder."""
     return nl.NeMoLogger(name="log", log_dir=str(folder), use_datetime_version=False, log_global_rank_0_only=True)
 
 
 def distill(folder: Path, job: Job, student: Path, token_folder: Path, out: TextIO | None) -> dict[str, Any]:
-    """Train the pruned student on the teacher's logits with llm.distill; a training that is complete is kept."""
+    """Train the pruned student on the teacher's logits with llm.distill; a complete training is not repeated."""
     if not (folder / _CHECKPOINT).exists():
         _train_student(folder, job, student, token_folder, out)
-    intermediate.Steps(folder / training.STEPS).remove()  # a kill may have left them beside the complete checkpoint
+    intermediate.Steps(folder / training.STEPS).remove()  # a kill may have left them next to the complete checkpoint
     found = measure(folder / _CHECKPOINT, token_folder, job)
     return found | {"curve": training.read_curve(folder / "losses.jsonl")}
 
@@ -181,7 +181,7 @@ def _train_student(folder: Path, job: Job, student: Path, token_folder: Path, ou
 
 
 def from_scratch(folder: Path, job: Job, student: Path, token_folder: Path, out: TextIO | None) -> dict[str, Any]:
-    """Train a model of the student's shape from random weights: same steps, same samples, no teacher."""
+    """Train a model of the student's shape from random weights with the same steps and samples, without a teacher."""
     if not (folder / _CHECKPOINT).exists():
         _train_from_scratch(folder, job, student, token_folder, out)
     intermediate.Steps(folder / training.STEPS).remove()
@@ -232,9 +232,9 @@ def quantize(folder: Path, job: Job, student: Path, token_folder: Path) -> dict[
 
 
 def export(folder: Path, job: Job, quantized: Path, token_folder: Path) -> dict[str, Any]:
-    """Write the quantized model in the other formats asked for, and read Hugging Face's back.
+    """Write the quantized model in the other formats, and measure the held-out loss of Hugging Face files.
 
-    On rank zero alone: NeMo's exporters load the whole model in one process. The others wait for the stage's end.
+    Only rank zero exports, because NeMo's exporters load the whole model in one process; the others wait.
     """
     training.release()
     result: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""From a script's arguments to finished stages: ranks, lock, log, Ctrl-C, exit code."""
+"""Run job steps on ranks, with a lock, a log and exit codes, also after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -119,10 +119,10 @@ def _execute(
 
 
 def check_place(stages: Iterable[Stage], root: Path) -> None:
-    """Raise an error if a run would replace something in its folder that is not a run's.
+    """Raise an error if a run would replace files in its folder that no run wrote.
 
     Raises:
-        ModelOptConfigError: with what is there.
+        ModelOptConfigError: naming those files.
     """
     files.check(root, files.COMPRESSION_RUN, "--output")
     problem = files.taken(root, [*_names(stages), *output_checks.REPORT_FILES])
@@ -131,13 +131,13 @@ def check_place(stages: Iterable[Stage], root: Path) -> None:
 
 
 def _names(stages: Iterable[Stage]) -> list[str]:
-    """Return what a run has in its folder, without its report."""
+    """Return the names of the files and folders of a run, without its report."""
     folders = [f"{stage.name}{ending}" for stage in stages for ending in ("", ".new", ".old")]
     return ["log", run_file.NAME, *folders]
 
 
 def cpu_environment() -> None:
-    """Settings that must be there before torch is imported."""
+    """Set the environment variables that torch and gloo read when they are imported."""
     # Megatron compiles its small fused functions; with a C++ compiler that takes 20 s, and without one it fails.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -212,14 +212,14 @@ def require_gpu() -> None:
 def guarded(
     work: Callable[[TextIO], None], log: Path | None, on_interrupt: object, keep_log: bool = True, output: Path = Path()
 ) -> int:
-    """Do a script's work on this rank, with what libraries write in ``log``, and return the exit code.
+    """Do a script's work on this rank, with the output of libraries in ``log``, and return the exit code.
 
     Args:
         work: called with the stream to the screen.
-        log: file for everything else; None shows everything.
+        log: file for the output of libraries; None shows it.
         on_interrupt: what rank zero prints after Ctrl-C or SIGTERM.
         keep_log: whether the log stays if a signal ends this process while modules are imported.
-        output: where the work writes.
+        output: folder to which the work writes.
     """
     rank = int(os.environ.get("RANK", "0"))
     says = signals.reports()
@@ -238,10 +238,10 @@ def guarded(
             work(out)
             return OK
         except BaseException as error:
-            # A signal decides, whatever came of it: Lightning turns Ctrl-C into SystemExit(1), and libraries may catch
-            # what stops them while they are imported, and raise something else.
+            # After a signal the error does not matter: Lightning turns Ctrl-C into SystemExit(1), and libraries may
+            # catch the exception while they are imported, and raise another.
             if seen:
-                logging.disable(logging.CRITICAL)  # libraries complain at exit about what was not finished
+                logging.disable(logging.CRITICAL)  # libraries warn at exit about unfinished work
                 if says:
                     screen.close_bars()
                     out.write(f"{on_interrupt}\n")
@@ -261,17 +261,17 @@ def _code_of(error: BaseException, rank: int, log: Path | None, out: TextIO, out
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else FAILED
     if isinstance(error, ModelOptConfigError):
-        # All ranks check alike: the others speak up only where rank zero did not, and so did not end them.
+        # All ranks do the same checks: the others report only if rank zero does not, which would end them.
         time.sleep(0 if rank == 0 else _RANK_ZERO_FIRST_S)
         out.write(f"error: {error}\n")
         return USAGE
-    with contextlib.suppress(OSError):  # the log may lie on the disk that is full
+    with contextlib.suppress(OSError):  # the log may be on the disk that is full
         traceback.print_exception(error)
     if problem := entry.storage_problem(error, output):
         out.write(f"error: {problem}\n")
         return FAILED
-    where = f"\nthe whole story is in {log}" if log else ""
-    # Fiddle, for one, adds all arguments of what it was building.
+    where = f"\nsee {log} for the full traceback" if log else ""
+    # Some libraries append more lines; Fiddle adds all arguments of the object it was building.
     reason = (str(error).strip().splitlines() or [""])[0]
     out.write(f"error on rank {rank}: {type(error).__name__}: {reason}{where}\n")
     return FAILED

@@ -1,4 +1,4 @@
-"""The job's settings, checked before anything heavy is imported. Standard library only."""
+"""Settings of the compression job, checked before anything heavy is imported; each is one field and one flag."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class SettingsError(ModelOptConfigError):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the job runs: ranks, and how the model is split over them."""
+    """Ranks of the job, and how the model is split over them."""
 
     devices: int = field(
         default=1, metadata=option("ranks on each node (default: torchrun's, or as many as the model needs)")
@@ -67,7 +67,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Training:
-    """One training run: Adam, linear warm-up, cosine decay."""
+    """One training run with Adam, linear warm-up and cosine decay."""
 
     steps: int = field(default=1000, metadata=option("optimizer steps"))
     global_batch_size: int = field(default=16, metadata=option("samples per optimizer step"))
@@ -101,7 +101,7 @@ class Training:
         unit = self.micro_batch_size * data_parallel
         if not found and self.global_batch_size % unit:
             found.append(
-                f"{name}: global batch size {self.global_batch_size} is not a multiple of micro batch size "
+                f"{name}: global batch size {self.global_batch_size} is not a multiple of micro-batch size "
                 f"{self.micro_batch_size} x {data_parallel} data parallel ranks"
             )
         for setting in ("evaluate_every", "save_every"):
@@ -120,7 +120,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Pruning:
-    """Targets of llm.prune, by importance, or the layers to drop; None leaves a dimension as it is."""
+    """Targets of llm.prune, or the layers to drop; None leaves a dimension unchanged."""
 
     target_ffn_hidden_size: int | None = field(default=None, metadata=option("inner size of the MLP"))
     target_hidden_size: int | None = field(default=None, metadata=option("hidden size"))
@@ -158,7 +158,7 @@ class Pruning:
             found.append(f"pruning: drop_layers cannot be combined with {', '.join(given)}")
         if not given and not self.drop_layers:
             names = ", ".join((*TARGETS, "target_params"))
-            found.append(f"{_NOTHING}; give at least one of {names} or drop_layers")
+            found.append(f"{_NOTHING}; set at least one of {names} or drop_layers")
         if (self.target_num_attention_heads is None) != (self.target_num_query_groups is None):
             found.append(_TOGETHER)
         if self.num_samples < self.micro_batch_size:
@@ -167,7 +167,7 @@ class Pruning:
 
 
 def follows_from_targets(problem: str) -> bool:
-    """Return whether a problem of `Pruning.problems` may only mean that a target could not be read."""
+    """Return whether a problem from `Pruning.problems` may only mean that a target could not be read."""
     return problem.startswith((_NOTHING, _TOGETHER))
 
 
@@ -206,13 +206,13 @@ class Quantization:
         return found
 
     def block(self) -> int | None:
-        """Return how many weights share a scale, None if the algorithm has no blocks."""
+        """Return the number of weights that share a scale, None if the algorithm has no blocks."""
         return algorithms.block_size(self.algorithm, self.awq_block_size)
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that `compress` needs: one teacher checkpoint, text, and the settings of each stage."""
+    """All settings of `compress`: the teacher checkpoint, the texts, and the settings of each job step."""
 
     teacher: str = field(metadata=option("NeMo 2 checkpoint folder", path=True))
     train_text: str = field(metadata=option("file of texts to distill and calibrate on", path=True))
@@ -231,7 +231,10 @@ class Job:
     )
 
     def check(self, teacher_exists: bool = True) -> None:
-        """Raise where anything is wrong; ``teacher_exists`` False: an earlier stage writes the teacher.
+        """Raise an error if anything is wrong.
+
+        Args:
+            teacher_exists: False if an earlier step writes the teacher.
 
         Raises:
             SettingsError: listing every problem, not only the first.
@@ -239,7 +242,7 @@ class Job:
         raise_all(self.problems(teacher_exists))
 
     def problems(self, teacher_exists: bool = True) -> list[str]:
-        """Return everything that is wrong; paths that were not given are not looked for."""
+        """Return everything that is wrong; empty paths are not looked for."""
         found = self.layout.problems() + self.pruning.problems()
         found += self.distillation.problems("distillation", self.layout) + self.quantization.problems()
         if self.distill_config and not Path(self.distill_config).is_file():
@@ -259,7 +262,7 @@ class Job:
         return found
 
     def _size_problems(self) -> list[str]:
-        """Return what of targets, layers of the losses and INT4 blocks does not fit teacher and pruned model."""
+        """Return the targets, layers of losses and INT4 blocks that do not fit the teacher or the pruned model."""
         shape, layers = model_sizes.known(self.teacher), model_sizes.layers(self.teacher)
         pruning = self.pruning
         targets = {name: getattr(pruning, name) for name in TARGETS}
@@ -278,10 +281,10 @@ class Job:
         return found or (self._block_problems(shape, targets) if shape is not None else [])
 
     def _block_problems(self, shape: Shape, targets: Mapping[str, int | None]) -> list[str]:
-        """Return what of the pruned model's sizes blocks of weights do not divide."""
+        """Return the sizes of the pruned model that are not multiples of the weight blocks."""
         if self.pruning.target_params is None:
             return self.block_problems(shape.pruned(targets))
-        # A search takes only sizes that fit; those that are given, or too small from the start, do not become right.
+        # A search chooses only sizes that fit; targets, and sizes that are too small already, stay wrong.
         found = self.block_problems(shape, chosen=True)
         multiples = self.size_multiples(shape)
         found += [
@@ -293,21 +296,21 @@ class Job:
         return found
 
     def block_problems(self, shape: Shape | None, chosen: bool = False) -> list[str]:
-        """Return what of a model's sizes blocks of weights do not divide.
+        """Return the sizes of a model that are not multiples of the weight blocks.
 
         Args:
             shape: the model, None if unknown.
-            chosen: whether a search is yet to choose its sizes.
+            chosen: whether a search will choose its sizes.
         """
         block, to_hf = self.quantization.block(), "hf" in self.quantization.formats
         option = "--awq-block-size" if algorithms.has_block_setting(self.quantization.algorithm) else None
         return model_checks.block_problems(shape, self.layout.tp, block, to_hf, option, chosen)
 
     def size_multiples(self, shape: Shape | None = None) -> dict[str, int]:
-        """Return the numbers that sizes chosen for ``target_params`` must be multiples of, by hparam.
+        """Return, by hparam, the numbers of which sizes chosen for ``target_params`` must be multiples.
 
         Args:
-            shape: the teacher's; None reads it.
+            shape: shape of the teacher; None reads it.
         """
         if self.pruning.target_params is None:
             return {}
@@ -321,10 +324,10 @@ class Job:
 
 
 def raise_all(problems: list[str]) -> None:
-    """Raise one error that lists every problem; do nothing where there is none.
+    """Raise one error that lists every problem, if there are any.
 
     Raises:
-        SettingsError: with one line a problem.
+        SettingsError: with one line per problem.
     """
     if problems:
         raise SettingsError("\n".join(problems))

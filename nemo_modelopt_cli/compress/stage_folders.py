@@ -1,8 +1,8 @@
 """The folders of a stage: the finished result, the one being written, and the swap between them.
 
-A stage that has a finished result is run again in ``<name>.new``; that folder takes the result's place once it is
-complete. A folder of a stage always holds ``stage.json`` or ``working.json``, and nothing without them is removed.
-Standard library only.
+A stage that has a finished result runs again in ``<name>.new``; that folder replaces the result once it is complete. A
+stage's folder always holds ``stage.json`` or ``working.json``, and a folder without them is never removed. Standard
+library only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WORKING = "working.json"
 
 
 class StageError(RuntimeError):
-    """A run folder cannot be used: another run holds it, or a stage needs one that is not there."""
+    """A run folder cannot be used, for example because it holds other files or the settings changed."""
 
 
 def final(root: Path, name: str) -> Path:
@@ -38,7 +38,7 @@ def _replaced(root: Path, name: str) -> Path:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON in one step; values that JSON does not have are written as text."""
+    """Write JSON atomically; values that JSON cannot hold are written as text."""
     files.write_json(path, content, default=str)
 
 
@@ -63,7 +63,7 @@ def recover(root: Path, name: str) -> None:
 
 
 def swap(root: Path, name: str) -> None:
-    """Put the complete result in ``<name>.new`` in the place of the finished one, which is then removed."""
+    """Replace the finished result by the complete one in ``<name>.new``, and remove it."""
     place, new, old = final(root, name), beside(root, name), _replaced(root, name)
     if place.exists():
         discard(old)
@@ -81,17 +81,17 @@ def discard(folder: Path) -> None:
     """Remove a stage's folder; do nothing if it does not exist.
 
     Raises:
-        StageError: If the folder is neither empty nor a stage's.
+        StageError: If the folder is neither empty nor the folder of a stage.
     """
     if not folder.exists():
         return
     marked = (folder / DONE).is_file() or (folder / WORKING).is_file()
-    # A kill while the first mark was being written leaves only its temporary file.
+    # A kill while the first marker was written leaves only its temporary file.
     if not marked and any(not (e.name.startswith(f".{WORKING}.") and e.suffix == ".part") for e in folder.iterdir()):
         raise StageError(
             f"{folder} holds files that this command did not write; move them away, or use another --output"
         )
-    # The mark of an unfinished stage goes last: a kill in between leaves a folder that is ours and not finished.
+    # The marker of an unfinished stage is removed last: a kill in between leaves a folder that is ours and unfinished.
     if not (folder / WORKING).is_file():
         write_json(folder / WORKING, {})
     (folder / DONE).unlink(missing_ok=True)

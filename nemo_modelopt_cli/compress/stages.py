@@ -1,10 +1,10 @@
-"""Resumable stages: a finished stage is kept, an interrupted one runs again, changed settings need permission.
+"""Resumable steps of a job: a finished one is kept, an interrupted one runs again, changed settings need permission.
 
-A stage owns the folder ``<root>/<name>``. It is finished exactly when that folder holds a ``stage.json``, written in
-one step after everything else. Its fingerprint covers its settings and the identity of the stages it builds on, so a
-stage that runs again invalidates those after it, whatever their settings. A finished result whose settings changed is
-replaced only if the caller allows it, and only once the new one is complete. Reading the
-state of a run imports nothing heavy.
+Each step is a stage with a folder ``<root>/<name>``. It is finished exactly when that folder holds a ``stage.json``,
+which is written last and atomically. Its fingerprint covers its settings and the identity of the stages it builds on,
+so a stage that runs again invalidates those that follow, whatever their settings. A finished result whose settings
+changed is replaced only if the caller allows it, and only once the new one is complete. Reading the state of a run
+imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from nemo_modelopt_dropin.errors import did_you_mean
 
 __all__ = ["DONE", "WORKING", "Record", "Stage", "StageError", "run_stages", "write_json"]
 
-_FORMAT = 1  # raise it when the meaning of a stage's folder changes: old folders are then not taken for finished
+_FORMAT = 1  # raise it if the meaning of a stage's folder changes: old folders then count as unfinished
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Record:
-    """What ``stage.json`` holds: the identity of one finished run of a stage, and its result."""
+    """The content of ``stage.json``: the identity of one finished run of a stage, and its result."""
 
     name: str
     fingerprint: str
@@ -50,7 +50,7 @@ class Stage:
         name: the stage's folder below the root.
         run: called as ``run(folder, records, out)`` on every rank, with the stream for progress bars; returns what
             goes into ``Record.result``.
-        settings: everything the outcome depends on, JSON-serialisable.
+        settings: everything on which the outcome depends, JSON-serialisable.
         after: names of the stages whose outcome this one uses.
         keeps_progress: True if ``run`` can resume from what an interrupted attempt left in the folder.
     """
@@ -63,7 +63,7 @@ class Stage:
 
 
 class Ranks(Protocol):
-    """What the state machine needs of a distributed job; `Alone` for one process."""
+    """The interface of a distributed job that the state machine uses; `Alone` for one process."""
 
     rank: int
 
@@ -101,7 +101,7 @@ def read_record(folder: Path) -> Record | None:
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings as they are read back from a record."""
+    """Return settings as reading a record returns them."""
     return json.loads(json.dumps(dict(settings), default=str))
 
 
@@ -112,8 +112,8 @@ class Change:
     Args:
         name: the stage.
         settings: one sentence for each setting that changed.
-        finished: False if the result is that of an interrupted stage.
-        also: the stages that follow from it, by name.
+        finished: False if the stage was interrupted.
+        also: names of the finished stages that build on it.
     """
 
     name: str
@@ -144,7 +144,7 @@ def _shown(value: Any) -> str:
 
 
 def changed(stages: Sequence[Stage], root: Path) -> list[Change]:
-    """Return the stages whose result a run would replace because their own settings changed; changes nothing."""
+    """Return the stages whose result a run would replace because their own settings changed, without changing files."""
     found = []
     for stage in stages:
         wanted, done = _plain(stage.settings), read_record(root / stage.name)
@@ -177,7 +177,7 @@ def not_allowed(stages: Sequence[Stage], root: Path, redo: Collection[str]) -> l
 
 
 def unknown(names: Sequence[str], redo: Collection[str]) -> list[str]:
-    """Return a sentence for each name in ``redo`` that is not that of a stage."""
+    """Return a sentence for each name in ``redo`` that is not the name of a stage."""
     return [
         f"--redo {name}: there is no such stage; the stages are {', '.join(names)}{did_you_mean(name, names)}"
         for name in dict.fromkeys(redo)
@@ -188,7 +188,7 @@ def unknown(names: Sequence[str], redo: Collection[str]) -> list[str]:
 def without_effect(stages: Sequence[Stage], root: Path, redo: Collection[str]) -> list[str]:
     """Return the names in ``redo`` that replace no result: neither the stage nor one that builds on it changed."""
     waiting = pending(stages, root)
-    # A stage with a result runs again if it changed or the stage before it ran; one without runs anyway.
+    # A stage with a result runs again if it changed or a stage that it builds on runs; one without runs anyway.
     replaced = {name for name in waiting if read_record(root / name) is not None}
     return [name for name in dict.fromkeys(redo) if name not in waiting and not replaced & {*_followers(stages, name)}]
 
@@ -227,7 +227,7 @@ def check_redo(stages: Sequence[Stage], root: Path, redo: Collection[str]) -> No
 
 @dataclass(frozen=True)
 class Plan:
-    """Rank zero's decision about a stage: its record if it is finished, else the attempt and the folder to write."""
+    """Rank zero's decision about a stage: its record if it is finished, else the attempt and the output folder."""
 
     done: Record | None
     attempt: int
@@ -236,10 +236,10 @@ class Plan:
 
 
 def prepare(stage: Stage, root: Path, records: Mapping[str, Record]) -> Plan:
-    """Find a finished run of the stage, or clear the way for a new attempt; a finished result stays until then.
+    """Find a finished run of the stage, or prepare its folder for a new attempt; an old result is kept.
 
     Raises:
-        StageError: if the stage's folder holds files that are not a stage's.
+        StageError: if the folder holds files that do not belong to a stage.
     """
     stage_folders.recover(root, stage.name)
     place, wanted = stage_folders.final(root, stage.name), fingerprint(stage, records)
@@ -265,10 +265,10 @@ def run_stages(
     redo: Collection[str] = (),
     out: TextIO | None = None,
 ) -> dict[str, Record]:
-    """Run what is not finished, in order, and return every stage's record.
+    """Run the stages that are not finished, in order, and return the records of all stages.
 
     Args:
-        stages: in an order in which each comes after those it names in ``after``.
+        stages: ordered so that each comes after those that it names in ``after``.
         root: the run's folder.
         ranks: the distributed job; every rank calls this function, rank zero decides and writes.
         on_event: called on every rank with "kept", "start", "again", "redo" or "done", the stage, and its record if it

@@ -1,4 +1,4 @@
-"""From the records of finished stages to the report: numbers, checks, table, page."""
+"""Make the report from the records of finished job steps: numbers, checks, table, page."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from nemo_modelopt_cli.compress.plan import MODELS
 from nemo_modelopt_cli.compress.settings import Job
 from nemo_modelopt_cli.compress.stages import Record
 
-# What the demo promises; a run that misses one is not a good compression, whatever its exit code.
+# Limits that the demo enforces; a run that misses one is not a good compression, whatever its exit code.
 RECOVERED_AT_LEAST = 0.5
-# Held-out losses differ by about this much by chance: smaller differences are not judged.
+# Held-out losses differ by about this much by chance, so smaller differences are not judged.
 JUDGED_FROM = 0.005
 PTQ_COSTS_AT_MOST = 0.05
-# Read back with weights of the same 8 bits but activations that are not quantized.
+# The files hold the same 8-bit weights, but activations are not quantized when they are read back.
 EXPORT_APART_AT_MOST = 0.02
 _PACKAGES = (
     "nemo-modelopt-dropin",
@@ -35,7 +35,7 @@ _CURVES = {"pretrain": "teacher", "distill": "distilled", "scratch": "from scrat
 
 
 def build(records: Mapping[str, Record], title: str, job: Job) -> dict[str, Any]:
-    """Return the report as plain data: everything that the page and the table show."""
+    """Return everything that the page and the table show, as plain data."""
     models = [_model(MODELS[name], records[name].result) for name in MODELS if name in records]
     losses = {model["name"]: model["heldout_loss"] for model in models}
     exports = records["export"].result if "export" in records else {}
@@ -67,9 +67,9 @@ def build(records: Mapping[str, Record], title: str, job: Job) -> dict[str, Any]
 
 
 def recovery(records: Mapping[str, Record], job: Job) -> list[dict[str, Any]]:
-    """Return the held-out loss after no, some and full distillation: steps, tokens, loss, share of the lost regained.
+    """Return steps, tokens, held-out loss and regained share before, during and after distillation.
 
-    Losses on the way are there where ``evaluate_every`` asked for them; first and last are those of the models.
+    Losses during the training exist only if ``evaluate_every`` is set; the first and last are those of the models.
     """
     if not {"teacher", "prune", "distill"} <= records.keys():
         return []
@@ -90,7 +90,7 @@ def recovery(records: Mapping[str, Record], job: Job) -> list[dict[str, Any]]:
 
 
 def done(records: Mapping[str, Record], job: Job) -> list[str]:
-    """Return in a sentence each what the finished stages did."""
+    """Return one sentence for each finished job step."""
     found = []
     shapes = {name: records[name].result.get("shape", {}) for name in ("teacher", "prune") if name in records}
     if "prune" in records:
@@ -119,7 +119,7 @@ def _model(label: str, result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checks(losses: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Return what the held-out losses must satisfy, each with its numbers in one sentence; only what can be judged."""
+    """Return the checks of the held-out losses that can be judged, each with its numbers in one sentence."""
     found: list[dict[str, Any]] = []
 
     def check(name: str, ok: bool, sentence: str) -> None:
@@ -156,7 +156,7 @@ def checks(losses: Mapping[str, float]) -> list[dict[str, Any]]:
 
 
 def _pruning(teacher: float, pruned: float) -> tuple[str, bool, str]:
-    """Return the check of pruning: it may cost any amount, because distillation comes after it."""
+    """Return the check of pruning, which may cost any amount because distillation follows."""
     lost = pruned - teacher
     if lost > 0:
         few = (
@@ -169,7 +169,7 @@ def _pruning(teacher: float, pruned: float) -> tuple[str, bool, str]:
 
 
 def _distillation(teacher: float, pruned: float, distilled: float) -> tuple[str, bool, str]:
-    """Return the check of distillation: it must not cost anything, and recover its share of what pruning cost."""
+    """Return the check of distillation, which must recover its share of the loss that pruning cost."""
     lost, change = pruned - teacher, distilled - pruned
     if lost < JUDGED_FROM or not change <= JUDGED_FROM:
         sentence = f"Distillation changed the held-out loss by {signed(change)} nats, from {pruned:.4f} to "
@@ -186,7 +186,7 @@ def _distillation(teacher: float, pruned: float, distilled: float) -> tuple[str,
 
 
 def signed(change: float) -> str:
-    """Return a change of a loss with its sign, none for what rounds to nothing."""
+    """Return the change of a loss with its sign, or without one if it rounds to zero."""
     text = f"{change:+.4f}"
     return text.lstrip("+-") if float(text) == 0 else text
 
@@ -207,7 +207,7 @@ def _machine(records: Mapping[str, Record]) -> dict[str, str]:
 
 
 def finish(records: Mapping[str, Record], root: Path, title: str, job: Job, strict: bool = False) -> int:
-    """Write ``report.json``, ``report.html`` and the PNGs, show the table; return 1 where a strict check fails."""
+    """Write the report and print its table and checks; return 1 if a check fails and ``strict`` is set, else 0."""
     import sys
 
     from rich.console import Console

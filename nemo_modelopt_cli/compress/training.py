@@ -29,7 +29,7 @@ from nemo_modelopt_cli.compress.settings import Layout, Training
 from nemo_modelopt_cli.process import launch, rendezvous
 from nemo_modelopt_dropin.console import screen
 
-# Where this job's ranks agree, and how often they have: variables, because NeMo's trainers take all of it from there.
+# Address of the store of this job's ranks, and how often they met: variables, as NeMo's trainers use variables, too.
 _STORE, _MEETINGS = "NEMO_MODELOPT_STORE", "NEMO_MODELOPT_MEETINGS"
 _PATIENCE = datetime.timedelta(hours=1)
 _RANK_VARIABLES = (
@@ -50,10 +50,10 @@ def rank() -> int:
 
 
 class StoreRanks:
-    """The distributed job as the stages see it: rank zero's decisions reach every rank.
+    """Send rank zero's decisions to every rank.
 
-    A store of its own and not a process group: stages end with `release`, which takes all groups down. It is torchrun's
-    where that started the ranks, else rank zero's.
+    This uses a store and not a process group, because steps end with `release`, which destroys all groups. The store is
+    torchrun's if torchrun started the ranks, else rank zero's.
     """
 
     def __init__(self):
@@ -65,11 +65,11 @@ class StoreRanks:
         _meet_elsewhere()
 
     def broadcast(self, value: Any) -> Any:
-        """Return rank zero's value, one that JSON has, on every rank, once all ranks have called this."""
+        """Return rank zero's value, which JSON must be able to hold, on every rank once all ranks have called this."""
         key = f"decision/{self.count}"
         self.count += 1
         if self.rank == 0:
-            # No pickle: whoever reaches the store's port could let it run code.
+            # No pickle: anyone who can reach the store's port could run code with one.
             self.store.set(key, json.dumps(value).encode())
         found = json.loads(self.store.get(key))
         self.store.add(f"{key}/seen", 1)
@@ -79,10 +79,10 @@ class StoreRanks:
 
 
 def release() -> None:
-    """Take this process back to where NeMo found it, so that the next stage may choose another layout.
+    """Remove the state that NeMo leaves in this process, so that the next step may use another layout.
 
-    NeMo builds Megatron's groups only where it initialises ``torch.distributed`` itself, and keeps the layout of a
-    process in a singleton for good; so both go. All ranks call it.
+    NeMo builds Megatron's groups only if it initialises ``torch.distributed`` itself, and keeps the layout of a process
+    in a singleton; so both are removed. All ranks must call this.
     """
     parallel_state.destroy_model_parallel()
     num_microbatches_calculator.unset_num_microbatches_calculator()
@@ -112,7 +112,7 @@ def _store(is_master: bool = False) -> torch.distributed.Store:
 
 
 def _meet_elsewhere() -> None:
-    """Let the next process group meet at a port where nothing is left of the last one; rank zero chooses it."""
+    """Choose a new port for the next process group, on rank zero, because the last one may leave connections."""
     if not launch.is_rank():
         os.environ.pop("MASTER_PORT", None)
     elif _STORE not in os.environ:
@@ -128,7 +128,7 @@ def _meet_elsewhere() -> None:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Let this rank work as a process of its own, for parts of NeMo that build a one-device trainer themselves."""
+    """Hide the other ranks from NeMo, for parts of it that build a one-device trainer themselves."""
     names = [name for name in os.environ if name in _RANK_VARIABLES or name.startswith(("TORCHELASTIC_", "SLURM_"))]
     kept = {name: os.environ.pop(name) for name in names}
     try:
@@ -153,7 +153,7 @@ def strategy(layout: Layout, **options) -> nl.MegatronStrategy:
 
 
 def trainer(layout: Layout, strategy_options: dict[str, Any] | None = None, **options) -> nl.Trainer:
-    """Return a trainer that shows and writes only what ``options`` ask for: fp32 on CPU ranks, bf16 on GPUs."""
+    """Return a trainer that by default shows and writes nothing: fp32 on CPU ranks, bf16 on GPUs."""
     settings: dict[str, Any] = {
         "accelerator": "cpu" if layout.cpu else "gpu",
         "devices": layout.devices,
@@ -167,7 +167,7 @@ def trainer(layout: Layout, strategy_options: dict[str, Any] | None = None, **op
         "enable_model_summary": False,
         "logger": False,
     }
-    # For fp32 too: a checkpoint brings the type that it was imported in, mostly bf16.
+    # Needed for fp32, too: a checkpoint sets the type in which it was imported, mostly bf16.
     precision, dtype = ("32", torch.float32) if layout.cpu else ("bf16-mixed", torch.bfloat16)
     settings["plugins"] = nl.MegatronMixedPrecision(precision=precision, params_dtype=dtype)
     return nl.Trainer(**{**settings, **options})
@@ -195,18 +195,18 @@ def optimizer(training: Training, layout: Layout) -> nl.MegatronOptimizerModule:
     return nl.MegatronOptimizerModule(config, schedule)
 
 
-# Folder of a training's intermediate checkpoints, below that of its stage.
+# Folder of a training's intermediate checkpoints, below the folder of its step.
 STEPS = "steps"
 
 
 class Keeper(Checkpoint):
-    """Save intermediate checkpoints, the final one at the end, and remember where to resume.
+    """Save intermediate checkpoints and the final one, and find the one to resume from.
 
     A subclass of Lightning's ``Checkpoint`` so that NeMo's ``AutoResume`` finds it; NeMo's own ModelCheckpoint marks a
     checkpoint whose saving was killed as unfinished and then raises an error until a person removes it.
 
     Args:
-        folder: of the stage.
+        folder: folder of the step.
         save_every: steps between intermediate checkpoints; None saves every few minutes, 0 never.
     """
 
@@ -229,22 +229,22 @@ class Keeper(Checkpoint):
         self.saver = intermediate.Saver(self.steps, trainer.global_step, every=self.save_every)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        """Save if it is time, and drop the checkpoint before."""
+        """Save if a checkpoint is due, and remove the one before."""
         if self.saver is not None:
             self.saver.between_steps(trainer)
 
     def on_train_end(self, trainer, pl_module):
-        """Save the weights while ``fit`` still runs: keys then start with ``module.`` as in NeMo's checkpoints."""
+        """Save the weights while ``fit`` still runs, so that keys start with ``module.`` as in NeMo's checkpoints."""
         intermediate.save_checkpoint(trainer, self.folder / "checkpoint", weights_only=True)
 
 
 class Curve(pl.Callback):
-    """Show one bar on rank zero and keep the losses of every step in ``losses.jsonl``, which resuming continues."""
+    """Show a progress bar on rank zero and append the losses of every step to ``losses.jsonl``."""
 
     def __init__(self, folder: Path, title: str):
         self.path = Path(folder) / "losses.jsonl"
         self.title = title
-        # Not an argument: NeMo copies the arguments of everything that a trainer holds, and a stream cannot be copied.
+        # Not an argument: NeMo copies the arguments of a trainer's callbacks, and a stream cannot be copied.
         self.out: TextIO | None = None
         self.points: list[dict[str, float]] = []
         self.bar: tqdm | None = None
@@ -254,7 +254,7 @@ class Curve(pl.Callback):
         return {**self.__dict__, "out": None, "bar": None}
 
     def on_train_start(self, trainer, pl_module):
-        """Forget the steps after the checkpoint that is resumed from, and open the bar."""
+        """Discard the losses after the checkpoint that is resumed from, and open the bar."""
         self.points = [point for point in read_curve(self.path) if point["step"] <= trainer.global_step]
         if rank() == 0:
             with open(self.path, "w", encoding="utf-8") as file:
@@ -296,7 +296,7 @@ class Curve(pl.Callback):
 
 
 def read_curve(path: Path) -> list[dict[str, float]]:
-    """Return the points of a ``losses.jsonl``, without a last line that a kill has cut and without repetitions.
+    """Return the points of a ``losses.jsonl``, without a last line that a kill cut off and without repetitions.
 
     A training that resumes right before a validation may validate the same step again.
     """

@@ -173,7 +173,7 @@ def test_help_takes_no_time(script):
                 "use '60%'",
             ],
         ),
-        ("demo", ["--devices", "3"], ["not a multiple of micro batch size 8 x 3"]),
+        ("demo", ["--devices", "3"], ["not a multiple of micro-batch size 8 x 3"]),
         ("demo", ["--steps", "3", "--vorbose"], ["--vorbose; did you mean --verbose?"]),
         ("ptq", ["-nc", "no", "-bs", "0", "-ctp", "3", "--devices", "2"], ["no such folder", "--batch_size must", "3"]),
         ("ptq", ["-nc", "no", "--algoritm", "fp8"], ["did you mean --algorithm?"]),
@@ -317,7 +317,7 @@ def test_exit_codes_and_what_is_seen(ranks, tmp_path):
     assert found["settings"][1] == ["error: this cannot work"], "no traceback for what a user can put right"
     assert found["failure"][1] == [
         "error on rank 0: KeyError: 'x'",
-        f"the whole story is in {tmp_path / 'failure'}",
+        f"see {tmp_path / 'failure'} for the full traceback",
     ]
     assert "Traceback" in (tmp_path / "failure").read_text()
     assert found["interrupt"][1] == ["stopped"]

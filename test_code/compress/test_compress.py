@@ -130,7 +130,7 @@ def test_random_windows_depend_on_seed_and_number_alone():
 
 @pytest.fixture(scope="module")
 def teacher(ranks_factory, tmp_path_factory) -> Path:
-    """A tiny teacher checkpoint with texts beside it."""
+    """Write a tiny teacher checkpoint, and texts next to it."""
     folder = tmp_path_factory.mktemp("compress")
     ranks_factory(1).run(jobs_compress.make_teacher, str(folder), timeout=240)
     return folder

@@ -297,7 +297,7 @@ _KILLED = """
                 with open(progress, "a") as file:
                     file.write(name)
                 time.sleep(0.02)
-            return {"steps": progress.read_text(), "went on from": done}
+            return {"steps": progress.read_text(), "resumed from": done}
         return run
     with lock(root):
         run_stages([Stage("a", work("a", 1)), Stage("b", work("b", 60), {}, ("a",), True)], root)
@@ -318,7 +318,7 @@ def test_kill_9_in_the_middle_and_the_next_run_goes_on(tmp_path):
     second = stages.read_record(tmp_path / "b")
     assert second is not None
     assert second.result["steps"] == "b" * 60
-    assert second.result["went on from"] >= 5
+    assert second.result["resumed from"] >= 5
     assert second.attempts == 2
 
 
