@@ -15,7 +15,7 @@ PAGES := README.md CONTRIBUTING.md CHANGELOG.md docs
 # What scripts/check_prose.py reads: these have been rewritten. Add a folder when it passes.
 MODELOPT := nemo/collections/llm/modelopt
 PROSE := README.md CONTRIBUTING.md CHANGELOG.md docs examples benchmarks nemo_modelopt_dropin/report nemo_modelopt_dropin/cpu_backend \
-    nemo_modelopt_cli/flags $(MODELOPT)/distill $(MODELOPT)/_divergence $(MODELOPT)/quantization/insert $(MODELOPT)/quantization/quantizer.py
+    nemo_modelopt_dropin/console nemo_modelopt_cli/flags scripts $(MODELOPT)/recipes $(MODELOPT)/distill $(MODELOPT)/_divergence $(MODELOPT)/quantization/insert $(MODELOPT)/quantization/quantizer.py
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 

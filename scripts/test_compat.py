@@ -78,7 +78,7 @@ def chosen_rows(name: str | None) -> list[str]:
 
 
 def recorded(pins: Sequence[str]) -> str:
-    """Return what a row's folder records: it is installed anew when this changes."""
+    """Return what a row's folder records: it is installed again when this changes."""
     return json.dumps({"pins": sorted(pins), "python": list(sys.version_info[:2])})
 
 

@@ -2,7 +2,7 @@
 
 A drop-in replacement of nemo-toolkit's subpackage of this name; ``NEMO_MODELOPT=stock`` brings that one back.
 
-Rooms: `quantization` (calibrate, quantize, export), `prune`, `distill`, `speculative`, `recipes` (NeMo-Run), and
+Subpackages: `quantization` (calibrate, quantize, export), `prune`, `distill`, `speculative`, `recipes` (NeMo-Run), and
 `model_utils` (restore with modelopt's layer specs, save and restore modelopt's state). What a user can put right is
 raised as `ModelOptConfigError`.
 """

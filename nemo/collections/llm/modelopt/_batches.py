@@ -32,7 +32,7 @@ def _show_and_step(step: Callable, see: Callable, batches: Iterator) -> Any:
 
 @contextlib.contextmanager
 def shown_batches(config: Any, see: Callable[[Mapping[str, Any]], None]) -> Iterator[None]:
-    """Show every microbatch that a NeMo model reads, whole: its data step leaves out what a stage does not need.
+    """Show every micro-batch that a NeMo model reads, whole: its data step leaves out what a stage does not need.
 
     Args:
         config: the NeMo configuration of the model, which holds ``data_step_fn``.

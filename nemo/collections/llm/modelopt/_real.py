@@ -1,4 +1,4 @@
-"""Tell real models from what stands in for one in a test.
+"""Distinguish real models from their stand-ins in tests.
 
 Whatever goes beyond stock applies to real models only. Mocks, namespaces and small networks, which unit tests pass,
 take exactly the steps that stock takes: they have neither the attributes nor the files that the rest needs.

@@ -35,7 +35,7 @@ def saved_keys(ckpt_path: Any) -> list[str]:
 def saved_prefix(keys: list[str]) -> str:
     """Return what the keys of a checkpoint's weights begin with: ``module.`` once for each wrapper, once by default.
 
-    NeMo's callbacks save inside of ``fit`` (``module.``); afterwards the DDP wrapper is off or on, and
+    NeMo's callbacks save inside ``fit`` (``module.``); afterwards the DDP wrapper is off or on, and
     ``trainer.save_checkpoint`` writes ``module.module.`` or ``module.``. Optimizer entries do not count.
     """
     depths: collections.Counter[int] = collections.Counter()

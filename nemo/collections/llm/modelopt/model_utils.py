@@ -286,8 +286,8 @@ def _hidden_teacher(core_model: nn.Module):
 def _make_finite(core_model: nn.Module) -> None:
     """Replace uninitialised weights by zeros: exporters build models without initialising them.
 
-    Restoring calibrates weight quantizers on the weights as they are, and refuses NaN; the checkpoint's weights and
-    scales come afterwards.
+    Restoring calibrates weight quantizers on the weights as they are, and raises an error for NaN; the checkpoint's
+    weights and scales come afterwards.
     """
     if not isinstance(core_model, nn.Module):
         return
@@ -342,7 +342,7 @@ def restore_modelopt_state(
 
 
 def save_modelopt_state(model: MegatronParallel, path: str, checkpoint_io: CheckpointIO) -> None:
-    """Write a converted model's Model Optimizer state beside its weights; a plain model writes nothing.
+    """Write a converted model's Model Optimizer state next to its weights; a plain model writes nothing.
 
     Args:
         model: The model that the strategy saves.

@@ -132,7 +132,7 @@ def generate_sample(model: Any, prompts: list[str]) -> list[str]:
 
 
 def save_tokenizer(model: Any, export_dir: Path, export_format: str) -> None:
-    """Write the tokenizer's own files: beside the weights ("hf"), or where TensorRT-LLM's users look for them."""
+    """Write the tokenizer's own files: next to the weights ("hf"), or where TensorRT-LLM's users look for them."""
     folder = Path(export_dir) if export_format == "hf" else Path(export_dir) / "huggingface_tokenizer"
     model.tokenizer.save_pretrained(str(folder))
 

@@ -19,7 +19,7 @@ NAME = "default"
 def trainer(
     tensor_parallelism: int = 8,
     pipeline_parallelism: int = 1,
-    pipeline_parallelism_type: Optional[torch.dtype] = None,  # noqa: UP045  NeMo-Run's command line knows Optional
+    pipeline_parallelism_type: Optional[torch.dtype] = None,  # noqa: UP045  NeMo-Run's command line supports Optional
     virtual_pipeline_parallelism: Optional[int] = None,  # noqa: UP045
     context_parallelism: int = 1,
     sequence_parallelism: bool = True,
@@ -36,7 +36,7 @@ def trainer(
         pipeline_parallelism_type: dtype of what the stages send.
         virtual_pipeline_parallelism: chunks of each stage; distillation needs None.
         context_parallelism: ranks that share each sequence.
-        sequence_parallelism: split activations along the sequence over the tensor-parallel ranks, where there are any.
+        sequence_parallelism: split activations along the sequence over the tensor-parallel ranks, if there are any.
         num_nodes: nodes.
         num_gpus_per_node: GPUs of each node.
         max_steps: training steps.

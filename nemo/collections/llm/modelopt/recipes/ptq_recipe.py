@@ -20,7 +20,7 @@ def ptq_recipe(
     tensor_parallelism: int = 1,
     pipeline_parallelism: int = 1,
     num_nodes: int = 1,
-    tokenizer_path: Optional[str] = None,  # noqa: UP045  NeMo-Run's command line knows Optional
+    tokenizer_path: Optional[str] = None,  # noqa: UP045  NeMo-Run's command line supports Optional
 ) -> run.Partial:
     """Return ``llm.ptq`` for a checkpoint: calibration and export open to change before it runs.
 
