@@ -1,1 +1,1 @@
-"""The commands: ptq, prune, distill, compress and demo, with their arguments, ranks and run files."""
+"""The commands of ``nemo-modelopt``, with their arguments, ranks and run files."""

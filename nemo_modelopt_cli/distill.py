@@ -174,7 +174,7 @@ def make_optimizer(given: argparse.Namespace):
 
 
 def work(given: argparse.Namespace) -> list[tuple[str, str]]:
-    """Train or distill; return what came of it."""
+    """Train or distill; return the rows of the result."""
     from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 
     from nemo import lightning as nl
@@ -185,7 +185,7 @@ def work(given: argparse.Namespace) -> list[tuple[str, str]]:
         monitor="val_loss",
         save_top_k=1,
         save_last=True,
-        # NeMo leaves the optimizer out of the last checkpoint, and then cannot go on from it.
+        # By default NeMo leaves the optimizer out of the last checkpoint and cannot resume from it.
         save_optim_on_train_end=True,
         # None: after each validation, so that names and choice go by the loss of the weights that are saved.
         every_n_train_steps=None if given.limit_val_batches else min(given.val_check_interval, given.max_steps),
@@ -241,7 +241,7 @@ def remark(given: argparse.Namespace) -> None:
     if larger:
         screen.warn(larger)
     if not (given.teacher_topk or given.teacher_path):
-        screen.warn("No --teacher_path: this is plain training on the next token, no distillation.")
+        screen.warn("No --teacher_path: this is plain training on the next token, without distillation.")
     if given.warmup_steps >= given.max_steps > 1:
         screen.warn(
             f"--warmup_steps {given.warmup_steps} does not fit into --max_steps {given.max_steps}: the learning rate "
@@ -250,10 +250,10 @@ def remark(given: argparse.Namespace) -> None:
 
 
 def outcome(trainer: Any, checkpoints: Any) -> list[tuple[str, str]]:
-    """Return the figures of the training, and the checkpoint to go on with.
+    """Return the metrics of the training, and its last checkpoint.
 
     Raises:
-        RuntimeError: where that cannot be loaded; NeMo only warns when it fails to write what a checkpoint is of.
+        RuntimeError: if the checkpoint cannot be loaded; NeMo only warns when it fails to write its context.
     """
     from nemo.lightning.ckpt_utils import ckpt_to_dir
 
@@ -270,7 +270,7 @@ def outcome(trainer: Any, checkpoints: Any) -> list[tuple[str, str]]:
 
 
 def check_recorded_teacher(given: argparse.Namespace) -> None:
-    """Refuse a recording that cannot be read, or is of another teacher."""
+    """Raise an error if the recording cannot be read or is of another teacher."""
     from nemo.collections.llm.modelopt.distill.recorded.store import read_manifest
     from nemo.collections.llm.modelopt.distill.recorded.teacher import check_teacher
 
@@ -280,7 +280,7 @@ def check_recorded_teacher(given: argparse.Namespace) -> None:
 
 
 def record(given: argparse.Namespace) -> None:
-    """Write what the teacher thinks of the data of the training."""
+    """Record the top-k logits of the teacher on the training data."""
     from nemo.collections.llm.modelopt.distill import dump_teacher_topk
 
     dump_teacher_topk(
@@ -312,7 +312,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     if done is not None:
         sys.stderr.write(
             f"distill: nothing to do, {given.name} has seen all samples of --max_steps {given.max_steps} x --gbs "
-            f"{given.gbs}: {done}\nMore --max_steps go on from there; another --name starts anew.\n"
+            f"{given.gbs}: {done}\nRaise --max_steps to continue, or choose another --name to start again.\n"
         )
         return 0
     resume_checks.report(given, PATHS)

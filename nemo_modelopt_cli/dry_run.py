@@ -1,4 +1,4 @@
-"""What a script would do, from its arguments and the checkpoint's configuration: ``--dry-run``."""
+"""Describe what a command would do, from its arguments and the checkpoint's configuration (``--dry-run``)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def show(rows: Rows) -> int:
 
 
 def model(label: str, path: str | Path) -> tuple[Rows, Shape | None]:
-    """Return the rows of a checkpoint, and its shape where the configuration tells it."""
+    """Return the rows of a checkpoint, and its shape if the configuration contains it."""
     try:
         shape = model_sizes.read(path)
     except UnknownModel as reason:
@@ -63,7 +63,7 @@ _REPORT = "report.html, report.json, figures/"
 
 
 def quantization(given: argparse.Namespace) -> Rows:
-    """Return the plan of ptq.py."""
+    """Return the plan of ptq."""
     rows, shape = model("model", given.nemo_checkpoint)
     width = 4 if given.cpu else 2
     written, bits = "", _bits(given)
@@ -108,7 +108,7 @@ def _bits(given: argparse.Namespace) -> float | None:
 
 
 def pruning(given: argparse.Namespace, targets: Iterable[str]) -> Rows:
-    """Return the plan of prune.py; ``targets`` are the names of its target flags."""
+    """Return the plan of prune; ``targets`` are the names of its target flags."""
     rows, shape = model("model", given.restore_path)
     wanted = {name: getattr(given, name) for name in targets}
     asked = ", ".join(f"{name.removeprefix('target_')} {size}" for name, size in wanted.items() if size is not None)
@@ -147,7 +147,7 @@ def pruning(given: argparse.Namespace, targets: Iterable[str]) -> Rows:
 
 
 def distillation(given: argparse.Namespace, resumes: Sequence[tuple[str, str]] = ()) -> Rows:
-    """Return the plan of distill.py.
+    """Return the plan of distill.
 
     Args:
         given: checked arguments.
@@ -201,7 +201,7 @@ def distillation(given: argparse.Namespace, resumes: Sequence[tuple[str, str]] =
 
 
 def compression(job: Job, output: Path, stages: Iterable[str], waiting: Mapping[str, str]) -> Rows:
-    """Return the plan of compress.py: its stages first, then as for the other scripts.
+    """Return the plan of compress: its job steps first, then the rows of the other commands.
 
     Args:
         job: checked settings.

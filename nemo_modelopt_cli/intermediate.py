@@ -111,13 +111,13 @@ class Schedule:
         return False
 
     def saved(self, took: float, agree: Callable[[float], float]) -> None:
-        """Start anew after a checkpoint that took this many seconds."""
+        """Restart the clock after a checkpoint that took this many seconds."""
         self.seconds = max(self.least, agree(took) / _LONGEST_SHARE)
         self.start()
 
 
 class Saver:
-    """Save a training between two steps, every few minutes or every so many steps.
+    """Save a training between two steps, every few minutes or after a number of steps.
 
     Call `between_steps` when a batch starts: at the end of a batch, Lightning does not count it yet, and a resumed
     training would validate one step late, or never. The last step is left to the final checkpoint.
@@ -149,7 +149,7 @@ class Saver:
 
 
 class Interim(pl.Callback):
-    """Save the training every few minutes, beside the checkpoints that NeMo's own callback chooses.
+    """Save the training every few minutes, in addition to the checkpoints of NeMo's callback.
 
     Args:
         folder: where the checkpoints go, as text: NeMo cannot write a path into checkpoints.
@@ -175,7 +175,7 @@ class Interim(pl.Callback):
 
 
 class Resume(nl.AutoResume):
-    """NeMo's resuming, from the newest whole checkpoint of either kind; unfinished ones are passed over.
+    """NeMo's resuming, from the newest whole checkpoint of either kind; unfinished ones are skipped.
 
     NeMo's own raises an error if its only last checkpoint was killed while it was written.
     """

@@ -1,4 +1,4 @@
-"""What our scripts share before anything heavy is imported: flags and run files, and checks that list every problem.
+"""Parse flags and run files, and check arguments, before anything heavy is imported. Every problem is reported.
 
 A run file holds the flags by name (``--config run.yaml``); both go through the same conversions, and flags win.
 """
@@ -21,12 +21,10 @@ from nemo_modelopt_dropin.preflight import checkpoint_files, data_files, model_s
 USAGE = 2
 EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 wrong arguments or settings, 130 interrupted, 143 ended by SIGTERM."
 _SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-# Flags that say how to run this command, not what the run is; and our own mark.
+# Flags that do not describe the run itself, and the list of derived settings.
 _DERIVED = "derived"
 _NOT_SAVED = ("config", "dry_run", "verbose", "help", _DERIVED)
-
-
-# Settings that are a path, or a name or number by which something else is meant.
+# Settings that are a path, or a name of something that is not a file.
 _MAYBE_NAMES = ("calibration_dataset", "algorithm", "data_paths")
 
 
@@ -40,16 +38,18 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, **options})
         self.problems: list[str] = []
         self._reads_run_file = False
-        # Settings of which a problem is noted already, by name: that they are missing is no news.
+        # Arguments that are already reported as invalid; they are not reported as missing too.
         self.told: set[str] = set()
 
     def add_run_options(self) -> None:
         """Add the flags that every script has; ``--config`` is then read as flags are."""
         self._reads_run_file = True
         group = self.add_argument_group("run")
-        group.add_argument("--config", metavar="RUN.YAML", help="file with flags by name; flags given here win")
-        group.add_argument("--dry-run", action="store_true", help="print what would happen, load no weights, stop")
-        group.add_argument("-v", "--verbose", action="store_true", help="show what the libraries write")
+        group.add_argument(
+            "--config", metavar="RUN.YAML", help="file with flags by name; flags on the command line win"
+        )
+        group.add_argument("--dry-run", action="store_true", help="check the arguments, print the plan and stop")
+        group.add_argument("-v", "--verbose", action="store_true", help="show the output of the libraries")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None):  # type: ignore[override]
         """Return the arguments, or exit with status 2 after naming everything that is wrong with them."""
@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def read(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        """Return the arguments and note what is wrong with them; `refuse` then reports it with the caller's own."""
+        """Return the arguments and collect their problems; `refuse` reports them with those of the caller."""
         words = [self._known_spelling(word) for word in (sys.argv[1:] if argv is None else argv)]
         self.problems += options.contradictions(self._option_string_actions, words)
         words, undone = self._undone_switches(words)
@@ -73,7 +73,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def refuse(self, problems: Iterable[str]) -> None:
-        """Exit with status 2 where there are problems, after printing all of them; else return."""
+        """Print all problems and exit with status 2 if there are any."""
         self.problems += problems
         if self.problems:
             self.error("")
@@ -277,7 +277,7 @@ def absolute_paths(given: argparse.Namespace, names: Iterable[str]) -> dict[str,
 
 
 def _absolute(name: str, value: str) -> str:
-    """Return a path that works from everywhere; a word that is no path here stays one where a name will do."""
+    """Return an absolute path; a name that is not an existing path stays if the setting accepts names."""
     here = os.path.exists(value) or os.path.exists(f"{value}.idx")  # Megatron's files are named without their ending
     # Of the hub, a tokenizer has the name owner/name, a data set a word.
     may_be_name = name == "tokenizer" or (name in _MAYBE_NAMES and os.sep not in value)
@@ -285,7 +285,7 @@ def _absolute(name: str, value: str) -> str:
 
 
 def missing_paths(paths: Mapping[str, str | None], folder: bool = True) -> list[str]:
-    """Return a sentence for each path that was given and is not there."""
+    """Return a sentence for each path that is set and does not exist."""
     found = []
     for flag, path in paths.items():
         if path and not (Path(path).is_dir() if folder else Path(path).exists()):
@@ -294,7 +294,7 @@ def missing_paths(paths: Mapping[str, str | None], folder: bool = True) -> list[
 
 
 def text_problems(paths: Mapping[str, str | None]) -> list[str]:
-    """Return a sentence for each file of texts that was given and cannot be read; all of its rows are looked at."""
+    """Return a sentence for each file of texts that is set and cannot be read; all of its rows are checked."""
     found = missing_paths(paths, folder=False)
     for flag, path in paths.items():
         if path and Path(path).is_dir():
@@ -325,7 +325,7 @@ def template_problems(paths: Mapping[str, str | None], tokenizer: str | None, co
 
 
 def no_checkpoints(paths: Mapping[str, str | None]) -> list[str]:
-    """Return a sentence for each path that was given and is not the folder of a whole NeMo 2 checkpoint."""
+    """Return a sentence for each path that is set and is not the folder of a complete NeMo 2 checkpoint."""
     found = missing_paths(paths)
     for flag, path in paths.items():
         folder = Path(path or "")
@@ -340,7 +340,7 @@ def no_checkpoints(paths: Mapping[str, str | None]) -> list[str]:
             hint += f"; did you mean {last[0]}?"
         if (folder / "config.json").is_file():
             hint = "it looks like Hugging Face's format: import it first (llm.import_ckpt)"
-        found.append(f"{flag} {path} is no NeMo 2 checkpoint: {hint}")
+        found.append(f"{flag} {path} is not a NeMo 2 checkpoint: {hint}")
         found += [f"{flag} {one}" for one in checkpoint_files.problems(path)]
     return found
 

@@ -109,7 +109,7 @@ def output_problems(arguments: argparse.Namespace) -> list[str]:
 
 
 def model_problems(arguments: argparse.Namespace, sizes: dict[str, int | float]) -> list[str]:
-    """Return what of the request does not fit the model."""
+    """Return which parts of the request do not fit the model."""
     shape = model_sizes.known(arguments.restore_path)
     found = split_problems(arguments.restore_path, arguments.tp_size if arguments.drop_layers else 1, arguments.pp_size)
     found += target_problems(shape, sizes, arguments.target_params is not None)
@@ -122,7 +122,7 @@ def model_problems(arguments: argparse.Namespace, sizes: dict[str, int | float])
 def _importance_problems(arguments: argparse.Namespace, given: list[str]) -> list[str]:
     found = []
     if not given:
-        found.append("nothing to prune: give --drop_layers, --target_params or at least one other --target_...")
+        found.append("nothing to prune: set --drop_layers, --target_params or at least one other --target_...")
     if "target_num_query_groups" in given and "target_num_attention_heads" not in given:
         found.append("--target_num_query_groups needs --target_num_attention_heads")
     if not arguments.seq_length:
@@ -135,7 +135,7 @@ def _importance_problems(arguments: argparse.Namespace, given: list[str]) -> lis
 
 
 def make_data(arguments: argparse.Namespace):
-    """Return the data module: Megatron's files, a text, or mock data where neither is given."""
+    """Return the data module: Megatron's files, a text, or mock data if neither is set."""
     from nemo.collections import llm
     from nemo_modelopt_cli.tokens import TextDataModule, checkpoint_tokenizer
     from nemo_modelopt_dropin.console import screen
@@ -194,7 +194,7 @@ def work(arguments: argparse.Namespace) -> None:
         report_path=None if arguments.no_report else arguments.report_path,
     )
     check_checkpoint(config, arguments.restore_path, layout["tp_size"])
-    # NeMo's validation, by which importance is measured, leaves a folder of logs where we stand.
+    # NeMo's validation, by which importance is measured, leaves a folder of logs in the working directory.
     with tempfile.TemporaryDirectory() as elsewhere, standing_in(elsewhere):
         llm.prune(
             nemo_checkpoint=arguments.restore_path,
@@ -207,7 +207,7 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 def _others(arguments: argparse.Namespace) -> tuple[Path, ...]:
-    """Return what is written beside the pruned checkpoint."""
+    """Return the other outputs of the command."""
     scores = [Path(arguments.scores_path)] if arguments.scores_path else []
     return (*scores, *([] if arguments.no_report else [Path(arguments.report_path)]))
 

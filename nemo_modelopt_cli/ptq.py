@@ -80,7 +80,7 @@ def resolve(argv: list[str] | None = None, prog: str | None = None) -> argparse.
     if arguments.algorithm not in ALGORITHMS and os.path.isfile(arguments.algorithm):
         problems += [f"--algorithm {one}" for one in quant_file.problems(arguments.algorithm)]
     if (arguments.algorithm == "auto") is (arguments.auto_quantize_bits is None):
-        problems.append("--algorithm auto and --auto_quantize_bits go together: give both or neither")
+        problems.append("--algorithm auto and --auto_quantize_bits go together: set both or neither")
     if arguments.cpu and algorithms.needs_cuda(arguments.algorithm):
         problems.append(
             f"--algorithm {arguments.algorithm} needs CUDA kernels: leave --cpu out on a machine with a GPU"
@@ -160,7 +160,7 @@ def data_problems(name: str, column: str | None = None, limit: int = 1) -> list[
 
 
 def work(arguments: argparse.Namespace) -> list[tuple[str, str]]:
-    """Quantize and export; return what came of it."""
+    """Quantize and export; return the rows of the result."""
     from nemo.collections import llm
     from nemo.collections.llm.modelopt import ExportConfig, QuantizationConfig
 
@@ -219,7 +219,7 @@ def outcome(arguments: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def _others(arguments: argparse.Namespace) -> tuple[Path, ...]:
-    """Return what is written beside the export."""
+    """Return the other outputs of the command."""
     state = [] if arguments.no_calibration_state else [Path(arguments.calibration_state)]
     return (*state, *([] if arguments.no_report else [Path(arguments.report_path)]))
 

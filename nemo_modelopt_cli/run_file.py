@@ -1,6 +1,6 @@
 """Run files: YAML in which every value is text, as it is on a command line, and gets its type from the setting.
 
-YAML 1.1 alone would read ``1e-4`` as text, ``010`` as 8, ``no`` as false and ``1:30`` as 90. Here nothing is guessed.
+YAML 1.1 alone would read ``1e-4`` as text, ``010`` as 8, ``no`` as false and ``1:30`` as 90. Here all are text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return settings by name: texts, None, lists and mappings of these.
 
     Raises:
-        RunFileError: where the file is missing, is no YAML, names a setting twice or holds no mapping.
+        RunFileError: if the file is missing, is not YAML, sets a name twice or does not hold a mapping.
     """
     import yaml
 
@@ -65,7 +65,7 @@ def as_read(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(path: str | os.PathLike[str], settings: Mapping[str, Any], heading: str = "") -> Path:
-    """Write a run file beside ``path`` and rename it; `read` returns the same settings, as texts.
+    """Write a run file under a temporary name and rename it; `read` returns the same settings, as texts.
 
     Args:
         path: the file.

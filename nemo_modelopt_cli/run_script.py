@@ -1,4 +1,4 @@
-"""Run one script's work: its ranks, the CPU backend, a quiet screen, the exit code, the run file with the output."""
+"""Run the work of a command: start ranks and the CPU backend, redirect library output, write the run file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nemo_modelopt_dropin.errors import InUseError, ModelOptConfigError
 
 @dataclass(frozen=True)
 class Script:
-    """What `execute` must know of a script.
+    """Describe a command to `execute`.
 
     Args:
         name: as people call it.
@@ -133,7 +133,7 @@ def _as_rank(
 
 
 def aligned(rows: Rows) -> Iterable[str]:
-    """Yield the rows as aligned text; a row without a label goes on with the one before."""
+    """Yield the rows as aligned text; a row without a label continues the one before."""
     width = max((len(label) for label, _ in rows), default=0)
     for label, text in rows:
         yield f"{label:<{width}}  {text}"
@@ -142,13 +142,13 @@ def aligned(rows: Rows) -> Iterable[str]:
 def save(script: Script, settings: dict) -> Path:
     """Write the run file into the script's output, so that ``--config`` with it is the same run."""
     files.own(script.output, files.TRAINING_RUN, run_file.NAME)
-    heading = f"python scripts/{script.name}.py --config {run_file.NAME}"
+    heading = f"nemo-modelopt {script.name} --config {run_file.NAME}"
     return run_file.write(script.output / run_file.NAME, settings, heading)
 
 
 @contextlib.contextmanager
 def standing_in(folder: str | Path) -> Iterator[None]:
-    """Work in ``folder``: NeMo's validation has a default logger, which writes where we stand."""
+    """Work in ``folder``: NeMo's validation has a default logger, which writes into the working directory."""
     before = os.getcwd()
     os.chdir(folder)
     try:
@@ -158,7 +158,7 @@ def standing_in(folder: str | Path) -> Iterator[None]:
 
 
 def _unmake(output: Path) -> None:
-    """Remove a folder that a refused run made, with its run file; nothing that holds more."""
+    """Remove the folder that a run with invalid arguments created, unless it holds more than the run file."""
     if files.is_ours(output, files.TRAINING_RUN):
         files.remove(output, files.TRAINING_RUN)
 

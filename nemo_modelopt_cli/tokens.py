@@ -26,7 +26,7 @@ from nemo_modelopt_dropin.preflight import data_files
 
 # Documents that are tokenized in one call.
 _CHUNK = 1024
-# Passes over a text that a user should hear of.
+# Passes over a text above which a warning is printed.
 _REMARKABLE = 2
 
 
@@ -65,7 +65,7 @@ def encode(path: str | Path, tokenizer) -> np.ndarray:
 def checkpoint_tokenizer(checkpoint: str | Path) -> Any:
     """Return the tokenizer in a NeMo checkpoint.
 
-    NeMo's data modules that are given none download GPT-2's, although the model's takes its place afterwards.
+    Without a tokenizer, NeMo's data modules download GPT-2's, although the model's replaces it later.
     """
     from nemo.lightning import io
     from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
@@ -86,13 +86,13 @@ class Windows(Dataset):
     def __init__(self, ids: np.ndarray, seq_length: int, samples: int | None = None, seed: int = 0):
         if len(ids) <= seq_length:
             raise ModelOptConfigError(
-                f"A text of {len(ids)} tokens is too short for samples of {seq_length} and the next token: give more "
+                f"A text of {len(ids)} tokens is too short for samples of {seq_length} and the next token: pass more "
                 "text, or a smaller seq_length."
             )
         self.ids, self.seq_length, self.seed = ids, seq_length, seed
         self.random = samples is not None
         self.samples = samples if samples is not None else (len(ids) - 1) // seq_length
-        # True where attention is forbidden; Megatron's local attention wants it, Transformer Engine makes its own.
+        # True where attention is masked. Megatron's local attention requires it; Transformer Engine makes its own.
         self.mask = torch.ones(seq_length, seq_length, dtype=torch.bool).triu(1)[None]
 
     def __len__(self) -> int:
@@ -186,7 +186,7 @@ class TextDataModule(TokenDataModule):
     Args:
         text: training text.
         checkpoint: NeMo checkpoint whose tokenizer encodes it.
-        heldout_text: text to validate on; the training text where there is none.
+        heldout_text: text to validate on; the training text if it is None.
         **sizes: the sizes, sample count and seed of `TokenDataModule`.
     """
 
@@ -205,7 +205,7 @@ class TextDataModule(TokenDataModule):
         return self.encoded[path]
 
     def _remark(self, path: str, tokens: int) -> None:
-        """Warn once where the samples go over the text again and again."""
+        """Warn once if the samples cover the text several times."""
         times = self.train_samples * self.seq_length / tokens
         if times > _REMARKABLE and not self._remarked:
             screen.warn(

@@ -1,4 +1,4 @@
-"""Checks of Megatron's tokenized files, and of the folder of a chat data set, before anything heavy is imported."""
+"""Check Megatron's tokenized files and the folder of a chat data set before anything heavy is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with the arguments of distill.py, before anything heavy is imported."""
+"""Check the arguments of distill before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def problems(given: argparse.Namespace) -> list[str]:
     if given.cp_size > 1 and given.cpu:
         found.append(f"--cp {given.cp_size}: context parallelism needs Transformer Engine, which runs on GPUs only")
     if sum(map(bool, (given.data_paths, given.text, given.use_mock_data))) != 1:
-        found.append("give exactly one of --data_paths, --text and --use_mock_data")
+        found.append("use exactly one of --data_paths, --text and --use_mock_data")
     if given.use_chat_data and (len(given.data_paths or []) != 1 or not given.tokenizer):
         found.append("--use-chat-data needs one path in --data_paths, and --tokenizer")
     found += _teacher_problems(given) + _training_problems(given) + _tokenizer_problems(given)
@@ -95,10 +95,10 @@ def _teacher_problems(given: argparse.Namespace) -> list[str]:
     if recorded and (recording or not given.teacher_path):
         found.append("--dump-teacher-topk needs --teacher_path, the checkpoint to record, and no --teacher-topk")
     if recorded and Path(recorded).exists():
-        found.append(f"--dump-teacher-topk: {recorded} exists; give a new folder")
+        found.append(f"--dump-teacher-topk: {recorded} exists; choose a new folder")
     found += missing_paths({"--teacher_topk": recording})
     if recording and Path(recording).is_dir() and not Path(recording, RECORDING).is_file():
-        found.append(f"--teacher_topk {recording} is not what --dump-teacher-topk wrote: it has no {RECORDING}")
+        found.append(f"--teacher_topk {recording} is not a recording of --dump-teacher-topk: it has no {RECORDING}")
     if (recorded or recording) and readable and loss_file.read(path).get("intermediate_layer_pairs"):
         found.append(
             "--distillation_config: intermediate_layer_pairs need the teacher itself, and a recording holds logits "
@@ -134,7 +134,7 @@ def _model_problems(given: argparse.Namespace) -> list[str]:
 def finished(given: argparse.Namespace) -> Path | None:
     """Return the last checkpoint of an experiment that has seen all samples that are asked for, else None.
 
-    NeMo's names of checkpoints say how many those were.
+    The names of NeMo's checkpoints contain that number.
     """
     for folder in sorted(Path(given.log_dir, given.name, "checkpoints").glob("*-last")):
         seen = re.search(r"consumed_samples=(\d+)", folder.name)

@@ -1,4 +1,4 @@
-"""What a training of distill.py resumes from, and what changed since it began. Standard library and YAML only."""
+"""Find what a training resumes from and which settings changed since it started. Uses the standard library and YAML."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_modelopt_cli.process import launch
 
 # The file by which a recording of a teacher is known.
 RECORDING = "teacher_topk.json"
-# Settings that may change: where the run is and how it is shown, how long it trains, which machines it uses.
+# Settings that may change: the output folder, the display, the length of the training, the machines.
 _FREE = {
     "name",
     "log_dir",
@@ -35,7 +35,7 @@ def newest(checkpoints: Path, interim: Path) -> Path | None:
     """Return the newest whole checkpoint among NeMo's last ones and the intermediate ones.
 
     Args:
-        checkpoints: folder of NeMo's checkpoints; a marker beside an unfinished one has the same name and an ending.
+        checkpoints: folder of NeMo's checkpoints; the marker of an unfinished one has its name and an ending.
         interim: folder of the intermediate checkpoints, which are renamed once they are whole.
     """
     found = [one for one in checkpoints.glob("*-last") if not one.with_name(f"{one.name}-unfinished").exists()]

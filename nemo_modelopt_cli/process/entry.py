@@ -1,4 +1,4 @@
-"""Run a script: end quietly if its screen is closed, report a full disk as one. Standard library only."""
+"""Run a command: exit without a traceback if its output is closed, and report a full disk. Standard library only."""
 
 from __future__ import annotations
 

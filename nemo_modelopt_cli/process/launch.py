@@ -1,7 +1,7 @@
-"""Start this script once per local rank, as torchrun would, and end all of them when one fails or we are ended.
+"""Start this command once per local rank, as torchrun does, and end all ranks when one fails or the parent ends.
 
-torchrun works as well (and is the way across nodes); this launcher only spares the CPU user the second command, and
-imports no torch: the parent stays at a few megabytes.
+torchrun works as well, and is required for several nodes. This launcher saves CPU users the second command, and it
+does not import torch, so that the parent needs a few megabytes only.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Let child processes end with their parent, so that a killed run leaves nothing behind. Standard library only.
 
-Megatron writes checkpoints in forked processes, which wait for ever if their parent is killed, and keeps a queue in a
+Megatron writes checkpoints in forked processes, which wait forever if their parent is killed, and keeps a queue in a
 spawned one. Linux can send a child a signal when the thread that started it ends; elsewhere this does nothing.
 """
 

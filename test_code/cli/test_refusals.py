@@ -52,7 +52,7 @@ def test_what_is_no_checkpoint_is_said_before_nemo_is_loaded(
     (tmp_path / "other" / file).write_text("{}")
     with pytest.raises(SystemExit, match="2"):
         command_lines.script_of(script).resolve([flag, "other", *command.split()])
-    assert f"{flag} other is no NeMo 2 checkpoint" in (found := capsys.readouterr().err) and hint in found
+    assert f"{flag} other is not a NeMo 2 checkpoint" in (found := capsys.readouterr().err) and hint in found
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,11 @@ def test_what_is_no_checkpoint_is_said_before_nemo_is_loaded(
         ("distill", command_lines.RUNS["distill"] + " --min_lr 1", "--min_lr 1 is above --lr 1e-05"),
         ("distill", command_lines.RUNS["distill"] + " --cp 2", "--cp 2: context parallelism needs Transformer Engine"),
         ("distill", command_lines.RUNS["distill"] + " --ep 2", "--ep 2 is for models with experts; model has none"),
-        ("distill", command_lines.RUNS["distill"] + " --teacher-topk teacher", "is not what --dump-teacher-topk wrote"),
+        (
+            "distill",
+            command_lines.RUNS["distill"] + " --teacher-topk teacher",
+            "is not a recording of --dump-teacher-topk",
+        ),
         (
             "distill",
             command_lines.RUNS["distill"].replace("logs", "teacher"),
@@ -286,7 +290,7 @@ def test_more_ranks_than_layers_cannot_measure_importance(tmp_path, monkeypatch,
     ("flags", "message"),
     [
         (["--dump-teacher-topk", "topk", "--distillation_config", "pairs.yaml"], "recording holds logits alone"),
-        (["--dump-teacher-topk", "model"], "model exists; give a new folder"),
+        (["--dump-teacher-topk", "model"], "model exists; choose a new folder"),
         (["--dump-teacher-topk", "topk", "--teacher-topk", "teacher"], "and no --teacher-topk"),
         (["--teacher-topk", "nowhere"], "--teacher_topk"),
     ],
