@@ -53,12 +53,12 @@ def export_with_nemo(checkpoint, target) -> str:
 
 def stage_on_two_ranks(target) -> str:
     """Fail on rank 1 while all ranks export; return the class of the error of this rank."""
-    from nemo.collections.llm.modelopt.quantization.export import support
+    from nemo.collections.llm.modelopt import _staging
     from test_code.support import tiny
 
     tiny.init_parallel()
     try:
-        with support.staged(Path(target), "test") as folder:
+        with _staging.staged(Path(target), "test") as folder:
             folder.mkdir(exist_ok=True)
             if torch.distributed.get_rank() == 1:
                 raise OSError("disk full")
@@ -130,9 +130,9 @@ def test_hf_needs_a_model_with_an_exporter(cpu_backend):
     from test_code.support import tiny
 
     model = tiny.model()
-    support.check_model("nemo", model)
+    support.check_architecture("nemo", model)
     with pytest.raises(ModelOptConfigError, match=r"no Hugging Face exporter for GPTModel.*llm.LlamaModel"):
-        support.check_model("hf", model)
+        support.check_architecture("hf", model)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_architecture_is_known_before_calibrating(cpu_backend, name, architectur
     assert support.hf_architecture(model) == architecture
     if name == "GemmaModel":
         with pytest.raises(ModelOptConfigError, match="cannot write a quantized GemmaForCausalLM.*LlamaForCausalLM"):
-            support.check_model("hf", model)
+            support.check_architecture("hf", model)
 
 
 # --- nemo -------------------------------------------------------------------------------------------------------------
@@ -372,7 +372,8 @@ def test_verification_finds_what_is_wrong(exported, tmp_path):
 
     from safetensors.torch import load_file, save_file
 
-    from nemo.collections.llm.modelopt.quantization.export import hf_files, support
+    from nemo.collections.llm.modelopt import _staging
+    from nemo.collections.llm.modelopt.quantization.export import hf_files
 
     folder = tmp_path / "hf"
     shutil.copytree(exported("fp8")[1], folder)
@@ -393,7 +394,7 @@ def test_verification_finds_what_is_wrong(exported, tmp_path):
     ]:
         tensors = {name: value for name, value in {**good, **change}.items() if value is not None}
         save_file(tensors, file, metadata={"format": "pt"})
-        with pytest.raises(support.ExportError, match=message):
+        with pytest.raises(_staging.ExportError, match=message):
             hf_files.verify(folder)
 
 
@@ -404,7 +405,8 @@ def test_a_wrong_scale_is_found(exported, tmp_path, algorithm, leaf):
 
     from safetensors.torch import load_file, save_file
 
-    from nemo.collections.llm.modelopt.quantization.export import hf_contents, hf_verify, support
+    from nemo.collections.llm.modelopt import _staging
+    from nemo.collections.llm.modelopt.quantization.export import hf_contents, hf_verify
 
     folder = tmp_path / "hf"
     shutil.copytree(exported(algorithm)[1], folder)
@@ -421,11 +423,11 @@ def test_a_wrong_scale_is_found(exported, tmp_path, algorithm, leaf):
         assert (algorithm, leaf) in {("fp8", "pre_quant_scale"), ("int4_awq", "input_scale")}
         return
     if leaf != "pre_quant_scale":
-        with pytest.raises(support.ExportError, match="layer 0 does not hold what the model in memory does"):
+        with pytest.raises(_staging.ExportError, match="layer 0 does not hold what the model in memory does"):
             hf_contents.compare(contents, hf_contents.of_files(folder))
     if (algorithm, leaf) != ("fp8", "input_scale"):
         # A trained model's inputs are near one: without their scale FP8 still rounds them, only otherwise.
-        with pytest.raises(support.ExportError, match="logits are not those of the model in memory"):
+        with pytest.raises(_staging.ExportError, match="logits are not those of the model in memory"):
             hf_verify.compare(folder, expected, hf_verify.tolerance(torch.float32))
 
 
@@ -469,20 +471,20 @@ def test_incomplete_trtllm_checkpoint_is_seen(tmp_path, written):
 
 
 def test_staging_appears_only_when_it_ends_well(tmp_path):
-    from nemo.collections.llm.modelopt.quantization.export import support
+    from nemo.collections.llm.modelopt import _staging
 
     target = tmp_path / "deep" / "out"
-    with pytest.raises(OSError, match="disk full"), support.staged(target, "test") as folder:
+    with pytest.raises(OSError, match="disk full"), _staging.staged(target, "test") as folder:
         folder.mkdir()
         (folder / "half").touch()
         raise OSError("disk full")
     assert list(tmp_path.iterdir()) == []
-    with support.staged(target, "test") as folder:
+    with _staging.staged(target, "test") as folder:
         folder.mkdir()
         (folder / "file").write_text("first")
         assert not target.exists()
     (target / "mine").write_text("stays")
-    with support.staged(target, "test") as folder:
+    with _staging.staged(target, "test") as folder:
         folder.mkdir()
         (folder / "file").write_text("second")
         (folder / "sub").mkdir()
@@ -531,11 +533,11 @@ def test_the_config_names_the_tokens_that_the_model_was_imported_with(tmp_path, 
 
     from transformers import GenerationConfig
 
-    from nemo.collections.llm.modelopt.quantization.export import hf_verify
+    from nemo.collections.llm.modelopt.quantization.export import hf_describe
 
     own = GenerationConfig(bos_token_id=1, eos_token_id=[2, 7])
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 9, "bos_token_id": 0, "pad_token_id": 3}))
-    hf_verify.write_generation_config(SimpleNamespace(config=SimpleNamespace(generation_config=own)), tmp_path)
+    hf_describe.write_generation_config(SimpleNamespace(config=SimpleNamespace(generation_config=own)), tmp_path)
     config, generation = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("config", "generation_config"))
     assert config == {"vocab_size": 9, "bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": 3}
     assert generation["eos_token_id"] == [2, 7]

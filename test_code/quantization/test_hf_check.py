@@ -18,7 +18,8 @@ def check_corrupted(folder, algorithm: str) -> dict[str, str]:
 
     The names are those of `CORRUPTIONS`, and "nothing" for the files as they are.
     """
-    from nemo.collections.llm.modelopt.quantization.export import hf_verify, support
+    from nemo.collections.llm.modelopt import _staging
+    from nemo.collections.llm.modelopt.quantization.export import hf_verify
 
     data = jobs_quant.corpus(Path(folder) / "text.jsonl")
     # As many keys as queries, or q and k could not be mixed up.
@@ -40,7 +41,7 @@ def check_corrupted(folder, algorithm: str) -> dict[str, str]:
             try:
                 hf_verify.check_logits(tiny.core(model), spoiled, torch.bfloat16)
                 found[name] = ""
-            except support.ExportError as error:
+            except _staging.ExportError as error:
                 found[name] = str(error)
         shutil.rmtree(spoiled)
     return found
@@ -179,7 +180,8 @@ def test_files_with_impossible_values_are_refused(tmp_path, name, change, messag
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
-    from nemo.collections.llm.modelopt.quantization.export import hf_files, support
+    from nemo.collections.llm.modelopt import _staging
+    from nemo.collections.llm.modelopt.quantization.export import hf_files
 
     model = jobs_hf.hf_model("llama", 0, num_hidden_layers=1)
     assert isinstance(model.config, LlamaConfig)
@@ -192,14 +194,15 @@ def test_files_with_impossible_values_are_refused(tmp_path, name, change, messag
     hf_files.verify(tmp_path)
     change(tensors[prefix + ("weight" if name == "FP8 codes" else name)])
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(support.ExportError, match=message):
+    with pytest.raises(_staging.ExportError, match=message):
         hf_files.verify(tmp_path)
 
 
 def test_a_model_without_finite_logits_is_named_as_the_fault(tmp_path):
-    from nemo.collections.llm.modelopt.quantization.export import hf_verify, support
+    from nemo.collections.llm.modelopt import _staging
+    from nemo.collections.llm.modelopt.quantization.export import hf_verify
 
     logits = torch.zeros(1, 2, 4)
     broken = hf_verify.Logits(logits, logits * float("nan"))
-    with pytest.raises(support.ExportError, match="logits of the quantized model in memory are not finite"):
+    with pytest.raises(_staging.ExportError, match="logits of the quantized model in memory are not finite"):
         hf_verify.compare(tmp_path, broken, 1e-4)

@@ -28,8 +28,8 @@ def compare_with_wrong_cache(nemo: str, folder: str) -> str:
     from safetensors.torch import load_file, save_file
 
     from nemo.collections.llm.modelopt import setup_trainer_and_restore_model_with_modelopt_spec
+    from nemo.collections.llm.modelopt._staging import ExportError
     from nemo.collections.llm.modelopt.quantization.export import hf_verify
-    from nemo.collections.llm.modelopt.quantization.export.support import ExportError
     from test_code.support import tiny
 
     model, _ = setup_trainer_and_restore_model_with_modelopt_spec(nemo)
@@ -163,7 +163,8 @@ def test_a_wrong_scale_of_the_cache_is_found(ranks, exported, family, algorithm)
 def test_files_and_configuration_must_agree(exported, tmp_path, missing):
     from safetensors.torch import load_file, save_file
 
-    from nemo.collections.llm.modelopt.quantization.export import hf_files, support
+    from nemo.collections.llm.modelopt import _staging
+    from nemo.collections.llm.modelopt.quantization.export import hf_files
 
     folder = tmp_path / "hf"
     shutil.copytree(exported("qwen2")[0], folder)
@@ -178,7 +179,7 @@ def test_files_and_configuration_must_agree(exported, tmp_path, missing):
         del tensors[name]
         save_file(tensors, file, metadata={"format": "pt"})
         message = f"{name} is missing for a KV cache in FP8"
-    with pytest.raises(support.ExportError, match=message):
+    with pytest.raises(_staging.ExportError, match=message):
         hf_files.verify(folder)
 
 

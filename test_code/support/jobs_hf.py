@@ -87,7 +87,8 @@ def export_random(
         algorithms: To quantize with.
         edit: Changes each model of ``transformers`` first.
     """
-    from nemo.collections.llm.modelopt.quantization.export import hf_verify, support
+    from nemo.collections.llm.modelopt import _staging
+    from nemo.collections.llm.modelopt.quantization.export import hf_verify
 
     found: dict[tuple[int, str], float | str] = {}
     errors: list[float] = []
@@ -107,7 +108,7 @@ def export_random(
                 try:
                     jobs_quant.ptq(checkpoint, own / algorithm, algorithm, "hf", quant=quant)
                     found[seed, algorithm] = errors.pop()
-                except support.ExportError as error:
+                except _staging.ExportError as error:
                     found[seed, algorithm] = str(error)
                 ranks.reset()
             shutil.rmtree(own)

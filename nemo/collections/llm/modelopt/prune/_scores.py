@@ -13,9 +13,8 @@ from torch import nn
 
 from nemo_modelopt_dropin import files
 
-from .. import _parallel, tensor_file
+from .. import _parallel, _staging, tensor_file
 from ..errors import ModelOptConfigError
-from ..quantization.export import support
 from ._checks import model_sizes
 
 _FINGERPRINT = "fingerprint.json"
@@ -166,7 +165,7 @@ def record(folder: str | Path, current: dict[str, Any], found: dict[str, Any]) -
         current: `fingerprint` of the model.
         found: this rank's scores.
     """
-    with support.staged(Path(folder), files.PRUNING_SCORES) as beside:
+    with _staging.staged(Path(folder), files.PRUNING_SCORES) as beside:
         beside.mkdir(parents=True, exist_ok=True)
         tensor_file.save(beside / _file_name(), found)
         if torch.distributed.get_rank() == 0:

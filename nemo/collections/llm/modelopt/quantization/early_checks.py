@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import ModelOptConfigError
 from . import checks, transformers_models
 from . import quant_cfg_choices as choices
-from .export import writers
+from .export import support
 from .insert import mixed_precision
 from .quant_cfg import AUTO, planned_quant_cfgs
 
@@ -63,7 +63,7 @@ def check(
         checks.check_export(export_config, export_formats)
         # If NeMo can wrap transformers models, `quantize` checks this: modelopt exports those in another way.
         if not transformers_models.exists():
-            writers.check_planned(planned, export_config)
+            support.check_planned(planned, export_config)
 
 
 def check_export_call(export_config: Any, model: Any, trainer: Any, export_formats: list) -> None:

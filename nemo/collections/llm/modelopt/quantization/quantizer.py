@@ -35,7 +35,7 @@ import modelopt.torch.quantization as mtq
 from nemo.collections import llm
 from nemo_modelopt_dropin import cpu_backend, files
 
-from .. import _functions
+from .. import _functions, _staging
 from . import checks, comparison, decoders, early_checks, overrides, stand_ins, transformers_models
 from . import quant_cfg_choices as choices
 from .calibration import batching, inputs, sources, state, steps
@@ -170,7 +170,7 @@ class Quantizer:
         quant_cfg = overrides.call(self._get_quant_cfg, model, decoder_type=decoder_type)
         plan = steps.make_plan(config, decoder_type, quant_cfg, QUANT_CFG_CHOICES)
         planned = planned_quant_cfgs(config, QUANT_CFG_CHOICES, load_quant_cfg)
-        writers.check_model(model, self.export_config, quant_cfg, planned, config.enable_kv_cache)
+        support.check_model(model, self.export_config, quant_cfg, planned, config.enable_kv_cache)
         steps.check_loop(plan, forward_loop)
         self._setup(model)
         core = unwrap_for_modelopt_operations(model)
@@ -273,11 +273,11 @@ class Quantizer:
             stand_ins.write(_collaborators(), self, model, model_dir, trainer)
             return
         target, fmt = Path(self.export_config.path), self.export_config.export_format
-        with support.staged(target, files.checkpoint(fmt)) as folder:
+        with _staging.staged(target, files.checkpoint(fmt)) as folder:
             writers.write(_collaborators(), self, model, model_dir, trainer, folder)
             self._save_tokenizer(model, model_dir, folder, fmt)
         self._state.forget(self.quantization_config.calibration_state)
-        support.log_success(target)
+        writers.log_success(target)
         if self.quantization_config.algorithm is not None:
             self.report.update(comparison.sizes_on_disk(model_dir, target))
             if self.export_config.report_path is not None:

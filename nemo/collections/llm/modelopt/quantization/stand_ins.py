@@ -19,7 +19,7 @@ from nemo.collections.llm.modelopt import _real
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization import decoders, transformers_models
 from nemo.collections.llm.modelopt.quantization.collaborators import Collaborators
-from nemo.collections.llm.modelopt.quantization.export import support
+from nemo.collections.llm.modelopt.quantization.export import writers
 from nemo.collections.llm.modelopt.quantization.insert import quantizers
 
 
@@ -84,23 +84,13 @@ def write(tools: Collaborators, quantizer: Any, model: Any, model_dir: Any, trai
     """Export a stand-in straight into the configured place; see ``Quantizer.export``."""
     config = quantizer.export_config
     if config.export_format == "nemo":
-        support.write_nemo(tools, model, trainer, config.path)
+        writers.write_nemo(tools, model, trainer, config.path)
         if tools.is_global_rank_zero():
-            support.check_state(Path(tools.ckpt_to_weights_subdir(config.path, False)))
+            writers.check_state(Path(tools.ckpt_to_weights_subdir(config.path, False)))
     elif config.export_format == "hf":
         tools.export_hf_checkpoint(model_dir, config.path, model=model)
     else:
-        support.write_trtllm(tools, quantizer, model, config.path)
+        writers.write_trtllm(tools, quantizer, model, config.path)
     if tools.is_global_rank_zero():
         quantizer._save_tokenizer(model, model_dir, config.path, config.export_format)
         tools.logging.info(f"Export succeeded, model has been exported to {config.path}.")
-
-
-def write_hf(tools: Collaborators, core: Any, exporter: Any, export_dir: Any, **kwargs: Any) -> Path:
-    """Write a converted stand-in with modelopt's own writer; see ``quantizer.export_hf_checkpoint``."""
-    with torch.inference_mode(), tools.tempfile.TemporaryDirectory() as source:
-        exporter.config.save_pretrained(source)
-        tools.mte.export_mcore_gpt_to_hf(
-            core, pretrained_model_name_or_path=source, export_dir=str(export_dir), **kwargs
-        )
-    return Path(export_dir)

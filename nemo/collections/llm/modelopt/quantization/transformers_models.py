@@ -15,10 +15,11 @@ from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
 
 from nemo.collections import llm
+from nemo.collections.llm.modelopt import _staging
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 from nemo.collections.llm.modelopt.quantization.collaborators import Collaborators
-from nemo.collections.llm.modelopt.quantization.export import hf_files, support
+from nemo.collections.llm.modelopt.quantization.export import hf_files
 from nemo.collections.llm.modelopt.quantization.quant_cfg import AUTO
 from nemo_modelopt_dropin import files
 
@@ -157,11 +158,11 @@ def write_hf(tools: Collaborators, model: Any, export_dir: Path, **kwargs: Any) 
         with torch.inference_mode():
             write(core, export_dir=str(export_dir), **kwargs)
         return Path(export_dir)
-    with support.staged(Path(export_dir), files.checkpoint("hf")) as folder, torch.inference_mode():
+    with _staging.staged(Path(export_dir), files.checkpoint("hf")) as folder, torch.inference_mode():
         write(core, export_dir=str(folder), **kwargs)
         if is_global_rank_zero():
             if not (folder / "config.json").exists():
-                raise support.ExportError(f"modelopt wrote no config.json for {export_dir}.")
+                raise _staging.ExportError(f"modelopt wrote no config.json for {export_dir}.")
             hf_files.name_dtype(folder)
     return Path(export_dir)
 

@@ -25,9 +25,8 @@ from modelopt.torch.opt.mode import _ModeRegistryCls
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 from nemo_modelopt_dropin import files, locks
 
-from ... import _parallel, tensor_file
+from ... import _parallel, _staging, tensor_file
 from ...errors import ModelOptConfigError
-from ..export import support
 from ..insert import gated_amax, kv_cache
 from . import fingerprint
 
@@ -109,7 +108,7 @@ class StateKeeper:
             )
         content = {"fingerprint": self._stamp, "report": report, **capture(core, self._stamp, self._modes_before)}
         check_folder(path, "save_state")
-        with support.staged(Path(path), KIND) as folder:
+        with _staging.staged(Path(path), KIND) as folder:
             folder.mkdir(parents=True, exist_ok=True)
             if _is_writer():
                 tensor_file.save(folder / _file_name(), content)
@@ -127,7 +126,7 @@ class StateKeeper:
             return
         try:
             self.save(path, None, report)
-        except (OSError, RuntimeError, TypeError, SafetensorError, support.ExportError) as error:
+        except (OSError, RuntimeError, TypeError, SafetensorError, _staging.ExportError) as error:
             # safetensors raises its own error if the disk is full, and the settings of a user's own quantizers may be
             # objects that only a pickle can hold.
             logging.warning(f"calibration_state: the calibrated state could not be kept in {path}: {error}")

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 
 from nemo.collections.llm.modelopt import _parallel
+from nemo.collections.llm.modelopt._staging import ExportError, together
 from nemo.collections.llm.modelopt.quantization.export import hf_encoding, hf_files
-from nemo.collections.llm.modelopt.quantization.export.support import ExportError, together
 
 _SINGLE_SCALES = ("weight_scale", "weight_scale_2", "input_scale")
 
@@ -67,8 +68,6 @@ class Contents:
 
 def of_model(core: torch.nn.Module) -> dict[str, Contents]:
     """Return the contents by the number of the layer, of what this rank holds and no other rank does."""
-    from megatron.core import parallel_state
-
     found: dict[str, Contents] = defaultdict(Contents)
     if parallel_state.get_data_parallel_rank() > 0:
         return found

@@ -6,6 +6,9 @@ import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization.export import hf_encoding, hf_files, support
@@ -42,8 +45,6 @@ def with_architecture(hf_config):
 
     Of Nemotron they name none, and of a Qwen3 mixture of experts the dense class.
     """
-    from transformers import AutoModelForCausalLM
-
     classes = AutoModelForCausalLM._model_mapping
     name = classes[type(hf_config)].__name__ if type(hf_config) in classes else None
     if name in support.known_architectures():
@@ -58,6 +59,25 @@ def name_tied(path: Path, model) -> None:
     if isinstance(tied, bool):
         content = json.loads(path.read_text(encoding="utf-8"))
         path.write_text(json.dumps({**content, "tie_word_embeddings": tied}, indent=2), encoding="utf-8")
+
+
+def write_generation_config(model: Any, folder: Path) -> None:
+    """Write ``generation_config.json``: the one the model was imported with, or what its tokenizer says.
+
+    Where the model was imported with one, ``config.json`` names the same tokens: NeMo's exporters ask the tokenizer.
+    """
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    own = getattr(getattr(model, "config", None), "generation_config", None)
+    if isinstance(own, GenerationConfig):
+        path = folder / "config.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content |= {name: value for name in names if (value := getattr(own, name, None)) is not None}
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    else:
+        tokenizer = getattr(getattr(model, "tokenizer", None), "tokenizer", None)
+        found = {name: getattr(tokenizer, name, None) for name in names}
+        own = GenerationConfig(**{name: value for name, value in found.items() if isinstance(value, int)})
+    own.save_pretrained(str(folder))
 
 
 def describe(folder: Path, layers: dict[int, hf_encoding.Layer], cache: str | None, head: str) -> None:

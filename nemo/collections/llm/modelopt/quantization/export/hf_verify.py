@@ -7,24 +7,27 @@ differs. With it, an input close to the edge between two codes may fall to eithe
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from megatron.core import parallel_state
 from nemo.utils import logging
+from nemo.utils.get_rank import is_global_rank_zero
 
 from modelopt.torch.quantization.nn import TensorQuantizer
 from nemo.collections.llm.modelopt import _parallel
+from nemo.collections.llm.modelopt._staging import ExportError
+from nemo.collections.llm.modelopt.quantization.calibration import batching
 from nemo.collections.llm.modelopt.quantization.export import (
     hf_contents,
     hf_encoding,
     hf_files,
     hf_kv_cache,
     input_scales,
+    tensor_parallel,
 )
-from nemo.collections.llm.modelopt.quantization.export.support import ExportError
 from nemo_modelopt_dropin.console import screen
 
 # Sequence of the comparison: long enough for rotary embeddings and masks to matter.
@@ -135,11 +138,6 @@ def quantized_logits(core, vocabulary: int) -> Logits:
 
 
 def _logits(core, vocabulary: int) -> torch.Tensor:
-    from megatron.core import parallel_state
-
-    from nemo.collections.llm.modelopt.quantization.calibration import batching
-    from nemo.collections.llm.modelopt.quantization.export import hf_writer
-
     outputs: list[torch.Tensor] = []
     device = next(core.parameters()).device
     was_training = core.training
@@ -151,7 +149,7 @@ def _logits(core, vocabulary: int) -> torch.Tensor:
         # `[b, s, v]`, cut along the vocabulary.
         found = outputs[0].detach().float()
         if parallel_state.get_tensor_model_parallel_world_size() > 1:
-            found = hf_writer.gather(found, found.dim() - 1)
+            found = tensor_parallel.gather(found, found.dim() - 1)
         logits = found[..., :vocabulary].contiguous().to(device)
     last = parallel_state.get_pipeline_model_parallel_last_rank()
     torch.distributed.broadcast(logits, last, group=parallel_state.get_pipeline_model_parallel_group())
@@ -286,8 +284,6 @@ def check_logits(core, folder: Path, dtype: torch.dtype) -> None:
     Raises:
         ExportError: On rank zero, if they differ by more than rounding explains.
     """
-    from nemo.utils.get_rank import is_global_rank_zero
-
     hf_contents.check(core, folder)
     facts: list[Any] = [None, 0]
     if is_global_rank_zero():
@@ -301,24 +297,3 @@ def check_logits(core, folder: Path, dtype: torch.dtype) -> None:
         expected = quantized_logits(core, vocabulary)
     if is_global_rank_zero():
         compare(folder, expected, tolerance(next(core.parameters()).dtype))
-
-
-def write_generation_config(model: Any, folder: Path) -> None:
-    """Write ``generation_config.json``: the one the model was imported with, or what its tokenizer says.
-
-    Where the model was imported with one, ``config.json`` names the same tokens: NeMo's exporters ask the tokenizer.
-    """
-    from transformers import GenerationConfig
-
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    own = getattr(getattr(model, "config", None), "generation_config", None)
-    if isinstance(own, GenerationConfig):
-        path = folder / "config.json"
-        content = json.loads(path.read_text(encoding="utf-8"))
-        content |= {name: value for name in names if (value := getattr(own, name, None)) is not None}
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    else:
-        tokenizer = getattr(getattr(model, "tokenizer", None), "tokenizer", None)
-        found = {name: getattr(tokenizer, name, None) for name in names}
-        own = GenerationConfig(**{name: value for name, value in found.items() if isinstance(value, int)})
-    own.save_pretrained(str(folder))

@@ -19,7 +19,7 @@ import torch
 from megatron.core import parallel_state
 from nemo.utils.get_rank import is_global_rank_zero
 
-from nemo.collections.llm.modelopt import _parallel
+from nemo.collections.llm.modelopt import _parallel, _staging
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization.export import (
     hf_blocks,
@@ -28,7 +28,7 @@ from nemo.collections.llm.modelopt.quantization.export import (
     hf_files,
     hf_kv_cache,
     input_scales,
-    support,
+    tensor_parallel,
 )
 
 
@@ -64,7 +64,7 @@ def write(model, hf_config, tokenizer, target: Path, write: Callable, **kwargs: 
         cache = _kv_cache(model)
         if isinstance(model, torch.nn.Module):
             input_scales.complete(model, layers)
-        stack.enter_context(_whole_tensors(model, layers, writes))
+        stack.enter_context(tensor_parallel.whole_tensors(model, layers, writes))
         stack.enter_context(_without_padding(model, hf_config.vocab_size))
         if isinstance(model, torch.nn.Module):
             stack.enter_context(input_scales.settled(model, layers, kwargs.get("dtype", torch.bfloat16)))
@@ -72,7 +72,7 @@ def write(model, hf_config, tokenizer, target: Path, write: Callable, **kwargs: 
             extra = hf_kv_cache.scales(model, names.attention) if cache else {}
             stack.enter_context(_extended(layers, extra, model.config.num_layers, writes))
         write(model, pretrained_model_name_or_path=source, export_dir=folder, **kwargs)
-    with support.together("Writing the configuration"):
+    with _staging.together("Writing the configuration"):
         if is_global_rank_zero() and isinstance(model, torch.nn.Module):
             hf_describe.describe(target, layers, cache, names.head)
 
@@ -86,7 +86,7 @@ def _kv_cache(model) -> str | None:
     own = hf_kv_cache.formats(model) if isinstance(model, torch.nn.Module) else set()
     found = set().union(*_parallel.gather_objects(own))
     if len(found) > 1:
-        raise support.ExportError(
+        raise _staging.ExportError(
             f"A Hugging Face checkpoint has one format for the KV cache of all layers, not {sorted(map(str, found))}."
         )
     return found.pop() if found else None
@@ -108,89 +108,6 @@ def _without_padding(model, vocabulary: int) -> Iterator[None]:
     finally:
         for weight, data in whole:
             weight.data = data
-
-
-@contextlib.contextmanager
-def _whole_tensors(model, layers: dict[int, hf_encoding.Layer], writes: bool) -> Iterator[None]:
-    """Put whole tensors in the place of tensor-parallel parts inside of the context, on the rank that writes.
-
-    They lie in the memory of the host, where modelopt's writer takes them anyway.
-    """
-    if not parallel_state.model_parallel_is_initialized() or parallel_state.get_tensor_model_parallel_world_size() == 1:
-        yield
-        return
-    replaced: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
-    try:
-        for name, module in model.named_modules():
-            gated = name.endswith("linear_fc1") and bool(model.config.gated_linear_unit)
-            for parameter in module.parameters(recurse=False):
-                if not getattr(parameter, "tensor_model_parallel", False):
-                    continue
-                axis = int(parameter.partition_dim)
-                if id(module) in layers and parameter is module.weight:
-                    layer = layers[id(module)]
-                    codes = gather(hf_encoding.codes_of(module, layer), axis, gated)
-                    layer.codes = codes if writes else None
-                    _gather_scales(layer, axis, gated)
-                    continue
-                whole = gather(parameter.data, axis, gated)
-                if writes:
-                    replaced.append((parameter, parameter.data))
-                    parameter.data = whole
-        yield
-    finally:
-        for parameter, part in replaced:
-            parameter.data = part
-
-
-def gather(part: torch.Tensor, axis: int, gated: bool = False) -> torch.Tensor:
-    """Return the whole of a tensor, in the host's memory, from the parts of all tensor-parallel ranks.
-
-    Args:
-        part: This rank's part.
-        axis: Along which the parts follow each other.
-        gated: Each part holds its share of the gate and then its share of the other half.
-    """
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    # Backends cannot send FP8: as bytes.
-    sent = part.contiguous().view(torch.uint8) if part.dtype == torch.float8_e4m3fn else part.contiguous()
-    parts = [torch.empty_like(sent) for _ in range(size)]
-    torch.distributed.all_gather(parts, sent, group=parallel_state.get_tensor_model_parallel_group())
-    parts = [p.cpu().view(part.dtype) for p in parts]
-    if gated and axis == 0:
-        halves = [p.chunk(2, dim=0) for p in parts]
-        parts = [half[0] for half in halves] + [half[1] for half in halves]
-    return torch.cat(parts, dim=axis)
-
-
-def _gather_scales(layer: hf_encoding.Layer, axis: int, gated: bool) -> None:
-    """Replace a layer's scales by those of the whole layer, where the parts have their own.
-
-    Raises:
-        ExportError: If parts that share a scale have different ones.
-    """
-    # INT8 has a scale for each output, which the ranks that share the output have in common.
-    per_part = layer.scale.dim() == 2 and (axis == 0 or layer.algorithm.startswith("W4"))
-    if per_part:
-        layer.scale = gather(layer.scale, axis, gated)
-    elif layer.scale.numel():
-        _check_common(layer.scale, "weight scale")
-    if layer.pre_quant_scale is not None:
-        if axis == 1:
-            layer.pre_quant_scale = gather(layer.pre_quant_scale, 0)
-        else:
-            _check_common(layer.pre_quant_scale, "scale of the input")
-    if layer.input_scale is not None:
-        _check_common(layer.input_scale, "input scale")
-
-
-def _check_common(value: torch.Tensor, what: str) -> None:
-    parts = gather(value.reshape(1, -1), 0)
-    if not bool((parts == parts[0]).all()):
-        raise support.ExportError(
-            f"Tensor-parallel ranks calibrated a different {what} of one layer, which a Hugging Face checkpoint cannot "
-            "hold: calibrate with calibration_tp=1."
-        )
 
 
 @contextlib.contextmanager
@@ -313,7 +230,7 @@ def save_layers(layer_state_dicts: dict, total_layers: int, save_directory, name
     names: dict[str, str] = {}
     size = 0
     # modelopt's own function leaves the other ranks waiting where one meets a full disk.
-    with support.together("Writing the weights"):
+    with _staging.together("Writing the weights"):
         for number in sorted(layer_state_dicts):
             file = name_template.format(number, total_layers) + ".safetensors"
             tensors = tidy(layer_state_dicts[number])

@@ -1,33 +1,18 @@
-"""Writers of quantized checkpoints, what they can write correctly, and the check of what they wrote."""
+"""What can be exported, and the errors about what cannot, raised before a model is calibrated."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from nemo.collections.llm.utils import barrier
-from nemo.utils import logging
-from nemo.utils.get_rank import is_global_rank_zero
+from nemo.utils.model_utils import unwrap_model
 
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
-from nemo.collections.llm.modelopt import _parallel
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+from nemo.collections.llm.modelopt.quantization import decoders, transformers_models
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
-from nemo.collections.llm.modelopt.quantization.collaborators import Collaborators
 from nemo.collections.llm.modelopt.quantization.export import hf_encoding, hf_kv_cache, input_scales
 from nemo.collections.llm.modelopt.quantization.insert import row_blocks
-from nemo_modelopt_dropin import files, locks
-
-
-class ExportError(AssertionError):
-    """An export failed or wrote something wrong; stock asserted it.
-
-    Not a ``RuntimeError``: NeMo's ``export_ckpt`` takes that as "not a quantized model" and would write a plain one.
-    """
-
 
 _REMEDY = 'Use export_format="nemo" (any algorithm, any layout) or "trtllm"'
 
@@ -249,7 +234,7 @@ def hf_architecture(model: Any) -> str | None:
     return None
 
 
-def check_model(export_format: str, model: Any) -> None:
+def check_architecture(export_format: str, model: Any) -> None:
     """Refuse a model that has no way to Hugging Face, before time goes into calibrating it.
 
     Args:
@@ -283,132 +268,55 @@ def known_architectures() -> set[str]:
     return {name for name in all_mcore_hf_export_mapping if "Eagle" not in name}
 
 
-@contextlib.contextmanager
-def staged(target: Path, kind: str) -> Iterator[Path]:
-    """Yield a path to write a folder to; its content replaces the target if all ranks end without an error.
-
-    The output is locked meanwhile. What a user added to a target of ours stays.
+def check_planned(planned: dict[str, dict[str, Any]], export_config: Any) -> None:
+    """Refuse algorithms that cannot be exported from a Megatron model as configured.
 
     Args:
-        target: The folder to write.
-        kind: Its kind of content, see ``files.mark``.
+        planned: Name to quant_cfg.
+        export_config: The ``ExportConfig``.
 
     Raises:
-        ModelOptConfigError: If the target holds something that this package did not write.
-        InUseError: If another process writes there.
-        ExportError: On the ranks that succeeded, when another rank failed.
+        ModelOptConfigError: With the reason and what to do.
     """
-    target, writes = Path(target), is_global_rank_zero()
-    with contextlib.ExitStack() as stack:
-        staging = files.staging_path(target)
-        with together(f"The preparation of {target}"):
-            if writes:
-                stack.enter_context(locks.lock(target))
-                files.staging(target, kind)
-        failed = True
-        try:
-            yield staging
-            failed = False
-        finally:
-            elsewhere = any(_parallel.any_rank([failed]))
-            if writes and (failed or elsewhere):
-                files.discard(staging, kind)
-            barrier()
-        if elsewhere:
-            raise ExportError(f"The export to {target} failed on another rank, see its log; nothing was left there.")
-        with together(f"Moving {target} into place"):
-            if writes:
-                files.publish(staging, target, kind)
+    for name, quant_cfg in planned.items():
+        check_format(quant_cfg, name, export_config.export_format)
+    check_mixture(planned, export_config.export_format)
 
 
-@contextlib.contextmanager
-def together(what: str) -> Iterator[None]:
-    """Let an error of one rank inside of the context end it on all ranks, before they wait for each other.
+def check_model(
+    model: Any,
+    export_config: Any,
+    quant_cfg: dict[str, Any],
+    planned: dict[str, dict[str, Any]],
+    enable_kv_cache: bool | None = None,
+) -> None:
+    """Raise before any work for a model that cannot be quantized, or exported as configured.
 
     Args:
-        what: What failed, for the ranks that did not.
+        model: The ``llm.GPTModel``, or NeMo 2.5's wrapper of a transformers model.
+        export_config: The ``ExportConfig``, or None.
+        quant_cfg: How it will be quantized; see `kv_export.settle` for what may be taken out.
+        planned: Name to quant_cfg of the algorithms, see `check_planned`.
+        enable_kv_cache: The user's option.
 
     Raises:
-        ExportError: On the ranks that succeeded, when another rank failed.
+        ModelOptConfigError: With what was given and what is possible.
     """
-    failed = True
-    try:
-        yield
-        failed = False
-    finally:
-        elsewhere = any(_parallel.any_rank([failed]))
-    if elsewhere:
-        raise ExportError(f"{what} failed on another rank, see its log.")
-
-
-def write_nemo(tools: Collaborators, model, trainer, target) -> None:
-    """Write a NeMo checkpoint: weights with the quantizers' state, and the context.
-
-    Args:
-        tools: The functions that can be replaced in the module `quantizer`.
-        model: The ``llm.GPTModel``.
-        trainer: Its trainer.
-        target: The checkpoint's folder.
-    """
-    trainer.strategy.connect(model)
-    trainer.strategy.setup_environment()
-    trainer.strategy.setup_megatron_parallel(trainer=trainer)
-    trainer.strategy.trainer = trainer
-    trainer.save_checkpoint(target)
-    finalize = getattr(getattr(trainer.strategy, "checkpoint_io", None), "maybe_finalize_save_checkpoint", None)
-    if finalize is not None and getattr(trainer.strategy, "async_save", False) is True:
-        finalize(blocking=True)
-    tools.barrier()
-    if tools.is_global_rank_zero():
-        context = tools.TrainerContext.from_trainer(trainer)
-        context.io_dump(tools.ckpt_to_context_subdir(target), yaml_attrs=["model"])
-
-
-def check_state(weights: Path) -> None:
-    """Raise unless the weights of a NeMo checkpoint have the state of Model Optimizer beside them.
-
-    Raises:
-        ExportError: Naming what is missing.
-    """
-    state = weights / "modelopt_state"
-    if not state.exists():
-        raise ExportError(f"The checkpoint was written without Model Optimizer's state ({state}).")
-
-
-def write_trtllm(tools: Collaborators, quantizer: Any, model, target) -> None:
-    """Write a TensorRT-LLM checkpoint.
-
-    Args:
-        tools: The functions that can be replaced in the module `quantizer`.
-        quantizer: The ``Quantizer``.
-        model: The ``llm.GPTModel``.
-        target: The checkpoint's folder.
-
-    Raises:
-        ExportError: If it is not complete.
-    """
-    from accelerate.hooks import remove_hook_from_module
-
-    config = quantizer.export_config
-    # Stages may be on different nodes, which then exchange their parts through the file system.
-    stages = getattr(getattr(model, "config", None), "pipeline_model_parallel_size", 1)
-    with torch.inference_mode():
-        remove_hook_from_module(model, recurse=True)
-        tools.mte.export_tensorrt_llm_checkpoint(
-            model=tools.unwrap_for_modelopt_operations(model),
-            decoder_type=quantizer._get_decoder_type(model),
-            dtype=quantizer.torch_dtype,
-            export_dir=target,
-            inference_tensor_parallel=config.inference_tp,
-            inference_pipeline_parallel=config.inference_pp,
-            use_nfs_workspace=isinstance(stages, int) and stages > 1,
+    if transformers_models.is_wrapped(model):
+        transformers_models.check(model, export_config, quant_cfg)
+        return
+    transformers_models.check_plain(model)
+    inner = decoders.find_gpt_model(model)
+    if inner is None:
+        raise ModelOptConfigError(
+            f"Quantizer.quantize expects an llm.GPTModel or llm.MambaModel (or NeMo's wrapper of one), not a "
+            f"{type(model).__name__}."
         )
-    tools.barrier()
-    if tools.is_global_rank_zero() and not quantizer._validate_quantized_checkpoint(target, config.inference_tp):
-        raise ExportError(f"The TensorRT-LLM checkpoint for {config.path} is not complete.")
-
-
-def log_success(target: Path) -> None:
-    """Say where the checkpoint is, on rank zero."""
-    if is_global_rank_zero():
-        logging.info(f"Export succeeded, model has been exported to {target}.")
+    if export_config is not None:
+        check_planned(planned, export_config)
+        check_layout(export_config.export_format, inner.config, inner.config.tensor_model_parallel_size)
+        check_architecture(export_config.export_format, inner)
+        row_blocks.check(export_config.export_format, quant_cfg, inner)
+        core = unwrap_model(model)
+        hf_kv_cache.settle(export_config.export_format, quant_cfg, core, enable_kv_cache)
+        check_contents(export_config.export_format, quant_cfg, inner, core)

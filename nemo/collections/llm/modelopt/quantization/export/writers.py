@@ -9,69 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nemo.utils.model_utils import unwrap_model
+from nemo.utils import logging
+from nemo.utils.get_rank import is_global_rank_zero
 
-from nemo.collections.llm.modelopt import _real
-from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import decoders, stand_ins, transformers_models
+from nemo.collections.llm.modelopt import _real, _staging
+from nemo.collections.llm.modelopt.quantization import transformers_models
 from nemo.collections.llm.modelopt.quantization.collaborators import Collaborators
-from nemo.collections.llm.modelopt.quantization.export import hf_files, hf_kv_cache, hf_verify, hf_writer, support
-from nemo.collections.llm.modelopt.quantization.insert import row_blocks
+from nemo.collections.llm.modelopt.quantization.export import hf_describe, hf_files, hf_verify, hf_writer, support
 from nemo_modelopt_dropin import files
-
-
-def check_planned(planned: dict[str, dict[str, Any]], export_config: Any) -> None:
-    """Refuse algorithms that cannot be exported from a Megatron model as configured.
-
-    Args:
-        planned: Name to quant_cfg.
-        export_config: The ``ExportConfig``.
-
-    Raises:
-        ModelOptConfigError: With the reason and what to do.
-    """
-    for name, quant_cfg in planned.items():
-        support.check_format(quant_cfg, name, export_config.export_format)
-    support.check_mixture(planned, export_config.export_format)
-
-
-def check_model(
-    model: Any,
-    export_config: Any,
-    quant_cfg: dict[str, Any],
-    planned: dict[str, dict[str, Any]],
-    enable_kv_cache: bool | None = None,
-) -> None:
-    """Raise before any work for a model that cannot be quantized, or exported as configured.
-
-    Args:
-        model: The ``llm.GPTModel``, or NeMo 2.5's wrapper of a transformers model.
-        export_config: The ``ExportConfig``, or None.
-        quant_cfg: How it will be quantized; see `kv_export.settle` for what may be taken out.
-        planned: Name to quant_cfg of the algorithms, see `check_planned`.
-        enable_kv_cache: The user's option.
-
-    Raises:
-        ModelOptConfigError: With what was given and what is possible.
-    """
-    if transformers_models.is_wrapped(model):
-        transformers_models.check(model, export_config, quant_cfg)
-        return
-    transformers_models.check_plain(model)
-    inner = decoders.find_gpt_model(model)
-    if inner is None:
-        raise ModelOptConfigError(
-            f"Quantizer.quantize expects an llm.GPTModel or llm.MambaModel (or NeMo's wrapper of one), not a "
-            f"{type(model).__name__}."
-        )
-    if export_config is not None:
-        check_planned(planned, export_config)
-        support.check_layout(export_config.export_format, inner.config, inner.config.tensor_model_parallel_size)
-        support.check_model(export_config.export_format, inner)
-        row_blocks.check(export_config.export_format, quant_cfg, inner)
-        core = unwrap_model(model)
-        hf_kv_cache.settle(export_config.export_format, quant_cfg, core, enable_kv_cache)
-        support.check_contents(export_config.export_format, quant_cfg, inner, core)
 
 
 def write(tools: Collaborators, quantizer: Any, model, model_dir: str, trainer, folder: Path) -> None:
@@ -94,13 +39,80 @@ def write(tools: Collaborators, quantizer: Any, model, model_dir: str, trainer, 
     elif fmt == "hf":
         _write_hf(tools, quantizer, model, model_dir, folder)
     else:
-        support.write_trtllm(tools, quantizer, model, folder)
+        write_trtllm(tools, quantizer, model, folder)
 
 
 def _write_nemo(tools: Collaborators, quantizer: Any, model, trainer, folder: Path) -> None:
-    support.write_nemo(tools, model, trainer, folder)
+    write_nemo(tools, model, trainer, folder)
     if tools.is_global_rank_zero() and quantizer.quantization_config.algorithm is not None:
-        support.check_state(Path(tools.ckpt_to_weights_subdir(folder, False)))
+        check_state(Path(tools.ckpt_to_weights_subdir(folder, False)))
+
+
+def write_nemo(tools: Collaborators, model, trainer, target) -> None:
+    """Write a NeMo checkpoint: weights with the quantizers' state, and the context.
+
+    Args:
+        tools: The functions that can be replaced in the module `quantizer`.
+        model: The ``llm.GPTModel``.
+        trainer: Its trainer.
+        target: The checkpoint's folder.
+    """
+    trainer.strategy.connect(model)
+    trainer.strategy.setup_environment()
+    trainer.strategy.setup_megatron_parallel(trainer=trainer)
+    trainer.strategy.trainer = trainer
+    trainer.save_checkpoint(target)
+    finalize = getattr(getattr(trainer.strategy, "checkpoint_io", None), "maybe_finalize_save_checkpoint", None)
+    if finalize is not None and getattr(trainer.strategy, "async_save", False) is True:
+        finalize(blocking=True)
+    tools.barrier()
+    if tools.is_global_rank_zero():
+        context = tools.TrainerContext.from_trainer(trainer)
+        context.io_dump(tools.ckpt_to_context_subdir(target), yaml_attrs=["model"])
+
+
+def check_state(weights: Path) -> None:
+    """Raise unless the weights of a NeMo checkpoint have the state of Model Optimizer beside them.
+
+    Raises:
+        ExportError: Naming what is missing.
+    """
+    state = weights / "modelopt_state"
+    if not state.exists():
+        raise _staging.ExportError(f"The checkpoint was written without Model Optimizer's state ({state}).")
+
+
+def write_trtllm(tools: Collaborators, quantizer: Any, model, target) -> None:
+    """Write a TensorRT-LLM checkpoint.
+
+    Args:
+        tools: The functions that can be replaced in the module `quantizer`.
+        quantizer: The ``Quantizer``.
+        model: The ``llm.GPTModel``.
+        target: The checkpoint's folder.
+
+    Raises:
+        ExportError: If it is not complete.
+    """
+    from accelerate.hooks import remove_hook_from_module
+
+    config = quantizer.export_config
+    # Stages may be on different nodes, which then exchange their parts through the file system.
+    stages = getattr(getattr(model, "config", None), "pipeline_model_parallel_size", 1)
+    with torch.inference_mode():
+        remove_hook_from_module(model, recurse=True)
+        tools.mte.export_tensorrt_llm_checkpoint(
+            model=tools.unwrap_for_modelopt_operations(model),
+            decoder_type=quantizer._get_decoder_type(model),
+            dtype=quantizer.torch_dtype,
+            export_dir=target,
+            inference_tensor_parallel=config.inference_tp,
+            inference_pipeline_parallel=config.inference_pp,
+            use_nfs_workspace=isinstance(stages, int) and stages > 1,
+        )
+    tools.barrier()
+    if tools.is_global_rank_zero() and not quantizer._validate_quantized_checkpoint(target, config.inference_tp):
+        raise _staging.ExportError(f"The TensorRT-LLM checkpoint for {config.path} is not complete.")
 
 
 def _write_hf(tools: Collaborators, quantizer: Any, model, model_dir: str, folder: Path) -> None:
@@ -133,10 +145,10 @@ def _write_plain_hf(tools: Collaborators, model, model_dir: str, folder: Path, d
 
 def _finish_hf(tools: Collaborators, model, core, folder: Path, level: str, dtype: torch.dtype) -> None:
     """Write what belongs beside the weights, and verify the checkpoint as far as asked for."""
-    with support.together("The check of the checkpoint"):
+    with _staging.together("The check of the checkpoint"):
         if tools.is_global_rank_zero():
             hf_files.name_dtype(folder, dtype)
-            hf_verify.write_generation_config(model, folder)
+            hf_describe.write_generation_config(model, folder)
             if level != "none":
                 hf_files.verify(folder)
     if level == "full":
@@ -179,10 +191,26 @@ def write_converted_hf(tools: Collaborators, model_dir, export_dir, model, verif
     if not tools.mto.ModeloptStateManager.is_converted(core):
         return None
     if not _real.holds_core(core):
-        return stand_ins.write_hf(tools, core, exporter, export_dir, **kwargs)
+        return _write_stand_in_hf(tools, core, exporter, export_dir, **kwargs)
     support.check_converted(core)
-    with support.staged(Path(export_dir), files.checkpoint("hf")) as folder:
+    with _staging.staged(Path(export_dir), files.checkpoint("hf")) as folder:
         tokenizer = support.hf_tokenizer(model)
         hf_writer.write(core, exporter.config, tokenizer, folder, tools.mte.export_mcore_gpt_to_hf, **kwargs)
         _finish_hf(tools, model, core, folder, verify, kwargs.get("dtype", torch.bfloat16))
     return Path(export_dir)
+
+
+def _write_stand_in_hf(tools: Collaborators, core: Any, exporter: Any, export_dir: Any, **kwargs: Any) -> Path:
+    """Write a converted stand-in with modelopt's own writer; see ``quantizer.export_hf_checkpoint``."""
+    with torch.inference_mode(), tools.tempfile.TemporaryDirectory() as source:
+        exporter.config.save_pretrained(source)
+        tools.mte.export_mcore_gpt_to_hf(
+            core, pretrained_model_name_or_path=source, export_dir=str(export_dir), **kwargs
+        )
+    return Path(export_dir)
+
+
+def log_success(target: Path) -> None:
+    """Say where the checkpoint is, on rank zero."""
+    if is_global_rank_zero():
+        logging.info(f"Export succeeded, model has been exported to {target}.")
