@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from nemo.collections.llm.modelopt import _real
-from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import decoders, transformers_models
-from nemo.collections.llm.modelopt.quantization.collaborators import Collaborators
-from nemo.collections.llm.modelopt.quantization.export import writers
-from nemo.collections.llm.modelopt.quantization.insert import quantizers
+from .. import _real
+from ..errors import ModelOptConfigError
+from . import decoders, transformers_models
+from .collaborators import Collaborators
+from .export import writers
+from .insert import quantizers
 
 
 def is_stand_in(model: Any) -> bool:

@@ -15,13 +15,14 @@ from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
 
 from nemo.collections import llm
-from nemo.collections.llm.modelopt import _staging
-from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
-from nemo.collections.llm.modelopt.quantization.collaborators import Collaborators
-from nemo.collections.llm.modelopt.quantization.export import hf_files
-from nemo.collections.llm.modelopt.quantization.quant_cfg import AUTO
 from nemo_modelopt_dropin import files
+
+from .. import _staging
+from ..errors import ModelOptConfigError
+from . import quant_cfg_choices as choices
+from .collaborators import Collaborators
+from .export import hf_files
+from .quant_cfg import AUTO
 
 _NAME = "HFAutoModelForCausalLM"
 _NEW_TOKENS = 30

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nemo.collections.llm.modelopt.quantization.export import hf_encoding
+from . import hf_encoding
 
 # NVFP4 divides amax by the largest block scale times the largest code: the result must not fall below the smallest.
 _SMALLEST_AMAX = hf_encoding.SMALLEST_SCALE * 448.0 * 6.0

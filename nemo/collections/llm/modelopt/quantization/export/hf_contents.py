@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from nemo.collections.llm.modelopt import _parallel
-from nemo.collections.llm.modelopt._staging import ExportError, together
-from nemo.collections.llm.modelopt.quantization.export import hf_encoding, hf_files
+from ... import _parallel
+from ..._staging import ExportError, together
+from . import hf_encoding, hf_files
 
 _SINGLE_SCALES = ("weight_scale", "weight_scale_2", "input_scale")
 

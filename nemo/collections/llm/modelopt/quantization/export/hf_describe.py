@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization.export import hf_encoding, hf_files, support
+from ...errors import ModelOptConfigError
+from . import hf_encoding, hf_files, support
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from nemo.collections.llm.modelopt._staging import ExportError
-from nemo.collections.llm.modelopt.quantization.export import hf_encoding, hf_kv_cache
+from ..._staging import ExportError
+from . import hf_encoding, hf_kv_cache
 
 SCALES = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "k_scale", "v_scale", "weight_scale_inv")
 

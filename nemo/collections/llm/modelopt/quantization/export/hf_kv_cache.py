@@ -19,9 +19,10 @@ from nemo.utils import logging
 from transformers import DynamicCache
 
 from modelopt.torch.quantization.nn import TensorQuantizer
-from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
-from nemo.collections.llm.modelopt.quantization.export import hf_encoding
+
+from ...errors import ModelOptConfigError
+from .. import quant_cfg_choices as choices
+from . import hf_encoding
 
 # What an amax is divided by, in modelopt, for a cache of either format.
 _MAXBOUND = 448.0

@@ -17,10 +17,12 @@ from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
 
 from modelopt.torch.quantization.nn import TensorQuantizer
-from nemo.collections.llm.modelopt import _parallel
-from nemo.collections.llm.modelopt._staging import ExportError
-from nemo.collections.llm.modelopt.quantization.calibration import batching
-from nemo.collections.llm.modelopt.quantization.export import (
+from nemo_modelopt_dropin.console import screen
+
+from ... import _parallel
+from ..._staging import ExportError
+from ..calibration import batching
+from . import (
     hf_contents,
     hf_encoding,
     hf_files,
@@ -28,7 +30,6 @@ from nemo.collections.llm.modelopt.quantization.export import (
     input_scales,
     tensor_parallel,
 )
-from nemo_modelopt_dropin.console import screen
 
 # Sequence of the comparison: long enough for rotary embeddings and masks to matter.
 _CHECKED_TOKENS = 32

@@ -19,9 +19,9 @@ import torch
 from megatron.core import parallel_state
 from nemo.utils.get_rank import is_global_rank_zero
 
-from nemo.collections.llm.modelopt import _parallel, _staging
-from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization.export import (
+from ... import _parallel, _staging
+from ...errors import ModelOptConfigError
+from . import (
     hf_blocks,
     hf_describe,
     hf_encoding,

@@ -20,8 +20,8 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
-from nemo.collections.llm.modelopt.quantization.export import hf_encoding
+from .. import quant_cfg_choices as choices
+from . import hf_encoding
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ import torch
 from nemo.utils.model_utils import unwrap_model
 
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
-from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo.collections.llm.modelopt.quantization import decoders, transformers_models
-from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
-from nemo.collections.llm.modelopt.quantization.export import hf_encoding, hf_kv_cache, input_scales
-from nemo.collections.llm.modelopt.quantization.insert import row_blocks
+
+from ...errors import ModelOptConfigError
+from .. import decoders, transformers_models
+from .. import quant_cfg_choices as choices
+from ..insert import row_blocks
+from . import hf_encoding, hf_kv_cache, input_scales
 
 _REMEDY = 'Use export_format="nemo" (any algorithm, any layout) or "trtllm"'
 

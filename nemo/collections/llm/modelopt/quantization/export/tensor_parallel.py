@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from megatron.core import parallel_state
 
-from nemo.collections.llm.modelopt._staging import ExportError
-from nemo.collections.llm.modelopt.quantization.export import hf_encoding
+from ..._staging import ExportError
+from . import hf_encoding
 
 
 @contextlib.contextmanager

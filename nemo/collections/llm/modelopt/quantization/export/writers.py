@@ -12,11 +12,12 @@ import torch
 from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
 
-from nemo.collections.llm.modelopt import _real, _staging
-from nemo.collections.llm.modelopt.quantization import transformers_models
-from nemo.collections.llm.modelopt.quantization.collaborators import Collaborators
-from nemo.collections.llm.modelopt.quantization.export import hf_describe, hf_files, hf_verify, hf_writer, support
 from nemo_modelopt_dropin import files
+
+from ... import _real, _staging
+from .. import transformers_models
+from ..collaborators import Collaborators
+from . import hf_describe, hf_files, hf_verify, hf_writer, support
 
 
 def write(tools: Collaborators, quantizer: Any, model, model_dir: str, trainer, folder: Path) -> None:
