@@ -181,6 +181,11 @@ def needs_cuda(algorithm: str) -> bool:
     return entry is not None and entry.needs_cuda
 
 
+def readers_of(hf_format: str) -> str:
+    """Return the names of the programs that read a format of `HF_FORMATS` correctly, as text."""
+    return ", ".join(name for name, _ in HF_FORMATS[hf_format].readers) or "no known server"
+
+
 def markdown() -> str:
     """Return the table of the documentation, one line for each algorithm."""
     lines = [
@@ -200,10 +205,7 @@ def markdown() -> str:
 
 
 def _readers(entry: Algorithm) -> str:
-    if entry.hf_format is None:
-        return "cannot be written"
-    readers = HF_FORMATS[entry.hf_format].readers
-    return ", ".join(name for name, _ in readers) or "no known server"
+    return "cannot be written" if entry.hf_format is None else readers_of(entry.hf_format)
 
 
 if __name__ == "__main__":

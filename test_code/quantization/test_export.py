@@ -1,4 +1,4 @@
-"""Exports are right or refused, verified, and leave nothing behind when they fail."""
+"""Exports are correct and verified, or raise an error; failed exports leave nothing behind."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODULE = "nemo.collections.llm.modelopt.quantization.quantizer"
 
 
 def export_error(nemo, hf) -> tuple[str, str]:
-    """Export a quantized NeMo checkpoint with NeMo's own function, which must fail; return the error."""
+    """Export a quantized NeMo checkpoint with NeMo's function, which must fail; return the error."""
     try:
         export_with_nemo(nemo, hf)
     except Exception as error:
@@ -26,7 +26,7 @@ def export_error(nemo, hf) -> tuple[str, str]:
 
 
 def plain_restore_and_generate(checkpoint) -> str:
-    """Generate a sample from a quantized checkpoint with the Quantizer's own function."""
+    """Generate a sample from a quantized checkpoint with the Quantizer's function."""
     from nemo.utils import logging
 
     from nemo.collections.llm.modelopt import Quantizer, setup_trainer_and_restore_model_with_modelopt_spec
@@ -43,7 +43,7 @@ def plain_restore_and_generate(checkpoint) -> str:
 
 
 def export_with_nemo(checkpoint, target) -> str:
-    """Export with NeMo's own ``export_ckpt``, in fp32."""
+    """Export with NeMo's ``export_ckpt``, in fp32."""
     from nemo.lightning import io
 
     return str(
@@ -88,7 +88,7 @@ HF_ALGORITHMS = ["fp8", "int8", "int8_sq", "int4_awq", "w4a8_awq"]
 @pytest.mark.parametrize(
     "algorithm", ["block_fp8", "FP8_PER_CHANNEL_PER_TOKEN_CFG", "NVFP4_AWQ_LITE_CFG", "MXFP8_DEFAULT_CFG"]
 )
-def test_hf_refuses_what_it_would_get_wrong(cpu_backend, algorithm):
+def test_hf_raises_an_error_for_what_it_cannot_write(cpu_backend, algorithm):
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
     from nemo.collections.llm.modelopt.quantization import quantizer as q
     from nemo.collections.llm.modelopt.quantization import transformers_models
@@ -98,7 +98,7 @@ def test_hf_refuses_what_it_would_get_wrong(cpu_backend, algorithm):
     with patch("torch.cuda.is_available", return_value=True):
         config = q.QuantizationConfig(algorithm=algorithm), q.ExportConfig(path="out", export_format="hf")
         if transformers_models.exists():
-            # nemo-toolkit 2.5: of transformers' models these can be written, so the model decides, before calibration.
+            # With nemo-toolkit 2.5, these can be exported from transformers models, so the error depends on the model.
             quantizer = q.Quantizer(*config)
             never = MagicMock(side_effect=AssertionError("calibration began"))
             with pytest.raises(ModelOptConfigError, match=message):
@@ -117,7 +117,7 @@ def test_hf_takes_the_algorithms_it_can_write(algorithm):
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
     from nemo.collections.llm.modelopt.quantization import quantizer as q
 
-    # modelopt 0.37 has fewer presets: a name it does not know is refused.
+    # modelopt 0.37 has fewer presets, and an unknown name raises an error.
     unknown = str(algorithm).endswith("_CFG") and not hasattr(mtq, algorithm)
     refusal = pytest.raises(ModelOptConfigError, match=f"Unsupported quantization format: {algorithm}")
     with patch("torch.cuda.is_available", return_value=True), refusal if unknown else contextlib.nullcontext():
@@ -182,7 +182,7 @@ def test_a_quantized_checkpoint_generates(ranks, work):
 
 @pytest.fixture(scope="module")
 def exported(ranks_factory, work):
-    """Return a function that gives the NeMo and the Hugging Face checkpoint of an algorithm, both made on one rank."""
+    """Return a function that returns the NeMo and the Hugging Face checkpoint of an algorithm, made on one rank."""
     done = {}
 
     def make(algorithm):
@@ -197,7 +197,7 @@ def exported(ranks_factory, work):
 
 
 def assert_names_dtype(folder, dtype):
-    """Without a dtype readers take fp32; transformers writes `dtype`, and older readers look for `torch_dtype`."""
+    """Without a dtype, readers use fp32; transformers writes `dtype`, and older readers use `torch_dtype`."""
     config = json.loads((folder / "config.json").read_text())
     assert (config["dtype"], config["torch_dtype"]) == (dtype, dtype)
 
@@ -229,7 +229,7 @@ def test_hf_files_are_the_same_in_every_layout(ranks, exported, tmp_path, algori
     assert {p.name for p in (tmp_path / "hf").iterdir()} == {p.name for p in one.iterdir()}
     first, second = tensors_of(one), tensors_of(tmp_path / "hf")
     assert set(first) == set(second)
-    # The scales are the same numbers, so the codes are: nothing is recomputed.
+    # Nothing is recomputed, so scales and codes are equal.
     assert [name for name in first if not torch.equal(first[name].float(), second[name].float())] == []
     for name in ("config.json", "hf_quant_config.json", "generation_config.json"):
         assert (tmp_path / "hf" / name).read_text() == (one / name).read_text()
@@ -252,7 +252,7 @@ def test_hf_configuration_says_the_format(exported, algorithm):
     section = json.loads((hf / "config.json").read_text())["quantization_config"]
     assert section["quant_algo"] == stored["quantization"]["quant_algo"] and section["ignore"] == ["lm_head"]
     if algorithm == "fp8":
-        # Of the formats that we write modelopt's readers know this one: the section is theirs, whoever wrote it.
+        # modelopt's converter supports this one of our formats, and must make the same section.
         assert section == hf_encoding.config_section(stored) == convert_hf_quant_config_format(stored)
 
 
@@ -279,7 +279,7 @@ def test_calibrating_and_exporting_with_tensor_parallel(ranks, work, exported):
     first, second = tensors_of(one), tensors_of(work / "hf-tp")
     assert set(first) == set(second)
     for name, value in first.items():
-        # Sums in another order move the statistics of activations; weights and their scales are what they are.
+        # A different order of sums changes the statistics of activations, but not weights and their scales.
         torch.testing.assert_close(
             second[name].float(), value.float(), rtol=1e-5 if "input_scale" in name else 0, atol=0
         )
@@ -302,7 +302,7 @@ def test_blocks_must_divide_the_inputs(ranks, work):
 
 
 def test_blocks_must_divide_the_inputs_of_a_checkpoint_that_is_exported_later(ranks, work):
-    """As compress.py does: to NeMo's format first."""
+    """compress.py exports to NeMo's format first."""
     nemo, hf = work / "nemo-int4-128", work / "hf-int4-later"
     ranks(1).run(jobs.ptq, str(work / "llama"), str(nemo), "int4", "nemo", 1, 1, settings(work))
     (answer,) = ranks(1).run(export_error, str(nemo), str(hf))
@@ -313,7 +313,7 @@ def test_blocks_must_divide_the_inputs_of_a_checkpoint_that_is_exported_later(ra
 def test_plain_model_is_written_when_there_is_no_algorithm(ranks, work):
     target = work / "plain"
     ranks(1).run(jobs.ptq, str(work / "llama"), str(target), None, "hf")
-    # modelopt 0.37 names a format, none, also for a model without one.
+    # modelopt 0.37 writes this file for a model that is not quantized, too.
     assert not (target / "hf_quant_config.json").exists()
     assert_names_dtype(target, "bfloat16")
     loaded, expected = ranks(1).run(jobs.plain_logits, str(target), str(work / "llama"))[0]
@@ -322,7 +322,7 @@ def test_plain_model_is_written_when_there_is_no_algorithm(ranks, work):
 
 
 @pytest.mark.parametrize("kind", ["mixture-of-experts", "Mamba"])
-def test_hf_with_tensor_parallel_is_refused_where_parts_cannot_be_joined(kind):
+def test_hf_with_tensor_parallel_raises_an_error_if_parts_cannot_be_joined(kind):
     from types import SimpleNamespace
 
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
@@ -361,13 +361,14 @@ def test_converted_models_are_checked_by_their_quantizers():
         return layer
 
     support.check_converted(linear(num_bits=(4, 3)))
-    with pytest.raises(ModelOptConfigError, match="no reader knows this layout"):
+    message = r"axis=0, .* quantized inputs cannot be written; .*readers: FP8 \(vLLM, .*W4A8_AWQ \(no known server\)"
+    with pytest.raises(ModelOptConfigError, match=message):
         support.check_converted(linear(num_bits=(4, 3), axis=0))
-    with pytest.raises(ModelOptConfigError, match="layers of different formats"):
+    with pytest.raises(ModelOptConfigError, match="all layers must have the same format"):
         support.check_converted(torch.nn.Sequential(linear(num_bits=(4, 3)), linear(num_bits=8, axis=0)))
 
 
-def test_verification_finds_what_is_wrong(exported, tmp_path):
+def test_verification_reports_what_is_wrong(exported, tmp_path):
     import shutil
 
     from safetensors.torch import load_file, save_file
@@ -387,7 +388,7 @@ def test_verification_finds_what_is_wrong(exported, tmp_path):
     for change, message in [
         ({f"{prefix}up_proj.weight_scale": torch.tensor(float("nan"))}, "up_proj.weight_scale is not finite"),
         ({f"{prefix}up_proj.weight": torch.zeros(3, 3)}, r"up_proj.weight has shape \[3, 3\], not \[128, 64\]"),
-        ({f"{prefix}up_proj.weight": up.float()}, "up_proj.weight has dtype torch.float32, but a scale"),
+        ({f"{prefix}up_proj.weight": up.float()}, "up_proj.weight has dtype torch.float32, but also a scale"),
         ({f"{prefix}up_proj.weight_scale": None}, "up_proj.weight_scale is missing for torch.float8_e4m3fn codes"),
         ({f"{prefix}extra.weight": torch.zeros(1)}, "extra.weight is unexpected"),
         ({f"{prefix}up_proj.weight": None}, "up_proj.weight is missing"),
@@ -423,11 +424,11 @@ def test_a_wrong_scale_is_found(exported, tmp_path, algorithm, leaf):
         assert (algorithm, leaf) in {("fp8", "pre_quant_scale"), ("int4_awq", "input_scale")}
         return
     if leaf != "pre_quant_scale":
-        with pytest.raises(_staging.ExportError, match="layer 0 does not hold what the model in memory does"):
+        with pytest.raises(_staging.ExportError, match="Layer 0 of the checkpoint differs from the model in memory"):
             hf_contents.compare(contents, hf_contents.of_files(folder))
     if (algorithm, leaf) != ("fp8", "input_scale"):
-        # A trained model's inputs are near one: without their scale FP8 still rounds them, only otherwise.
-        with pytest.raises(_staging.ExportError, match="logits are not those of the model in memory"):
+        # The inputs of a trained model are near one, and FP8 rounds them with any scale.
+        with pytest.raises(_staging.ExportError, match="logits differ from those of the model in memory"):
             hf_verify.compare(folder, expected, hf_verify.tolerance(torch.float32))
 
 
@@ -443,7 +444,7 @@ def test_codes_are_those_of_the_fake_quantizer(bits):
     assert stored.shape[0] == (3 if bits == 4 else 6) and stored.element_size() == 1
     back = hf_encoding.decode(algorithm, {"weight": stored, "weight_scale": scale})
     step = hf_encoding._per_element(scale, 32)
-    # Half a step of an integer; FP8 E4M3 has 3 bits of mantissa, half a step of which is 1/16 of the value.
+    # The bound is half a step: FP8 E4M3 has 3 bits of mantissa, so half a step is 1/16 of the value.
     allowed = weight.abs() / 16 + step / 512 if bits == 1 else step.expand(6, 32) / 2
     assert bool(((back - weight).abs() <= allowed * (1 + 1e-5)).all())
     assert torch.equal(hf_encoding.encode(algorithm, back, scale), stored)
@@ -461,7 +462,7 @@ def test_trtllm_checkpoint(ranks, work):
 
 
 @pytest.mark.parametrize("written", [["config.json"], ["config.json", "rank0.safetensors"]])
-def test_incomplete_trtllm_checkpoint_is_seen(tmp_path, written):
+def test_incomplete_trtllm_checkpoint_is_reported(tmp_path, written):
     from nemo.collections.llm.modelopt.quantization.quantizer import Quantizer
 
     for name in written:
@@ -528,7 +529,7 @@ def test_what_is_not_quantized_is_compared_as_it_is_written(cpu_backend):
 
 
 def test_the_config_names_the_tokens_that_the_model_was_imported_with(tmp_path, cpu_backend):
-    """NeMo's exporters take them from the tokenizer; the generation config that came along knows better."""
+    """NeMo's exporters take them from the tokenizer, but the imported generation config is more precise."""
     from types import SimpleNamespace
 
     from transformers import GenerationConfig

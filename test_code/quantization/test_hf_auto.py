@@ -1,7 +1,7 @@
-"""Quantization of ``llm.HFAutoModelForCausalLM``, which nemo-toolkit 2.5 has: a tiny Llama of transformers, on the CPU.
+"""Quantization of ``llm.HFAutoModelForCausalLM`` of nemo-toolkit 2.5: a tiny Llama of transformers, on the CPU.
 
-Where the installed nemo-toolkit has no such class, one with the attributes that stock read stands in its place, so that
-everything but ``llm.ptq`` runs on every version.
+If the installed nemo-toolkit has no such class, a class with the attributes that stock reads replaces it, so that
+everything except ``llm.ptq`` runs on every version.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from unittest.mock import MagicMock, patch
 import pytest
 import torch
 
-# modelopt's own: its smoothing meets the output layer, which has no quantizer, and its writer copies scales.
+# Warnings of modelopt: its smoothing visits the output layer, which has no quantizer, and its writer copies scales.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:lm_head is not calibrated"),
     pytest.mark.filterwarnings("ignore:To copy construct from a tensor"),
@@ -43,12 +43,12 @@ def source(tmp_path_factory, cpu_backend):
 
 @pytest.fixture
 def wrapper(monkeypatch, source):
-    """Return a function that gives a wrapped model: NeMo's class where there is one."""
+    """Return a function that returns a wrapped model, of NeMo's class if there is one."""
     from nemo.collections import llm
 
     if not HAS_CLASS:
         monkeypatch.setattr(llm, "HFAutoModelForCausalLM", _StandIn, raising=False)
-    # 2.5 waits two seconds to say that the class is deprecated.
+    # Version 2.5 waits two seconds when it logs that the class is deprecated.
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     return lambda: llm.HFAutoModelForCausalLM(model_name=str(source / "llama"))
 
@@ -84,7 +84,7 @@ def configured(wrapper):
 
 
 def dequantized(target, shapes):
-    """Return weights as floats, stored values times scales (one a tensor or output row), and the scales `[out, 1]`."""
+    """Return dequantized weights, with one scale for each tensor or output row, and the scales `[out, 1]`."""
     from safetensors.torch import load_file
 
     tensors = load_file(target / "model.safetensors")
@@ -119,20 +119,20 @@ def test_export_to_hf_reloads_in_transformers(source, tmp_path, wrapper, algorit
     assert len(scales) == 14
     for name, scale in scales.items():
         exact = original.state_dict()[name]
-        # The nearest value there is: half of an int8 step; of fp8 half of its last bit, 2^-4 of the value, or near zero
-        # of its smallest step, 2^-9. bf16 arithmetic adds up to 2^-8 of the value.
+        # The bound is half a step: for int8 half the scale; for fp8 2^-4 of the value, or half of the smallest
+        # step, 2^-9, if that is more. bf16 arithmetic adds up to 2^-8 of the value.
         bound = scale / 2 if algorithm == "int8" else torch.maximum(exact.abs() / 16, scale * 2**-10)
         assert ((weights[name] - exact).abs() <= bound + exact.abs() / 256).all(), name
     tokens = torch.arange(64).reshape(2, 32)
     with torch.no_grad():
         want, have = original(tokens).logits, plain(tokens).logits
-    # Three bits of mantissa (fp8) or a 127th of the row's largest (int8) in each weight: a few percent of the output.
+    # Each weight has 3 bits of mantissa (fp8) or 1/127 of its row's largest (int8), a few percent of the output.
     assert 0 < (have - want).norm() / want.norm() < 0.1
 
 
 @pytest.mark.parametrize("algorithm", ["int4_awq", "int8_sq"])
 def test_scales_on_the_inputs_are_written(source, tmp_path, wrapper, algorithm):
-    """What Megatron's writer would lose (it is refused there) modelopt's writer for transformers' models keeps."""
+    """modelopt's writer for transformers models stores them."""
     from safetensors.torch import load_file
 
     quantize = quantizer(source, tmp_path / "out", algorithm)
@@ -143,7 +143,7 @@ def test_scales_on_the_inputs_are_written(source, tmp_path, wrapper, algorithm):
     assert tensors[f"{name}.pre_quant_scale"].shape == (64,)
 
 
-def test_a_model_that_was_not_quantized_is_written_as_it_is(source, tmp_path, wrapper):
+def test_a_model_that_is_not_quantized_is_written_unchanged(source, tmp_path, wrapper):
     from transformers import AutoModelForCausalLM
 
     quantize = quantizer(source, tmp_path / "plain", None)
@@ -174,7 +174,7 @@ def test_names_of_decoder_core_and_tokenizer_folder(source, tmp_path, wrapper):
         ("int4", "hf", r'cannot write INT4 weights without AWQ.*algorithm="int4_awq"'),
     ],
 )
-def test_what_cannot_be_written_is_refused_before_calibrating(source, tmp_path, wrapper, algorithm, fmt, message):
+def test_what_cannot_be_written_raises_an_error_before_calibrating(source, tmp_path, wrapper, algorithm, fmt, message):
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 
     def never(model):
@@ -186,33 +186,34 @@ def test_what_cannot_be_written_is_refused_before_calibrating(source, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_export_to_nemo_is_refused_without_quantize_too(source, tmp_path, wrapper):
+def test_export_to_nemo_raises_an_error_without_quantize_too(source, tmp_path, wrapper):
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 
     with pytest.raises(ModelOptConfigError, match="native NeMo checkpoints"):
         quantizer(source, tmp_path / "out", "fp8", "nemo").export(configured(wrapper), "", object())
 
 
-def test_an_empty_wrapper_is_refused(source, tmp_path, wrapper):
+def test_an_empty_wrapper_raises_an_error(source, tmp_path, wrapper):
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 
     with pytest.raises(ModelOptConfigError, match=r"call its configure_model\(\) first"):
         quantizer(source, tmp_path, "fp8", decoder_type="llama").quantize(wrapper())
 
 
-def test_a_bare_transformers_model_is_refused_with_the_ways_there_are(source, tmp_path):
+def test_a_bare_transformers_model_raises_an_error_with_what_to_do(source, tmp_path):
     from transformers import AutoModelForCausalLM
 
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 
     model = AutoModelForCausalLM.from_pretrained(source / "llama")
-    way = r"wrap it in llm\.HFAutoModelForCausalLM" if HAS_CLASS else r"has no llm\.HFAutoModelForCausalLM"
-    with pytest.raises(ModelOptConfigError, match=rf"a LlamaForCausalLM of transformers: .*{way}.*llm\.import_ckpt"):
+    way = "wrap it in llm" if HAS_CLASS else r"only nemo-toolkit 2\.5 has llm"
+    message = rf"not a LlamaForCausalLM of transformers: {way}\.HFAutoModelForCausalLM.*llm\.import_ckpt"
+    with pytest.raises(ModelOptConfigError, match=message):
         quantizer(source, tmp_path, "fp8").quantize(model)
 
 
 def test_nemo_ptq_of_a_hugging_face_folder(source, tmp_path, wrapper):
-    """NeMo's own entry: 2.5 takes a folder of transformers' files, later versions take NeMo checkpoints only."""
+    """``llm.ptq`` of 2.5 supports a folder of transformers files, later versions support NeMo checkpoints only."""
     from nemo.collections import llm
     from nemo.collections.llm.modelopt import ExportConfig
 
@@ -230,7 +231,7 @@ def test_nemo_ptq_of_a_hugging_face_folder(source, tmp_path, wrapper):
         assert not (tmp_path / "ptq").exists()
 
 
-def test_mixed_precision_is_refused(source, tmp_path, wrapper):
+def test_mixed_precision_raises_an_error(source, tmp_path, wrapper):
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
     from nemo.collections.llm.modelopt.quantization import transformers_models
 
@@ -238,7 +239,7 @@ def test_mixed_precision_is_refused(source, tmp_path, wrapper):
         transformers_models.check(configured(wrapper), None, {"quant_cfg": {}, "algorithm": "auto"})
 
 
-# --- mocks of the wrapper, as unit tests of 2.5's stock pass them -----------------------------------------------------
+# --- mocks of the wrapper, as unit tests of stock in 2.5 pass them ----------------------------------------------------
 
 MODULE = "nemo.collections.llm.modelopt.quantization.quantizer"
 

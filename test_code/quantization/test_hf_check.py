@@ -1,4 +1,4 @@
-"""The check of a Hugging Face export accepts every right file and refuses every wrong one."""
+"""The verification of a Hugging Face export accepts correct files and reports wrong ones."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ FAMILIES = ("llama", "llama-tied", "qwen2", "qwen3")
 
 
 def check_corrupted(folder, algorithm: str) -> dict[str, str]:
-    """Export a random Qwen2, then spoil a copy of the files in each way; return what the full check says of each.
+    """Export a random Qwen2 and corrupt copies of the files; return the error of the full check for each corruption.
 
-    The names are those of `CORRUPTIONS`, and "nothing" for the files as they are.
+    The names are those of `CORRUPTIONS`, and "nothing" for the unchanged files.
     """
     from nemo.collections.llm.modelopt import _staging
     from nemo.collections.llm.modelopt.quantization.export import hf_verify
 
     data = jobs_quant.corpus(Path(folder) / "text.jsonl")
-    # As many keys as queries, or q and k could not be mixed up.
+    # Keys and queries must have the same size, so that q and k can be swapped.
     checkpoint = jobs_hf.import_hf(jobs_hf.hf_model("qwen2", 0, num_key_value_heads=4), folder)
     ranks.reset()
     target = Path(folder) / "hf"
@@ -48,7 +48,7 @@ def check_corrupted(folder, algorithm: str) -> dict[str, str]:
 
 
 def spoil(folder, change) -> bool:
-    """Change the tensors of a checkpoint's files; return whether there was anything to change.
+    """Change the tensors of a checkpoint's files; return whether any tensor was changed.
 
     Args:
         folder: The checkpoint.
@@ -125,7 +125,7 @@ CORRUPTIONS = {
 
 
 @pytest.mark.parametrize("algorithm", ["fp8", "int8", "int4_awq", "w4a8_awq"])
-def test_whatever_is_wrong_is_found(ranks, tmp_path, algorithm):
+def test_every_corruption_is_reported(ranks, tmp_path, algorithm):
     (found,) = ranks(1).run(check_corrupted, str(tmp_path), algorithm)
     assert found.pop("nothing") == ""
     absent = {name for name, message in found.items() if message == "does not apply"}
@@ -139,12 +139,10 @@ def test_whatever_is_wrong_is_found(ranks, tmp_path, algorithm):
             "w4a8_awq": scales,
         }[algorithm]
     )
-    # What is quantized is compared number by number, the rest by what comes out.
+    # Quantized weights are compared number by number, all others by the logits.
     by_number = {"one code", "one weight scale", "one second scale", "one input scale"}
     for name in set(found) - absent:
-        expected = (
-            "layer 1 does not hold what the model in memory does" if name in by_number else "logits are not those"
-        )
+        expected = "Layer 1 of the checkpoint differs" if name in by_number else "logits differ from those"
         assert expected in found[name], name
 
 
@@ -152,7 +150,7 @@ def check_families(pool, folder, seeds: list[int]) -> None:
     for family in FAMILIES:
         (found,) = pool.run(jobs_hf.export_random, family, seeds, str(folder), timeout=60 + 60.0 * len(seeds))
         assert len(found) == len(seeds) * len(jobs_hf.ALGORITHMS)
-        # A refusal is text.
+        # An error is a string.
         assert {case: error for case, error in found.items() if not isinstance(error, float) or error > 1e-5} == {}
 
 
@@ -175,8 +173,8 @@ def test_thirty_random_models_of_each_family_are_exported(ranks, tmp_path):
         ("input_scale", lambda t: t.fill_(float("inf")), r"up_proj\.input_scale is not finite"),
     ],
 )
-def test_files_with_impossible_values_are_refused(tmp_path, name, change, message):
-    """Both levels of the check look at the files this way."""
+def test_files_with_impossible_values_raise_an_error(tmp_path, name, change, message):
+    """Both levels of verification check the files in this way."""
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 

@@ -15,7 +15,7 @@ E4M3 = (4, 3)
 
 
 def zeros(model) -> None:
-    """Put zeros into a whole matrix, a row and a block of a Llama's weights, and let one layer see only zeros."""
+    """Set a matrix, a row and a block of a Llama's weights to zero, so that the input of one layer is zero."""
     first, second = model.model.layers
     first.self_attn.o_proj.weight.zero_()
     first.self_attn.q_proj.weight[3].zero_()
@@ -25,12 +25,12 @@ def zeros(model) -> None:
 
 
 def export_with_zeros(folder, algorithm: str) -> float | str:
-    """Export a random Llama with zeros; return the relative error of the logits, or the refusal."""
+    """Export a random Llama with zeros; return the relative error of the logits, or the error message."""
     return jobs_hf.export_random("llama", [0], folder, (algorithm,), zeros)[0, algorithm]
 
 
 def quantizer(num_bits, amax=None, **attributes):
-    """Return modelopt's quantizer with that amax."""
+    """Return modelopt's quantizer with an amax."""
     from modelopt.torch.quantization.config import QuantizerAttributeConfig
     from modelopt.torch.quantization.nn import TensorQuantizer
 
@@ -62,7 +62,7 @@ def layer(algorithm: str, weight: torch.Tensor, amax_factor: float = 1.0) -> tor
 
 
 def stored(module, dtype=torch.bfloat16) -> tuple[str, dict[str, torch.Tensor]]:
-    """Return what is written for a layer, by the way that the writer takes."""
+    """Return what the writer stores for a layer."""
     from nemo.collections.llm.modelopt.quantization.export import hf_encoding, hf_writer
 
     found = hf_encoding.read(module)
@@ -94,20 +94,20 @@ def test_codes_are_those_of_the_quantizer_bit_for_bit(algorithm, seed, kind, exp
     module = layer(algorithm, weight, factor)
     found, tensors = stored(module)
     assert found == algorithm
-    # The second step of W4A8 is no code.
+    # The second step of W4A8 is not part of the codes.
     first = module.weight_quantizer[0] if algorithm == "W4A8_AWQ" else module.weight_quantizer
     with torch.no_grad():
         in_memory = first(weight.float())
     from_file = hf_encoding.decode(algorithm, tensors, second_step=False)
-    # A neighbouring code differs by a 16th of the value or more; a scale and its reciprocal by one bit in 24.
+    # A neighbouring code differs by at least 1/16 of the value, a scale and its reciprocal by one bit in 24.
     torch.testing.assert_close(from_file, in_memory, rtol=1e-6, atol=0)
-    # Of a weight in bf16 the quantizer computes in fp32 and rounds its answer.
+    # For a weight in bf16, the quantizer computes in fp32 and rounds the result.
     assert weight.dtype != torch.bfloat16 or torch.equal(first(weight.detach()).detach(), in_memory.bfloat16())
 
 
 @pytest.mark.parametrize(("value", "amax"), [(0.076171875, 0.40625), (-0.076171875, 0.40625)])
 def test_a_tie_of_bf16_numbers_falls_as_in_memory(value, amax):
-    """`w / (amax / 448)` makes code 80 of it, and `w * (448 / amax)` code 88."""
+    """`w / (amax / 448)` results in code 80, and `w * (448 / amax)` in code 88."""
     weight = torch.tensor([[value, amax]])
     module = layer("FP8", weight)
     _, tensors = stored(module)
@@ -191,7 +191,7 @@ def stored_nvfp4(module, dtype) -> dict[str, torch.Tensor]:
         state, algorithm, block = hf_blocks.state_of(write, exporter, module, dtype)
     scales = state["weight_scale"], state["weight_scale_2"]
     assert state["bias"].dtype == dtype
-    # The writer asks the GPU which kernels it has.
+    # The writer checks which kernels the GPU supports.
     with patch("modelopt.torch.quantization.qtensor.nvfp4_tensor.fp4_compatible", return_value=False):
         codes = writer.to_quantized_weight(state["weight"], scales[0], algorithm, scales[1], block)
     return {
@@ -202,11 +202,11 @@ def stored_nvfp4(module, dtype) -> dict[str, torch.Tensor]:
 
 
 def nvfp4_in_memory(weight: torch.Tensor) -> torch.Tensor:
-    """Return a weight as modelopt's kernel for NVFP4 leaves it: the nearest code, ties to the even one."""
+    """Return a weight as modelopt's kernel for NVFP4 rounds it: to the nearest code, ties to even."""
     second = weight.abs().amax() / (6.0 * 448.0)
     blocks = weight.view(-1, 16)
     scale = (blocks.abs().amax(1, keepdim=True) / (6.0 * second)).to(torch.float8_e4m3fn).float() * second
-    # The kernel does not quantize blocks whose scale vanishes: everything there rounds to zero.
+    # The kernel does not quantize blocks whose scale is zero; all their values round to zero.
     scaled = blocks.abs() / torch.where(scale > 0, scale, 1.0)
     values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
     distance = (scaled[..., None] - values).abs()
@@ -233,7 +233,7 @@ def test_nvfp4_of_zeros_has_positive_scales(what):
 
     weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     part = (slice(None),) if what == "matrix" else (slice(1, 2), slice(16, 32))
-    # The scale of a block is FP8: beside large blocks, that of an almost empty one rounds to zero.
+    # The scale of a block is FP8; next to large blocks, that of a block of tiny values rounds to zero.
     weight[part] *= 1e-7 if what == "almost zero block" else 0.0
     module = nvfp4(weight)
     before = module.weight_quantizer.amax.clone()
@@ -251,6 +251,6 @@ def test_nvfp4_of_zeros_has_positive_scales(what):
 
 @pytest.mark.parametrize("algorithm", jobs_hf.ALGORITHMS)
 def test_a_model_with_zeros_is_exported_and_verified(ranks, tmp_path, algorithm):
-    """A matrix, a row and a block of zeros; the check of the codes, scales and logits accepts the files."""
+    """With a matrix, a row and a block of zeros, the check of codes, scales and logits accepts the files."""
     (found,) = ranks(1).run(export_with_zeros, str(tmp_path), algorithm)
     assert isinstance(found, float) and found < 1e-5, found

@@ -1,4 +1,4 @@
-"""A quantized KV cache is in the files of a Hugging Face checkpoint, in both configurations, and in the comparison."""
+"""A quantized KV cache is stored in a Hugging Face checkpoint and its configurations, and is compared."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KV = ("k_proj.k_scale", "v_proj.v_scale")
 
 
 def compare_with_wrong_cache(nemo: str, folder: str) -> str:
-    """Compare a model with its checkpoint, which is right, and then with far too large scales of the cache.
+    """Compare a model with its checkpoint, and then with a copy whose scales of the cache are far too large.
 
     Returns:
         The error of the second comparison.
@@ -54,7 +54,7 @@ def compare_with_wrong_cache(nemo: str, folder: str) -> str:
 def work(ranks_factory, tmp_path_factory):
     folder = tmp_path_factory.mktemp("kv")
     ranks_factory(1).run(jobs.import_all, str(folder), FAMILIES)
-    # Keys beyond 448, the largest number of FP8: their scale is more than one.
+    # Keys are larger than 448, the largest number of FP8, so their scale is greater than one.
     ranks_factory(1).run(jobs.import_family, str(folder), "llama-large")
     jobs_quant.corpus(folder / "text.jsonl")
     return folder
@@ -67,7 +67,7 @@ def settings(work, **more):
 
 @pytest.fixture(scope="module")
 def exported(ranks_factory, work):
-    """Return a function that gives the Hugging Face folder of a family and an algorithm, and the state in memory."""
+    """Return a function that returns the Hugging Face folder of a family and an algorithm, and the state in memory."""
     done = {}
 
     def make(family, algorithm="fp8"):
@@ -112,7 +112,7 @@ def test_scales_of_the_cache_are_in_files_and_configurations(exported, family, a
     assert section["kv_cache_scheme"] == {"dynamic": False, "num_bits": 8, "type": "float"}
 
 
-def test_without_a_quantized_cache_nothing_says_so(ranks, work):
+def test_without_a_quantized_cache_no_file_mentions_one(ranks, work):
     target = work / "without"
     ranks(1).run(
         jobs_quant.ptq, str(work / "qwen3"), str(target), "fp8", "hf", 1, 1, settings(work, enable_kv_cache=False)
@@ -133,7 +133,7 @@ def test_files_are_the_same_in_every_layout(ranks, exported, tmp_path, tp, pp):
 
 
 def test_the_comparison_quantizes_the_cache(exported, tmp_path):
-    """The model that is loaded for the comparison keeps keys and values as a reader with these scales does."""
+    """The model that is loaded for the comparison quantizes keys and values as a reader with these scales does."""
     from nemo.collections.llm.modelopt.quantization.export import hf_verify
 
     folder = tmp_path / "hf"
@@ -156,7 +156,7 @@ def forget_the_cache(folder) -> None:
 def test_a_wrong_scale_of_the_cache_is_found(ranks, exported, family, algorithm):
     folder, _ = exported(family, algorithm)
     message = ranks(1).run(compare_with_wrong_cache, f"{folder}-nemo", str(folder))[0]
-    assert "logits are not those of the model in memory" in message
+    assert "logits differ from those of the model in memory" in message
 
 
 @pytest.mark.parametrize("missing", ["scale", "configuration"])
@@ -171,7 +171,7 @@ def test_files_and_configuration_must_agree(exported, tmp_path, missing):
     hf_files.verify(folder)
     if missing == "configuration":
         forget_the_cache(folder)
-        message = "k_scale is there, but the configuration has no kv_cache_quant_algo"
+        message = "k_scale is stored, but the configuration has no kv_cache_quant_algo"
     else:
         name = "model.layers.1.self_attn.v_proj.v_scale"
         file = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
@@ -189,41 +189,44 @@ FP8, INT8 = {"num_bits": [4, 3]}, {"num_bits": 8}
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
-        ({"*q_bmm_quantizer": FP8, "*[kv]_bmm_quantizer": FP8}, "only keys and values of attention"),
-        ({"*k_bmm_quantizer": FP8}, r"both; here it is \['k_bmm_quantizer'\]"),
+        (
+            {"*q_bmm_quantizer": FP8, "*[kv]_bmm_quantizer": FP8},
+            "attention must quantize keys and values",
+        ),
+        ({"*k_bmm_quantizer": FP8}, r"both and nothing else, not \['k_bmm_quantizer'\]"),
         ({"*[kv]_bmm_quantizer": INT8}, "must both be FP8 or both NVFP4.*num_bits=8"),
         ({"*[kv]_bmm_quantizer": {**FP8, "bias": {"-2": None, "type": "static"}}}, "without a bias"),
-        ({"*layers.0.*[kv]_bmm_quantizer": FP8}, r"in all layers or in none; here there are \['FP8', 'None'\]"),
+        ({"*layers.0.*[kv]_bmm_quantizer": FP8}, r"the same format in all layers, not \['FP8', 'None'\]"),
     ],
 )
-def test_caches_that_readers_do_not_know_are_refused_before_calibrating(cpu_backend, patterns, message):
+def test_caches_that_no_checkpoint_can_describe_raise_an_error_before_calibrating(cpu_backend, patterns, message):
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
     from nemo.collections.llm.modelopt.quantization.export import hf_kv_cache
 
     core = attentions(2)
     quant_cfg = {"quant_cfg": {**patterns, "default": {"enable": False}}}
-    hf_kv_cache.settle("nemo", quant_cfg, core, None)
+    hf_kv_cache.check_or_disable("nemo", quant_cfg, core, None)
     for enable in (None, True):
         with pytest.raises(ModelOptConfigError, match=message):
-            hf_kv_cache.settle("hf", quant_cfg, core, enable)
-    hf_kv_cache.settle("hf", {"quant_cfg": {"*[kv]_bmm_quantizer": FP8}}, core, True)
+            hf_kv_cache.check_or_disable("hf", quant_cfg, core, enable)
+    hf_kv_cache.check_or_disable("hf", {"quant_cfg": {"*[kv]_bmm_quantizer": FP8}}, core, True)
 
 
 def test_latent_attention_has_no_cache_of_keys_and_values(cpu_backend):
-    """Asked for, it is refused; by default it is left out."""
+    """If the user enables it, it raises an error; by default it is disabled."""
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
     from nemo.collections.llm.modelopt.quantization.export import hf_kv_cache
 
     core = attentions(1, latent=True)
     quant_cfg = {"quant_cfg": {"*[kv]_bmm_quantizer": FP8, "default": {"enable": False}}}
-    with pytest.raises(ModelOptConfigError, match="multi-latent attention holds one latent vector.*enable_kv_cache"):
-        hf_kv_cache.settle("hf", quant_cfg, core, True)
-    hf_kv_cache.settle("hf", quant_cfg, core, None)
+    with pytest.raises(ModelOptConfigError, match="one latent vector for multi-latent attention.*enable_kv_cache"):
+        hf_kv_cache.check_or_disable("hf", quant_cfg, core, True)
+    hf_kv_cache.check_or_disable("hf", quant_cfg, core, None)
     assert list(quant_cfg["quant_cfg"]) == ["default"]
 
 
 def attentions(count: int, latent: bool = False):
-    """Return a module with layers of real classes that hold an attention each."""
+    """Return a module with layers of real classes, each with an attention module."""
     from megatron.core.transformer.multi_latent_attention import MLASelfAttention
     from megatron.core.transformer.transformer_layer import TransformerLayer
 

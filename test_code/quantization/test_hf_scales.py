@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints hold input scales where readers look for them, and list the layers in 16 bits."""
+"""Hugging Face checkpoints store input scales where readers expect them, and list the layers in 16 bits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FAMILIES = ("llama", "llama-tied", "qwen2", "qwen3")
 
 
 class ZeroCentredNorm(torch.nn.LayerNorm):
-    """Nemotron's norm, which multiplies by one plus its weight, as Transformer Engine has it on GPUs."""
+    """Nemotron's norm, which multiplies by one plus its weight, as in Transformer Engine on GPUs."""
 
     zero_centered_gamma = True
 
@@ -38,7 +38,7 @@ def nemotron_spec(config, **_):
 
 
 def make_nemotron(path: str) -> str:
-    """Write a NeMo checkpoint of a tiny Nemotron: zero-centred layer norms with biases, and an MLP without gate."""
+    """Write a NeMo checkpoint of a tiny Nemotron with zero-centred layer norms, biases, and an MLP without a gate."""
     from nemo.collections.llm.fn.activation import squared_relu
 
     return jobs.make(
@@ -64,7 +64,7 @@ def make_tied_qwen2(path: str) -> str:
 
 
 def fp32_export_and_logits(nemo: str, target: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Export a quantized checkpoint in fp32; return its logits, and those of the model as it is in memory."""
+    """Export a quantized checkpoint in fp32; return its logits, and those of the model in memory."""
     from nemo.collections.llm.modelopt import setup_trainer_and_restore_model_with_modelopt_spec
     from nemo.collections.llm.modelopt.quantization.export import hf_verify
     from nemo.collections.llm.modelopt.quantization.quantizer import export_hf_checkpoint
@@ -104,7 +104,7 @@ def settings(work, **more):
 
 @pytest.fixture(scope="module")
 def exported(ranks_factory, work):
-    """Return a function that gives the Hugging Face folder of a family and an algorithm, and the state in memory."""
+    """Return a function that returns the Hugging Face folder of a family and an algorithm, and the state in memory."""
     done = {}
 
     def make(family, algorithm):
@@ -142,7 +142,7 @@ def test_the_output_layer_is_listed_stored_or_not(exported, family, algorithm):
 
 
 def test_the_configuration_says_whether_the_output_layer_is_tied(ranks, work):
-    """NeMo's exporter of Qwen2 calls it untied, and readers would look for a weight that is not there."""
+    """NeMo's exporter of Qwen2 writes that it is not tied, and readers would expect a weight that is not stored."""
     ranks(1).run(make_tied_qwen2, str(work / "qwen2-tied"))
     ranks(1).run(jobs_quant.ptq, str(work / "qwen2-tied"), str(work / "tied"), "fp8", "hf", 1, 1, settings(work))
     assert json.loads((work / "tied" / "config.json").read_text())["tie_word_embeddings"] is True
@@ -150,7 +150,7 @@ def test_the_configuration_says_whether_the_output_layer_is_tied(ranks, work):
 
 
 def test_every_linear_layer_without_a_scale_is_listed(exported, tmp_path):
-    """As transformers builds them: whatever is not stored under its own name, too."""
+    """All linear layers of the transformers model are listed, even if they are stored under another name."""
     import shutil
 
     from safetensors.torch import load_file, save_file
@@ -171,7 +171,7 @@ def test_every_linear_layer_without_a_scale_is_listed(exported, tmp_path):
     assert found == ["lm_head", "model.layers.1.mlp.gate_proj", "model.layers.1.self_attn.o_proj"]
 
 
-def test_a_quantized_output_layer_without_a_weight_of_its_own_is_refused(cpu_backend):
+def test_a_quantized_output_layer_that_is_tied_raises_an_error(cpu_backend):
     from types import SimpleNamespace
 
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
@@ -200,7 +200,7 @@ def test_a_quantized_output_layer_without_a_weight_of_its_own_is_refused(cpu_bac
         ),
     ],
 )
-def test_quantizers_that_files_have_no_place_for_are_refused(cpu_backend, patterns, message):
+def test_quantizers_that_files_cannot_describe_raise_an_error(cpu_backend, patterns, message):
     from types import SimpleNamespace
 
     import modelopt.torch.quantization as mtq
@@ -262,11 +262,11 @@ def test_scales_of_fused_layers_are_in_the_norms(exported, family, algorithm):
 def test_folding_does_not_change_the_function(ranks, exported, tmp_path, family):
     folder, _ = exported(family, "int4_awq")
     theirs, ours = ranks(1).run(fp32_export_and_logits, f"{folder}-nemo", str(tmp_path / "fp32"))[0]
-    # fp32 on both sides and no rounded inputs: what is left is the order of sums.
+    # Both sides compute in fp32 without rounded inputs, so only the order of sums differs.
     assert float((theirs - ours).norm() / ours.norm()) < 1e-5
 
 
-def test_plain_int4_has_scales_of_ones_where_readers_insist_on_them(exported):
+def test_plain_int4_has_scales_of_ones_where_readers_expect_scales(exported):
     folder, _ = exported("llama", "int4")
     stored = tensors_of(folder)
     scales = {name.split(".", 3)[3]: value for name, value in stored.items() if name.endswith("pre_quant_scale")}
@@ -290,7 +290,7 @@ def test_files_are_the_same_in_every_layout(ranks, exported, tmp_path, family, a
 
 
 def test_nemotron_has_scales_in_zero_centred_norms_with_biases(ranks, work):
-    """Its MLP has no gate, so readers load the up projection by itself, with its scale."""
+    """Its MLP has no gate, so readers do not fuse the up projection, which has a scale."""
     target = work / "nemotron-hf"
     ranks(1).run(make_nemotron, str(work / "nemotron"))
     more = settings(work, enable_kv_cache=installed.KV_CACHE)
@@ -342,7 +342,7 @@ def test_a_pruned_model_has_its_scales_in_its_norms(ranks, work):
 @pytest.mark.parametrize("zero_centred", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_norm_with_bias_is_folded_in_any_form(cpu_backend, zero_centred, fused):
-    """Whether the norm is a module of its own or a part of the linear layer, and adds one to its weight or not."""
+    """The norm is a module or a part of the linear layer, and adds one to its weight or not."""
     from megatron.core.transformer.identity_op import IdentityOp
 
     from nemo.collections.llm.modelopt.quantization.export import hf_encoding, input_scales
@@ -361,14 +361,14 @@ def test_a_norm_with_bias_is_folded_in_any_form(cpu_backend, zero_centred, fused
 
     expected = output() * scale
     layer = hf_encoding.Layer("W4A16_AWQ", torch.ones(()), pre_quant_scale=scale)
-    with input_scales.settled(core, {id(linear): layer}, torch.float32):
+    with input_scales.folded(core, {id(linear): layer}, torch.float32):
         torch.testing.assert_close(output(), expected)
     assert layer.pre_quant_scale is None
     assert all(torch.equal(now, then) for now, then in zip((weight, bias), before, strict=True))
 
 
 def test_norms_are_rounded_as_they_are_stored(cpu_backend):
-    """The check of the logits compares with this: the stored norm, divided by the scale that memory still applies."""
+    """The check of the logits uses the stored norm divided by the scale that the model in memory still applies."""
     from nemo.collections.llm.modelopt.quantization.export import input_scales
 
     core, _, scale = scaled_layer(zero_centred=True, fused=False)
@@ -381,7 +381,7 @@ def test_norms_are_rounded_as_they_are_stored(cpu_backend):
 
 
 def scaled_layer(zero_centred: bool, fused: bool):
-    """Return a transformer layer with one linear layer that has a scale on its input, that layer, and the scale."""
+    """Return a transformer layer with one linear layer whose input is scaled, the linear layer, and the scale."""
     from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.transformer_layer import TransformerLayer
     from modelopt.torch.quantization.nn import TensorQuantizer
@@ -403,7 +403,7 @@ def scaled_layer(zero_centred: bool, fused: bool):
     return layer, linear, scale
 
 
-def test_scales_that_have_no_place_are_refused_before_calibrating(cpu_backend):
+def test_scales_that_cannot_be_stored_raise_an_error_before_calibrating(cpu_backend):
     from types import SimpleNamespace
 
     from megatron.core.transformer.multi_latent_attention import MLASelfAttention
@@ -430,7 +430,7 @@ def test_scales_that_have_no_place_are_refused_before_calibrating(cpu_backend):
 
 
 @pytest.mark.parametrize("fmt", ["nemo", "trtllm", "hf"])
-def test_blocks_that_ranks_would_cut_are_refused_before_calibrating(ranks, work, fmt):
+def test_blocks_that_ranks_would_split_raise_an_error_before_calibrating(ranks, work, fmt):
     more = settings(work, awq_block_size=64)
     answers = ranks(2).run(
         jobs_quant.ptq_error, str(work / "llama"), str(work / f"cut-{fmt}"), "int4_awq", fmt, 2, 1, more
@@ -440,8 +440,8 @@ def test_blocks_that_ranks_would_cut_are_refused_before_calibrating(ranks, work,
     assert all("Calibration" not in text for _, text, _ in answers)
 
 
-def test_blocks_are_restored_only_at_a_size_that_has_the_same_ones(ranks, work):
-    """At two ranks one block of 64 would cover what belongs to two halves of a row."""
+def test_blocks_are_restored_only_at_a_size_with_the_same_blocks(ranks, work):
+    """On two ranks, one block of 64 would span both halves of a row."""
     target = work / "one-block"
     more = settings(work, awq_block_size=64)
     ranks(1).run(jobs_quant.ptq, str(work / "llama"), str(target), "int4_awq", "nemo", 1, 1, more)

@@ -1,4 +1,4 @@
-"""A search of sizes takes only those that the formats can hold; what cannot work is reported at the start."""
+"""A search chooses only sizes that the formats support; unsupported sizes are reported at the start."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _AWQ_HF = {"algorithm": "int4_awq", "formats": ("nemo", "hf")}
 
 
 def quantize_too_wide(folder: str, blocks: int) -> tuple[str, str]:
-    """Return the errors with which distillation and quantization start for a student that blocks do not divide."""
+    """Return the errors of distillation and quantization for a student whose sizes blocks do not divide."""
     here, found = Path(folder), []
     job = jobs_compress._pruning(here, {}, {"target_num_layers": 2}, {**_AWQ_HF, "awq_block_size": blocks})
     for work, more in ((jobs.distill, (here, None)), (jobs.quantize, (here,))):
@@ -41,7 +41,7 @@ def quantize_too_wide(folder: str, blocks: int) -> tuple[str, str]:
     groups=st.sampled_from([4, 16]),
     channels=st.sampled_from([32, 24]),
 )
-def test_every_candidate_can_be_held(cpu_backend, budget, tp, block, groups, channels):
+def test_every_candidate_fits_the_blocks(cpu_backend, budget, tp, block, groups, channels):
     from nemo.collections.llm.modelopt import ModelOptConfigError
     from nemo.collections.llm.modelopt.prune import _candidates
 
@@ -75,7 +75,7 @@ def test_every_candidate_can_be_held(cpu_backend, budget, tp, block, groups, cha
         ({"target_params": "70%", "size_multiples": 3}, "must map hparams to whole numbers"),
     ],
 )  # fmt: skip
-def test_multiples_that_cannot_be(cpu_backend, settings, message):
+def test_invalid_multiples_raise_an_error(cpu_backend, settings, message):
     from nemo.collections.llm.modelopt import ModelOptConfigError, PruningConfig
 
     with pytest.raises(ModelOptConfigError, match=message):
@@ -89,7 +89,7 @@ def test_multiples_that_cannot_be(cpu_backend, settings, message):
         ({"hidden_size": 64}, {}, "hidden_size must be a multiple of 128, but the model's is 64"),
     ],
 )
-def test_sizes_that_stay_must_fit(cpu_backend, sizes, fixed, message):
+def test_sizes_that_are_not_pruned_must_fit(cpu_backend, sizes, fixed, message):
     from nemo.collections.llm.modelopt import ModelOptConfigError
     from nemo.collections.llm.modelopt.prune import _candidates
 
@@ -134,7 +134,7 @@ def test_the_job_is_checked_at_its_start(tmp_path, monkeypatch, capsys, flags, p
 
 
 def test_other_blocks_choose_other_sizes(tmp_path):
-    """The step that prunes is another one if what it must fit changes, and the same if nothing of that changes."""
+    """The pruning step changes with the settings of the blocks, and not with other settings."""
     command_lines.inputs(tmp_path)
     teacher = str(command_lines.checkpoint(tmp_path / "big", **FULL))
 

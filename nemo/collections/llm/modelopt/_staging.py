@@ -1,4 +1,4 @@
-"""Folders that all ranks write together, completely or not at all."""
+"""Write a folder on all ranks, completely or not at all."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from . import _parallel
 
 
 class ExportError(AssertionError):
-    """An export failed or wrote something wrong; stock asserted it.
+    """An export failed, or what it wrote is wrong. Stock raises an ``AssertionError`` here.
 
-    Not a ``RuntimeError``: NeMo's ``export_ckpt`` takes that as "not a quantized model" and would write a plain one.
+    It is not a ``RuntimeError``: NeMo's ``export_ckpt`` catches that and writes a checkpoint that is not quantized.
     """
 
 
 @contextlib.contextmanager
 def staged(target: Path, kind: str) -> Iterator[Path]:
-    """Yield a path to write a folder to; its content replaces the target if all ranks end without an error.
+    """Yield the path of a new folder, which replaces the target if all ranks end without an error.
 
-    The output is locked meanwhile. What a user added to a target of ours stays.
+    The target is locked until the context ends. Files that a user added to it are kept.
 
     Args:
         target: The folder to write.
-        kind: Its kind of content, see ``files.mark``.
+        kind: The kind of content, see ``files.mark``.
 
     Raises:
-        ModelOptConfigError: If the target holds something that this package did not write.
-        InUseError: If another process writes there.
+        ModelOptConfigError: If the target contains files that this package did not write.
+        InUseError: If another process is writing to the target.
         ExportError: On the ranks that succeeded, when another rank failed.
     """
     target, writes = Path(target), is_global_rank_zero()
     with contextlib.ExitStack() as stack:
         staging = files.staging_path(target)
-        with together(f"The preparation of {target}"):
+        with fail_together(f"The preparation of {target}"):
             if writes:
                 stack.enter_context(locks.lock(target))
                 files.staging(target, kind)
@@ -53,18 +53,18 @@ def staged(target: Path, kind: str) -> Iterator[Path]:
                 files.discard(staging, kind)
             barrier()
         if elsewhere:
-            raise ExportError(f"The export to {target} failed on another rank, see its log; nothing was left there.")
-        with together(f"Moving {target} into place"):
+            raise ExportError(f"The export to {target} failed on another rank, see its log. Nothing was written there.")
+        with fail_together(f"Moving {target} into place"):
             if writes:
                 files.publish(staging, target, kind)
 
 
 @contextlib.contextmanager
-def together(what: str) -> Iterator[None]:
-    """Let an error of one rank inside of the context end it on all ranks, before they wait for each other.
+def fail_together(what: str) -> Iterator[None]:
+    """Raise an error on all ranks if the context fails on one of them, so that no rank waits for it.
 
     Args:
-        what: What failed, for the ranks that did not.
+        what: The action, for the message on the ranks that did not fail.
 
     Raises:
         ExportError: On the ranks that succeeded, when another rank failed.

@@ -1,7 +1,7 @@
-"""What the Quantizer does with a model that is not real: stock's steps, and no others.
+"""Quantize and export models that are not real by exactly the steps of stock.
 
 Unit tests pass mocks, namespaces and small networks, and also call the methods unbound, with a stand-in for the
-Quantizer. So nothing is read here that stock does not read, and every collaborator is asked as often as stock asks it.
+Quantizer. This module therefore reads only what stock reads, and calls every collaborator as often as stock does.
 
 ``tools`` holds the functions that can be replaced in the module `quantizer`.
 """
@@ -24,7 +24,7 @@ from .insert import quantizers
 
 
 def is_stand_in(model: Any) -> bool:
-    """Return whether a model is neither one of NeMo's own nor holds a Megatron-Core language model."""
+    """Return whether a model is not one of NeMo's and does not hold a Megatron-Core language model."""
     return not (_real.holds_core(model) or _real.is_nemo_model(model) or transformers_models.is_real(model))
 
 
@@ -32,7 +32,7 @@ def quantize(tools: Collaborators, quantizer: Any, model: Any, forward_loop: Any
     """Quantize a stand-in; see ``Quantizer.quantize``.
 
     Raises:
-        ModelOptConfigError: If it is a network that is no model of NeMo's, and nothing says that this is intended.
+        ModelOptConfigError: If it is a network that is not a model of NeMo and does not look like a stand-in for one.
     """
     config = quantizer.quantization_config
     decoder_type = quantizer._get_decoder_type(model, optional=True)
@@ -81,7 +81,7 @@ def forward_loop(quantizer: Any, model: Any, create_data_iterator_getter: Callab
 
 
 def write(tools: Collaborators, quantizer: Any, model: Any, model_dir: Any, trainer: Any) -> None:
-    """Export a stand-in straight into the configured place; see ``Quantizer.export``."""
+    """Export a stand-in directly into the configured folder; see ``Quantizer.export``."""
     config = quantizer.export_config
     if config.export_format == "nemo":
         writers.write_nemo(tools, model, trainer, config.path)

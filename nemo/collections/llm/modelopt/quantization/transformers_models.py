@@ -1,7 +1,7 @@
-"""Quantization of NeMo's wrapper of a ``transformers`` model, ``llm.HFAutoModelForCausalLM`` of nemo-toolkit 2.5.
+"""Quantize NeMo's wrapper of a ``transformers`` model, ``llm.HFAutoModelForCausalLM`` of nemo-toolkit 2.5.
 
-Later versions of nemo-toolkit have no such class; all of this then stands idle, and `check_plain` says so to whoever
-passes a ``transformers`` model. The wrapped model runs in this process alone: no ranks, no pipeline.
+Later versions of nemo-toolkit have no such class, and only `check_plain` applies, which reports a ``transformers``
+model. The wrapped model runs in this process alone, without ranks or a pipeline.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def exists() -> bool:
 
 
 def is_real(model: Any) -> bool:
-    """Return whether a model is such a wrapper itself, and not a mock with its ``spec``."""
+    """Return whether a model is a wrapper, and not a mock with its ``spec``."""
     return exists() and issubclass(type(model), getattr(llm, _NAME))
 
 
@@ -44,16 +44,16 @@ def is_wrapped(model: Any) -> bool:
 
 
 def check(model: Any, export_config: Any, quant_cfg: dict[str, Any]) -> None:
-    """Refuse, before calibrating, a wrapper that is empty or cannot be written in the format asked for.
+    """Check, before calibrating, that a wrapper holds a model and can be exported in the requested format.
 
     Raises:
         ModelOptConfigError: With the reason and what to do.
     """
     if model.model is None:
-        raise ModelOptConfigError(f"This {_NAME} holds no model yet: call its configure_model() first.")
+        raise ModelOptConfigError(f"This {_NAME} does not hold a model yet: call its configure_model() first.")
     if quant_cfg.get("algorithm") == AUTO:
         raise ModelOptConfigError(
-            f'algorithm="auto" searches Megatron models, not a {_NAME}: name one algorithm, or import the model with '
+            f'algorithm="auto" searches Megatron models, not a {_NAME}: use one algorithm, or import the model with '
             "llm.import_ckpt first."
         )
     if export_config is not None:
@@ -66,7 +66,7 @@ def check(model: Any, export_config: Any, quant_cfg: dict[str, Any]) -> None:
 
 
 def _is_plain_int4(quant_cfg: dict[str, Any]) -> bool:
-    """Return whether weights are INT4 and no AWQ scales stand on the inputs, which modelopt's writer looks for."""
+    """Return whether weights are INT4 without AWQ's scales of the inputs, which modelopt's writer expects."""
     return not choices.is_awq(quant_cfg) and any(
         "weight_quantizer" in pattern and attributes["num_bits"] == 4
         for pattern, attributes in choices.quantizer_settings(quant_cfg)
@@ -74,7 +74,7 @@ def _is_plain_int4(quant_cfg: dict[str, Any]) -> bool:
 
 
 def check_format(export_format: str) -> None:
-    """Refuse the one format that needs Megatron's weights.
+    """Check that an export format does not need Megatron's weights.
 
     Raises:
         ModelOptConfigError: For "nemo".
@@ -82,13 +82,13 @@ def check_format(export_format: str) -> None:
     if export_format == "nemo":
         raise ModelOptConfigError(
             "NeMo export format can only be used with native NeMo checkpoints, not HuggingFace models: "
-            f'export_format="nemo" does not fit a {_NAME}. Use "hf" or "trtllm", or import the model with '
+            f'export_format="nemo" does not support a {_NAME}. Use "hf" or "trtllm", or import the model with '
             "llm.import_ckpt first."
         )
 
 
 def check_plain(model: Any) -> None:
-    """Refuse a bare ``transformers`` model with the ways there are.
+    """Check that a model is not a bare ``transformers`` model.
 
     Raises:
         ModelOptConfigError: If it is one.
@@ -97,10 +97,10 @@ def check_plain(model: Any) -> None:
 
     if not isinstance(model, PreTrainedModel):
         return
-    wrap = f"wrap it in llm.{_NAME}" if exists() else f"this nemo-toolkit has no llm.{_NAME} to wrap it (2.5 has)"
+    wrap = f"wrap it in llm.{_NAME}" if exists() else f"only nemo-toolkit 2.5 has llm.{_NAME} to wrap it"
     raise ModelOptConfigError(
-        f"Quantizer takes NeMo's models, and this is a {type(model).__name__} of transformers: {wrap}; "
-        'llm.import_ckpt(..., "hf://...") makes a NeMo model of it on any version.'
+        f"Quantizer supports NeMo's models, not a {type(model).__name__} of transformers: {wrap}, or convert it "
+        'into a NeMo model with llm.import_ckpt(..., "hf://..."), which works in all versions.'
     )
 
 
@@ -134,22 +134,22 @@ def generate_sample(model: Any, prompts: list[str]) -> list[str]:
 
 
 def save_tokenizer(model: Any, export_dir: Path, export_format: str) -> None:
-    """Write the tokenizer's own files: next to the weights ("hf"), or where TensorRT-LLM's users look for them."""
+    """Write the tokenizer's files: next to the weights ("hf"), or into ``huggingface_tokenizer`` ("trtllm")."""
     folder = Path(export_dir) if export_format == "hf" else Path(export_dir) / "huggingface_tokenizer"
     model.tokenizer.save_pretrained(str(folder))
 
 
 def write_hf(tools: Collaborators, model: Any, export_dir: Path, **kwargs: Any) -> Path | None:
-    """Write a wrapped model that was quantized as a Hugging Face checkpoint; return None if it was not.
+    """Write a quantized wrapped model as a Hugging Face checkpoint; return None if it is not quantized.
 
     Args:
         tools: The functions that can be replaced in the module `quantizer`.
         model: The wrapper.
-        export_dir: Where to write to.
+        export_dir: The folder to write.
         **kwargs: Further arguments of ``modelopt.torch.export.export_hf_checkpoint``.
 
     Raises:
-        ExportError: If what was written is not complete.
+        ExportError: If the written checkpoint is incomplete.
     """
     core = tools.unwrap_for_modelopt_operations(model)
     if not tools.mto.ModeloptStateManager.is_converted(core):
@@ -169,9 +169,9 @@ def write_hf(tools: Collaborators, model: Any, export_dir: Path, **kwargs: Any) 
 
 
 def write_plain_hf(model: Any, folder: Path, dtype: torch.dtype) -> None:
-    """Write a wrapped model that was not quantized, in the precision asked for."""
+    """Write a wrapped model that is not quantized, in the requested precision."""
     if is_global_rank_zero():
-        logging.info(f"The model was not quantized: writing it as it is, in {dtype}")
+        logging.info(f"The model is not quantized and is written in {dtype}")
         weights = {name: value.to(dtype) for name, value in model.model.state_dict().items()}
         model.model.save_pretrained(str(folder), state_dict=weights)
         hf_files.name_dtype(folder, dtype)

@@ -1,7 +1,7 @@
-"""What modelopt's own writer stores for the layers that `hf_formats` does not write itself (NVFP4), made exact.
+"""Correct what modelopt's writer stores for layers in NVFP4, which `hf_encoding` does not encode.
 
-That writer rounds the weight to the export's dtype before it encodes it, so its codes are not those of the quantizer in
-memory. For layers and blocks of zeros its scales are zero or NaN.
+modelopt's writer rounds the weight to the export's dtype before it encodes it, so its codes differ from those of the
+quantizer in memory. For layers and blocks of zeros its scales are zero or NaN.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SMALLEST_AMAX = hf_encoding.SMALLEST_SCALE * 448.0 * 6.0
 
 
 def state_of(write: Callable, *args: Any, **kwargs: Any) -> tuple[dict[str, torch.Tensor], Any, Any]:
-    """Return what modelopt's writer stores for a layer, with codes of the quantizer in memory and positive scales.
+    """Return what modelopt's writer stores for a layer, with the codes of the quantizer in memory and positive scales.
 
     Args:
         write: ``get_quantized_state`` of modelopt.
@@ -35,7 +35,7 @@ def state_of(write: Callable, *args: Any, **kwargs: Any) -> tuple[dict[str, torc
         if name in state:
             state[name] = state[name].to(dtype)
     if state["weight"].dim() == 2 and module.weight.is_cuda:
-        # The kernels that quantize to NVFP4 need CUDA. Encoding what they return restores their codes.
+        # The kernels that quantize to NVFP4 need CUDA. Encoding their result restores their codes.
         state["weight"] = module.weight_quantizer(module.weight.detach().float()).cpu()
     _mend(state)
     return (state, *facts)
@@ -48,7 +48,7 @@ def _is_quantized(module: Any) -> bool:
 
 @contextlib.contextmanager
 def _positive_amax(quantizer: Any) -> Iterator[None]:
-    """Keep the amax of a quantizer from being zero inside the context."""
+    """Raise an amax of zero to the smallest positive one inside the context."""
     names = ("_amax", "_global_amax")
     kept = [(name, value) for name in names if (value := getattr(quantizer, name, None)) is not None]
     try:

@@ -1,7 +1,8 @@
-"""The comparison of codes and scales in a Hugging Face checkpoint with those of the quantizers in memory.
+"""Compare codes and scales in a Hugging Face checkpoint with those of the quantizers in memory.
 
-Logits cannot show one wrong code of a large model. So each transformer layer is summed up without regard to the order
-of its rows, which differs: how often each code occurs, the sum of its scales' bits, and the set of its single scales.
+A single wrong code of a large model is not visible in its logits. Each transformer layer is therefore summarized,
+independently of the order of its rows, which differs: the count of each code, the sum of its scales read as integers,
+and the set of its scalar scales.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from megatron.core import parallel_state
 
 from ... import _parallel
-from ..._staging import ExportError, together
+from ..._staging import ExportError, fail_together
 from . import hf_encoding, hf_files
 
 _SINGLE_SCALES = ("weight_scale", "weight_scale_2", "input_scale")
@@ -24,7 +25,7 @@ _SINGLE_SCALES = ("weight_scale", "weight_scale_2", "input_scale")
 
 @dataclass
 class Contents:
-    """What quantized weights of one transformer layer hold.
+    """Summary of the quantized weights of one transformer layer.
 
     Attributes:
         codes: How often each of 256 codes occurs.
@@ -44,18 +45,18 @@ class Contents:
             self.singles[name] |= values
 
     def add_codes(self, codes: torch.Tensor) -> None:
-        """Count codes, one in each byte."""
+        """Count codes that are stored as one byte each."""
         self.codes += torch.bincount(codes.contiguous().view(torch.uint8).flatten().int(), minlength=256).cpu()
 
     def add_scale(self, name: str, scale: torch.Tensor) -> None:
-        """Add a scale of a tensor, or those of rows or blocks."""
+        """Add the scale of a tensor, or the scales of its rows or blocks."""
         if scale.dim() == 0 or name != "weight_scale":
             self.singles[name].add(float(scale))
         else:
             self.scale_bits += int(scale.float().contiguous().view(torch.int32).sum(dtype=torch.int64))
 
     def difference(self, stored: Contents) -> str | None:
-        """Return what another one has differently, or None."""
+        """Return how stored contents differ from these, or None."""
         if not torch.equal(self.codes, stored.codes):
             return f"{int((self.codes - stored.codes).abs().sum() + 1) // 2} codes differ"
         if self.scale_bits != stored.scale_bits:
@@ -67,7 +68,7 @@ class Contents:
 
 
 def of_model(core: torch.nn.Module) -> dict[str, Contents]:
-    """Return the contents by the number of the layer, of what this rank holds and no other rank does."""
+    """Return the contents by layer number, of those weights that this rank counts for all its replicas."""
     found: dict[str, Contents] = defaultdict(Contents)
     if parallel_state.get_data_parallel_rank() > 0:
         return found
@@ -82,7 +83,7 @@ def of_model(core: torch.nn.Module) -> dict[str, Contents]:
         axis = int(weight.partition_dim) if getattr(weight, "tensor_model_parallel", False) else None
         if axis is not None or first:
             part.add_codes(hf_encoding.codes_of(module, layer))
-        # Ranks that share an output share the scale of its row, but each has the scales of its own blocks.
+        # Ranks that split the inputs share the scales of rows, but each has the scales of its own blocks.
         if axis == 0 or first or (axis == 1 and layer.algorithm.startswith("W4")):
             part.add_scale("weight_scale", layer.scale)
         for leaf, scale in (("weight_scale_2", layer.scale_2), ("input_scale", layer.input_scale)):
@@ -92,7 +93,7 @@ def of_model(core: torch.nn.Module) -> dict[str, Contents]:
 
 
 def of_files(folder: Path) -> dict[str, Contents]:
-    """Return the contents of a checkpoint by the number of the layer; none for formats that another writer encodes."""
+    """Return the contents of a checkpoint by layer number; none for formats that modelopt's writer encodes."""
     algorithm = hf_files.algorithm_of(folder) or ""
     found: dict[str, Contents] = defaultdict(Contents)
     if not hf_encoding.is_encoded_here(algorithm):
@@ -125,7 +126,7 @@ def check(core: torch.nn.Module, folder: Path) -> None:
         ExportError: If they differ.
     """
     parts = _parallel.gather_objects(dict(of_model(core)))
-    with together("The check of the codes"):
+    with fail_together("The check of the codes"):
         if torch.distributed.get_rank() == 0:
             expected: dict[str, Contents] = defaultdict(Contents)
             for number, part in (item for rank in parts for item in rank.items()):
@@ -143,7 +144,7 @@ def compare(expected: dict[str, Contents], stored: dict[str, Contents]) -> None:
         difference = expected.get(number, Contents()).difference(stored.get(number, Contents()))
         if difference:
             raise ExportError(
-                f"The checkpoint's layer {number} does not hold what the model in memory does: {difference}. It was "
-                "not kept; please report it with the model's class and the algorithm. ExportConfig(verify='files') "
-                "writes without this comparison."
+                f"Layer {number} of the checkpoint differs from the model in memory: {difference}. The checkpoint was "
+                "deleted. Please report this with the model's class and the algorithm. To export without this "
+                "comparison, use ExportConfig(verify='files')."
             )

@@ -1,4 +1,4 @@
-"""The configuration of a written Hugging Face checkpoint: architecture, formats, and layers that are not quantized."""
+"""Write the configuration of a Hugging Face checkpoint: architecture, formats, and layers in 16 bits."""
 
 from __future__ import annotations
 
@@ -16,17 +16,22 @@ from . import hf_encoding, hf_files, support
 
 @dataclass(frozen=True)
 class Names:
-    """How an architecture calls what modelopt's writer does not store: prefix of attention's tensors, output layer."""
+    """Names in an architecture's files.
+
+    Attributes:
+        attention: Prefix of the tensors of attention, with ``{}`` for the layer's number.
+        head: Name of the output layer.
+    """
 
     attention: str
     head: str
 
 
 def names_of(hf_config) -> Names:
-    """Return the names that modelopt's mapping has for an architecture.
+    """Return the names of modelopt's mapping for an architecture.
 
     Raises:
-        ModelOptConfigError: If there is no such mapping.
+        ModelOptConfigError: If modelopt has no mapping for it.
     """
     from modelopt.torch.export.plugins.mcore_common import all_mcore_hf_export_mapping
 
@@ -34,16 +39,16 @@ def names_of(hf_config) -> Names:
     rules = all_mcore_hf_export_mapping.get(architecture)
     if rules is None:
         raise ModelOptConfigError(
-            f"modelopt cannot write {architecture}; it can write {sorted(support.known_architectures())}."
+            f"modelopt cannot write {architecture}; supported architectures: {sorted(support.known_architectures())}."
         )
     names = [getattr(rules.get(rule), "target_name_or_prefix", "") for rule in ("linear_qkv", "output_layer")]
     return Names(names[0], names[1].rstrip("."))
 
 
 def with_architecture(hf_config):
-    """Return a configuration that names its class of ``transformers``: NeMo's exporters name none, or another one.
+    """Return a configuration that names its class of ``transformers``.
 
-    Of Nemotron they name none, and of a Qwen3 mixture of experts the dense class.
+    NeMo's exporters name none for Nemotron, and the dense class for Qwen3 with experts.
     """
     classes = AutoModelForCausalLM._model_mapping
     name = classes[type(hf_config)].__name__ if type(hf_config) in classes else None
@@ -54,7 +59,7 @@ def with_architecture(hf_config):
 
 
 def name_tied(path: Path, model) -> None:
-    """Write into ``config.json`` whether the output layer is tied: NeMo's exporter of Qwen2 says that none is."""
+    """Write into ``config.json`` whether the output layer is tied; NeMo's exporter of Qwen2 writes false for all."""
     tied = getattr(model, "share_embeddings_and_output_weights", None)
     if isinstance(tied, bool):
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -62,9 +67,10 @@ def name_tied(path: Path, model) -> None:
 
 
 def write_generation_config(model: Any, folder: Path) -> None:
-    """Write ``generation_config.json``: the one the model was imported with, or what its tokenizer says.
+    """Write ``generation_config.json``: the one the model was imported with, or one from its tokenizer.
 
-    Where the model was imported with one, ``config.json`` names the same tokens: NeMo's exporters ask the tokenizer.
+    If the model was imported with one, its special tokens also replace those in ``config.json``, which NeMo's exporters
+    take from the tokenizer.
     """
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     own = getattr(getattr(model, "config", None), "generation_config", None)
@@ -81,7 +87,7 @@ def write_generation_config(model: Any, folder: Path) -> None:
 
 
 def describe(folder: Path, layers: dict[int, hf_encoding.Layer], cache: str | None, head: str) -> None:
-    """Describe the format if modelopt's writer did not, the KV cache, and the layers that are not quantized.
+    """Write the quantized formats and the list of layers in 16 bits into the configuration files.
 
     Args:
         folder: The checkpoint.
@@ -92,7 +98,7 @@ def describe(folder: Path, layers: dict[int, hf_encoding.Layer], cache: str | No
     path = folder / "hf_quant_config.json"
     named = json.loads(path.read_text())["quantization"]["quant_algo"] if path.exists() else None
     if named is None:
-        # modelopt 0.37 writes one for each model, also where it knows no name for the format or there is none.
+        # modelopt 0.37 also writes one if it has no name for the format, or if the model is not quantized.
         path.unlink(missing_ok=True)
     if not layers and named is None and cache is None:
         return
@@ -111,11 +117,11 @@ def describe(folder: Path, layers: dict[int, hf_encoding.Layer], cache: str | No
 
 
 def unquantized(folder: Path, head: str) -> list[str]:
-    """Return the linear layers of a checkpoint that are not quantized, as readers build them, stored or not.
+    """Return the names of the linear layers that are not quantized, including those that are not stored.
 
-    modelopt names the parent of fused layers: with `linear_qkv` in 16 bits it excludes the whole ``self_attn``, and a
-    reader would take the codes of its other layers for weights. An output layer that shares the embedding's weight is
-    not stored, and yet built as a linear layer.
+    modelopt excludes the parent of fused layers: with `linear_qkv` in 16 bits it lists the whole ``self_attn``, and a
+    reader would load the codes of its other layers as weights. An output layer that shares the embedding's weight is
+    not stored, but readers build it as a linear layer.
 
     Args:
         folder: The checkpoint.
@@ -128,7 +134,7 @@ def unquantized(folder: Path, head: str) -> list[str]:
 
 
 def _amend(quant_config: Path, config: Path, names: list[str], cache: str | None) -> None:
-    """Put the names of the layers without quantization, and the KV cache's format, into both of modelopt's files."""
+    """Write the names of the layers in 16 bits and the format of the KV cache into both of modelopt's files."""
     content = json.loads(quant_config.read_text())
     quantization = content["quantization"]
     quantization["exclude_modules"] = names

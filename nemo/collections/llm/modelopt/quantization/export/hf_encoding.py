@@ -1,4 +1,4 @@
-"""What a quantized linear layer becomes in a Hugging Face checkpoint, and back: pure functions of tensors.
+"""Encode quantized linear layers for a Hugging Face checkpoint, and decode them, by pure functions of tensors.
 
 The names are those of modelopt's unified checkpoint: ``weight`` (codes), ``weight_scale``, ``weight_scale_2``,
 ``input_scale`` and ``pre_quant_scale``, which multiplies a layer's input before anything else (AWQ, SmoothQuant).
@@ -21,29 +21,29 @@ _E4M3 = (4, 3)
 _E4M3_MAX = 448.0
 # The largest value of each format's codes, by which modelopt's fake quantizers divide amax.
 _MAXBOUND = {"FP8": _E4M3_MAX, "W8": 127.0, "W4": 7.0}
-# modelopt's quantizers treat an amax up to here as zero.
+# modelopt's quantizers treat an amax up to this value as zero.
 _ZERO_AMAX = 2.0**-24
 # Readers divide by scales, and a GPU flushes smaller numbers to zero.
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 # The sixteen values of FP4 E2M1 by their code.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
-# Values of ``quant_algo`` whose numbers `decode` knows.
+# Values of ``quant_algo`` that `decode` supports.
 DECODABLE = frozenset(HF_FORMATS)
 
 
 @dataclass
 class Layer:
-    """One linear layer of this rank: what is to be stored beside its codes.
+    """What is stored for one linear layer of this rank.
 
     Attributes:
-        algorithm: ``quant_algo`` as modelopt's readers call it.
-        scale: Of the weight: a scalar, `[o, 1]` or `[o, n]`.
-        scale_2: Of the second step of W4A8, a scalar.
-        input_scale: Of the input, a scalar.
-        pre_quant_scale: `[i]`.
+        algorithm: ``quant_algo``, the name of the format.
+        scale: Scale of the weight: a scalar, `[o, 1]` or `[o, n]`.
+        scale_2: Scale of the second step of W4A8, a scalar.
+        input_scale: Scale of the input, a scalar.
+        pre_quant_scale: Factors `[i]` of the input.
         facts: Further entries of the quantization configuration.
-        codes: Of the whole weight `[o, i]`, if they were put together from tensor-parallel parts; see `codes_of`.
+        codes: Codes of the whole weight `[o, i]` if they were gathered from tensor-parallel ranks, see `codes_of`.
     """
 
     algorithm: str
@@ -56,7 +56,7 @@ class Layer:
 
 
 def algorithm_of(weight: list[dict[str, Any]], has_input: bool, has_pre_quant_scale: bool) -> str | None:
-    """Return ``quant_algo`` of the layers this module writes itself, or None for all others.
+    """Return ``quant_algo`` of a layer that this module encodes, or None for all others.
 
     Args:
         weight: ``num_bits``, ``axis`` and ``block_sizes`` of each step of the weight quantizer.
@@ -80,12 +80,12 @@ def algorithm_of(weight: list[dict[str, Any]], has_input: bool, has_pre_quant_sc
 
 
 def is_encoded_here(algorithm: str) -> bool:
-    """Return whether `encode` makes the codes of a ``quant_algo``, and not modelopt's writer."""
+    """Return whether `encode`, and not modelopt's writer, makes the codes of a ``quant_algo``."""
     return algorithm in HF_FORMATS and HF_FORMATS[algorithm].encoded_here
 
 
 def settings_of(module: torch.nn.Module) -> tuple[list[dict[str, Any]], bool, bool] | None:
-    """Return the arguments of `algorithm_of` for a layer, None where its weight is not quantized."""
+    """Return the arguments of `algorithm_of` for a layer, or None if its weight is not quantized."""
     quantizer = getattr(module, "weight_quantizer", None)
     if not isinstance(quantizer, (TensorQuantizer, SequentialQuantizer)):
         return None
@@ -99,7 +99,7 @@ def settings_of(module: torch.nn.Module) -> tuple[list[dict[str, Any]], bool, bo
 
 
 def read(module: torch.nn.Module) -> Layer | None:
-    """Return what is to be stored for a converted layer, None where it is not quantized or another writer's."""
+    """Return what is stored for a converted layer, or None if this module does not encode it."""
     settings = settings_of(module)
     algorithm = algorithm_of(*settings) if settings else None
     if settings is None or algorithm is None:
@@ -140,26 +140,26 @@ def _scalar(quantizer: Any, amax: torch.Tensor) -> torch.Tensor:
 
 
 def _input_amax(quantizer: Any) -> torch.Tensor:
-    """Return the amax that an input quantizer applies: for FP8, modelopt replaces zero by one."""
+    """Return the amax that an input quantizer applies; for FP8, modelopt replaces zero by one."""
     amax = quantizer.amax.detach().float()
     is_float = not isinstance(quantizer.num_bits, int)
     return torch.where(amax <= _ZERO_AMAX, torch.ones_like(amax), amax) if is_float else amax
 
 
 def positive_scale(amax: torch.Tensor, maxbound: float) -> torch.Tensor:
-    """Return the fp32 scale for an amax; the smallest positive one for zero, whose codes are zero anyway."""
+    """Return the fp32 scale for an amax, or the smallest positive one if the amax is zero (all codes are zero then)."""
     return (amax.detach().float() / maxbound).clamp_min(SMALLEST_SCALE)
 
 
 def codes_of(module: torch.nn.Module, layer: Layer) -> torch.Tensor:
-    """Return the codes `[o, i]` to which a layer's own weight quantizer rounds its weight, INT4 as one int8 each.
+    """Return the codes `[o, i]` to which a layer's weight quantizer rounds its weight; INT4 codes are one int8 each.
 
-    The quantizer returns code times scale. Dividing by the scale again restores the code exactly, whatever arithmetic
-    the quantizer uses on this device; rounding the weight here would put ties elsewhere. bf16 weights are full of ties.
+    The quantizer returns code times scale. Dividing by the scale restores the code exactly, for any arithmetic that the
+    quantizer uses on this device. Rounding the weight here could break ties differently, and bf16 weights have many.
 
     Args:
         module: The converted layer, with the weight of this rank.
-        layer: What `read` returned for it.
+        layer: The result of `read` for it.
     """
     weight: Any = module.weight
     quantizer = next(step for step in _steps(module.weight_quantizer) if step.is_enabled)
@@ -168,7 +168,7 @@ def codes_of(module: torch.nn.Module, layer: Layer) -> torch.Tensor:
 
 
 def values_of(layer: Layer, codes: torch.Tensor) -> torch.Tensor:
-    """Return the fp32 weight `[o, i]` for codes, which `encode` turns into the same codes."""
+    """Return the fp32 weight `[o, i]` for codes; `encode` turns it into the same codes."""
     return codes.float() * _per_element(layer.scale.to(codes.device), codes.shape[-1])
 
 
@@ -181,9 +181,9 @@ def _nearest(algorithm: str, scaled: torch.Tensor) -> torch.Tensor:
 
 
 def encode(algorithm: str, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return the codes of a weight `[o, i]` as they are stored, for scales that are a scalar, `[o, 1]` or `[o, n]`."""
+    """Return the codes of a weight `[o, i]` as they are stored; the scale is a scalar, `[o, 1]` or `[o, n]`."""
     maxbound = next(bound for prefix, bound in _MAXBOUND.items() if algorithm.startswith(prefix))
-    # modelopt's quantizers multiply by the reciprocal: `w / (amax / maxbound)` breaks ties differently.
+    # modelopt's quantizers multiply by the reciprocal; `w / (amax / maxbound)` would break ties differently.
     reciprocal = maxbound / (scale.float() * maxbound)
     codes = _nearest(algorithm, weight.float() * _per_element(reciprocal, weight.shape[-1]))
     if not algorithm.startswith("W4"):
@@ -193,16 +193,16 @@ def encode(algorithm: str, weight: torch.Tensor, scale: torch.Tensor) -> torch.T
 
 
 def unpack(algorithm: str, stored: torch.Tensor) -> torch.Tensor:
-    """Return stored codes one by one, as `codes_of` does."""
+    """Return stored codes, one in each element, as `codes_of` does."""
     if not algorithm.startswith("W4"):
         return stored
     signed = stored.view(torch.int8)
-    # Shifting an int8 right keeps the sign: to the left first for the lower half.
+    # Shifting an int8 right keeps the sign; the lower half is shifted to the left first.
     return torch.stack(((signed << 4) >> 4, signed >> 4), dim=1).flatten(0, 1)
 
 
 def decode(algorithm: str, tensors: dict[str, torch.Tensor], second_step: bool = True) -> torch.Tensor:
-    """Return the fp32 weight `[o, i]` that a layer's stored tensors stand for, without ``pre_quant_scale``.
+    """Return the dequantized fp32 weight `[o, i]` of a layer's stored tensors, without ``pre_quant_scale``.
 
     Args:
         algorithm: ``quant_algo``.
@@ -210,7 +210,7 @@ def decode(algorithm: str, tensors: dict[str, torch.Tensor], second_step: bool =
         second_step: Round to FP8 after INT4 if there is a ``weight_scale_2`` for it (W4A8).
 
     Raises:
-        KeyError: For an algorithm whose numbers are not known here.
+        KeyError: For an algorithm that is not in `DECODABLE`.
     """
     codes, scale = tensors["weight"], tensors["weight_scale"].float()
     if algorithm == "FP8":
@@ -235,18 +235,18 @@ def _column(scale: torch.Tensor) -> torch.Tensor:
 
 
 def _per_element(scale: torch.Tensor, width: int) -> torch.Tensor:
-    """Return a scale that broadcasts against `[o, i]`: blocks `[o, n]` are repeated to the width."""
+    """Return a scale that broadcasts against `[o, i]`; those of blocks `[o, n]` are repeated to the width."""
     if scale.dim() < 2 or scale.shape[-1] == 1:
         return scale
     return scale.repeat_interleave(width // scale.shape[-1], dim=-1)
 
 
 def static_quantizer(algorithm: str, scale: torch.Tensor) -> TensorQuantizer:
-    """Return modelopt's own quantizer for a stored scale: its arithmetic decides which way a tie is rounded.
+    """Return modelopt's quantizer for a stored scale, so that ties are rounded as in modelopt.
 
     Args:
         algorithm: ``quant_algo``, or "FP8" for a second step.
-        scale: A scalar, of the input or of the second step.
+        scale: The scale of the input or of the second step, a scalar.
     """
     is_integer = algorithm.startswith("W8")
     settings = QuantizerAttributeConfig(num_bits=8 if is_integer else _E4M3)
@@ -257,7 +257,7 @@ def static_quantizer(algorithm: str, scale: torch.Tensor) -> TensorQuantizer:
 def configuration(
     algorithm: str | None, facts: dict[str, Any], excluded: list[str], kv_cache: str | None
 ) -> dict[str, Any]:
-    """Return the content of ``hf_quant_config.json``; without an algorithm only the KV cache is quantized."""
+    """Return the content of ``hf_quant_config.json``; the algorithm is None if only the KV cache is quantized."""
     import modelopt
 
     quantization = {"quant_algo": algorithm, "exclude_modules": sorted(excluded), **facts}
@@ -267,7 +267,7 @@ def configuration(
 
 
 def config_section(quant_config: dict[str, Any]) -> dict[str, Any]:
-    """Return the section ``quantization_config`` of ``config.json`` for a content of ``hf_quant_config.json``."""
+    """Return the section ``quantization_config`` of ``config.json`` for the content of ``hf_quant_config.json``."""
     details = dict(quant_config["quantization"])
     section: dict[str, Any] = {"ignore": details.pop("exclude_modules")}
     cache = details.pop("kv_cache_quant_algo", None)
@@ -284,7 +284,7 @@ def kv_cache_scheme(cache: str) -> dict[str, Any] | str:
 
 
 def _config_group(details: dict[str, Any]) -> dict[str, Any]:
-    """Return how weights and inputs of all layers are quantized, by the entries of ``hf_quant_config.json``."""
+    """Return how weights and inputs are quantized, from the entries of ``hf_quant_config.json``."""
     is_fp8 = details["quant_algo"] == "FP8"
     bits = 4 if details["quant_algo"].startswith("W4") else 8
     weights = {"dynamic": False, "num_bits": bits, "type": "float" if is_fp8 else "int"}

@@ -1,4 +1,4 @@
-"""The files of a written Hugging Face checkpoint: reading them, and the check of names, shapes, dtypes and values."""
+"""Read the files of a written Hugging Face checkpoint, and check their names, shapes, dtypes and values."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ SCALES = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "k
 
 
 def verify(folder: Path) -> None:
-    """Reopen a Hugging Face checkpoint: each tensor has its shape and dtype and is finite, and each scale is positive.
+    """Read a Hugging Face checkpoint and check the shape, dtype and values of each tensor and scale.
 
     Raises:
-        ExportError: Listing what is wrong.
+        ExportError: With a list of the problems.
     """
     tensors = dict(read_tensors(folder))
     problems = [problem for name, value in tensors.items() if (problem := _value_problem(name, value))]
@@ -33,13 +33,13 @@ def verify(folder: Path) -> None:
     if expected:
         problems += [f"{name} is unexpected" for name in tensors if name not in expected and not is_scale(name)]
     problems += [f"{name} belongs to no weight" for name in tensors if _is_orphan(name, tensors)]
-    problems += hf_kv_cache.problems(kv_cache_of(folder), set(tensors), set(expected))
+    problems += hf_kv_cache.scale_problems(kv_cache_of(folder), set(tensors), set(expected))
     if problems:
         raise ExportError(f"The checkpoint that was written is wrong: {'; '.join(sorted(problems)[:10])}")
 
 
 def _logical_shape(tensor: torch.Tensor) -> list[int] | None:
-    """Return a tensor's shape, or None where bytes hold several values."""
+    """Return a tensor's shape, or None if each byte holds several values."""
     return None if tensor.dtype == torch.uint8 else list(tensor.shape)
 
 
@@ -54,7 +54,7 @@ def _scale_problems(name: str, tensors: dict[str, torch.Tensor]) -> list[str]:
     if weight.dtype == torch.int8 and list(scale.shape) != [weight.shape[0]]:
         return [f"{name}_scale has shape {list(scale.shape)}, not [{weight.shape[0]}]"]
     if weight.dtype in (torch.bfloat16, torch.float16, torch.float32):
-        return [f"{name} has dtype {weight.dtype}, but a scale"]
+        return [f"{name} has dtype {weight.dtype}, but also a scale"]
     return []
 
 
@@ -69,7 +69,7 @@ def is_scale(name: str) -> bool:
 
 
 def _value_problem(name: str, tensor: torch.Tensor) -> str | None:
-    """Return what is wrong with a tensor's values, or None: FP8 codes can be NaN too."""
+    """Return what is wrong with a tensor's values, or None; FP8 codes are checked too, as they can be NaN."""
     if not tensor.is_floating_point():
         return None
     value = tensor.float()
@@ -107,13 +107,13 @@ def stored_shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def name_dtype(folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Name the dtype of what is not quantized in ``config.json``, under both names that readers look for.
+    """Write the dtype of all tensors that are not quantized into ``config.json``, under both names that readers use.
 
-    ``transformers`` itself writes only the newer one; readers of ``torch_dtype`` then take fp32.
+    ``transformers`` writes only the newer name; readers of ``torch_dtype`` then use fp32.
 
     Args:
         folder: The checkpoint.
-        dtype: None keeps the one that is named already.
+        dtype: The dtype; None keeps the one in the file.
     """
     path = folder / "config.json"
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -124,7 +124,7 @@ def name_dtype(folder: Path, dtype: torch.dtype | None = None) -> None:
 
 
 def plain_config(folder: Path) -> Any:
-    """Return the ``transformers`` configuration without quantization; None for a class it does not know."""
+    """Return the ``transformers`` configuration without quantization, or None if it does not support the class."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
@@ -133,7 +133,7 @@ def plain_config(folder: Path) -> Any:
 
 
 def linear_layers(folder: Path) -> set[str]:
-    """Return the names of the layers that `transformers` builds as linear ones; none for a class it does not know."""
+    """Return the names of the linear layers of the `transformers` model; none if it does not support the class."""
     from transformers import AutoModelForCausalLM
 
     config = plain_config(folder)
@@ -145,7 +145,7 @@ def linear_layers(folder: Path) -> set[str]:
 
 
 def expected_shapes(folder: Path) -> dict[str, torch.Size]:
-    """Return name and shape of each tensor `transformers` will look for; nothing for a class it does not know."""
+    """Return name and shape of each tensor that `transformers` loads; none if it does not support the class."""
     from transformers import AutoModelForCausalLM
 
     config = plain_config(folder)
@@ -158,28 +158,28 @@ def expected_shapes(folder: Path) -> dict[str, torch.Size]:
 
 
 def obstacle(folder: Path) -> str | None:
-    """Return why the logits of a checkpoint cannot be computed here, or None."""
+    """Return why the logits of a checkpoint cannot be computed in this process, or None."""
     import psutil
 
     if plain_config(folder) is None:
-        return "transformers does not know the architecture"
+        return "transformers does not support the architecture"
     needed = 4 * sum(shape.numel() for shape in expected_shapes(folder).values())
-    # The tensors are read once more while the fp32 model stands.
+    # The tensors are read once more while the fp32 model is in memory.
     if 1.5 * needed > psutil.virtual_memory().available:
-        return f"the model in fp32 takes {needed / 2**30:.0f} GiB of the host's memory"
+        return f"the model in fp32 needs {needed / 2**30:.0f} GiB of host memory, more than is available"
     algorithm = algorithm_of(folder)
     if algorithm is not None and algorithm not in hf_encoding.DECODABLE:
-        return f"the numbers of {algorithm} are not known here"
+        return f"decoding {algorithm} is not supported"
     return None
 
 
 def algorithm_of(folder: Path) -> str | None:
-    """Return ``quant_algo`` of a checkpoint, None for a plain one."""
+    """Return ``quant_algo`` of a checkpoint, or None if it is not quantized."""
     path = folder / "hf_quant_config.json"
     return json.loads(path.read_text())["quantization"]["quant_algo"] if path.exists() else None
 
 
 def kv_cache_of(folder: Path) -> str | None:
-    """Return ``kv_cache_quant_algo`` of a checkpoint, None if its KV cache is not quantized."""
+    """Return ``kv_cache_quant_algo`` of a checkpoint, or None if its KV cache is not quantized."""
     path = folder / "hf_quant_config.json"
     return json.loads(path.read_text())["quantization"].get("kv_cache_quant_algo") if path.exists() else None

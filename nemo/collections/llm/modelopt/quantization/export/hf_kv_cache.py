@@ -1,8 +1,8 @@
-"""The scales of a quantized KV cache in a Hugging Face checkpoint: names, values, and what a reader makes of them.
+"""Write, check and apply the scales of a quantized KV cache in a Hugging Face checkpoint.
 
-modelopt's exporter of Hugging Face models calls them ``self_attn.k_proj.k_scale`` and ``self_attn.v_proj.v_scale``. Its
+modelopt's exporter of Hugging Face models names them ``self_attn.k_proj.k_scale`` and ``self_attn.v_proj.v_scale``. Its
 Megatron exporter uses other names, and has no rule for some architectures. FP8 scales are at least 1.0, as modelopt
-recommends: FP8 has the range, and a cache that was scaled up would overflow on values above those of the calibration.
+recommends: the range of FP8 suffices, and with smaller scales, values above those of the calibration would overflow.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from ...errors import ModelOptConfigError
 from .. import quant_cfg_choices as choices
 from . import hf_encoding
 
-# What an amax is divided by, in modelopt, for a cache of either format.
+# modelopt divides amax by this number, for a cache in either format.
 _MAXBOUND = 448.0
 _LOWEST_FP8_SCALE = 1.0
 _FORMATS = {(4, 3): "FP8", (2, 1): "NVFP4"}
 _QUANTIZERS = ("q_bmm_quantizer", "k_bmm_quantizer", "v_bmm_quantizer")
 _KEY, _VALUE = _QUANTIZERS[1:]
 _NAME = re.compile(r"\blayers\.(\d+)\..*\.([kv])_scale$")
-_LATENT = "the cache of multi-latent attention holds one latent vector in readers, not keys and values"
+_LATENT = "readers cache one latent vector for multi-latent attention instead of keys and values"
 Settings = dict[str, dict[str, Any]]
 
 
 def format_of(settings: Settings) -> str | None:
-    """Return ``kv_cache_quant_algo`` of one attention layer, None if its cache is not quantized.
+    """Return ``kv_cache_quant_algo`` of one attention layer, or None if its cache is not quantized.
 
     Args:
-        settings: Name of a quantizer ("k_bmm_quantizer") to its attributes, of those that are enabled.
+        settings: Name of each enabled quantizer ("k_bmm_quantizer") to its attributes.
 
     Raises:
-        ValueError: If no Hugging Face checkpoint can describe it; with the reason.
+        ValueError: If a Hugging Face checkpoint cannot describe it, with the reason.
     """
     if not settings:
         return None
     if set(settings) != {_KEY, _VALUE}:
-        raise ValueError(f"only keys and values of attention can be quantized, and both; here it is {sorted(settings)}")
+        raise ValueError(f"attention must quantize keys and values, both and nothing else, not {sorted(settings)}")
     found = {_FORMATS.get(_bits(attributes)) for attributes in settings.values()}
     if None in found or len(found) > 1 or any(attributes.get("bias") for attributes in settings.values()):
         shown = {name: f"num_bits={attributes['num_bits']}" for name, attributes in settings.items()}
-        raise ValueError(f"keys and values must both be FP8 or both NVFP4, without a bias; here it is {shown}")
+        raise ValueError(f"keys and values must both be FP8 or both NVFP4, without a bias, not {shown}")
     return found.pop()
 
 
@@ -61,7 +61,7 @@ def _bits(attributes: dict[str, Any]) -> Any:
 
 
 def _attentions(core: torch.nn.Module) -> Iterator[tuple[int, str, torch.nn.Module, bool]]:
-    """Yield number from 0, name, module and whether it is multi-latent, of the attention of each layer of this rank."""
+    """Yield the layer number from 0, name, module and whether it is multi-latent, for each attention of this rank."""
     for name, layer in core.named_modules():
         attention: Any = getattr(layer, "self_attention", None) if isinstance(layer, TransformerLayer) else None
         if hasattr(attention, "core_attention"):
@@ -70,7 +70,7 @@ def _attentions(core: torch.nn.Module) -> Iterator[tuple[int, str, torch.nn.Modu
 
 
 def _present(core_attention: torch.nn.Module) -> Settings:
-    """Return the enabled quantizers of a converted attention with their attributes."""
+    """Return the enabled quantizers of a converted attention module with their attributes."""
     return {
         name: {"num_bits": q.num_bits, "bias": getattr(q, "_bias", None)}
         for name, q in core_attention.named_children()
@@ -83,7 +83,7 @@ def obstacle(core: torch.nn.Module, quant_cfg: dict[str, Any] | None = None) -> 
 
     Args:
         core: This rank's Megatron-Core model.
-        quant_cfg: How it will be quantized; None for a model that is converted already.
+        quant_cfg: How it will be quantized; None if it is converted already.
     """
     formats = set()
     for _, name, attention, latent in _attentions(core):
@@ -97,20 +97,20 @@ def obstacle(core: torch.nn.Module, quant_cfg: dict[str, Any] | None = None) -> 
         if settings and latent:
             return _LATENT
         if quant_cfg is None and any(getattr(attention, quantizer).amax is None for quantizer in settings):
-            return f"KV cache of {name}: it was not calibrated"
+            return f"KV cache of {name}: its quantizers are not calibrated"
     if len(formats) > 1:
-        return f"the KV cache must be quantized in all layers or in none; here there are {sorted(map(str, formats))}"
+        return f"the KV cache must have the same format in all layers, not {sorted(map(str, formats))}"
     return None
 
 
-def settle(export_format: str, quant_cfg: dict[str, Any], core: torch.nn.Module, enable: bool | None) -> None:
-    """Refuse a quantized KV cache that a Hugging Face checkpoint cannot describe, or take it out if nobody asked.
+def check_or_disable(export_format: str, quant_cfg: dict[str, Any], core: torch.nn.Module, enable: bool | None) -> None:
+    """Check that a Hugging Face checkpoint can describe a quantized KV cache, or disable a cache nobody asked for.
 
     Args:
-        export_format: Format asked for.
-        quant_cfg: How the model will be quantized, changed in place if the option was left to us and cannot work.
+        export_format: The requested format.
+        quant_cfg: How the model will be quantized; changed in place if the cache is disabled.
         core: This rank's Megatron-Core model.
-        enable: The user's option: None leaves it to us.
+        enable: The user's setting; the cache is disabled only if it is None.
 
     Raises:
         ModelOptConfigError: With the reason and what to do.
@@ -123,7 +123,8 @@ def settle(export_format: str, quant_cfg: dict[str, Any], core: torch.nn.Module,
         choices.disable_kv_cache(quant_cfg)
         return
     raise ModelOptConfigError(
-        f'export_format="hf": {found}. Set enable_kv_cache=False or mend the quant_cfg; export_format="nemo" takes any.'
+        f'export_format="hf": {found}. Set enable_kv_cache=False, change the quant_cfg, or use export_format="nemo", '
+        "which supports any cache."
     )
 
 
@@ -133,11 +134,11 @@ def formats(core: torch.nn.Module) -> set[str | None]:
 
 
 def scales(core: torch.nn.Module, prefix: str) -> dict[int, dict[str, torch.Tensor]]:
-    """Return the scales of this rank's KV cache: number of a layer, from 1, to tensors by name.
+    """Return the scales of this rank's KV cache: number of each layer, from 1, to tensors by name.
 
     Args:
         core: This rank's Megatron-Core model.
-        prefix: Of an attention's tensors in the checkpoint, with ``{}`` for the layer's number.
+        prefix: Prefix of the tensors of attention in the checkpoint, with ``{}`` for the layer's number.
     """
     found = {}
     for number, _, attention, _ in _attentions(core):
@@ -151,19 +152,19 @@ def scales(core: torch.nn.Module, prefix: str) -> dict[int, dict[str, torch.Tens
 
 
 def stored_scale(quantizer: TensorQuantizer) -> torch.Tensor:
-    """Return the fp32 scale that a checkpoint holds for a quantizer of keys or values."""
+    """Return the fp32 scale that a checkpoint stores for a quantizer of keys or values."""
     scale = quantizer.amax.detach().float().amax().reshape(()) / _MAXBOUND
     return scale.clamp(min=_LOWEST_FP8_SCALE) if _bits({"num_bits": quantizer.num_bits}) == (4, 3) else scale
 
 
 def is_imitated(name: str, quantizer: TensorQuantizer) -> bool:
-    """Return whether `attach` does what a quantizer of attention does."""
+    """Return whether `attach` reproduces a quantizer of attention."""
     return name.endswith((_KEY, _VALUE)) and _bits({"num_bits": quantizer.num_bits}) == (4, 3)
 
 
 @contextlib.contextmanager
 def as_stored(core: torch.nn.Module) -> Iterator[None]:
-    """Let a model quantize its KV cache with the scales that a checkpoint holds, inside the context."""
+    """Make a model quantize its KV cache with the scales that a checkpoint stores, inside the context."""
     kept = []
     for name, quantizer in core.named_modules():
         if isinstance(quantizer, TensorQuantizer) and quantizer.is_enabled and is_imitated(name, quantizer):
@@ -178,15 +179,15 @@ def as_stored(core: torch.nn.Module) -> Iterator[None]:
 
 
 class QuantizedCache(DynamicCache):
-    """A KV cache whose keys and values pass through quantizers, as in a cache of a narrower format."""
+    """A KV cache that quantizes its keys and values, as a cache in a narrower format does."""
 
     def __init__(self, quantizers: torch.nn.ModuleDict):
-        """Keep the quantizers, which are called by ``k`` or ``v`` and the number of the layer."""
+        """Store the quantizers, which are named by ``k`` or ``v`` and the number of the layer."""
         super().__init__()
         self._quantizers = quantizers
 
     def update(self, key_states, value_states, layer_idx, cache_kwargs=None):
-        """Return keys and values `[b, h, s, d]` as the cache holds them."""
+        """Return keys and values `[b, h, s, d]` as the cache stores them."""
         key, value = (
             self._quantizers[name](states) if (name := f"{leaf}{layer_idx}") in self._quantizers else states
             for leaf, states in (("k", key_states), ("v", value_states))
@@ -195,10 +196,10 @@ class QuantizedCache(DynamicCache):
 
 
 def attach(model: torch.nn.Module, tensors: dict[str, torch.Tensor], cache: str | None) -> None:
-    """Let a ``transformers`` model use the quantized cache that a checkpoint describes, if it describes one in FP8.
+    """Make a ``transformers`` model use the quantized cache that a checkpoint describes, if that is in FP8.
 
     Args:
-        model: The model; its quantizers are submodules of it then.
+        model: The model; the quantizers become submodules of it.
         tensors: The checkpoint's tensors by name.
         cache: Its ``kv_cache_quant_algo``.
     """
@@ -214,17 +215,17 @@ def attach(model: torch.nn.Module, tensors: dict[str, torch.Tensor], cache: str 
     model.register_forward_pre_hook(use, with_kwargs=True)
 
 
-def problems(cache: str | None, names: set[str], expected: set[str]) -> list[str]:
-    """Return which scales of the KV cache a checkpoint lacks, or has without saying so.
+def scale_problems(cache: str | None, names: set[str], expected: set[str]) -> list[str]:
+    """Return which scales of the KV cache are missing in a checkpoint, or not named in its configuration.
 
     Args:
         cache: Its ``kv_cache_quant_algo``.
-        names: Of its tensors.
-        expected: Names of the tensors that ``transformers`` looks for; the key projections among them need scales.
+        names: Names of its tensors.
+        expected: Names of the tensors that ``transformers`` loads; key and value projections among them need scales.
     """
     stored = {name for name in names if _NAME.search(name)}
     if cache is None:
-        return [f"{name} is there, but the configuration has no kv_cache_quant_algo" for name in sorted(stored)]
+        return [f"{name} is stored, but the configuration has no kv_cache_quant_algo" for name in sorted(stored)]
     wanted = {
         name.removesuffix("weight") + f"{leaf}_scale"
         for leaf in "kv"
@@ -232,5 +233,5 @@ def problems(cache: str | None, names: set[str], expected: set[str]) -> list[str
         if name.endswith(f".{leaf}_proj.weight")
     }
     if not wanted and not stored:
-        return [f"the configuration names a KV cache in {cache}, but there are no scales for it"]
+        return [f"the configuration has a KV cache in {cache}, but no scales for it are stored"]
     return [f"{name} is missing for a KV cache in {cache}" for name in sorted(wanted - stored)]

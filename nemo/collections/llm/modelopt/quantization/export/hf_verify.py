@@ -1,7 +1,7 @@
-"""The check of a written Hugging Face checkpoint against the model in memory: codes, scales, and logits.
+"""Verify a written Hugging Face checkpoint against the model in memory: codes, scales and logits.
 
-The logits are compared twice. Without the rounding of inputs both sides do the same sums, and nothing but their order
-differs. With it, an input close to the edge between two codes may fall to either side, so the bound counts such flips.
+The logits are compared twice. Without rounded inputs, both models compute the same sums, in a different order. With
+rounded inputs, an input near the boundary between two codes may be rounded either way; the bound allows for that.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from . import (
 
 # Sequence of the comparison: long enough for rotary embeddings and masks to matter.
 _CHECKED_TOKENS = 32
-# Relative error of the logits without the rounding of inputs, by the dtype that the model in memory computes in. What
-# is not quantized is rounded to the checkpoint's dtype for the comparison. In fp32 only the order of sums is left;
-# where the model computes in 16 bits, each layer adds to that.
+# Relative error of the logits without rounded inputs, by the dtype that the model in memory computes in. Tensors that
+# are not quantized are rounded to the checkpoint's dtype for the comparison. In fp32 only the order of sums differs; in
+# 16 bits each layer adds a rounding error.
 _TOLERANCE_FP32 = 1e-4
 _TOLERANCE_COMPUTED_16 = 0.08
-# With rounded inputs the difference is at most this multiple of what the rounding itself changes: were every rounding
-# drawn anew, it would be the square root of two.
+# With rounded inputs the difference is at most this multiple of the change that rounding causes. If every rounding
+# were independent, it would be the square root of two.
 _FLIPS = 2.0
 
 
@@ -47,8 +47,8 @@ class Logits(NamedTuple):
     """Logits `[1, s, v]` in fp32.
 
     Attributes:
-        exact: With inputs as they are.
-        rounded: With inputs quantized.
+        exact: Without quantizing inputs.
+        rounded: With quantized inputs.
     """
 
     exact: torch.Tensor
@@ -59,9 +59,9 @@ class Logits(NamedTuple):
 
 
 def load(folder: Path) -> torch.nn.Module:
-    """Return the ``transformers`` model in fp32 on the CPU with the weights a checkpoint stands for.
+    """Return the ``transformers`` model in fp32 on the CPU with the dequantized weights of a checkpoint.
 
-    Inputs of its linear layers are scaled and quantized as the checkpoint says, by modelopt's own quantizers.
+    The inputs of its linear layers are scaled and quantized as in the checkpoint, by modelopt's quantizers.
     """
     from transformers import AutoModelForCausalLM
 
@@ -86,7 +86,7 @@ def load(folder: Path) -> torch.nn.Module:
 
 
 def _quantize_like(module: torch.nn.Module, algorithm: str, parts: dict[str, torch.Tensor]) -> None:
-    """Let a layer scale and quantize its input, and round its weight to FP8 after INT4, as its stored tensors say."""
+    """Make a layer scale and quantize its input, and round INT4 weights to FP8, by its stored tensors."""
     pre, scale, second = (parts.get(leaf) for leaf in ("pre_quant_scale", "input_scale", "weight_scale_2"))
     if pre is not None:
         module.register_forward_pre_hook(lambda _, args: (args[0] * pre.float(),))
@@ -102,7 +102,7 @@ def _quantize_like(module: torch.nn.Module, algorithm: str, parts: dict[str, tor
 
 
 def tokens(vocabulary: int) -> torch.Tensor:
-    """Return token ids `[1, s]` for the comparison, the same everywhere."""
+    """Return the token ids `[1, s]` of the comparison; they are the same on all ranks."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, vocabulary, (1, _CHECKED_TOKENS), generator=generator)
 
@@ -147,7 +147,7 @@ def _logits(core, vocabulary: int) -> torch.Tensor:
     core.train(was_training)
     logits = torch.zeros(1, _CHECKED_TOKENS, vocabulary, device=device)
     if outputs:
-        # `[b, s, v]`, cut along the vocabulary.
+        # `[b, s, v]`, split along the vocabulary.
         found = outputs[0].detach().float()
         if parallel_state.get_tensor_model_parallel_world_size() > 1:
             found = tensor_parallel.gather(found, found.dim() - 1)
@@ -159,11 +159,11 @@ def _logits(core, vocabulary: int) -> torch.Tensor:
 
 @contextlib.contextmanager
 def switched_off(model: torch.nn.Module, which: Callable[[str, TensorQuantizer], bool]) -> Iterator[None]:
-    """Let quantizers return their input inside the context; a ``pre_quant_scale`` still applies.
+    """Disable the rounding of quantizers inside the context; a ``pre_quant_scale`` still applies.
 
     Args:
         model: The model.
-        which: Chooses by a quantizer's name and itself.
+        which: Returns whether to disable a quantizer, from its name and the quantizer.
     """
     switched = [
         module
@@ -180,12 +180,12 @@ def switched_off(model: torch.nn.Module, which: Callable[[str, TensorQuantizer],
 
 
 def _rounds_on_the_way(name: str, quantizer: TensorQuantizer) -> bool:
-    """Return whether a quantizer rounds something computed: an input, the KV cache, or INT4 values to FP8 (W4A8)."""
+    """Return whether a quantizer rounds computed values: inputs, the KV cache, or INT4 values to FP8 (W4A8)."""
     return not name.endswith(("weight_quantizer", "weight_quantizer.0"))
 
 
 def _not_stored_disabled(core) -> contextlib.AbstractContextManager[None]:
-    """Switch off, inside the context, the quantizers that `load` does not imitate: NVFP4 caches and dynamic inputs."""
+    """Disable the quantizers that `load` does not reproduce, inside the context: NVFP4 caches and dynamic inputs."""
     return switched_off(core, _is_not_imitated)
 
 
@@ -197,11 +197,11 @@ def _is_not_imitated(name: str, quantizer: TensorQuantizer) -> bool:
 
 @contextlib.contextmanager
 def rounded(core: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Let a model compute, inside the context, with what is not quantized as a checkpoint of this dtype holds it.
+    """Round all parameters that are not quantized to a checkpoint's dtype, inside the context.
 
-    Otherwise every input that rounding moves to the neighbouring number of its format moves by a whole step, and the
-    difference grows with the depth of the model. A norm that a checkpoint holds multiplied by the input scale of the
-    next layer is rounded as multiplied.
+    Otherwise an input that is rounded to the neighbouring code differs by a whole step, and the difference grows with
+    the depth of the model. A norm that is stored multiplied by the input scale of the next layer is rounded after that
+    multiplication.
     """
     kept = []
     norms = input_scales.norms_as_stored(core, dtype)
@@ -227,7 +227,7 @@ def rounded(core: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def tolerance(computed: torch.dtype) -> float:
-    """Return the relative error of logits without rounded inputs that the order of sums explains.
+    """Return the largest relative error of logits without rounded inputs that the order of sums can cause.
 
     Args:
         computed: The dtype of the model in memory.
@@ -236,7 +236,7 @@ def tolerance(computed: torch.dtype) -> float:
 
 
 def compare(folder: Path, expected: Logits, limit: float) -> float:
-    """Return the relative error of a checkpoint's logits without rounded inputs.
+    """Compare a checkpoint's logits; return the relative error without rounded inputs.
 
     Args:
         folder: The checkpoint.
@@ -244,13 +244,13 @@ def compare(folder: Path, expected: Logits, limit: float) -> float:
         limit: See `tolerance`.
 
     Raises:
-        ExportError: If the logits differ by more than rounding explains.
+        ExportError: If the logits differ by more than rounding can cause.
     """
     if not all(bool(torch.isfinite(logits).all()) for logits in expected):
         raise ExportError(
             "The logits of the quantized model in memory are not finite, so the checkpoint cannot be compared with it. "
-            "Its weights or the statistics of the calibration hold NaN or infinity; the original model is at fault if "
-            "its logits are not finite either."
+            "Its weights or calibration statistics contain NaN or infinity. Check the logits of the original model: if "
+            "they are not finite either, the cause is in that model."
         )
     found = stored_logits(folder, expected.exact.shape[-1])
     error = _difference(found.exact, expected.exact)
@@ -261,9 +261,10 @@ def compare(folder: Path, expected: Logits, limit: float) -> float:
     ]:
         if not value <= bound:
             raise ExportError(
-                f"The checkpoint's logits are not those of the model in memory: relative error {value:.3g} {inputs}, "
-                f"at most {bound:.3g} is rounding. It was not kept; please report it with the model's class and the "
-                "algorithm. ExportConfig(verify='files') writes without this comparison."
+                f"The checkpoint's logits differ from those of the model in memory: relative error {value:.3g} "
+                f"{inputs}, but rounding causes at most {bound:.3g}. The checkpoint was deleted. Please report this "
+                "with the model's class and the algorithm. To export without this comparison, use "
+                "ExportConfig(verify='files')."
             )
     with screen.results():
         logging.info(f"Logits of the written checkpoint agree with the model in memory: relative error {error:.2g}")
@@ -280,10 +281,10 @@ def check_logits(core, folder: Path, dtype: torch.dtype) -> None:
     Args:
         core: This rank's Megatron-Core model.
         folder: The checkpoint.
-        dtype: The checkpoint's, of what is not quantized.
+        dtype: The dtype of the checkpoint's tensors that are not quantized.
 
     Raises:
-        ExportError: On rank zero, if they differ by more than rounding explains.
+        ExportError: On rank zero, if they differ by more than rounding can cause.
     """
     hf_contents.check(core, folder)
     facts: list[Any] = [None, 0]

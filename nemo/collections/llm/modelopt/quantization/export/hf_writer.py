@@ -1,8 +1,8 @@
-"""The writer of Hugging Face checkpoints: modelopt's, extended by what it cannot express.
+"""Write Hugging Face checkpoints with an extended version of modelopt's writer.
 
-modelopt's writer knows how the tensors of Megatron-Core are called and cut in each architecture. It has no place for
-``pre_quant_scale``, cannot cut INT8's scales, and stores a tensor-parallel rank's part under the name of the whole.
-While it writes, four of its functions are replaced by those of this file, and tensor-parallel parts are put together.
+modelopt's writer names and splits the tensors of Megatron-Core models for each architecture. It does not store
+``pre_quant_scale``, cannot split the scales of INT8, and stores the part of a tensor-parallel rank as the whole tensor.
+While it writes, four of its functions are replaced by functions of this file, and tensor-parallel parts are gathered.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from . import (
 
 
 def write(model, hf_config, tokenizer, target: Path, write: Callable, **kwargs: Any) -> None:
-    """Write a Megatron-Core model as a Hugging Face checkpoint, quantized or plain, at any tensor and pipeline size.
+    """Write a Megatron-Core model as a Hugging Face checkpoint, quantized or plain, at any parallel size.
 
     Args:
         model: This rank's Megatron-Core model.
         hf_config: The ``transformers`` configuration.
-        tokenizer: The ``transformers`` tokenizer to write along, or None.
+        tokenizer: The ``transformers`` tokenizer to write, or None.
         target: The checkpoint's folder.
         write: ``modelopt.torch.export.export_mcore_gpt_to_hf``.
         **kwargs: Further arguments of ``write``.
     """
     hf_config = hf_describe.with_architecture(hf_config)
     parallel = parallel_state.model_parallel_is_initialized()
-    # Data-parallel replicas and the other tensor-parallel ranks hold nothing that the first one does not write.
+    # The first data-parallel and tensor-parallel rank of each pipeline stage writes all tensors of that stage.
     writes = not parallel or (
         parallel_state.get_data_parallel_rank() == 0 and parallel_state.get_tensor_model_parallel_rank() == 0
     )
@@ -55,7 +55,7 @@ def write(model, hf_config, tokenizer, target: Path, write: Callable, **kwargs: 
         hf_config.save_pretrained(source)
         hf_files.name_dtype(Path(source), kwargs.get("dtype", torch.bfloat16))
         hf_describe.name_tied(Path(source) / "config.json", model)
-        # The writer asks transformers for a tokenizer there, and fails for some classes where there is none.
+        # The writer loads a tokenizer from there, and fails for some classes if there is none.
         if tokenizer is not None:
             tokenizer.save_pretrained(source)
         folder = str(target) if writes else stack.enter_context(tempfile.TemporaryDirectory())
@@ -63,16 +63,16 @@ def write(model, hf_config, tokenizer, target: Path, write: Callable, **kwargs: 
         layers = {id(module): layer for module in model.modules() if (layer := hf_encoding.read(module)) is not None}
         cache = _kv_cache(model)
         if isinstance(model, torch.nn.Module):
-            input_scales.complete(model, layers)
+            input_scales.add_missing(model, layers)
         stack.enter_context(tensor_parallel.whole_tensors(model, layers, writes))
         stack.enter_context(_without_padding(model, hf_config.vocab_size))
         if isinstance(model, torch.nn.Module):
-            stack.enter_context(input_scales.settled(model, layers, kwargs.get("dtype", torch.bfloat16)))
+            stack.enter_context(input_scales.folded(model, layers, kwargs.get("dtype", torch.bfloat16)))
             names = hf_describe.names_of(hf_config)
             extra = hf_kv_cache.scales(model, names.attention) if cache else {}
             stack.enter_context(_extended(layers, extra, model.config.num_layers, writes))
         write(model, pretrained_model_name_or_path=source, export_dir=folder, **kwargs)
-    with _staging.together("Writing the configuration"):
+    with _staging.fail_together("Writing the configuration"):
         if is_global_rank_zero() and isinstance(model, torch.nn.Module):
             hf_describe.describe(target, layers, cache, names.head)
 
@@ -81,20 +81,20 @@ def _kv_cache(model) -> str | None:
     """Return ``kv_cache_quant_algo`` of a model; all ranks must call.
 
     Raises:
-        ExportError: If layers have different ones.
+        ExportError: If layers have different formats.
     """
     own = hf_kv_cache.formats(model) if isinstance(model, torch.nn.Module) else set()
     found = set().union(*_parallel.gather_objects(own))
     if len(found) > 1:
         raise _staging.ExportError(
-            f"A Hugging Face checkpoint has one format for the KV cache of all layers, not {sorted(map(str, found))}."
+            f"A Hugging Face checkpoint has one KV-cache format for all layers, not {sorted(map(str, found))}."
         )
     return found.pop() if found else None
 
 
 @contextlib.contextmanager
 def _without_padding(model, vocabulary: int) -> Iterator[None]:
-    """Cut the rows that pad the vocabulary off the embedding and the output layer, inside of the context."""
+    """Remove the rows that pad the vocabulary from the embedding and the output layer, inside the context."""
     layers = [
         getattr(getattr(model, "embedding", None), "word_embeddings", None),
         getattr(model, "output_layer", None),
@@ -114,21 +114,21 @@ def _without_padding(model, vocabulary: int) -> Iterator[None]:
 def _extended(
     layers: dict[int, hf_encoding.Layer], extra: dict[int, dict[str, torch.Tensor]], total_layers: int, writes: bool
 ) -> Iterator[None]:
-    """Let modelopt's writer store all formats of `hf_formats` and scales of the KV cache, inside the context.
+    """Extend modelopt's writer by the formats of `hf_encoding` and the scales of the KV cache, inside the context.
 
     Args:
         layers: What is stored for each layer, by the module's id.
-        extra: Number of a layer, from 1, to the scales of its KV cache by name.
+        extra: The scales of the KV cache: number of a layer, from 1, to tensors by name.
         total_layers: Layers of the whole model.
         writes: Whether this rank writes.
 
     Raises:
-        ModelOptConfigError: If this modelopt's writer is built differently.
+        ModelOptConfigError: If the writer of the installed modelopt lacks one of these functions.
     """
     from modelopt.torch.export import unified_export_megatron as writer
 
     exporter = writer.GPTModelExporter
-    # modelopt 0.37 has a function where later versions have a method, and keeps all layers in one state.
+    # modelopt 0.37 has a function instead of the method of later versions, and keeps all layers in one state.
     states = (exporter, "_get_quantized_state")
     if not hasattr(*states):
         states = (writer, "get_quantized_state")
@@ -138,7 +138,7 @@ def _extended(
     missing = [name for owner, name in names if not hasattr(owner, name)]
     if missing:
         raise ModelOptConfigError(
-            f"This version of modelopt writes Hugging Face checkpoints differently: no {missing}."
+            f"The Hugging Face writer of the installed nvidia-modelopt lacks {missing}; install a supported version."
         )
     originals = [(owner, name, getattr(owner, name)) for owner, name in names]
     state_of, all_states, quantize, _ = (original for _, _, original in originals)
@@ -177,9 +177,9 @@ def _extended(
 
 
 def _stored(module, layer: hf_encoding.Layer, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return what modelopt's writer cuts and names for a quantized layer."""
-    # The codes come from the weight as it is, not from one rounded to the export's dtype. The writer cuts values and
-    # has `hf_formats.encode` make these codes of them again.
+    """Return the tensors of a quantized layer, for modelopt's writer to split and name."""
+    # The codes are computed from the weight itself, not from one that is rounded to the export's dtype. The writer
+    # splits values, and `hf_encoding.encode` turns them into the same codes again.
     codes = hf_encoding.codes_of(module, layer) if layer.codes is None else layer.codes
     state = {"weight": hf_encoding.values_of(layer, codes).cpu(), "weight_scale": layer.scale.cpu()}
     if getattr(module, "bias", None) is not None and module.bias.numel() > 0:
@@ -194,9 +194,9 @@ def _stored(module, layer: hf_encoding.Layer, dtype: torch.dtype) -> dict[str, t
 def _with_cache(
     layer_state_dicts: dict[int, dict[str, torch.Tensor]], extra: dict[int, dict[str, torch.Tensor]]
 ) -> dict[int, dict[str, torch.Tensor]]:
-    """Return the layers' tensors with the scales of the KV cache under the names that readers know.
+    """Return the layers' tensors with the scales of the KV cache under the names that readers expect.
 
-    modelopt's Megatron writer stores them under other names, and for some architectures not at all.
+    modelopt's Megatron writer uses other names, and does not store them for some architectures.
     """
     found = {}
     for number, state in layer_state_dicts.items():
@@ -206,7 +206,7 @@ def _with_cache(
 
 
 def by_layer(state: dict[str, torch.Tensor], total_layers: int) -> dict[int, dict[str, torch.Tensor]]:
-    """Return a state by the number of the layer, from 1: the embedding is with the first, the head with the last."""
+    """Return a state by layer number, from 1, with the embedding in the first and the output layer in the last."""
     found: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in state.items():
         layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
@@ -222,15 +222,15 @@ def save_layers(layer_state_dicts: dict, total_layers: int, save_directory, name
         layer_state_dicts: Number of a layer, from 1, to its tensors by name.
         total_layers: Layers of the whole model.
         save_directory: The checkpoint's folder.
-        name_template: Of the files.
+        name_template: Template of the file names.
 
     Raises:
         ExportError: If another rank could not write its files.
     """
     names: dict[str, str] = {}
     size = 0
-    # modelopt's own function leaves the other ranks waiting where one meets a full disk.
-    with _staging.together("Writing the weights"):
+    # With modelopt's function, the other ranks hang if the disk is full on one of them.
+    with _staging.fail_together("Writing the weights"):
         for number in sorted(layer_state_dicts):
             file = name_template.format(number, total_layers) + ".safetensors"
             tensors = tidy(layer_state_dicts[number])
@@ -245,7 +245,7 @@ def save_layers(layer_state_dicts: dict, total_layers: int, save_directory, name
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a file that others may read where the user's other files may be: safetensors makes private ones."""
+    """Write a file with the permissions of the user's umask; safetensors creates files with mode 0600."""
     from safetensors.torch import save_file
 
     path.touch()
@@ -255,7 +255,7 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def tidy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a layer's tensors as they are stored: INT8's scales `[o]`, everything contiguous and its own."""
+    """Return a layer's tensors as they are stored: contiguous copies, and scales of INT8 as `[o]`."""
     tensors = {}
     for name, value in state.items():
         codes = state.get(name.removesuffix("_scale"))

@@ -1,10 +1,10 @@
-"""Input scales of AWQ and SmoothQuant (``pre_quant_scale``) in a Hugging Face checkpoint.
+"""Store the input scales of AWQ and SmoothQuant (``pre_quant_scale``) in a Hugging Face checkpoint.
 
-Readers load q, k and v, and gate and up, as one layer each and look for no ``pre_quant_scale`` there: modelopt's own
-exporter of Hugging Face models multiplies it into the norm before them. Other layers, such as the output and down
-projections, are loaded one by one; with INT4 weights they must have a ``pre_quant_scale``, of ones if nothing scales.
+Readers fuse q, k and v, and gate and up, and do not load a ``pre_quant_scale`` for them: modelopt's exporter of Hugging
+Face models multiplies it into the norm before them. Other layers, such as the output and down projections, are loaded
+one by one; with INT4 weights they must have a ``pre_quant_scale``, of ones if their input is not scaled.
 
-The codes of the weights do not change: in memory the weights are divided by the scale already.
+The codes of the weights do not change: in memory the weights are already divided by the scale.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from . import hf_encoding
 
 @dataclass(frozen=True)
 class Fold:
-    """A layer that readers load as part of a fused one, and the norm that its input comes from.
+    """A layer that readers fuse with others, and the norm before it.
 
     Attributes:
         linear: The layer, Megatron's fused q/k/v or gate/up projection.
-        norm: The module that owns the norm's parameters: the norm, or the layer itself if the norm is part of it.
+        norm: The module with the norm's parameters: the norm, or the layer itself if the norm is part of it.
         weight: Name of the norm's weight in ``norm``.
         bias: Name of the norm's bias in ``norm``, which may be None.
-        is_zero_centred: The norm multiplies by one plus its weight.
+        is_zero_centred: Whether the norm multiplies by one plus its weight.
     """
 
     linear: torch.nn.Module
@@ -43,7 +43,7 @@ class Fold:
     is_zero_centred: bool
 
     def parameters(self) -> Iterator[tuple[torch.nn.Parameter, float]]:
-        """Yield the norm's parameters and what the norm adds to each of them."""
+        """Yield each parameter of the norm and the number that the norm adds to it."""
         yield getattr(self.norm, self.weight), 1.0 if self.is_zero_centred else 0.0
         bias = getattr(self.norm, self.bias, None)
         if bias is not None:
@@ -51,12 +51,12 @@ class Fold:
 
 
 def folds(core: torch.nn.Module) -> list[Fold]:
-    """Return the layers of a model whose input scale a checkpoint holds in the norm before them.
+    """Return the layers whose input scale is stored in the norm before them.
 
-    The inputs of experts are no such layers: their router and the shared experts read the same norm.
+    Experts are not among them, because the router and the shared experts read the same norm.
     """
     if getattr(getattr(core, "config", None), "apply_residual_connection_post_layernorm", False):
-        # The norm's output is added to the layer's output, too.
+        # The norm's output is also added to the layer's output.
         return []
     found = []
     for layer in core.modules():
@@ -68,7 +68,7 @@ def folds(core: torch.nn.Module) -> list[Fold]:
 
 
 def _fold(norm: torch.nn.Module, linear: torch.nn.Module | None) -> Fold | None:
-    """Return a layer with its norm, None if either is missing or the norm has no weight."""
+    """Return a layer with its norm, or None if either is missing or the norm has no weight."""
     fused = isinstance(norm, IdentityOp)
     weight, bias = ("layer_norm_weight", "layer_norm_bias") if fused else ("weight", "bias")
     owner = linear if fused else norm
@@ -79,18 +79,18 @@ def _fold(norm: torch.nn.Module, linear: torch.nn.Module | None) -> Fold | None:
 
 
 def scale_of(linear: torch.nn.Module) -> torch.Tensor | None:
-    """Return the scale `[i]` of a layer's input in fp32, None if there is none."""
+    """Return the scale `[i]` of a layer's input in fp32, or None if there is none."""
     scale = getattr(getattr(linear, "input_quantizer", None), "pre_quant_scale", None)
     return None if scale is None else scale.detach().float().reshape(-1)
 
 
 @contextlib.contextmanager
-def settled(core: torch.nn.Module, layers: dict[int, hf_encoding.Layer], dtype: torch.dtype) -> Iterator[None]:
-    """Put the input scales to where a checkpoint holds them, inside the context.
+def folded(core: torch.nn.Module, layers: dict[int, hf_encoding.Layer], dtype: torch.dtype) -> Iterator[None]:
+    """Multiply input scales into the norms that store them, inside the context.
 
     Args:
-        core: The Megatron-Core model, the norms of which are changed inside the context.
-        layers: What is stored for each of its layers, by the module's id; changed in place for good.
+        core: The Megatron-Core model; its norms are changed inside the context.
+        layers: What is stored for each of its layers, by the module's id; the folded scales are removed permanently.
         dtype: The checkpoint's dtype.
     """
     kept = []
@@ -109,8 +109,8 @@ def settled(core: torch.nn.Module, layers: dict[int, hf_encoding.Layer], dtype: 
             parameter.data = data
 
 
-def complete(core: torch.nn.Module, layers: dict[int, hf_encoding.Layer]) -> None:
-    """Add the scales of ones that readers of INT4 insist on to this rank's layers that are loaded one by one."""
+def add_missing(core: torch.nn.Module, layers: dict[int, hf_encoding.Layer]) -> None:
+    """Add scales of ones to this rank's INT4 layers that readers load one by one and expect a scale for."""
     fused = {id(fold.linear) for fold in folds(core)}
     for module in core.modules():
         layer = layers.get(id(module))
@@ -123,12 +123,12 @@ def complete(core: torch.nn.Module, layers: dict[int, hf_encoding.Layer]) -> Non
 
 
 def _scaled(value: torch.Tensor, scale: torch.Tensor, offset: float) -> torch.Tensor:
-    """Return a norm's parameter in fp32 for an output that is ``scale`` times as large."""
+    """Return a norm's parameter in fp32 that multiplies its output by ``scale``."""
     return (value.float() + offset) * scale.to(value.device) - offset
 
 
 def norms_as_stored(core: torch.nn.Module, dtype: torch.dtype) -> dict[int, torch.Tensor]:
-    """Return the norms' parameters that, scaled in memory, are what a checkpoint of a dtype holds; by parameter id."""
+    """Return, by parameter id, the norms' parameters whose scaled values are those that a checkpoint stores."""
     found = {}
     for fold in folds(core):
         scale = scale_of(fold.linear)
@@ -143,7 +143,7 @@ def norms_as_stored(core: torch.nn.Module, dtype: torch.dtype) -> dict[int, torc
 
 @contextlib.contextmanager
 def rounded(core: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Round the input scales that a checkpoint holds as such to its dtype, inside the context."""
+    """Round the input scales that are stored as ``pre_quant_scale`` to a checkpoint's dtype, inside the context."""
     in_norms = {id(fold.linear) for fold in folds(core)}
     kept = []
     for module in core.modules():
@@ -159,19 +159,19 @@ def rounded(core: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def scales_inputs(quant_cfg: dict[str, Any]) -> bool:
-    """Return whether a quant_cfg's calibration puts scales on the inputs of layers."""
+    """Return whether the calibration of a quant_cfg adds scales to the inputs of layers."""
     return choices.is_awq(quant_cfg) or choices.is_smoothquant(quant_cfg)
 
 
 def obstacle(core: torch.nn.Module, packs_experts: bool = False) -> str | None:
-    """Return why a checkpoint cannot hold input scales of a model's layers, or None.
+    """Return why a checkpoint cannot store the input scales of a model, or None.
 
     Args:
         core: The model, converted or not.
-        packs_experts: Whether the architecture's files hold all experts of a layer in one tensor.
+        packs_experts: Whether the architecture's files store all experts of a layer in one tensor.
     """
     if any(isinstance(module, MultiLatentAttention) for module in core.modules()):
-        return "AWQ and SmoothQuant scale the two projections behind one norm of multi-latent attention differently"
+        return "AWQ and SmoothQuant scale the two projections after one norm of multi-latent attention differently"
     if packs_experts and getattr(getattr(core, "config", None), "num_moe_experts", None):
-        return "this architecture's files have no place for the scales that AWQ and SmoothQuant put on experts' inputs"
+        return "the files of this architecture cannot hold the scales that AWQ and SmoothQuant add to experts' inputs"
     return None

@@ -1,4 +1,4 @@
-"""What can be exported, and the errors about what cannot, raised before a model is calibrated."""
+"""Check whether a model can be exported, before it is calibrated."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from nemo.utils.model_utils import unwrap_model
 
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
+from nemo_modelopt_dropin.preflight import algorithms
 
 from ...errors import ModelOptConfigError
 from .. import decoders, transformers_models
@@ -15,7 +16,7 @@ from .. import quant_cfg_choices as choices
 from ..insert import row_blocks
 from . import hf_encoding, hf_kv_cache, input_scales
 
-_REMEDY = 'Use export_format="nemo" (any algorithm, any layout) or "trtllm"'
+_REMEDY = 'Use export_format="nemo" (any algorithm, any parallel layout) or "trtllm"'
 
 
 def hf_obstacle(quant_cfg: dict[str, Any] | None) -> str | None:
@@ -36,29 +37,38 @@ def hf_obstacle(quant_cfg: dict[str, Any] | None) -> str | None:
 
 
 def _weight_obstacle(steps: list[dict[str, Any]], has_input: bool, scales_input: bool) -> str | None:
-    """Return why weights quantized in these steps cannot be stored correctly, or None."""
+    """Return why weights with these quantizer settings cannot be stored correctly, or None."""
     if hf_encoding.algorithm_of(steps, has_input, scales_input):
         return None
     bits, blocks = steps[0]["num_bits"], steps[0].get("block_sizes") or {}
-    # modelopt's own writer is right for plain NVFP4.
+    # modelopt's writer stores plain NVFP4 correctly.
     if bits not in (8, 4) and tuple(bits) == (2, 1) and tuple(blocks.get("scale_bits", ())) == (4, 3):
-        return "the writer has no place for the scale that AWQ puts on NVFP4's inputs" if scales_input else None
-    return f"no reader knows this layout (num_bits={bits}, block_sizes={blocks}), or the writer cannot cut its scales"
+        return "the scales that AWQ applies to the inputs of NVFP4 layers cannot be written" if scales_input else None
+    inputs = "quantized" if has_input else "unquantized"
+    return (
+        f"weights with num_bits={bits}, axis={steps[0].get('axis')}, block_sizes={blocks} and {inputs} inputs cannot "
+        f"be written; supported formats and their readers: {_formats()}"
+    )
+
+
+def _formats() -> str:
+    """Return the formats that can be written, each with the programs that read it."""
+    return ", ".join(f"{name} ({algorithms.readers_of(name)})" for name in algorithms.HF_FORMATS)
 
 
 def hf_obstacle_of(model: torch.nn.Module) -> str | None:
-    """Return why a converted model cannot be stored correctly in Hugging Face format, by its quantizers, or None."""
-    algorithms = set()
+    """Return why a converted model cannot be stored correctly in Hugging Face format, or None."""
+    formats = set()
     for name, module in model.named_modules():
         settings = hf_encoding.settings_of(module)
         if settings is None:
             continue
-        algorithms.add(hf_encoding.algorithm_of(*settings))
+        formats.add(hf_encoding.algorithm_of(*settings))
         obstacle = _weight_obstacle(*settings) or row_blocks.uneven(name, module, row_blocks.int4_block(settings[0]))
         if obstacle:
             return obstacle
-    if len(algorithms) > 1:
-        return f"layers of different formats ({sorted(map(str, algorithms))}) have no common description"
+    if len(formats) > 1:
+        return f"all layers must have the same format, but they have {sorted(map(str, formats))}"
     scaled = any(input_scales.scale_of(module) is not None for module in model.modules())
     return (
         (scaled and input_scales.obstacle(model))
@@ -69,7 +79,7 @@ def hf_obstacle_of(model: torch.nn.Module) -> str | None:
 
 
 def _tied_head(core: torch.nn.Module, quant_cfg: dict[str, Any] | None) -> str | None:
-    """Return what is wrong if the output layer is, or will be, quantized but has no weight of its own, or None."""
+    """Return why a quantized output layer that shares the embedding's weight cannot be stored, or None."""
     head = getattr(core, "output_layer", None)
     if head is None or not getattr(core, "share_embeddings_and_output_weights", False):
         return None
@@ -77,13 +87,13 @@ def _tied_head(core: torch.nn.Module, quant_cfg: dict[str, Any] | None) -> str |
         enabled = hf_encoding.settings_of(head) is not None
     else:
         enabled = bool(choices.enabled_quantizers(quant_cfg, "output_layer", ("weight_quantizer",)))
-    return "the output layer shares the embedding's weight, so its quantized weight has no place" if enabled else None
+    return "the output layer shares the embedding's weight, so it cannot be stored quantized" if enabled else None
 
 
 def _lost_quantizers(core: torch.nn.Module, quant_cfg: dict[str, Any] | None) -> str | None:
-    """Return which quantizers of linear layers a checkpoint has no place for, or None.
+    """Return which quantizers of linear layers a checkpoint cannot describe, or None.
 
-    Readers quantize no outputs, and inputs only together with weights.
+    Readers do not quantize outputs, and quantize inputs only together with weights.
     """
     names = ("weight_quantizer", "input_quantizer", "output_quantizer")
     for name, module in core.named_modules():
@@ -101,16 +111,16 @@ def _lost_quantizers(core: torch.nn.Module, quant_cfg: dict[str, Any] | None) ->
 
 
 def is_enabled(quantizer: Any) -> bool:
-    """Return whether a quantizer, or any step of one, is there and enabled."""
+    """Return whether an object is a quantizer that is enabled, or has a step that is."""
     steps = quantizer if isinstance(quantizer, SequentialQuantizer) else [quantizer]
     return any(isinstance(step, TensorQuantizer) and step.is_enabled for step in steps)
 
 
 def check_contents(export_format: str, quant_cfg: dict[str, Any], model: Any, core: torch.nn.Module) -> None:
-    """Refuse what a Hugging Face checkpoint cannot hold of a model, by its structure, before it is calibrated.
+    """Check that a Hugging Face checkpoint can hold all quantizers of a model.
 
     Args:
-        export_format: Format asked for.
+        export_format: The requested format.
         quant_cfg: How the model will be quantized.
         model: The ``llm.GPTModel``.
         core: Its Megatron-Core model on this rank.
@@ -139,7 +149,7 @@ def packs_experts(architecture: str | None) -> bool:
 
 
 def check_format(quant_cfg: dict[str, Any] | None, algorithm: str | None, export_format: str) -> None:
-    """Refuse a combination of algorithm and format that cannot be exported correctly.
+    """Check that an algorithm can be exported correctly in a format.
 
     Raises:
         ModelOptConfigError: With the reason and what to do.
@@ -152,11 +162,11 @@ def check_format(quant_cfg: dict[str, Any] | None, algorithm: str | None, export
 
 
 def check_mixture(formats: dict[str, dict[str, Any]], export_format: str) -> None:
-    """Refuse mixed precision among formats that one Hugging Face checkpoint cannot describe, before a search.
+    """Check that one Hugging Face checkpoint can describe all formats of a search.
 
     Args:
-        formats: Name to quant_cfg of those that are offered.
-        export_format: Format asked for.
+        formats: The offered formats, name to quant_cfg.
+        export_format: The requested format.
 
     Raises:
         ModelOptConfigError: With the reason and what to do.
@@ -164,8 +174,8 @@ def check_mixture(formats: dict[str, dict[str, Any]], export_format: str) -> Non
     found = {name: _hf_algorithm(quant_cfg) for name, quant_cfg in formats.items()}
     if export_format == "hf" and len(set(found.values())) > 1:
         raise ModelOptConfigError(
-            f'auto_quantize_formats={list(found)}: export_format="hf" describes all layers by one format. Give '
-            f"one (layers may still stay in 16 bits). {_REMEDY}."
+            f'auto_quantize_formats={list(found)}: export_format="hf" describes all layers by one format. Use '
+            f"one of them (layers may still stay in 16 bits). {_REMEDY}."
         )
 
 
@@ -180,10 +190,10 @@ def _hf_algorithm(quant_cfg: dict[str, Any]) -> str | None:
 
 
 def check_layout(export_format: str, config: Any, tensor_parallel: int) -> None:
-    """Refuse a model whose parts cannot be put together for Hugging Face.
+    """Check that the tensor-parallel parts of a model can be joined for Hugging Face.
 
     Args:
-        export_format: Format asked for.
+        export_format: The requested format.
         config: The model's configuration.
         tensor_parallel: Tensor parallel size.
 
@@ -201,7 +211,7 @@ def check_layout(export_format: str, config: Any, tensor_parallel: int) -> None:
 
 
 def check_converted(model: torch.nn.Module) -> None:
-    """Refuse a converted Megatron-Core model whose Hugging Face checkpoint would be wrong.
+    """Check that the Hugging Face checkpoint of a converted Megatron-Core model would be correct.
 
     Raises:
         ModelOptConfigError: With the reason and what to do.
@@ -217,7 +227,7 @@ def check_converted(model: torch.nn.Module) -> None:
 
 
 def hf_tokenizer(model: Any) -> Any:
-    """Return the ``transformers`` tokenizer inside of a NeMo model's tokenizer, or None where it has another kind."""
+    """Return the ``transformers`` tokenizer of a NeMo model, or None if its tokenizer is of another kind."""
     from transformers import PreTrainedTokenizerBase
 
     tokenizer = getattr(getattr(model, "tokenizer", None), "tokenizer", None)
@@ -225,7 +235,7 @@ def hf_tokenizer(model: Any) -> Any:
 
 
 def hf_architecture(model: Any) -> str | None:
-    """Return the transformers class that NeMo's exporter of a model names, or None where it does not say."""
+    """Return the transformers class that NeMo's exporter of a model names, or None if it names none."""
     exporter = type(model)._EXPORTERS.get(str(type(model)) + "hf") if hasattr(type(model), "_EXPORTERS") else None
     for base in getattr(exporter, "__orig_bases__", ()):
         for argument in getattr(base, "__args__", ())[1:]:
@@ -236,10 +246,10 @@ def hf_architecture(model: Any) -> str | None:
 
 
 def check_architecture(export_format: str, model: Any) -> None:
-    """Refuse a model that has no way to Hugging Face, before time goes into calibrating it.
+    """Check that NeMo and modelopt support exporting the class of a model to Hugging Face.
 
     Args:
-        export_format: Format asked for.
+        export_format: The requested format.
         model: The ``llm.GPTModel``.
 
     Raises:
@@ -250,8 +260,8 @@ def check_architecture(export_format: str, model: Any) -> None:
     exporters = getattr(type(model), "_EXPORTERS", {})
     if str(type(model)) + "hf" not in exporters:
         raise ModelOptConfigError(
-            f'export_format="hf": NeMo has no Hugging Face exporter for {type(model).__name__}; a model class such as '
-            f"llm.LlamaModel has one. {_REMEDY}."
+            f'export_format="hf": NeMo has no Hugging Face exporter for {type(model).__name__}; use a model class that '
+            f"has one, such as llm.LlamaModel. {_REMEDY}."
         )
     architecture = hf_architecture(model)
     known = known_architectures()
@@ -270,7 +280,7 @@ def known_architectures() -> set[str]:
 
 
 def check_planned(planned: dict[str, dict[str, Any]], export_config: Any) -> None:
-    """Refuse algorithms that cannot be exported from a Megatron model as configured.
+    """Check that the configured algorithms can be exported from a Megatron model.
 
     Args:
         planned: Name to quant_cfg.
@@ -291,17 +301,17 @@ def check_model(
     planned: dict[str, dict[str, Any]],
     enable_kv_cache: bool | None = None,
 ) -> None:
-    """Raise before any work for a model that cannot be quantized, or exported as configured.
+    """Check that a model can be quantized, and exported as configured.
 
     Args:
         model: The ``llm.GPTModel``, or NeMo 2.5's wrapper of a transformers model.
         export_config: The ``ExportConfig``, or None.
-        quant_cfg: How it will be quantized; see `kv_export.settle` for what may be taken out.
+        quant_cfg: How it will be quantized; `hf_kv_cache.check_or_disable` may remove the KV cache from it.
         planned: Name to quant_cfg of the algorithms, see `check_planned`.
-        enable_kv_cache: The user's option.
+        enable_kv_cache: The user's setting.
 
     Raises:
-        ModelOptConfigError: With what was given and what is possible.
+        ModelOptConfigError: With the reason and what to do.
     """
     if transformers_models.is_wrapped(model):
         transformers_models.check(model, export_config, quant_cfg)
@@ -319,5 +329,5 @@ def check_model(
         check_architecture(export_config.export_format, inner)
         row_blocks.check(export_config.export_format, quant_cfg, inner)
         core = unwrap_model(model)
-        hf_kv_cache.settle(export_config.export_format, quant_cfg, core, enable_kv_cache)
+        hf_kv_cache.check_or_disable(export_config.export_format, quant_cfg, core, enable_kv_cache)
         check_contents(export_config.export_format, quant_cfg, inner, core)

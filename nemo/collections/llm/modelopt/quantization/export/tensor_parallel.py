@@ -1,4 +1,4 @@
-"""Whole tensors from the parts of tensor-parallel ranks, for a Hugging Face checkpoint."""
+"""Gather whole tensors from tensor-parallel ranks for a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from . import hf_encoding
 
 @contextlib.contextmanager
 def whole_tensors(model, layers: dict[int, hf_encoding.Layer], writes: bool) -> Iterator[None]:
-    """Put whole tensors in the place of tensor-parallel parts inside of the context, on the rank that writes.
+    """Replace tensor-parallel parts by whole tensors inside the context, on the rank that writes.
 
-    They lie in the memory of the host, where modelopt's writer takes them anyway.
+    They are in host memory, to which modelopt's writer copies tensors anyway.
     """
     if not parallel_state.model_parallel_is_initialized() or parallel_state.get_tensor_model_parallel_world_size() == 1:
         yield
@@ -46,15 +46,15 @@ def whole_tensors(model, layers: dict[int, hf_encoding.Layer], writes: bool) -> 
 
 
 def gather(part: torch.Tensor, axis: int, gated: bool = False) -> torch.Tensor:
-    """Return the whole of a tensor, in the host's memory, from the parts of all tensor-parallel ranks.
+    """Return a whole tensor in host memory, gathered from all tensor-parallel ranks.
 
     Args:
         part: This rank's part.
-        axis: Along which the parts follow each other.
-        gated: Each part holds its share of the gate and then its share of the other half.
+        axis: The axis along which the tensor is split.
+        gated: Whether each part holds its share of the gate, followed by its share of the up projection.
     """
     size = parallel_state.get_tensor_model_parallel_world_size()
-    # Backends cannot send FP8: as bytes.
+    # Backends cannot send FP8, so its bytes are sent.
     sent = part.contiguous().view(torch.uint8) if part.dtype == torch.float8_e4m3fn else part.contiguous()
     parts = [torch.empty_like(sent) for _ in range(size)]
     torch.distributed.all_gather(parts, sent, group=parallel_state.get_tensor_model_parallel_group())
@@ -66,12 +66,12 @@ def gather(part: torch.Tensor, axis: int, gated: bool = False) -> torch.Tensor:
 
 
 def _gather_scales(layer: hf_encoding.Layer, axis: int, gated: bool) -> None:
-    """Replace a layer's scales by those of the whole layer, where the parts have their own.
+    """Replace the scales of a rank's part of a layer by those of the whole layer.
 
     Raises:
-        ExportError: If parts that share a scale have different ones.
+        ExportError: If a scale that must be equal on all ranks differs.
     """
-    # INT8 has a scale for each output, which the ranks that share the output have in common.
+    # INT8 has one scale for each output; ranks that split the inputs hold the same scales.
     per_part = layer.scale.dim() == 2 and (axis == 0 or layer.algorithm.startswith("W4"))
     if per_part:
         layer.scale = gather(layer.scale, axis, gated)
@@ -90,6 +90,6 @@ def _check_common(value: torch.Tensor, what: str) -> None:
     parts = gather(value.reshape(1, -1), 0)
     if not bool((parts == parts[0]).all()):
         raise ExportError(
-            f"Tensor-parallel ranks calibrated a different {what} of one layer, which a Hugging Face checkpoint cannot "
-            "hold: calibrate with calibration_tp=1."
+            f"Tensor-parallel ranks calibrated different values for the {what} of one layer, and a Hugging Face "
+            "checkpoint holds one: calibrate with calibration_tp=1."
         )

@@ -1,4 +1,4 @@
-"""The three export formats as the Quantizer writes them.
+"""Write the three export formats.
 
 ``tools`` holds the functions and classes that can be replaced in the module `quantizer`.
 """
@@ -21,7 +21,7 @@ from . import hf_describe, hf_files, hf_verify, hf_writer, support
 
 
 def write(tools: Collaborators, quantizer: Any, model, model_dir: str, trainer, folder: Path) -> None:
-    """Write a model in the format of the quantizer's export configuration into a folder.
+    """Write a model into a folder, in the format of the quantizer's export configuration.
 
     Args:
         tools: The functions that can be replaced in the module `quantizer`.
@@ -29,10 +29,10 @@ def write(tools: Collaborators, quantizer: Any, model, model_dir: str, trainer, 
         model: What its `quantize` returned.
         model_dir: The checkpoint the model came from.
         trainer: The model's trainer, for the NeMo format.
-        folder: Where to write to.
+        folder: The folder.
 
     Raises:
-        ExportError: If what was written is not what it should be.
+        ExportError: If the written checkpoint is incomplete or wrong.
     """
     fmt = quantizer.export_config.export_format
     if fmt == "nemo":
@@ -73,10 +73,10 @@ def write_nemo(tools: Collaborators, model, trainer, target) -> None:
 
 
 def check_state(weights: Path) -> None:
-    """Raise unless the weights of a NeMo checkpoint have the state of Model Optimizer beside them.
+    """Check that a NeMo checkpoint contains the state of Model Optimizer.
 
     Raises:
-        ExportError: Naming what is missing.
+        ExportError: With the path of the missing state.
     """
     state = weights / "modelopt_state"
     if not state.exists():
@@ -98,7 +98,7 @@ def write_trtllm(tools: Collaborators, quantizer: Any, model, target) -> None:
     from accelerate.hooks import remove_hook_from_module
 
     config = quantizer.export_config
-    # Stages may be on different nodes, which then exchange their parts through the file system.
+    # Pipeline stages may be on different nodes, which then exchange their parts through the file system.
     stages = getattr(getattr(model, "config", None), "pipeline_model_parallel_size", 1)
     with torch.inference_mode():
         remove_hook_from_module(model, recurse=True)
@@ -122,7 +122,7 @@ def _write_hf(tools: Collaborators, quantizer: Any, model, model_dir: str, folde
     if level != "full":
         keywords["verify"] = level
     if tools.export_hf_checkpoint(model_dir, folder, model=model, **keywords) is None:
-        # Nothing was quantized: a plain model.
+        # The model is not quantized.
         if transformers_models.is_wrapped(model):
             transformers_models.write_plain_hf(model, folder, quantizer.torch_dtype)
             return
@@ -130,7 +130,7 @@ def _write_hf(tools: Collaborators, quantizer: Any, model, model_dir: str, folde
 
 
 def _write_plain_hf(tools: Collaborators, model, model_dir: str, folder: Path, dtype: torch.dtype, level: str) -> None:
-    """Write a plain model: from memory where modelopt knows the architecture, else by NeMo's exporter."""
+    """Write a plain model from memory if modelopt supports the architecture, otherwise with NeMo's exporter."""
     exporter = tools.load_connector_from_trainer_ckpt(model_dir, "hf")
     core = tools.unwrap_for_modelopt_operations(model)
     architectures = getattr(exporter.config, "architectures", None) or [None]
@@ -145,8 +145,8 @@ def _write_plain_hf(tools: Collaborators, model, model_dir: str, folder: Path, d
 
 
 def _finish_hf(tools: Collaborators, model, core, folder: Path, level: str, dtype: torch.dtype) -> None:
-    """Write what belongs beside the weights, and verify the checkpoint as far as asked for."""
-    with _staging.together("The check of the checkpoint"):
+    """Write the files that go with the weights, and verify the checkpoint at the requested level."""
+    with _staging.fail_together("The check of the checkpoint"):
         if tools.is_global_rank_zero():
             hf_files.name_dtype(folder, dtype)
             hf_describe.write_generation_config(model, folder)
@@ -166,7 +166,7 @@ def is_complete_trtllm(tools: Collaborators, folder: Path, tensor_parallel: int)
 
 
 def save_tokenizer(tools: Collaborators, model, model_dir: str, folder: Path, fmt: str) -> None:
-    """Put the tokenizer beside an exported model: Hugging Face's own files, or NeMo's context."""
+    """Write the tokenizer into the folder of an exported model: Hugging Face's files, or NeMo's context."""
     if fmt == "nemo" or not tools.is_global_rank_zero():
         return
     if transformers_models.is_wrapped(model):
@@ -176,7 +176,7 @@ def save_tokenizer(tools: Collaborators, model, model_dir: str, folder: Path, fm
     if fmt == "hf" and isinstance(tokenizer, tools.PreTrainedTokenizerBase):
         tokenizer.save_pretrained(str(folder))
         return
-    # nemo.export looks for the tokenizer under this name.
+    # nemo.export looks for the tokenizer in a folder with this name.
     target = tools.os.path.join(folder, "nemo_context")
     tools.shutil.copytree(tools.ckpt_to_context_subdir(model_dir), target, dirs_exist_ok=True)
 
@@ -202,7 +202,7 @@ def write_converted_hf(tools: Collaborators, model_dir, export_dir, model, verif
 
 
 def _write_stand_in_hf(tools: Collaborators, core: Any, exporter: Any, export_dir: Any, **kwargs: Any) -> Path:
-    """Write a converted stand-in with modelopt's own writer; see ``quantizer.export_hf_checkpoint``."""
+    """Write a converted stand-in with modelopt's writer; see ``quantizer.export_hf_checkpoint``."""
     with torch.inference_mode(), tools.tempfile.TemporaryDirectory() as source:
         exporter.config.save_pretrained(source)
         tools.mte.export_mcore_gpt_to_hf(
@@ -212,6 +212,6 @@ def _write_stand_in_hf(tools: Collaborators, core: Any, exporter: Any, export_di
 
 
 def log_success(target: Path) -> None:
-    """Say where the checkpoint is, on rank zero."""
+    """Log where the checkpoint is, on rank zero."""
     if is_global_rank_zero():
         logging.info(f"Export succeeded, model has been exported to {target}.")
