@@ -21,7 +21,7 @@ from nemo_modelopt_cli.compress.settings import (
     Training,
 )
 from nemo_modelopt_cli.parser import Parser
-from nemo_modelopt_dropin import files
+from nemo_modelopt_dropin import files, ranks
 from nemo_modelopt_dropin.errors import ModelOptConfigError
 
 SEQ_LENGTH = 128
@@ -168,9 +168,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         sys.stderr.write(f"demo: {error}\n")
         return 2
     from nemo_modelopt_cli.compress import runner, summary
-    from nemo_modelopt_cli.process import launch
 
-    if arguments.fresh and not launch.is_rank():
+    if arguments.fresh and not ranks.is_rank():
         try:
             files.remove(arguments.output, files.COMPRESSION_RUN)
         except ModelOptConfigError as error:

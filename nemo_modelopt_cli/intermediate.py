@@ -14,7 +14,7 @@ from nemo.lightning.io.pl import TrainerContext
 
 from nemo import lightning as nl
 from nemo_modelopt_cli.checks import resume_checks
-from nemo_modelopt_dropin import files, locks
+from nemo_modelopt_dropin import files, locks, ranks
 
 MINUTES = 5.0
 # Saving takes at most about this share of the time.
@@ -23,7 +23,7 @@ _LONGEST_SHARE = 0.1
 
 def save_checkpoint(run: pl.Trainer, path: Path, weights_only: bool = False) -> None:
     """Write a NeMo checkpoint under another name and rename it, so that a checkpoint which exists is whole."""
-    first = os.environ.get("RANK", "0") == "0"
+    first = ranks.is_first()
     with files.written(path, files.TRAINING_CHECKPOINT, writes=first) as part:
         run.strategy.barrier()
         run.save_checkpoint(part, weights_only=weights_only)
@@ -50,7 +50,7 @@ class Steps:
         """Save the trainer's step and remove the checkpoints before it."""
         path = self.folder / f"step-{trainer.global_step:08d}"
         save_checkpoint(trainer, path)
-        if os.environ.get("RANK", "0") == "0":
+        if ranks.is_first():
             for other in self.folder.glob("step-*"):
                 if other != path:
                     files.remove(other, files.TRAINING_CHECKPOINT)
@@ -71,7 +71,7 @@ class Steps:
 
     def remove(self) -> None:
         """Remove all of them, on rank zero."""
-        if os.environ.get("RANK", "0") == "0":
+        if ranks.is_first():
             for one in self.folder.glob("step-*"):
                 files.remove(one, files.TRAINING_CHECKPOINT)
             self._remove_unfinished()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_modelopt_cli import options, run_file
+from nemo_modelopt_dropin import ranks
 from nemo_modelopt_dropin.errors import did_you_mean, nearest
 from nemo_modelopt_dropin.preflight import checkpoint_files, data_files, model_sizes
 
@@ -301,7 +302,7 @@ def text_problems(paths: Mapping[str, str | None]) -> list[str]:
             found.append(f"{flag} {path} is a folder; pass one file (JSON, JSON lines, Parquet or text)")
         elif path and Path(path).exists():
             # Reading all of a large file once is enough.
-            problem = data_files.problem(path, limit=None if os.environ.get("RANK", "0") == "0" else 1)
+            problem = data_files.problem(path, limit=None if ranks.is_first() else 1)
             found += [f"{flag}: {problem}"] if problem else []
     return found
 

@@ -16,7 +16,7 @@ from typing import TextIO
 from nemo_modelopt_cli import run_file
 from nemo_modelopt_cli.parser import saved_settings
 from nemo_modelopt_cli.process import entry, rendezvous, signals
-from nemo_modelopt_dropin import files, locks
+from nemo_modelopt_dropin import files, locks, ranks
 from nemo_modelopt_dropin.errors import InUseError, ModelOptConfigError
 
 
@@ -76,7 +76,7 @@ def _execute(
 ) -> int:
     from nemo_modelopt_cli.compress import runner
 
-    rank = int(os.environ.get("RANK", "0"))
+    rank = ranks.number()
     with contextlib.ExitStack() as held:
         try:
             for output in (script.output, *script.others) if rank == 0 else ():
@@ -99,7 +99,7 @@ def _as_rank(
 ) -> int:
     from nemo_modelopt_cli.compress import runner
 
-    rank = int(os.environ.get("RANK", "0"))
+    rank = ranks.number()
     settings = saved_settings(given, script.paths)
 
     def on_this_rank(out: TextIO) -> None:
@@ -181,9 +181,7 @@ def start_on_cpu() -> None:
 
 def starts_ranks(devices: int, cpu: bool) -> bool:
     """Return whether this process starts ranks, because it is not one itself."""
-    from nemo_modelopt_cli.process import launch
-
-    return cpu and devices != 1 and not launch.is_rank()
+    return cpu and devices != 1 and not ranks.is_rank()
 
 
 def run_local_ranks(devices: int) -> int:

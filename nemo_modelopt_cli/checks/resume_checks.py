@@ -13,7 +13,7 @@ from typing import Any
 
 from nemo_modelopt_cli import run_file
 from nemo_modelopt_cli.parser import saved_settings
-from nemo_modelopt_cli.process import launch
+from nemo_modelopt_dropin import ranks
 
 # The file by which a recording of a teacher is known.
 RECORDING = "teacher_topk.json"
@@ -114,7 +114,7 @@ def rows(given: argparse.Namespace, paths: Collection[str], done: Path | None = 
 def report(given: argparse.Namespace, paths: Collection[str]) -> None:
     """Print where a training resumes and what changed, once for all ranks and before rank zero saves the settings."""
     first = all(os.environ.get(rank, "0") == "0" for rank in ("RANK", "LOCAL_RANK"))
-    found = describe(given, paths) if first and launch.STARTED_BY_US not in os.environ else None
+    found = describe(given, paths) if first and not ranks.is_started_by_us() else None
     if found is not None:
         warning = f"warning: {found[1]}\n" if found[1] else ""
         sys.stderr.write(f"distill: resumes {found[0]}\n{warning}")

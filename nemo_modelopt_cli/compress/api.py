@@ -9,7 +9,7 @@ from typing import Any
 from nemo_modelopt_cli.compress import plan, stages
 from nemo_modelopt_cli.compress.digests import Digests
 from nemo_modelopt_cli.compress.settings import Job, SettingsError, raise_all
-from nemo_modelopt_cli.process import launch
+from nemo_modelopt_dropin import ranks
 from nemo_modelopt_dropin.preflight import output_checks
 
 
@@ -66,7 +66,7 @@ def compress(job: Job, output: str, verbose: bool = False, redo: Collection[str]
     job.check()
     inputs = {name: getattr(job, name) for name in ("teacher", "train_text", "heldout_text", "distill_config")}
     raise_all(output_checks.place_problems("output", output, inputs))
-    if job.layout.devices > 1 and not launch.is_rank():
+    if job.layout.devices > 1 and not ranks.is_rank():
         raise SettingsError(
             f"the job needs {job.layout.devices} ranks and this is one process: start it with torchrun, for example "
             f"run.LocalExecutor(launcher='torchrun', ntasks_per_node={job.layout.devices})"

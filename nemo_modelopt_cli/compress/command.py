@@ -15,7 +15,6 @@ SIGTERM.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -35,8 +34,7 @@ from nemo_modelopt_cli.compress.settings import (
 )
 from nemo_modelopt_cli.compress.stages import Stage
 from nemo_modelopt_cli.parser import Parser, default_devices, default_nodes
-from nemo_modelopt_cli.process import launch
-from nemo_modelopt_dropin import files
+from nemo_modelopt_dropin import files, ranks
 from nemo_modelopt_dropin.errors import ModelOptConfigError
 from nemo_modelopt_dropin.preflight.output_checks import config_paths, formats_in, place_problems
 
@@ -242,6 +240,6 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     planned = plan.compression_stages(job, output, digests=digests)
     if arguments.dry_run:
         return show_plan(job, output, planned, arguments.redo)
-    if arguments.redo and os.environ.get("RANK", "0") == "0" and launch.STARTED_BY_US not in os.environ:
+    if arguments.redo and ranks.leads():
         report_unused_redo(planned, output, arguments.redo)
     return api.execute(job, output, planned, digests, arguments.verbose, arguments.derived, arguments.redo)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nemo_modelopt_cli.compress.settings import Layout, Training
+from nemo_modelopt_dropin import ranks
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -71,10 +72,8 @@ def train_tokenizer(texts: list[str], vocabulary: int, folder: Path) -> None:
 
 def make(folder: Path, vocabulary: int) -> dict[str, Any]:
     """Write ``train.jsonl``, ``heldout.jsonl`` and ``tokenizer/`` into the step's folder."""
-    from nemo_modelopt_cli.compress.training import rank
-
     training, held_out = split(documents())
-    if rank() == 0:
+    if ranks.number() == 0:
         write_jsonl(folder / "train.jsonl", training)
         write_jsonl(folder / "heldout.jsonl", held_out)
         train_tokenizer(training, vocabulary, folder / "tokenizer")
@@ -102,7 +101,7 @@ def pretrain(
     training.release()
     torch.manual_seed(settings.seed)
     tokenizer = AutoTokenizer(str(text_folder / "tokenizer"))
-    if training.rank() == 0:
+    if ranks.number() == 0:
         for name in ("train", "heldout"):
             np.save(folder / f"{name}.npy", tokens.encode(text_folder / f"{name}.jsonl", tokenizer))
     precision = torch.float32 if layout.cpu else torch.bfloat16

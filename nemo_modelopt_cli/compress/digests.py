@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from nemo_modelopt_cli.process import launch
+from nemo_modelopt_dropin import ranks
 
 # Digests by path as JSON, in the environment of the ranks that a run starts.
 _VARIABLE = "NEMO_MODELOPT_DIGESTS"
@@ -27,7 +27,7 @@ class Digests:
     @classmethod
     def of_this_process(cls) -> Digests:
         """Return the digests that the parent of this rank has computed, and none in any other process."""
-        passed = os.environ.get(_VARIABLE) if launch.STARTED_BY_US in os.environ else None
+        passed = os.environ.get(_VARIABLE) if ranks.is_started_by_us() else None
         return cls(json.loads(passed) if passed else None)
 
     def file(self, path: str | Path) -> str:

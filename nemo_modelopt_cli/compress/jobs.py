@@ -16,7 +16,7 @@ from nemo.collections.llm.modelopt.quantization import comparison
 from nemo_modelopt_cli import intermediate, run_script, tokens
 from nemo_modelopt_cli.compress import exported, heldout, training
 from nemo_modelopt_cli.compress.settings import TARGETS, Job, Layout, Training
-from nemo_modelopt_dropin import files
+from nemo_modelopt_dropin import files, ranks
 from nemo_modelopt_dropin.console import screen
 from nemo_modelopt_dropin.preflight import model_sizes, pair_checks, prune_layout
 from nemo_modelopt_dropin.report import importance
@@ -35,7 +35,7 @@ def measure(checkpoint: Path, token_folder: Path, job: Job) -> dict[str, Any]:
 def tokenize(folder: Path, job: Job) -> dict[str, Any]:
     """Encode both texts with the teacher's tokenizer into ``train.npy`` and ``heldout.npy``."""
     counts: dict[str, Any] = {}
-    if training.rank() == 0:
+    if ranks.number() == 0:
         tokenizer = tokens.checkpoint_tokenizer(job.teacher)
         for name, path in (("train", job.train_text), ("heldout", job.heldout_text)):
             ids = tokens.encode(path, tokenizer)
@@ -238,7 +238,7 @@ def export(folder: Path, job: Job, quantized: Path, token_folder: Path) -> dict[
     """
     training.release()
     result: dict[str, Any] = {}
-    if training.rank() != 0:
+    if ranks.number() != 0:
         return result
     for target in job.quantization.formats:
         path = quantized if target == "nemo" else folder / target

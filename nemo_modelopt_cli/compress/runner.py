@@ -26,7 +26,7 @@ from nemo_modelopt_cli.compress.stages import (
     run_stages,
 )
 from nemo_modelopt_cli.process import entry, launch, rendezvous, signals
-from nemo_modelopt_dropin import files, locks
+from nemo_modelopt_dropin import files, locks, ranks
 from nemo_modelopt_dropin.console import screen
 from nemo_modelopt_dropin.errors import InUseError, ModelOptConfigError
 from nemo_modelopt_dropin.preflight import output_checks
@@ -90,8 +90,8 @@ def _execute(
         except StageError as error:  # before anything is made in the run's folder
             sys.stderr.write(f"error: {error}\n")
             return FAILED
-    started_by_us = launch.STARTED_BY_US in os.environ
-    leads = not started_by_us and int(os.environ.get("RANK", "0")) == 0
+    started_by_us = ranks.is_started_by_us()
+    leads = not started_by_us and ranks.is_first()
     if leads:
         try:
             with locks.lock(root):  # later rank zero holds it, which is the one that writes
@@ -99,7 +99,7 @@ def _execute(
         except InUseError as error:
             sys.stderr.write(f"error: {error}\n")
             return FAILED
-    if not launch.is_rank() and (layout.devices > 1 and waiting):
+    if not ranks.is_rank() and (layout.devices > 1 and waiting):
         code = launch.run_ranks(layout.devices, environment=environment)
         locks.tidy(root)
         if signals.is_ours(code):
@@ -154,7 +154,7 @@ def _as_rank(
     settings: Mapping[str, Any] | None,
     redo: Collection[str],
 ) -> int:
-    rank = int(os.environ.get("RANK", "0"))
+    rank = ranks.number()
 
     def work(out: TextIO) -> None:
         with locks.lock(root) if rank == 0 else contextlib.nullcontext():
@@ -221,7 +221,7 @@ def guarded(
         keep_log: whether the log stays if a signal ends this process while modules are imported.
         output: folder to which the work writes.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    rank = ranks.number()
     says = signals.reports()
     with screen.quiet(log) as out, contextlib.ExitStack() as stack:
 
@@ -283,7 +283,7 @@ def _run_all(
     if not pending(stages, root):
         run_stages(stages, root, Alone(), on_event)  # all finished: needs no NeMo and no other ranks
         return
-    if int(os.environ.get("RANK", "0")) == 0:
+    if ranks.is_first():
         out.write("loading NeMo\n")
     if layout.cpu:
         from nemo_modelopt_dropin import cpu_backend
@@ -292,6 +292,6 @@ def _run_all(
     rendezvous.keep_on_loopback()
     from nemo_modelopt_cli.compress import training
 
-    ranks = training.StoreRanks() if launch.is_rank() else Alone()
-    run_stages(stages, root, ranks, on_event, redo, out)
+    peers = training.StoreRanks() if ranks.is_rank() else Alone()
+    run_stages(stages, root, peers, on_event, redo, out)
     training.release()

@@ -27,6 +27,7 @@ from nemo import lightning as nl
 from nemo_modelopt_cli import intermediate
 from nemo_modelopt_cli.compress.settings import Layout, Training
 from nemo_modelopt_cli.process import launch, rendezvous
+from nemo_modelopt_dropin import ranks
 from nemo_modelopt_dropin.console import screen
 
 # Address of the store of this job's ranks, and how often they met: variables, as NeMo's trainers use variables, too.
@@ -44,11 +45,6 @@ _RANK_VARIABLES = (
 )
 
 
-def rank() -> int:
-    """Return this process's global rank, whether or not process groups exist yet."""
-    return int(os.environ.get("RANK", "0"))
-
-
 class StoreRanks:
     """Send rank zero's decisions to every rank.
 
@@ -57,7 +53,7 @@ class StoreRanks:
     """
 
     def __init__(self):
-        self.rank, self.count = rank(), 0
+        self.rank, self.count = ranks.number(), 0
         hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         os.environ[_STORE] = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         self.store = _store(is_master=self.rank == 0 and not hosted)
@@ -113,14 +109,14 @@ def _store(is_master: bool = False) -> torch.distributed.Store:
 
 def _meet_elsewhere() -> None:
     """Choose a new port for the next process group, on rank zero, because the last one may leave connections."""
-    if not launch.is_rank():
+    if not ranks.is_rank():
         os.environ.pop("MASTER_PORT", None)
     elif _STORE not in os.environ:
         os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
     else:
         count = os.environ[_MEETINGS] = str(int(os.environ.get(_MEETINGS, "0")) + 1)
         store = _store()
-        if rank() == 0:
+        if ranks.number() == 0:
             host = "127.0.0.1" if rendezvous.on_one_node(os.environ) else ""
             store.set(f"port/{count}", str(launch.free_port(host)))
         os.environ["MASTER_PORT"] = store.get(f"port/{count}").decode()
@@ -256,7 +252,7 @@ class Curve(pl.Callback):
     def on_train_start(self, trainer, pl_module):
         """Discard the losses after the checkpoint that is resumed from, and open the bar."""
         self.points = [point for point in read_curve(self.path) if point["step"] <= trainer.global_step]
-        if rank() == 0:
+        if ranks.number() == 0:
             with open(self.path, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(point) + "\n" for point in self.points)
             stream = {"file": self.out} if self.out else {}
@@ -267,7 +263,7 @@ class Curve(pl.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         """Append the training loss of the step."""
         loss = trainer.callback_metrics.get("reduced_train_loss")
-        if rank() != 0 or loss is None:
+        if ranks.number() != 0 or loss is None:
             return
         self._add({"step": trainer.global_step, "loss": round(float(loss), 6)})
         if self.bar is not None:
@@ -277,7 +273,7 @@ class Curve(pl.Callback):
     def on_validation_end(self, trainer, pl_module):
         """Append the held-out loss."""
         loss = trainer.callback_metrics.get("val_loss")
-        if rank() == 0 and loss is not None and not trainer.sanity_checking:
+        if ranks.number() == 0 and loss is not None and not trainer.sanity_checking:
             self._add({"step": trainer.global_step, "heldout": round(float(loss), 6)})
 
     def on_train_end(self, trainer, pl_module):

@@ -17,16 +17,11 @@ import time
 from collections.abc import Mapping, Sequence
 
 from nemo_modelopt_cli.process import processes, signals
+from nemo_modelopt_dropin import ranks
 
-STARTED_BY_US = signals.STARTED_BY_US
 # Below the range from which systems give out ports of outgoing connections.
 _PORTS = range(20000, 32000)
 _GRACE_S = 10.0
-
-
-def is_rank() -> bool:
-    """Return whether this process already is one rank of a job (torchrun, Slurm with torchrun, or `run_ranks`)."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def run_ranks(count: int, argv: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> int:
@@ -82,7 +77,7 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        STARTED_BY_US: str(count),
+        ranks.STARTED_BY_US: str(count),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))),
         "TORCHELASTIC_RUN_ID": "local",  # Lightning then knows that the processes exist and starts none itself
         "TORCHELASTIC_RESTART_COUNT": "0",

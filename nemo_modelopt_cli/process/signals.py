@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 
+from nemo_modelopt_dropin import ranks
 from nemo_modelopt_dropin.console import screen
 
-# Environment variable of ranks that `launch.run_ranks` started: their parent reports.
-STARTED_BY_US = "NEMO_MODELOPT_LOCAL_RANKS"
 CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}
 # What callers print when a signal ended the process.
 RESUMABLE = "interrupted; run the same command again to resume"
@@ -29,7 +27,7 @@ def is_ours(code: int) -> bool:
 
 def reports() -> bool:
     """Return whether this process prints the message: rank zero, unless the process that started it does."""
-    return os.environ.get("RANK", "0") == "0" and STARTED_BY_US not in os.environ
+    return ranks.leads()
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from nemo_modelopt_dropin import finder
+from nemo_modelopt_dropin import finder, ranks
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -107,7 +107,7 @@ def bar(items: Iterable[Any] | None = None, **options) -> tqdm:
     stream = _screen.get() or sys.stderr
     settings: dict[str, Any] = {
         "file": stream,
-        "disable": os.environ.get("RANK", "0") != "0",
+        "disable": not ranks.is_first(),
         "mininterval": 0.1 if stream.isatty() else 15.0,  # no animation in log files
         "dynamic_ncols": stream.isatty(),
     }
@@ -177,7 +177,7 @@ def importing(frame: FrameType | None = None) -> bool:
 @contextlib.contextmanager
 def _relayed(stream: TextIO) -> Iterator[None]:
     """Relay log records to the screen on rank zero."""
-    if os.environ.get("RANK", "0") != "0":
+    if not ranks.is_first():
         yield
         return
     relay = Relay(stream)

@@ -144,8 +144,9 @@ _RANKS = """
 import os, sys
 from pathlib import Path
 from nemo_modelopt_cli.process import launch
+from nemo_modelopt_dropin import ranks
 
-if launch.is_rank():
+if ranks.is_rank():
     Path(sys.argv[1], os.environ["RANK"]).write_text(" ".join(sys.argv[1:]))
 else:
     sys.exit(launch.run_ranks(2))

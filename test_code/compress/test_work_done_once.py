@@ -14,8 +14,7 @@ import pytest
 from nemo_modelopt_cli.compress import plan, stages
 from nemo_modelopt_cli.compress.digests import Digests
 from nemo_modelopt_cli.compress.stages import Stage
-from nemo_modelopt_cli.process import launch
-from nemo_modelopt_dropin import files
+from nemo_modelopt_dropin import files, ranks
 from test_code.support import command_lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +54,7 @@ def finished(tmp_path, monkeypatch):
     for name in ("text", "heldout"):
         (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name}"}}\n')
     monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", launch.STARTED_BY_US):
+    for name in ("RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", ranks.STARTED_BY_US):
         monkeypatch.delenv(name, raising=False)
     command = [*command_lines.COMPRESS.split(), "--output", "out", "--cpu", "--devices", "2"]
     job, output, _ = command_lines.script_of("compress").resolve(command)
@@ -118,9 +117,9 @@ def test_only_ranks_of_this_command_take_digests_over(tmp_path, monkeypatch):
     for name, value in one.for_ranks().items():
         monkeypatch.setenv(name, value)
     text.write_text("b")
-    monkeypatch.delenv(launch.STARTED_BY_US, raising=False)
+    monkeypatch.delenv(ranks.STARTED_BY_US, raising=False)
     assert Digests.of_this_process().file(text) != before
-    monkeypatch.setenv(launch.STARTED_BY_US, "2")
+    monkeypatch.setenv(ranks.STARTED_BY_US, "2")
     assert Digests.of_this_process().file(text) == before
     assert one.file(text) == before, "the digests of one process do not change while it runs"
 
