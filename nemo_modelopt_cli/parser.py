@@ -136,7 +136,7 @@ class Parser(argparse.ArgumentParser):
 
     @contextlib.contextmanager
     def _nothing_required(self) -> Iterator[list[argparse.Action]]:
-        """Let parsing go on without required flags: what is missing is reported with the rest."""
+        """Let parsing continue without required flags: what is missing is reported with the rest."""
         required = [action for action in self._actions if action.required]
         for action in required:
             action.required = False

@@ -108,7 +108,7 @@ def _teacher_problems(given: argparse.Namespace) -> list[str]:
 
 
 def _tokenizer_problems(given: argparse.Namespace) -> list[str]:
-    """Return how the student's tokenizer differs from the teacher's, as far as files tell."""
+    """Return how the student's tokenizer differs from the teacher's, as far as files show."""
     path = given.distillation_config
     if loss_file.problems(path) or (
         path and Path(path).is_file() and loss_file.read(path).get(tokenizer_files.OVERRIDE)

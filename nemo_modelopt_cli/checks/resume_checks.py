@@ -155,7 +155,7 @@ def _before(given: argparse.Namespace) -> tuple[Path | None, dict[str, Any]]:
 
 
 def _place(last: Path, given: argparse.Namespace) -> str:
-    """Return the step of a checkpoint as its name tells it; NeMo's names count samples."""
+    """Return the step of a checkpoint as its name contains it; NeMo's names count samples."""
     step = re.fullmatch(r"step-(\d+)", last.name)
     if step:
         return f"at step {int(step[1])}, "
@@ -175,7 +175,7 @@ def _place(last: Path, given: argparse.Namespace) -> str:
 
 
 def _other_recording(before: Any, now: str | None) -> bool:
-    """Return whether two recordings are of different teachers, as their files tell."""
+    """Return whether two recordings are of different teachers, as their files show."""
     digests = []
     for folder in (before, now):
         try:

@@ -79,7 +79,7 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         ranks.STARTED_BY_US: str(count),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))),
-        "TORCHELASTIC_RUN_ID": "local",  # Lightning then knows that the processes exist and starts none itself
+        "TORCHELASTIC_RUN_ID": "local",  # Lightning then starts no processes itself
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_MAX_RESTARTS": "0",
     }
