@@ -14,8 +14,9 @@ SOURCES := nemo nemo_modelopt_dropin nemo_modelopt_cli scripts test_code benchma
 PAGES := README.md CONTRIBUTING.md CHANGELOG.md docs
 # What scripts/check_prose.py reads: these have been rewritten. Add a folder when it passes.
 MODELOPT := nemo/collections/llm/modelopt
-PROSE := README.md CONTRIBUTING.md CHANGELOG.md docs examples benchmarks nemo_modelopt_dropin/report nemo_modelopt_dropin/cpu_backend \
-    nemo_modelopt_dropin/console nemo_modelopt_cli/flags scripts $(MODELOPT)/recipes $(MODELOPT)/distill $(MODELOPT)/_divergence $(MODELOPT)/quantization/insert $(MODELOPT)/quantization/quantizer.py
+PROSE := README.md CONTRIBUTING.md CHANGELOG.md docs examples benchmarks scripts nemo_modelopt_dropin nemo_modelopt_cli/flags \
+    $(wildcard $(MODELOPT)/*.py) $(addprefix $(MODELOPT)/,_divergence distill recipes speculative quantization/insert) \
+    $(MODELOPT)/quantization/quantizer.py
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 

@@ -31,7 +31,7 @@ PHRASES = {
     r"so many(?:eth)?": "name the number",
     r"a word on": '"a note about"',
     r"the whole story": '"the full log" or "the full traceback"',
-    r"is no (?:number|name|word|switch|share|path|folder|file)": '"is not a ..."',
+    r"(?<!there )is no (?:number|name|word|switch|share|path|folder|file)": '"is not a ..."',
     r"where (?:that|there) (?:is|are|was|were|has|have)": '"if" or "when", for a condition',
     r"where possible": '"if possible"',
     r"micro ?batch(?:es)?": '"micro-batch"',
