@@ -24,6 +24,7 @@ FILES = [
     "distill/test_distill_state.py",
     "test_distillation_utils.py",
     "quantization/test_export.py",
+    "quantization/test_export_checks.py",
     "quantization/test_hf_check.py",
     "quantization/test_hf_codes.py",
     "quantization/test_hf_kv_cache.py",

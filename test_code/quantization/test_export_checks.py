@@ -1,0 +1,270 @@
+"""What can be exported is checked before calibrating, and an export appears completely or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from unittest.mock import MagicMock, patch
+
+import pytest
+import torch
+
+MODULE = "nemo.collections.llm.modelopt.quantization.quantizer"
+
+
+def stage_on_two_ranks(target) -> str:
+    """Fail on rank 1 while all ranks export; return the class of the error of this rank."""
+    from nemo.collections.llm.modelopt import _staging
+    from test_code.support import tiny
+
+    tiny.init_parallel()
+    try:
+        with _staging.staged(Path(target), "test") as folder:
+            folder.mkdir(exist_ok=True)
+            if torch.distributed.get_rank() == 1:
+                raise OSError("disk full")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+# --- what can be exported ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "algorithm", ["block_fp8", "FP8_PER_CHANNEL_PER_TOKEN_CFG", "NVFP4_AWQ_LITE_CFG", "MXFP8_DEFAULT_CFG"]
+)
+def test_hf_raises_an_error_for_what_it_cannot_write(cpu_backend, algorithm):
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+    from nemo.collections.llm.modelopt.quantization import quantizer as q
+    from nemo.collections.llm.modelopt.quantization import transformers_models
+    from test_code.support import tiny
+
+    message = f"algorithm='{algorithm}' cannot be exported.*hf.*nemo"
+    with patch("torch.cuda.is_available", return_value=True):
+        config = q.QuantizationConfig(algorithm=algorithm), q.ExportConfig(path="out", export_format="hf")
+        if transformers_models.exists():
+            # With nemo-toolkit 2.5, these can be exported from transformers models, so the error depends on the model.
+            quantizer = q.Quantizer(*config)
+            never = MagicMock(side_effect=AssertionError("calibration began"))
+            with pytest.raises(ModelOptConfigError, match=message):
+                quantizer.quantize(tiny.model(), forward_loop=never)
+        else:
+            with pytest.raises(ModelOptConfigError, match=message):
+                q.Quantizer(*config)
+        for fmt in ("nemo", "trtllm"):
+            q.Quantizer(q.QuantizationConfig(algorithm=algorithm), q.ExportConfig(path="out", export_format=fmt))
+
+
+@pytest.mark.parametrize(
+    "algorithm", ["fp8", "int8", "int8_sq", "int4_awq", "w4a8_awq", "int4", "nvfp4", "INT8_WEIGHT_ONLY_CFG", None]
+)
+def test_hf_takes_the_algorithms_it_can_write(algorithm):
+    import modelopt.torch.quantization as mtq
+
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+    from nemo.collections.llm.modelopt.quantization import quantizer as q
+
+    # modelopt 0.37 has fewer presets, and an unknown name raises an error.
+    unknown = str(algorithm).endswith("_CFG") and not hasattr(mtq, algorithm)
+    refusal = pytest.raises(ModelOptConfigError, match=f"Unsupported quantization format: {algorithm}")
+    with patch("torch.cuda.is_available", return_value=True), refusal if unknown else contextlib.nullcontext():
+        q.Quantizer(q.QuantizationConfig(algorithm=algorithm), q.ExportConfig(path="out", export_format="hf"))
+
+
+def test_hf_needs_a_model_with_an_exporter(cpu_backend):
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+    from nemo.collections.llm.modelopt.quantization.export import support
+    from test_code.support import tiny
+
+    model = tiny.model()
+    support.check_architecture("nemo", model)
+    with pytest.raises(ModelOptConfigError, match=r"no Hugging Face exporter for GPTModel.*llm.LlamaModel"):
+        support.check_architecture("hf", model)
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"), [("LlamaModel", "LlamaForCausalLM"), ("GemmaModel", "GemmaForCausalLM")]
+)
+def test_architecture_is_known_before_calibrating(cpu_backend, name, architecture):
+    from nemo.collections import llm
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+    from nemo.collections.llm.modelopt.quantization.export import support
+
+    model = object.__new__(getattr(llm, name))
+    assert support.hf_architecture(model) == architecture
+    if name == "GemmaModel":
+        with pytest.raises(ModelOptConfigError, match="cannot write a quantized GemmaForCausalLM.*LlamaForCausalLM"):
+            support.check_architecture("hf", model)
+
+
+@pytest.mark.parametrize("kind", ["mixture-of-experts", "Mamba"])
+def test_hf_with_tensor_parallel_raises_an_error_if_parts_cannot_be_joined(kind):
+    from types import SimpleNamespace
+
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+    from nemo.collections.llm.modelopt.quantization.export import support
+
+    config = SimpleNamespace(num_moe_experts=8) if kind[0] == "m" else SimpleNamespace(mamba_stack_spec=object())
+    support.check_layout("hf", config, 1)
+    support.check_layout("nemo", config, 2)
+    with pytest.raises(ModelOptConfigError, match=f"{kind} model needs tensor parallel size 1, not 2"):
+        support.check_layout("hf", config, 2)
+
+
+def test_converted_models_are_checked_by_their_quantizers():
+    from modelopt.torch.quantization.config import QuantizerAttributeConfig
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+    from nemo.collections.llm.modelopt.quantization.export import support
+
+    def linear(**weight):
+        layer = torch.nn.Linear(2, 2)
+        layer.weight_quantizer = TensorQuantizer(QuantizerAttributeConfig(**weight))
+        layer.input_quantizer = TensorQuantizer(QuantizerAttributeConfig(num_bits=(4, 3)))
+        return layer
+
+    support.check_converted(linear(num_bits=(4, 3)))
+    message = r"axis=0, .* quantized inputs cannot be written; .*readers: FP8 \(vLLM, .*W4A8_AWQ \(no known server\)"
+    with pytest.raises(ModelOptConfigError, match=message):
+        support.check_converted(linear(num_bits=(4, 3), axis=0))
+    with pytest.raises(ModelOptConfigError, match="all layers must have the same format"):
+        support.check_converted(torch.nn.Sequential(linear(num_bits=(4, 3)), linear(num_bits=8, axis=0)))
+
+
+def test_trainer_is_needed_for_nemo():
+    from nemo.collections.llm.modelopt.quantization import quantizer as q
+
+    with patch("torch.cuda.is_available", return_value=True):
+        quantizer = q.Quantizer(q.QuantizationConfig(), q.ExportConfig(path="out", export_format="nemo"))
+    with pytest.raises(AssertionError, match="Trainer required for NeMo export"):
+        quantizer.export(MagicMock(), "model")
+
+
+# --- parts of the writers and of the verification ---------------------------------------------------------------------
+
+
+def test_export_of_nemo_falls_back_for_plain_models():
+    from nemo.collections.llm.modelopt.quantization import quantizer as q
+
+    with (
+        patch(f"{MODULE}.load_connector_from_trainer_ckpt") as load,
+        patch(f"{MODULE}.unwrap_for_modelopt_operations"),
+        patch(f"{MODULE}.mto.ModeloptStateManager.is_converted", return_value=False),
+    ):
+        load.return_value.nemo_load.return_value = (MagicMock(), None)
+        assert q.export_hf_checkpoint("model", "out") is None
+
+
+def test_one_state_of_all_layers_is_cut_as_later_versions_of_modelopt_do():
+    from nemo.collections.llm.modelopt.quantization.export import hf_writer
+
+    names = [
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+        "model.layers.0.mlp.experts.7.w.weight",
+    ]
+    state = {name: torch.ones(1) for name in [*names, "model.layers.11.a.weight"]}
+    cut = {number: sorted(part) for number, part in hf_writer.by_layer(state, 12).items()}
+    assert cut == {
+        1: sorted([names[0], names[3]]),
+        12: ["lm_head.weight", "model.layers.11.a.weight", "model.norm.weight"],
+    }
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_codes_are_those_of_the_fake_quantizer(bits):
+    from nemo.collections.llm.modelopt.quantization.export import hf_encoding
+
+    algorithm, maxbound = {1: ("FP8", 448), 2: ("W8A16", 127), 4: ("W4A16_AWQ", 7)}[bits]
+    weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    amax = {1: weight.abs().amax(), 2: weight.abs().amax(1, keepdim=True)}.get(bits)
+    scale = (weight.view(6, 4, 8).abs().amax(-1) if amax is None else amax) / maxbound
+    stored = hf_encoding.encode(algorithm, weight, scale)
+    assert stored.shape[0] == (3 if bits == 4 else 6) and stored.element_size() == 1
+    back = hf_encoding.decode(algorithm, {"weight": stored, "weight_scale": scale})
+    step = hf_encoding._per_element(scale, 32)
+    # The bound is half a step: FP8 E4M3 has 3 bits of mantissa, so half a step is 1/16 of the value.
+    allowed = weight.abs() / 16 + step / 512 if bits == 1 else step.expand(6, 32) / 2
+    assert bool(((back - weight).abs() <= allowed * (1 + 1e-5)).all())
+    assert torch.equal(hf_encoding.encode(algorithm, back, scale), stored)
+
+
+def test_what_is_not_quantized_is_compared_as_it_is_written(cpu_backend):
+    import types
+
+    from nemo.collections.llm.modelopt.quantization.export import hf_verify
+
+    torch.manual_seed(0)
+    plain, quantized = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+    quantized.weight_quantizer = types.SimpleNamespace(is_enabled=True)
+    model = torch.nn.Sequential(plain, quantized)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    with hf_verify.rounded(model, torch.bfloat16):
+        for name, value in model.named_parameters():
+            expected = before[name] if name == "1.weight" else before[name].bfloat16().float()
+            assert torch.equal(value, expected), name
+        assert not torch.equal(plain.weight, before["0.weight"])
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
+def test_the_config_names_the_tokens_that_the_model_was_imported_with(tmp_path, cpu_backend):
+    """NeMo's exporters take them from the tokenizer, but the imported generation config is more precise."""
+    from types import SimpleNamespace
+
+    from transformers import GenerationConfig
+
+    from nemo.collections.llm.modelopt.quantization.export import hf_describe
+
+    own = GenerationConfig(bos_token_id=1, eos_token_id=[2, 7])
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 9, "bos_token_id": 0, "pad_token_id": 3}))
+    hf_describe.write_generation_config(SimpleNamespace(config=SimpleNamespace(generation_config=own)), tmp_path)
+    config, generation = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("config", "generation_config"))
+    assert config == {"vocab_size": 9, "bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": 3}
+    assert generation["eos_token_id"] == [2, 7]
+
+
+@pytest.mark.parametrize("written", [["config.json"], ["config.json", "rank0.safetensors"]])
+def test_incomplete_trtllm_checkpoint_is_reported(tmp_path, written):
+    from nemo.collections.llm.modelopt.quantization.quantizer import Quantizer
+
+    for name in written:
+        (tmp_path / name).touch()
+    assert Quantizer._validate_quantized_checkpoint(tmp_path, 1) is (len(written) == 2)
+    assert Quantizer._validate_quantized_checkpoint(tmp_path, 2) is False
+
+
+# --- the staging ------------------------------------------------------------------------------------------------------
+
+
+def test_staging_appears_only_when_it_ends_well(tmp_path):
+    from nemo.collections.llm.modelopt import _staging
+
+    target = tmp_path / "deep" / "out"
+    with pytest.raises(OSError, match="disk full"), _staging.staged(target, "test") as folder:
+        folder.mkdir()
+        (folder / "half").touch()
+        raise OSError("disk full")
+    assert list(tmp_path.iterdir()) == []
+    with _staging.staged(target, "test") as folder:
+        folder.mkdir()
+        (folder / "file").write_text("first")
+        assert not target.exists()
+    (target / "mine").write_text("stays")
+    with _staging.staged(target, "test") as folder:
+        folder.mkdir()
+        (folder / "file").write_text("second")
+        (folder / "sub").mkdir()
+    assert sorted(p.name for p in target.iterdir()) == [".nemo-modelopt.json", "file", "mine", "sub"]
+    assert (target / "file").read_text() == "second"
+    assert [p.name for p in target.parent.iterdir()] == ["out"]
+
+
+def test_a_failing_rank_takes_the_export_of_all_away(ranks, tmp_path):
+    answers = ranks(2).run(stage_on_two_ranks, str(tmp_path / "out"))
+    assert "ExportError" in answers[0] and "failed on another rank" in answers[0]
+    assert answers[1] == "OSError: disk full"
+    assert list(tmp_path.iterdir()) == []
