@@ -110,17 +110,8 @@ def _without_padding(model, vocabulary: int) -> Iterator[None]:
             weight.data = data
 
 
-@contextlib.contextmanager
-def _extended(
-    layers: dict[int, hf_encoding.Layer], extra: dict[int, dict[str, torch.Tensor]], total_layers: int, writes: bool
-) -> Iterator[None]:
-    """Extend modelopt's writer by the formats of `hf_encoding` and the scales of the KV cache, inside the context.
-
-    Args:
-        layers: What is stored for each layer, by the module's id.
-        extra: The scales of the KV cache: number of a layer, from 1, to tensors by name.
-        total_layers: Layers of the whole model.
-        writes: Whether this rank writes.
+def _replaced_functions() -> tuple[list[tuple[Any, str]], bool]:
+    """Return owner and name of each function of modelopt's writer to replace, and whether it keeps one flat state.
 
     Raises:
         ModelOptConfigError: If the writer of the installed modelopt lacks one of these functions.
@@ -140,6 +131,25 @@ def _extended(
         raise ModelOptConfigError(
             f"The Hugging Face writer of the installed nvidia-modelopt lacks {missing}; install a supported version."
         )
+    return names, is_flat
+
+
+@contextlib.contextmanager
+def _extended(
+    layers: dict[int, hf_encoding.Layer], extra: dict[int, dict[str, torch.Tensor]], total_layers: int, writes: bool
+) -> Iterator[None]:
+    """Extend modelopt's writer by the formats of `hf_encoding` and the scales of the KV cache, inside the context.
+
+    Args:
+        layers: What is stored for each layer, by the module's id.
+        extra: The scales of the KV cache: number of a layer, from 1, to tensors by name.
+        total_layers: Layers of the whole model.
+        writes: Whether this rank writes.
+
+    Raises:
+        ModelOptConfigError: If the writer of the installed modelopt lacks one of these functions.
+    """
+    names, is_flat = _replaced_functions()
     originals = [(owner, name, getattr(owner, name)) for owner, name in names]
     state_of, all_states, quantize, _ = (original for _, _, original in originals)
 
