@@ -29,6 +29,7 @@ FILES = [
     "quantization/test_hf_codes.py",
     "quantization/test_hf_kv_cache.py",
     "quantization/test_hf_scales.py",
+    "quantization/test_input_scales.py",
     "end_to_end/test_functional.py",
     "distill/test_fused_logits.py",
     "prune/test_hybrid.py",
