@@ -1,1 +1,1 @@
-"""The tests: one file a room, `ranks` the pool of live ranks, `tiny` small real models, `jobs_*` what ranks execute."""
+"""Tests, in folders like those of the packages; `support` has the live ranks, tiny real models and shared rank jobs."""

@@ -25,7 +25,7 @@ other_sums.enable_if_asked()
 
 
 def _pools(tmp_path_factory, label: str, env: dict[str, str]):
-    """Yield a function that gives the pool of so many live ranks, and close all pools at the end."""
+    """Yield a function that returns the pool of n live ranks, and close all pools at the end."""
     from test_code.support.ranks import RankPool
 
     pools: dict[int, RankPool] = {}
@@ -60,7 +60,7 @@ def ranks(ranks_factory):
 
 @pytest.fixture(scope="session")
 def cpu_backend():
-    """Enable the CPU backend in the test process itself, where there is no GPU."""
+    """Enable the CPU backend in the test process itself, unless there is a GPU."""
     import torch
 
     from nemo_modelopt_dropin import cpu_backend as backend

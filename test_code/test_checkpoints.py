@@ -63,7 +63,7 @@ def test_the_context_of_a_student_deviates_by_being_loadable(pools):
     assert name == "DistillationGPTModel" and "teacher_ckpt_path" not in arguments
 
 
-# Width by stock: test_parity, because modelopt knows PyTorch's norms only where somebody registers them.
+# Width by stock: test_parity, because modelopt prunes PyTorch's norms only if somebody registers them.
 @pytest.mark.parametrize(
     "writer, request_, layout, other_layout",
     [

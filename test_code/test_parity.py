@@ -148,7 +148,7 @@ def test_pruned_weights_equal_stock(both, ranks_factory, tmp_path, case):
 
 
 def test_pruning_deviates_by_running(stock_ranks):
-    """Stock stops without Transformer Engine, and with modelopt 0.43, which wants the model out of NeMo's wrapper."""
+    """Stock stops without Transformer Engine, and with modelopt 0.43, which needs the model out of NeMo's wrapper."""
     norms, *wrapper = stock_ranks(4).run(jobs_parity.pruning_errors, REQUESTS["depth"])[0]
     assert "RMSNorm" in norms and "not registered" in norms
     if installed.WRAPPED_PRUNE:

@@ -1,4 +1,4 @@
-"""Whatever is left out or is no number is reported in a sentence, in every script and at once."""
+"""Every script reports missing arguments and values that are not numbers, in whole sentences and all at once."""
 
 from __future__ import annotations
 

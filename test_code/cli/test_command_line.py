@@ -289,13 +289,13 @@ def test_a_distillation_ends_with_its_figures(cpu_backend, tmp_path, monkeypatch
         "validation loss  3.2500",
         "checkpoint       logs/kd/x-last",
     ]
-    context.write_text("")  # NeMo goes on where it fails to write it
+    context.write_text("")  # NeMo continues if it fails to write it
     with pytest.raises(RuntimeError, match=r"io.json could not be written: NeMo cannot load logs/kd/x-last"):
         command_lines.script_of("distill").outcome(trainer, checkpoints)
 
 
 def test_the_bar_of_a_validation_goes_with_it(cpu_backend, monkeypatch):
-    """Also where Lightning, inside, puts another list in the place of the callbacks."""
+    """Also if Lightning replaces the list of callbacks inside."""
     from types import SimpleNamespace
 
     from nemo_modelopt_dropin.console import progress

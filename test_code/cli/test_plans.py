@@ -1,4 +1,4 @@
-"""Sizes that configurations tell, and the plans of --dry-run."""
+"""Sizes read from configurations, and the plans that --dry-run prints."""
 
 from __future__ import annotations
 

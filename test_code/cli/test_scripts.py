@@ -383,7 +383,7 @@ def test_distill_and_ptq_and_prune_on_cpu(ranks, tmp_path, monkeypatch):
     ptq += ["-calib_ds", text, "-algo", "int8", "-bs", "2", "-calib_size", "4", "-sl", "32"]
     _works_through_nemo_run("ptq", ptq, tmp_path, monkeypatch)
     assert (quantized / "weights" / "modelopt_state").exists()
-    assert "devices" not in run_file.read(quantized / "run.yaml"), "what nobody gave follows anew in another run"
+    assert "devices" not in run_file.read(quantized / "run.yaml"), "what nobody set is derived again in another run"
     assert (tmp_path / "quantized.report" / "report.html").exists()
     assert not (tmp_path / "quantized.calibration-state").exists(), "it is kept for a failed export only"
 

@@ -107,7 +107,7 @@ def test_distillation_at_pp2_from_a_yaml(ranks, folder, data):
         (checkpoint,) = (logs / "kd").rglob("*-last")
         assert 4 < float(re.search(r"val_loss=([\d.]+)", checkpoint.name)[1].rstrip(".")) < 6, "of the saved weights"
         loaded.append(ranks(2).run(jobs_checkpoints.read, str(checkpoint), "TP=2")[0])
-        # The same command ends at once, and with more steps it goes on from there.
+        # The same command ends at once, and with more steps it continues from there.
         for steps, samples in (("5", "20.0"), ("7", "28.0")):
             again = [
                 steps if before == "--max_steps" else word

@@ -1,4 +1,4 @@
-"""What only a GPU shows; deselected where there is none (run with ``-m gpu``)."""
+"""Tests that need a GPU; deselected by default (run with ``-m gpu``)."""
 
 from __future__ import annotations
 

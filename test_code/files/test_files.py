@@ -172,7 +172,7 @@ def test_a_kill_while_a_folder_is_removed_leaves_no_part_that_looks_whole(tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-# --- write beside, then rename ----------------------------------------------------------------------------------------
+# --- write aside, then rename -----------------------------------------------------------------------------------------
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -1,4 +1,4 @@
-"""Scripts beside what users have on disk: nothing of theirs is replaced, and no two runs write to one output."""
+"""Scripts in folders that hold users' files: none of those is replaced, and no two runs write to one output."""
 
 from __future__ import annotations
 

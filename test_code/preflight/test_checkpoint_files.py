@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def made(ranks_factory, tmp_path_factory) -> Path:
-    """A real checkpoint, with texts beside it."""
+    """A real checkpoint, with texts next to it."""
     folder = tmp_path_factory.mktemp("whole")
     ranks_factory(1).run(jobs_compress.make_teacher, str(folder), timeout=240)
     return folder

@@ -29,7 +29,7 @@ SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", 
         ({"num_layers": 4, "hidden_size": 64}, "all are the model's own sizes, there is nothing to prune"),
         ({"num_layers": 4, "hidden_size": 56}, None),
         ({"num_attention_heads": 0.4}, None),
-        ({"num_moe_experts": 2, "num_layers": 4}, None),  # what the shape does not know is for the library to tell
+        ({"num_moe_experts": 2, "num_layers": 4}, None),  # the library reports what the shape does not hold
     ],
 )
 def test_targets_that_do_not_fit(targets, problem):
@@ -126,7 +126,7 @@ def test_a_budget_says_how_small_the_model_gets():
         ("[decoder.layers.3, decoder.layers.6.mlp]", "no layer 'decoder.layers.6.mlp': the teacher has 6 layers"),
         ("[decoder.layers.3, decoder.layers.5, mse]", None),
         ("[decoder.final_layernorm, decoder.final_layernorm]", None),
-        ("3", None),  # for the configuration to tell
+        ("3", None),  # the configuration reports it
     ],
 )
 def test_layers_of_losses(tmp_path, pair, problem):

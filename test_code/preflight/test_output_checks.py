@@ -1,4 +1,4 @@
-"""Folders that are written: what would be lost or mixed there is refused before anything is loaded."""
+"""Output folders: what would overwrite or mix files there raises an error before anything is loaded."""
 
 from __future__ import annotations
 

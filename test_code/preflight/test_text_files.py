@@ -83,7 +83,7 @@ def test_checks_and_training_read_the_same_formats(tmp_path, tokenizer, ending):
 
 @pytest.mark.parametrize(
     ("ending", "rows"),
-    # A bare list of turns has no system prompt beside it.
+    # A bare list of turns has no system prompt next to it.
     [(end, rows) for end in FORMATS for rows in (OPENAI, SHAREGPT) if not (end[:5] == "plain" and rows is SHAREGPT)],
 )
 def test_chats_go_through_the_chat_template(tmp_path, tokenizer, ending, rows):

@@ -100,7 +100,7 @@ def hybrids_allowed(known: bool = True, rules: bool = True):
 
 
 def build(pattern: str | None, layers: int, **overrides):
-    """Train a hybrid model for a step and give it weights that depend on their names."""
+    """Train a hybrid model for a step and set weights that depend on their names."""
     from megatron.core.transformer.enums import AttnBackend
 
     from nemo.collections import llm
@@ -153,7 +153,7 @@ def prune(
     fails: bool = False,
     **overrides,
 ) -> dict:
-    """Prune a hybrid model; return its patterns, weights and the error, where there is one."""
+    """Prune a hybrid model; return its patterns, weights and the error, if any."""
     from nemo.collections import llm
     from nemo.collections.llm.modelopt.prune import describe_pruning
 

@@ -144,13 +144,13 @@ def pruned_on_padding(seq_length: int, short: int, request: dict, ignore_mask: b
     # The same tokens in both: the generator draws as many as the window is long.
     dataset = Padded(16, seq_length, short)
     module.train_dataloader = lambda: torch.utils.data.DataLoader(dataset, num_workers=0)
-    before, see = jobs.weights(model), _weights.Microbatch.see
+    before, see = jobs.weights(model), _weights.MicroBatch.see
     if ignore_mask:
-        _weights.Microbatch.see = lambda *_: None
+        _weights.MicroBatch.see = lambda *_: None
     try:
         jobs.run_prune(model, request, module, run)
     finally:
-        _weights.Microbatch.see = see
+        _weights.MicroBatch.see = see
     return {
         "before": before,
         "after": jobs.weights(model),
@@ -285,7 +285,7 @@ REQUEST = {"target_params": "70%", "max_candidates": 4, "heldout_batches": 2}
 
 @pytest.fixture(scope="module")
 def searched(ranks_factory):
-    """A model pruned to 70% by search, on one rank; eight microbatches of two."""
+    """A model pruned to 70% by search, on one rank; eight micro-batches of two."""
     return ranks_factory(1).run(budget_on_ranks, REQUEST, batches=8)[0]
 
 

@@ -1,4 +1,4 @@
-"""Requests that cannot work are refused before a forward pass, and say what is allowed."""
+"""Requests that cannot work raise an error before a forward pass, which names what is allowed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def checks(cpu_backend):
 
 
 class TestConfig:
-    """What is wrong whatever the model is, is refused when the configuration is made."""
+    """What is wrong for every model raises an error when the configuration is made."""
 
     @pytest.mark.parametrize(
         ("fields", "message"),

@@ -361,7 +361,7 @@ def refusals(ranks_factory, work):
 @pytest.mark.parametrize("label", REFUSED)
 def test_a_state_is_refused_where_it_does_not_belong(refusals, label):
     if label == "option" and not installed.KV_CACHE:
-        pytest.skip("KV-cache quantizers are refused on this modelopt: see test_model_utils")
+        pytest.skip("this modelopt does not support KV-cache quantizers: see test_model_utils")
     for word in REFUSED[label]:
         assert word in refusals[label]
 
@@ -375,7 +375,7 @@ def test_a_planted_pickle_runs_no_code(ranks, work):
     planted = work / "planted"
     result = ranks(1).run(plant_pickles, *paths(work)[:2], str(planted))[0]
     assert not (planted / "ran").exists()
-    assert result["forward"] > 0, "the model was calibrated anew"
+    assert result["forward"] > 0, "the model was calibrated again"
     assert result["left"] == ["planted.calibration-state", "tp0_pp0_ep0.pt"]
 
 

@@ -105,7 +105,7 @@ def test_candidates_are_drawn_with_those_that_nothing_beats(content, tmp_path): 
     line = [(row["parameters"], row["loss"]) for row in datasets[0]]
     dots = {(row["parameters"], row["loss"], row["kept"]) for row in datasets[1]}
     assert line == [(60, 2.5), (70, 2.0)]
-    assert dots == {(70, 2.0, "kept"), (60, 2.5, "tried"), (65, 2.7, "tried")}, "a loss that is no number has no place"
+    assert dots == {(70, 2.0, "kept"), (60, 2.5, "tried"), (65, 2.7, "tried")}, "a loss that is NaN has no place"
     page = report.write(with_them, tmp_path)
     assert (tmp_path / "figures" / "candidates.png").read_bytes().startswith(b"\x89PNG")
     assert '"candidates"' in _Page(page.read_text(encoding="utf-8")).scripts["specifications"]

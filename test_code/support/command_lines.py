@@ -85,7 +85,7 @@ def inputs(folder: Path) -> dict[str, str]:
 
 
 def checkpoint(folder: Path, **changed) -> Path:
-    """Write the configuration of a tiny Llama, all that sizes are told from."""
+    """Write the configuration of a tiny Llama, all that sizes are read from."""
     import yaml
 
     shell(folder)

@@ -12,7 +12,7 @@ from test_code.support import jobs_quant, jobs_state
 
 @contextlib.contextmanager
 def counted():
-    """Count the microbatches that calibrate and that are scored."""
+    """Count the micro-batches that calibrate and that are scored."""
     from nemo.collections.llm.modelopt.quantization.insert import mixed_precision
 
     counts = {"_calibrate": 0, "_score": 0}

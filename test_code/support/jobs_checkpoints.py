@@ -164,7 +164,7 @@ def write_pruned(path: str, layout: str, request: dict):
 
 
 class CountedData(tiny.TinyData):
-    """`tiny.TinyData` that goes on where an interrupted training stopped, as NeMo's own data modules do."""
+    """`tiny.TinyData` that continues where an interrupted training stopped, as NeMo's own data modules do."""
 
     def state_dict(self):
         return {"consumed_samples": self.data_sampler.compute_consumed_samples(self.trainer.global_step)}

@@ -112,7 +112,7 @@ def dataset(path, rows: int = 10) -> str:
 
 @contextlib.contextmanager
 def known_norms():
-    """Let modelopt know PyTorch's RMSNorm inside of the context; without Transformer Engine it stops there.
+    """Register PyTorch's RMSNorm with modelopt inside the context; without Transformer Engine it stops there.
 
     modelopt 0.43 hands the shared hidden size to a norm's set-up; its class for ``nn.LayerNorm`` does not take it.
     """
@@ -122,7 +122,7 @@ def known_norms():
 
     class Norm(_DynamicLayerNorm):
         def _setup(self, *, num_features=None):
-            if num_features is None:  # modelopt 0.37 wants each norm to make its own, and joins them later
+            if num_features is None:  # modelopt 0.37 needs each norm to make its own, and joins them later
                 num_features = TracedHp(list(range(1, self.normalized_shape[-1] + 1)))
             self._register_hparam("num_features", num_features)
             self._register_dynamic_attribute("weight", self._cut_to_active_features)
@@ -138,7 +138,7 @@ def known_norms():
 def prune_as_stock(pruner, model, config, data, run) -> None:
     """Call stock's function so that modelopt 0.43 takes it: norms known, and modelopt's model not in NeMo's wrapper.
 
-    Stock gives the wrapper to modelopt, and what modelopt gives back to NeMo; each wants the other.
+    Stock passes the wrapper to modelopt, and what modelopt returns to NeMo; each needs the other.
     """
     from unittest import mock
 
@@ -179,7 +179,7 @@ def pruned(path: str, request: dict, **sizes):
 
 
 def pruning_errors(request: dict, **sizes) -> list[str]:
-    """Return what stops stock without help, and what does when modelopt knows the norms."""
+    """Return what stops stock without help, and what does if the norms are registered."""
     from nemo.collections.llm.modelopt.prune import PruningConfig, pruner
     from test_code.support import jobs_prune
 

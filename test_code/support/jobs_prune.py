@@ -13,7 +13,7 @@ import torch
 
 
 def build(tp: int = 1, pp: int = 1, data=None, batches: int = 4, stages=None, **overrides):
-    """Train a tiny model for one step and give it weights that depend on their names only, not on the layout.
+    """Train a tiny model for one step and set weights that depend on their names only, not on the layout.
 
     Args:
         tp: tensor-parallel size.
@@ -104,7 +104,7 @@ def prune(request: dict, **settings) -> dict:
 
 
 def refusal(request: dict, **settings) -> str:
-    """Return what pruning a tiny model is refused with, or nothing where it goes through."""
+    """Return the error of pruning a tiny model, or nothing if it succeeds."""
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 
     model, module, run = build(**settings)
@@ -135,7 +135,7 @@ def plain_modelopt(export_config: dict, **settings):
     model, module, run = build(**settings)
     _norms.register_torch_norms()
     if "num_attention_heads" in export_config and _search.prunes_query_groups():
-        # modelopt 0.37 wants to be told that the groups stay.
+        # modelopt 0.37 needs an explicit number of groups.
         export_config = {**export_config, "num_query_groups": tiny.core(model).config.num_query_groups}
     module.val_dataloader = module.train_dataloader
     mtp.prune(
@@ -380,7 +380,7 @@ def reuse_scores(folder: str, requests: list[dict], **settings):
 
 
 def refused_by_checkpoint(path: str, requests: list[tuple[dict, int]], **settings) -> list[str]:
-    """Return what a checkpoint's requests and tensor-parallel sizes are refused with, or "accepted"."""
+    """Return what a checkpoint's requests and tensor-parallel sizes raise, or "accepted"."""
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
     from nemo.collections.llm.modelopt.prune import PruningConfig, check_checkpoint
 
@@ -426,7 +426,7 @@ def scores_of_other_model(folder: str) -> str:
 
 
 def planted_scores(folder: str, ran: str) -> list[str]:
-    """Put pickles in the place of scores, under the new name and the old one; return the errors of pruning."""
+    """Replace scores by pickles, under the new name and the old one; return the errors of pruning."""
     from test_code.support import jobs_state
 
     messages = []

@@ -250,7 +250,7 @@ def plain_logits(folder, checkpoint) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train_quantized(checkpoint, steps: int = 24) -> list[float]:
-    """Go on training a quantized checkpoint (quantization-aware training) and return the losses."""
+    """Continue training a quantized checkpoint (quantization-aware training) and return the losses."""
     from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
 
     from nemo import lightning as nl

@@ -213,7 +213,7 @@ def checked_budget(
     """Return the budget of a configuration, None if it has none.
 
     Raises:
-        ModelOptConfigError: for a limit that is no number of parameters, or a number of candidates or a multiple below
+        ModelOptConfigError: if a limit is not a number of parameters, or the candidates' number or a multiple is below
             one.
     """
     whole = isinstance(multiples or {}, Mapping) and all(type(n) is int and n >= 1 for n in (multiples or {}).values())

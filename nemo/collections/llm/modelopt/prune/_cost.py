@@ -42,7 +42,7 @@ def describe(core: nn.Module, parameters: int) -> dict[str, Any]:
 
 
 def one_batch(core: nn.Module, validate: Callable[[], None]) -> list[Mapping[str, Any]]:
-    """Return the microbatches of the data's first global batch.
+    """Return the micro-batches of the data's first global batch.
 
     Args:
         core: the Megatron-Core model.
@@ -55,11 +55,11 @@ def one_batch(core: nn.Module, validate: Callable[[], None]) -> list[Mapping[str
 
 
 def forward_seconds(core: nn.Module, batches: list[Mapping[str, Any]]) -> float:
-    """Return the time of one forward pass of the whole pipeline over some microbatches: the best of three.
+    """Return the time of one forward pass of the whole pipeline over some micro-batches: the best of three.
 
     Args:
         core: the Megatron-Core model. All ranks must call it.
-        batches: the microbatches.
+        batches: the micro-batches.
     """
     modes = [(module, module.training) for module in core.modules()]
     core.eval()

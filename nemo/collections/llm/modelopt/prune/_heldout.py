@@ -27,8 +27,8 @@ class Reference:
     """The original model on held-out data.
 
     Attributes:
-        batches: this rank's microbatches as the data module gives them.
-        hidden: `[s, b, h]` of each microbatch, on the last pipeline stage.
+        batches: this rank's micro-batches as the data module returns them.
+        hidden: `[s, b, h]` of each micro-batch, on the last pipeline stage.
         output: weight `[v, h]` and bias of the output layer there.
         loss: held-out loss in nats a token.
     """
@@ -116,7 +116,7 @@ def evaluate(core: nn.Module, reference: Reference) -> tuple[float, float]:
 
 
 def run_batches(core: nn.Module, batches: list[Mapping[str, Any]]) -> None:
-    """Send microbatches through all pipeline stages with the model's own data and forward steps, without gradients."""
+    """Send micro-batches through all pipeline stages with the model's own data and forward steps, without gradients."""
     _heldout.run_forward(core, batches, _forward_step, lambda batch: tuple(batch["tokens"].shape))
 
 
@@ -136,10 +136,10 @@ def token_sums(
     output: tuple[Tensor, Tensor | None],
     reference: tuple[Tensor, Any] | None = None,
 ) -> Tensor:
-    """Return sums over a microbatch's tokens, weighted by the loss mask: `[3]` cross entropy, KL and weights.
+    """Return sums over a micro-batch's tokens, weighted by the loss mask: `[3]` cross entropy, KL and weights.
 
     Args:
-        batch: ``labels`` `[b, s]` and ``loss_mask`` `[b, s]` (all ones where there is none).
+        batch: ``labels`` `[b, s]` and ``loss_mask`` `[b, s]` (all ones if it is missing).
         hidden: final hidden states `[s, b, h]`.
         output: weight `[v, h]` and bias `[v]` of the output layer.
         reference: the original's hidden states and output layer.

@@ -41,7 +41,7 @@ def check_packages(core: nn.Module) -> None:
 def spelled_out(core: nn.Module) -> Iterator[None]:
     """Write the layer pattern of a hybrid model that has only shares of layers; remove it again if pruning fails.
 
-    modelopt cuts the letters, and stops half-way where there are none; shares of the layers that are left would be
+    modelopt cuts the letters, and stops half-way if there are none; shares of the layers that are left would be
     another order of layers.
     """
     model: Any = core
@@ -77,7 +77,7 @@ def cut_pattern(core: nn.Module, kept: Sequence[int]) -> None:
     """Cut the pattern of a hybrid model, in model and configuration, to the layers that are left.
 
     modelopt cuts the model's own only, and not when layers are dropped by number; the configuration is saved. Shares
-    are given up: Megatron refuses a pattern whose numbers of layers are not those that the shares make.
+    are given up: Megatron raises an error for a pattern whose numbers of layers are not those that the shares make.
 
     Args:
         core: the pruned model.

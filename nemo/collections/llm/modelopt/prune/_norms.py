@@ -13,7 +13,7 @@ from ..errors import ModelOptConfigError
 def register_torch_norms() -> None:
     """Make ``nn.LayerNorm`` and ``nn.RMSNorm`` known to modelopt's registry of dynamic modules.
 
-    modelopt knows no ``nn.RMSNorm``, and from 0.41 on passes the shared hidden size to a norm's set-up, which its own
+    modelopt prunes no ``nn.RMSNorm``, and from 0.41 on passes the shared hidden size to a norm's set-up, which its own
     ``nn.LayerNorm`` class does not take. Called when a model is pruned, not at import; a second call does nothing.
     """
     from modelopt.torch.nas.modules import _DynamicLayerNorm

@@ -136,9 +136,9 @@ def prune_by_importance(
         if known is not None:
             _give_scores(core, known)
         else:
-            microbatch = _weights.Microbatch()
-            handles = _weights.weigh(core, hooks, microbatch)
-            with counted_forwards(core) as count, _batches.shown_batches(config, microbatch.see):
+            micro_batch = _weights.MicroBatch()
+            handles = _weights.weigh(core, hooks, micro_batch)
+            with counted_forwards(core) as count, _batches.shown_batches(config, micro_batch.see):
                 measure(converted)
             for handle in handles:
                 handle.remove()
@@ -150,12 +150,12 @@ def prune_by_importance(
             result = minitron(core, search_mode(), export_config, forward_loop)
     except BaseException as error:
         if measured:
-            raise RuntimeError("Pruning failed half-way: the model is no longer usable, restore it anew.") from error
+            raise RuntimeError("Pruning failed half-way: the model is no longer usable, restore it again.") from error
         try:
             undo(core, hooks)
         except Exception:
             raise RuntimeError(
-                "modelopt failed while it converted the model, which is no longer usable: restore it anew."
+                "modelopt failed while it converted the model, which is no longer usable: restore it again."
             ) from error
         raise
     forget_conversion(core)
@@ -305,7 +305,7 @@ def forget_conversion(core: nn.Module) -> None:
     """Drop modelopt's record of the search.
 
     The pruned model is an ordinary one that its configuration describes in full. With the record it could not be
-    pruned again, and its checkpoints would repeat the conversion, which wants TP=1, when they are restored.
+    pruned again, and its checkpoints would repeat the conversion, which needs TP=1, when they are restored.
     """
     from modelopt.torch.opt.conversion import ModeloptStateManager
 

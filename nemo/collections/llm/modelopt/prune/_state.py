@@ -139,7 +139,7 @@ def kept(model: nn.Module, core: nn.Module, trainer: Any) -> Iterator[None]:
 
 
 def find_core(model: nn.Module) -> nn.Module:
-    """Return the Megatron-Core language model inside of NeMo's and DDP's wrappers.
+    """Return the Megatron-Core language model inside NeMo's and DDP's wrappers.
 
     Raises:
         ModelOptConfigError: if there is none.
@@ -157,7 +157,7 @@ def find_core(model: nn.Module) -> nn.Module:
 
 
 def unwrap_data_parallel(model: nn.Module) -> None:
-    """Take Megatron's DDP wrapper off: its buffers hold the parameters of before; the next ``fit`` wraps anew."""
+    """Remove Megatron's DDP wrapper, whose buffers hold the old parameters; the next ``fit`` wraps the model again."""
     from megatron.core.distributed import DistributedDataParallel
 
     holder = model

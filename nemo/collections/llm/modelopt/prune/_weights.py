@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-class Microbatch:
-    """The microbatch that passes this pipeline stage, as far as importance needs it.
+class MicroBatch:
+    """The micro-batch that passes this pipeline stage, as far as importance needs it.
 
     Attributes:
         share: `[s, b]`, each token's weight over the mean weight of its sample; None where all tokens count alike.
@@ -37,13 +37,13 @@ class Microbatch:
                 self.share = weights * len(weights) / weights.sum(0).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def weigh(core: nn.Module, before: Mapping[nn.Module, Any], microbatch: Microbatch) -> list[Any]:
+def weigh(core: nn.Module, before: Mapping[nn.Module, Any], micro_batch: MicroBatch) -> list[Any]:
     """Let the hooks that modelopt put on a model see weighted activations; return handles of hooks to remove.
 
     Args:
         core: the converted model.
         before: modules -> their hooks before the conversion, as `_search.forward_hooks` returns them.
-        microbatch: shows the weights of each microbatch.
+        micro_batch: shows the weights of each micro-batch.
     """
     model: Any = core
     layers = set(model.decoder.layers)
@@ -54,26 +54,26 @@ def weigh(core: nn.Module, before: Mapping[nn.Module, Any], microbatch: Microbat
             if key in known:
                 continue
             if module in layers:
-                module._forward_hooks[key] = partial(_layer_change, microbatch)
+                module._forward_hooks[key] = partial(_layer_change, micro_batch)
             else:
-                module._forward_hooks[key] = partial(_weighted, hook, microbatch)
+                module._forward_hooks[key] = partial(_weighted, hook, micro_batch)
         if hasattr(module, "router") and hasattr(getattr(module, "experts", None), "local_experts"):
-            handles.append(module.router.register_forward_hook(partial(_routed, microbatch, module.experts)))
+            handles.append(module.router.register_forward_hook(partial(_routed, micro_batch, module.experts)))
     return handles
 
 
-def _weighted(hook: Callable, microbatch: Microbatch, module: nn.Module, args: tuple, output: Any) -> None:
+def _weighted(hook: Callable, micro_batch: MicroBatch, module: nn.Module, args: tuple, output: Any) -> None:
     """Call modelopt's hook with the tokens that have weight."""
     if hasattr(module, "local_experts"):
-        args, output = _of_experts(microbatch, module, args, output)
-    elif module in microbatch.chosen:
-        # An expert without tokens would give a mean over nothing, which is not a number.
-        tokens = args[0][microbatch.chosen[module]]
+        args, output = _of_experts(micro_batch, module, args, output)
+    elif module in micro_batch.chosen:
+        # An expert without tokens would have a mean over nothing, which is NaN.
+        tokens = args[0][micro_batch.chosen[module]]
         if len(tokens) == 0:
             return
         args = (tokens, *args[1:])
-    elif microbatch.share is not None:
-        args, output = _scaled(args, microbatch.share), _scaled(output, microbatch.share)
+    elif micro_batch.share is not None:
+        args, output = _scaled(args, micro_batch.share), _scaled(output, micro_batch.share)
     hook(module, args, output)
 
 
@@ -86,29 +86,29 @@ def _scaled(value: Any, share: Tensor) -> Any:
     return value
 
 
-def _layer_change(microbatch: Microbatch, layer: Any, args: tuple, kwargs: dict, output: Any) -> None:
+def _layer_change(micro_batch: MicroBatch, layer: Any, args: tuple, kwargs: dict, output: Any) -> None:
     """Add a layer's block influence (arXiv 2403.03853), the mean over tokens of one minus the cosine."""
     before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     after = output[0] if isinstance(output, tuple) else output
     change = 1 - functional.cosine_similarity(before.to(torch.float32), after.to(torch.float32), dim=2)  # [s, b]
-    if microbatch.share is not None:
-        change = change * microbatch.share.to(change.device)
+    if micro_batch.share is not None:
+        change = change * micro_batch.share.to(change.device)
     layer._scores += change.mean().item()
 
 
-def _routed(microbatch: Microbatch, experts: Any, router: nn.Module, args: tuple, output: Any) -> None:
+def _routed(micro_batch: MicroBatch, experts: Any, router: nn.Module, args: tuple, output: Any) -> None:
     """Note which of each expert's tokens have weight; experts get their tokens in order of position."""
     routing = output[1].bool()  # [s * b, experts]
-    if microbatch.share is None:
+    if micro_batch.share is None:
         weight = torch.ones(len(routing), dtype=torch.bool, device=routing.device)
     else:
-        weight = (microbatch.share > 0).flatten().to(routing.device)
+        weight = (micro_batch.share > 0).flatten().to(routing.device)
     for number, expert in enumerate(experts.local_experts):
-        microbatch.chosen[expert.linear_fc2] = weight[routing[:, number]]
+        micro_batch.chosen[expert.linear_fc2] = weight[routing[:, number]]
 
 
-def _of_experts(microbatch: Microbatch, experts: Any, args: tuple, output: Any) -> tuple[tuple, tuple]:
+def _of_experts(micro_batch: MicroBatch, experts: Any, args: tuple, output: Any) -> tuple[tuple, tuple]:
     """Return input and output of all experts of a layer with only the tokens that have weight."""
-    chosen = [microbatch.chosen[expert.linear_fc2] for expert in experts.local_experts]
+    chosen = [micro_batch.chosen[expert.linear_fc2] for expert in experts.local_experts]
     counts = torch.stack([mask.sum() for mask in chosen]).to(args[1].device)
     return (args[0], counts, *args[2:]), (output[0][torch.cat(chosen)], *output[1:])

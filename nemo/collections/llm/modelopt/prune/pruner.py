@@ -306,7 +306,7 @@ def _validate_on_training_data(model: Any, data_module: Any, trainer: Any, conve
 def _validate_on_heldout_data(model: Any, data_module: Any, trainer: Any, batches: int) -> None:
     """Run the first global batches of held-out data."""
     limit = trainer.limit_val_batches
-    wanted = batches * _microbatches(data_module)  # NeMo counts microbatches here
+    wanted = batches * _micro_batches(data_module)  # NeMo counts micro-batches here
     trainer.limit_val_batches = min(limit, wanted) if type(limit) is int else wanted
     try:
         with torch.enable_grad(), _batches.own_data(data_module), _own_callbacks(trainer):
@@ -329,8 +329,8 @@ def _own_callbacks(trainer: Any) -> Iterator[None]:
             trainer.callbacks[:] = own
 
 
-def _microbatches(data_module: Any) -> int:
-    """Return in how many microbatches a data-parallel rank sees its part of a global batch."""
+def _micro_batches(data_module: Any) -> int:
+    """Return in how many micro-batches a data-parallel rank sees its part of a global batch."""
     whole, part = (getattr(data_module, name, None) for name in ("global_batch_size", "micro_batch_size"))
     if not isinstance(whole, int) or not isinstance(part, int):
         return 1
@@ -371,7 +371,7 @@ def _reported(model: Any, core: Any, trainer: Any) -> Iterator[dict[str, Any]]:
 def save_pruned_model(trainer: nl.Trainer, save_path: str) -> None:
     """Save the pruned model of a trainer as a NeMo checkpoint that loads at any parallel layout.
 
-    The folder is complete or not there: it is written beside and renamed. Weights of the optimizer are not saved.
+    The folder is complete or not there. Weights of the optimizer are not saved.
 
     Args:
         trainer: the trainer that holds the pruned model.
