@@ -1,6 +1,6 @@
 r"""Compress a NeMo GPT checkpoint: prune, distill, quantize, export and report, in one resumable command.
 
-    python scripts/compress.py --teacher CHECKPOINT --train-text train.jsonl --heldout-text heldout.jsonl \
+    nemo-modelopt compress --teacher CHECKPOINT --train-text train.jsonl --heldout-text heldout.jsonl \
         --target-ffn-hidden-size 4096 --target-num-layers 24 --distill-steps 2000 --output runs/mine
 
 The texts are JSON, JSON-lines, Parquet or text files (also .gz, .bz2, .xz and .zst) of texts or chats. With

@@ -19,7 +19,7 @@ def compress_recipe(
     tensor_parallelism: int = 1,
     pipeline_parallelism: int = 1,
 ) -> run.Partial:
-    """Return the job of ``scripts/compress.py``; set a pruning target before you run it.
+    """Return the job of ``nemo-modelopt compress``; set a pruning target before you run it.
 
     Args:
         teacher: NeMo checkpoint to compress.

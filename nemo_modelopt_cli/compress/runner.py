@@ -180,7 +180,7 @@ def _renewing(on_event: OnEvent, stages: Sequence[Stage], root: Path, settings: 
     def renew() -> None:
         left.clear()
         if settings is not None:
-            heading = f"python scripts/compress.py --config {run_file.NAME}"
+            heading = f"nemo-modelopt compress --config {run_file.NAME}"
             run_file.write(root / run_file.NAME, settings, heading)
         if waiting:
             from nemo_modelopt_dropin.report import page

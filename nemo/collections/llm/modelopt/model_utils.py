@@ -25,9 +25,10 @@ from nemo.utils.model_utils import unwrap_model
 import modelopt.torch.opt as mto
 from nemo import lightning as nl
 from nemo.collections import llm
-from nemo.collections.llm.modelopt import _functions, _real, _saved_keys
-from nemo.collections.llm.modelopt.errors import ModelOptConfigError, one_of
 from nemo_modelopt_dropin import moved
+
+from . import _functions, _real, _saved_keys
+from .errors import ModelOptConfigError, one_of
 
 _, HAVE_TE = safe_import("transformer_engine")
 _, HAVE_MAMBA_SSM = safe_import("mamba_ssm")

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo_modelopt_dropin import files
+
+from .errors import ModelOptConfigError
 
 SUFFIX = ".safetensors"
 _STRUCTURE = "structure"

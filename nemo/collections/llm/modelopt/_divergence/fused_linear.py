@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nemo.collections.llm.modelopt._parallel import gather_tensors
 from nemo_modelopt_dropin.preflight import loss_memory
 
+from .._parallel import gather_tensors
 from .chunk import FORWARD, shifted
 from .vocab_parallel import default_chunk_rows, divergence_with_gradient, scale_rows, token_chunks
 

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo.collections.llm.modelopt._parallel import gather_tensors
-
+from .._parallel import gather_tensors
 from .chunk import LOWEST, TINY, divergence_of_buckets, shifted
 from .vocab_parallel import scale_rows
 

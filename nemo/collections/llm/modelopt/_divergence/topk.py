@@ -19,8 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo.collections.llm.modelopt._parallel import gather_tensors
-
+from .._parallel import gather_tensors
 from .chunk import LOWEST, TINY, divergence_of_buckets, shifted
 
 # Entries of a block in the selection of the top k, and the smallest number of blocks for each selected entry.

@@ -24,9 +24,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nemo.collections.llm.modelopt._parallel import gather_tensors
 from nemo_modelopt_dropin.preflight import loss_memory
 
+from .._parallel import gather_tensors
 from .chunk import DIRECTIONS, FORWARD, JSD, REVERSE, Chunk
 from .topk import topk_divergence
 

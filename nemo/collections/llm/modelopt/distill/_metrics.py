@@ -11,10 +11,9 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nemo.collections.llm.modelopt._parallel import gather_tensors
-
 from .._divergence.chunk import LOWEST
 from .._divergence.recorded_topk import RecordedLogits
+from .._parallel import gather_tensors
 from ._deferred_logits import DeferredLogits, softcap
 
 # Numbers of a token on one shard: largest logit and its entry, log-sum-exp of the logits, logit of the label.

@@ -3,7 +3,8 @@
 import nemo_run as run
 
 from nemo.collections import llm
-from nemo.collections.llm.modelopt import PruningConfig
+
+from .. import PruningConfig
 
 NAME = "default"
 

@@ -5,7 +5,8 @@ from typing import Optional
 import nemo_run as run
 
 from nemo.collections import llm
-from nemo.collections.llm.modelopt import ExportConfig, QuantizationConfig
+
+from .. import ExportConfig, QuantizationConfig
 
 NAME = "default"
 
