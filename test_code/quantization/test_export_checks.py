@@ -37,14 +37,14 @@ def stage_on_two_ranks(target) -> str:
 )
 def test_hf_raises_an_error_for_what_it_cannot_write(cpu_backend, algorithm):
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+    from nemo.collections.llm.modelopt.quantization import _transformers_models
     from nemo.collections.llm.modelopt.quantization import quantizer as q
-    from nemo.collections.llm.modelopt.quantization import transformers_models
     from test_code.support import tiny
 
     message = f"algorithm='{algorithm}' cannot be exported.*hf.*nemo"
     with patch("torch.cuda.is_available", return_value=True):
         config = q.QuantizationConfig(algorithm=algorithm), q.ExportConfig(path="out", export_format="hf")
-        if transformers_models.exists():
+        if _transformers_models.exists():
             # With nemo-toolkit 2.5, these can be exported from transformers models, so the error depends on the model.
             quantizer = q.Quantizer(*config)
             never = MagicMock(side_effect=AssertionError("calibration began"))

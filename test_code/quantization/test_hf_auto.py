@@ -233,10 +233,10 @@ def test_nemo_ptq_of_a_hugging_face_folder(source, tmp_path, wrapper):
 
 def test_mixed_precision_raises_an_error(source, tmp_path, wrapper):
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-    from nemo.collections.llm.modelopt.quantization import transformers_models
+    from nemo.collections.llm.modelopt.quantization import _transformers_models
 
     with pytest.raises(ModelOptConfigError, match='algorithm="auto" searches Megatron models, not a HFAuto'):
-        transformers_models.check(configured(wrapper), None, {"quant_cfg": {}, "algorithm": "auto"})
+        _transformers_models.check(configured(wrapper), None, {"quant_cfg": {}, "algorithm": "auto"})
 
 
 # --- mocks of the wrapper, as unit tests of stock in 2.5 pass them ----------------------------------------------------

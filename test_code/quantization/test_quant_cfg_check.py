@@ -17,17 +17,17 @@ IN_TURN = {"*weight_quantizer": [{"num_bits": 4, "block_sizes": {"-1": 128}}, {"
 
 def read(path: Path, content) -> dict:
     """Return the quant_cfg of a file, as the Quantizer's constructor reads it."""
-    from nemo.collections.llm.modelopt.quantization import quant_cfg, utils
+    from nemo.collections.llm.modelopt.quantization import _quant_cfg, utils
 
     path.write_text(json.dumps(content))
-    return quant_cfg.base_quant_cfg(str(path), {}, utils.load_quant_cfg)[0]
+    return _quant_cfg.base_quant_cfg(str(path), {}, utils.load_quant_cfg)[0]
 
 
 @pytest.mark.parametrize("name", sorted(mtq.config.choices))
 def test_every_preset_passes(cpu_backend, name):
-    from nemo.collections.llm.modelopt.quantization import quant_cfg_check
+    from nemo.collections.llm.modelopt.quantization import _quant_cfg_check
 
-    quant_cfg_check.check(getattr(mtq, name), name)
+    _quant_cfg_check.check(getattr(mtq, name), name)
 
 
 @pytest.mark.parametrize(

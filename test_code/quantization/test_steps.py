@@ -69,7 +69,7 @@ def read_once(checkpoint, data) -> dict:
 
 def asked_once(checkpoint, data) -> dict[str, int]:
     """Quantize and return how often each method and function was called."""
-    from nemo.collections.llm.modelopt.quantization import quant_cfg
+    from nemo.collections.llm.modelopt.quantization import _quant_cfg
     from nemo.collections.llm.modelopt.quantization import quantizer as q
 
     methods = ("_setup", "_get_decoder_type", "_get_quant_cfg", "_get_forward_loop", "create_megatron_forward_loop")
@@ -90,7 +90,7 @@ def asked_once(checkpoint, data) -> dict[str, int]:
             counted[name] = stack.enter_context(patch.object(q.Quantizer, name, side_effect=original, **keywords))
         for name in functions:
             counted[name] = stack.enter_context(patch.object(q, name, side_effect=getattr(q, name)))
-        loaded = stack.enter_context(patch.object(quant_cfg, "base_quant_cfg", side_effect=quant_cfg.base_quant_cfg))
+        loaded = stack.enter_context(patch.object(_quant_cfg, "base_quant_cfg", side_effect=_quant_cfg.base_quant_cfg))
         quantizer.quantize(model)
     return {**{name: mock.call_count for name, mock in counted.items()}, "base_quant_cfg": loaded.call_count}
 

@@ -36,14 +36,14 @@ from nemo.collections import llm
 from nemo_modelopt_dropin import cpu_backend, files
 
 from .. import _functions, _staging
-from . import checks, comparison, decoders, early_checks, overrides, stand_ins, transformers_models
+from . import _checks, _comparison, _decoders, _early_checks, _overrides, _stand_ins, _transformers_models
 from . import quant_cfg_choices as choices
+from ._collaborators import Collaborators
+from ._quant_cfg import planned_quant_cfgs, quant_cfg_for
 from .calibration import batching, inputs, sources, state, steps
-from .collaborators import Collaborators
 from .config import ExportConfig, QuantizationConfig
 from .export import support, writers
 from .insert import quantizers
-from .quant_cfg import planned_quant_cfgs, quant_cfg_for
 from .quant_cfg_choices import get_quant_cfg_choices
 from .utils import load_quant_cfg
 
@@ -74,15 +74,15 @@ class Quantizer:
             EnvironmentError: Without a GPU, unless the CPU backend is enabled and the algorithm needs no CUDA kernel.
             ModelOptConfigError: For a value or combination that cannot work.
         """
-        has_gpu = early_checks.check_device(torch.cuda.is_available(), cpu_backend.is_enabled())
+        has_gpu = _early_checks.check_device(torch.cuda.is_available(), cpu_backend.is_enabled())
         self.quantization_config = quantization_config
         self.export_config = export_config
         self.report: dict[str, Any] = {}
         self._state = state.StateKeeper()
         self._inputs_checked = False
         settings, presets = (quantization_config, export_config), (QUANT_CFG_CHOICES, KV_QUANT_CFG_CHOICES)
-        checks.check_read_by_stock(*settings, KV_QUANT_CFG_CHOICES, SUPPORTED_DTYPE)
-        early_checks.check(*settings, has_gpu, *presets, SUPPORTED_EXPORT_FMT, load_quant_cfg)
+        _checks.check_read_by_stock(*settings, KV_QUANT_CFG_CHOICES, SUPPORTED_DTYPE)
+        _early_checks.check(*settings, has_gpu, *presets, SUPPORTED_EXPORT_FMT, load_quant_cfg)
         self.torch_dtype = torch_dtype_from_precision("bf16" if export_config is None else export_config.dtype)
         if inputs.made_by_ptq():
             self._check_inputs()
@@ -96,7 +96,7 @@ class Quantizer:
     @staticmethod
     def _setup(model) -> None:
         """Freeze the model; exporters read the vocabulary without padding from its configuration."""
-        if not transformers_models.is_wrapped(model):
+        if not _transformers_models.is_wrapped(model):
             model.config.vocab_size = model.tokenizer.vocab_size
             model.freeze()
 
@@ -112,7 +112,7 @@ class Quantizer:
         """
         if self.export_config is not None and self.export_config.decoder_type is not None:
             return self.export_config.decoder_type
-        return decoders.infer(model, get_modelopt_decoder_type, optional)
+        return _decoders.infer(model, get_modelopt_decoder_type, optional)
 
     @staticmethod
     def _generate_sample(model) -> None:
@@ -128,13 +128,13 @@ class Quantizer:
 
     def _get_forward_loop(self, model, rows: list | None = None, quant_cfg: dict[str, Any] | None = None):
         """Return the function that runs this rank's share of the rows, by default of the dataset, through the model."""
-        if stand_ins.is_stand_in(model):
-            return stand_ins.forward_loop(self, model, create_data_iterator_getter)
+        if _stand_ins.is_stand_in(model):
+            return _stand_ins.forward_loop(self, model, create_data_iterator_getter)
         shard = choices.statistics_merge_over_ranks(quant_cfg or self._get_quant_cfg(model))
         config = self.quantization_config
         get_batches = steps.calibration_batches(config, model, rows, shard, create_data_iterator_getter)
-        if transformers_models.is_wrapped(model):
-            return transformers_models.forward_loop(model, get_batches)
+        if _transformers_models.is_wrapped(model):
+            return _transformers_models.forward_loop(model, get_batches)
         return self.create_megatron_forward_loop(get_batches, num_batches=None)
 
     def quantize(self, model: MegatronParallel, forward_loop=None):
@@ -161,20 +161,20 @@ class Quantizer:
             return model
 
         logging.info(f"Quantizing model to {config.algorithm}...")
-        if stand_ins.is_stand_in(model):
-            return stand_ins.quantize(_collaborators(), self, model, forward_loop)
+        if _stand_ins.is_stand_in(model):
+            return _stand_ins.quantize(_collaborators(), self, model, forward_loop)
         self._check_inputs()
         _functions.always_put_back()
         self.report = {}
         decoder_type = self._get_decoder_type(model, optional=True)
-        quant_cfg = overrides.call(self._get_quant_cfg, model, decoder_type=decoder_type)
+        quant_cfg = _overrides.call(self._get_quant_cfg, model, decoder_type=decoder_type)
         plan = steps.make_plan(config, decoder_type, quant_cfg, QUANT_CFG_CHOICES)
         planned = planned_quant_cfgs(config, QUANT_CFG_CHOICES, load_quant_cfg)
         support.check_model(model, self.export_config, quant_cfg, planned, config.enable_kv_cache)
         steps.check_loop(plan, forward_loop)
         self._setup(model)
         core = unwrap_for_modelopt_operations(model)
-        forward_loop = forward_loop or overrides.own_loop(self, model, plan, mtq)
+        forward_loop = forward_loop or _overrides.own_loop(self, model, plan, mtq)
         report = self._state.reuse(core, plan.fingerprint(forward_loop is not None), config.calibration_state)
         if report is None:
             report = self._calibrate(model, core, plan, forward_loop)
@@ -182,7 +182,7 @@ class Quantizer:
         self.report = report
         if is_global_rank_zero():
             mtq.print_quant_summary(core)
-        comparison.log(report)
+        _comparison.log(report)
         if self.export_config is not None and self.export_config.generate_sample:
             logging.info("Generating a sample output after model quantization.")
             self._generate_sample(model)
@@ -196,9 +196,9 @@ class Quantizer:
         if plan.searches:
             batches = steps.calibration_batches(config, model, rows.used, plan.shards, create_data_iterator_getter)
         elif forward_loop is None and mtq.config.need_calibration(plan.quant_cfg):
-            forward_loop = overrides.call(self._get_forward_loop, model, rows=rows.used, quant_cfg=plan.quant_cfg)
+            forward_loop = _overrides.call(self._get_forward_loop, model, rows=rows.used, quant_cfg=plan.quant_cfg)
         quantizers.drop_quantizers(core, config.algorithm)
-        before = comparison.hidden_states(core, compared, "Original model") if compared else []
+        before = _comparison.hidden_states(core, compared, "Original model") if compared else []
         chosen = steps.calibrate(mtq, core, plan, forward_loop, batches)
         return {**rows.facts, **chosen, **steps.measure(config, core, compared, before)}
 
@@ -268,9 +268,9 @@ class Quantizer:
             ModelOptConfigError: If there is no export configuration, or no trainer for the NeMo format.
             ExportError: If the written checkpoint is not what it should be.
         """
-        early_checks.check_export_call(self.export_config, model, trainer, SUPPORTED_EXPORT_FMT)
-        if stand_ins.is_stand_in(model):
-            stand_ins.write(_collaborators(), self, model, model_dir, trainer)
+        _early_checks.check_export_call(self.export_config, model, trainer, SUPPORTED_EXPORT_FMT)
+        if _stand_ins.is_stand_in(model):
+            _stand_ins.write(_collaborators(), self, model, model_dir, trainer)
             return
         target, fmt = Path(self.export_config.path), self.export_config.export_format
         with _staging.staged(target, files.checkpoint(fmt)) as folder:
@@ -279,13 +279,13 @@ class Quantizer:
         self._state.forget(self.quantization_config.calibration_state)
         writers.log_success(target)
         if self.quantization_config.algorithm is not None:
-            self.report.update(comparison.sizes_on_disk(model_dir, target))
+            self.report.update(_comparison.sizes_on_disk(model_dir, target))
             if self.export_config.report_path is not None:
                 self.write_report(self.export_config.report_path)
 
     def write_report(self, folder: AnyPath) -> None:
         """Write `report` as ``report.json`` and as one self-contained page, ``report.html``, on rank zero."""
-        comparison.write(self.report, self.quantization_config, Path(folder))
+        _comparison.write(self.report, self.quantization_config, Path(folder))
 
 
 def export_hf_checkpoint(
@@ -322,7 +322,7 @@ def _collaborators() -> Collaborators:
 
 def unwrap_for_modelopt_operations(model):
     """Return the Megatron-Core model inside NeMo's wrappers, or the Hugging Face model."""
-    return model.model if transformers_models.is_wrapped(model) else unwrap_model(model)
+    return model.model if _transformers_models.is_wrapped(model) else unwrap_model(model)
 
 
 def get_calib_data_iter(
@@ -378,7 +378,7 @@ def create_data_iterator_getter(
         column: See `get_calib_data_iter`.
         seed: See `get_calib_data_iter`.
     """
-    characters = batching.characters(seq_len, as_stock=stand_ins.is_stand_in(model))
+    characters = batching.characters(seq_len, as_stock=_stand_ins.is_stand_in(model))
     sizes = {"batch_size": batch_size, "calib_size": calibration_size, "max_sequence_length": characters}
     ours: dict[str, Any] = {name: value for name, value in (("column", column), ("seed", seed)) if value is not None}
 
@@ -390,11 +390,11 @@ def create_data_iterator_getter(
     return batching.iterator_getter(read, model, seq_len, batch_size, packed, shard)
 
 
-gpt_model_type = decoders.known_models()
+gpt_model_type = _decoders.known_models()
 
 
 def get_modelopt_decoder_type(model: llm.GPTModel) -> str | None:
     """Return Model Optimizer's name for a decoder by the first class in ``gpt_model_type`` that fits, or None."""
-    if transformers_models.is_wrapped(model):
+    if _transformers_models.is_wrapped(model):
         return mte.model_utils.get_model_type(model.model)
-    return decoders.first_fit(model, gpt_model_type)
+    return _decoders.first_fit(model, gpt_model_type)

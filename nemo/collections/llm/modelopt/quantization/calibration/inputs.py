@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .. import checks
+from .. import _checks
 from . import sources
 
 
@@ -20,11 +20,11 @@ def check(config: Any, export_config: Any) -> None:
     Raises:
         ModelOptConfigError: If the data cannot be used, a folder cannot be written, or something would be overwritten.
     """
-    if checks.is_complete(config) and config.algorithm is not None:
+    if _checks.is_complete(config) and config.algorithm is not None:
         sources.check(config.calibration_dataset, config.calibration_column, config.calibration_dataset_size)
-    if checks.is_complete(export_config):
-        checks.check_writable(Path(export_config.path))
-    checks.check_places(config, export_config)
+    if _checks.is_complete(export_config):
+        _checks.check_writable(Path(export_config.path))
+    _checks.check_places(config, export_config)
 
 
 def made_by_ptq() -> bool:

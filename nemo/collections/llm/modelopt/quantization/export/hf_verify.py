@@ -22,14 +22,7 @@ from nemo_modelopt_dropin.console import screen
 from ... import _parallel
 from ..._staging import ExportError
 from ..calibration import batching
-from . import (
-    hf_contents,
-    hf_encoding,
-    hf_files,
-    hf_kv_cache,
-    input_scales,
-    tensor_parallel,
-)
+from . import hf_contents, hf_encoding, hf_files, hf_kv_cache, input_scales, tensor_parallel
 
 # Sequence of the comparison: long enough for rotary embeddings and masks to matter.
 _CHECKED_TOKENS = 32

@@ -21,15 +21,7 @@ from nemo.utils.get_rank import is_global_rank_zero
 
 from ... import _parallel, _staging
 from ...errors import ModelOptConfigError
-from . import (
-    hf_blocks,
-    hf_describe,
-    hf_encoding,
-    hf_files,
-    hf_kv_cache,
-    input_scales,
-    tensor_parallel,
-)
+from . import hf_blocks, hf_describe, hf_encoding, hf_files, hf_kv_cache, input_scales, tensor_parallel
 
 
 def write(model, hf_config, tokenizer, target: Path, write: Callable, **kwargs: Any) -> None:

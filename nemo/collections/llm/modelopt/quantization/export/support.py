@@ -11,7 +11,7 @@ from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 from nemo_modelopt_dropin.preflight import algorithms
 
 from ...errors import ModelOptConfigError
-from .. import decoders, transformers_models
+from .. import _decoders, _transformers_models
 from .. import quant_cfg_choices as choices
 from ..insert import row_blocks
 from . import hf_encoding, hf_kv_cache, input_scales
@@ -313,11 +313,11 @@ def check_model(
     Raises:
         ModelOptConfigError: With the reason and what to do.
     """
-    if transformers_models.is_wrapped(model):
-        transformers_models.check(model, export_config, quant_cfg)
+    if _transformers_models.is_wrapped(model):
+        _transformers_models.check(model, export_config, quant_cfg)
         return
-    transformers_models.check_plain(model)
-    inner = decoders.find_gpt_model(model)
+    _transformers_models.check_plain(model)
+    inner = _decoders.find_gpt_model(model)
     if inner is None:
         raise ModelOptConfigError(
             f"Quantizer.quantize expects an llm.GPTModel or llm.MambaModel (or NeMo's wrapper of one), not a "

@@ -15,8 +15,8 @@ from nemo.utils.get_rank import is_global_rank_zero
 from nemo_modelopt_dropin import files
 
 from ... import _real, _staging
-from .. import transformers_models
-from ..collaborators import Collaborators
+from .. import _transformers_models
+from .._collaborators import Collaborators
 from . import hf_describe, hf_files, hf_verify, hf_writer, support
 
 
@@ -123,8 +123,8 @@ def _write_hf(tools: Collaborators, quantizer: Any, model, model_dir: str, folde
         keywords["verify"] = level
     if tools.export_hf_checkpoint(model_dir, folder, model=model, **keywords) is None:
         # The model is not quantized.
-        if transformers_models.is_wrapped(model):
-            transformers_models.write_plain_hf(model, folder, quantizer.torch_dtype)
+        if _transformers_models.is_wrapped(model):
+            _transformers_models.write_plain_hf(model, folder, quantizer.torch_dtype)
             return
         _write_plain_hf(tools, model, model_dir, folder, quantizer.torch_dtype, level)
 
@@ -169,8 +169,8 @@ def save_tokenizer(tools: Collaborators, model, model_dir: str, folder: Path, fm
     """Write the tokenizer into the folder of an exported model: Hugging Face's files, or NeMo's context."""
     if fmt == "nemo" or not tools.is_global_rank_zero():
         return
-    if transformers_models.is_wrapped(model):
-        transformers_models.save_tokenizer(model, folder, fmt)
+    if _transformers_models.is_wrapped(model):
+        _transformers_models.save_tokenizer(model, folder, fmt)
         return
     tokenizer = getattr(getattr(model, "tokenizer", None), "tokenizer", None)
     if fmt == "hf" and isinstance(tokenizer, tools.PreTrainedTokenizerBase):
@@ -183,8 +183,8 @@ def save_tokenizer(tools: Collaborators, model, model_dir: str, folder: Path, fm
 
 def write_converted_hf(tools: Collaborators, model_dir, export_dir, model, verify: str, **kwargs: Any) -> Path | None:
     """Write a converted model as a Hugging Face checkpoint and verify it; see ``quantizer.export_hf_checkpoint``."""
-    if transformers_models.is_wrapped(model):
-        return transformers_models.write_hf(tools, model, Path(export_dir), **kwargs)
+    if _transformers_models.is_wrapped(model):
+        return _transformers_models.write_hf(tools, model, Path(export_dir), **kwargs)
     exporter = tools.load_connector_from_trainer_ckpt(model_dir, "hf")
     if model is None:
         model, _ = exporter.nemo_load(model_dir)

@@ -14,7 +14,7 @@ from nemo_modelopt_dropin.console import screen
 
 from ... import _parallel
 from ...errors import ModelOptConfigError
-from .. import comparison, transformers_models
+from .. import _comparison, _transformers_models
 from .. import quant_cfg_choices as choices
 from . import gated_amax, kv_cache, patterns
 
@@ -35,7 +35,7 @@ def drop_quantizers(core: torch.nn.Module, algorithm: Any) -> None:
     Raises:
         ModelOptConfigError: If AWQ or SmoothQuant scaled the weights, which are no longer the original ones.
     """
-    present = sum(comparison.count_quantizers(core).values())
+    present = sum(_comparison.count_quantizers(core).values())
     if not present:
         return
     quantizers = [module for module in core.modules() if isinstance(module, TensorQuantizer)]
@@ -133,8 +133,8 @@ def generate_sample(
         logging: NeMo's logger.
     """
     prompts = ["Born in north-east France, Soyer trained as a", "Born in California, Soyer trained as a"]
-    if transformers_models.is_wrapped(model):
-        texts = transformers_models.generate_sample(model, prompts)
+    if _transformers_models.is_wrapped(model):
+        texts = _transformers_models.generate_sample(model, prompts)
         with screen.results():
             logging.info(f"Sample generation after PTQ (with prompts): {texts}")
         return

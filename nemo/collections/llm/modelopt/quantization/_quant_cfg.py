@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import ModelOptConfigError, one_of
-from . import quant_cfg_check
+from . import _quant_cfg_check
 from . import quant_cfg_choices as choices
-from .checks import check_number
+from ._checks import check_number
 
 DEFAULT_AWQ_BLOCK_SIZE = 128
 AUTO = "auto"
@@ -41,7 +41,7 @@ def base_quant_cfg(algorithm: str, presets: dict[str, Any], load: Callable) -> t
                 f'{algorithm} has no object "quant_cfg" (patterns of quantizer names and their attributes); '
                 f"its keys are {sorted(quant_cfg)}."
             )
-        quant_cfg_check.check(quant_cfg, algorithm)
+        _quant_cfg_check.check(quant_cfg, algorithm)
         return quant_cfg, True
     own = choices.get_modelopt_presets()
     if algorithm in own:

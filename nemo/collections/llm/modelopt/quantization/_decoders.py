@@ -8,7 +8,7 @@ from typing import Any
 from nemo.collections import llm
 
 from ..errors import ModelOptConfigError
-from . import transformers_models
+from . import _transformers_models
 
 _DECODERS = (
     ("baichuan", "Baichuan2"),
@@ -38,7 +38,7 @@ def find_gpt_model(model: Any) -> Any:
     """Return the ``llm.GPTModel``, or another supported model, inside wrappers; None if there is none."""
     # NeMo has few wrappers; the attribute of a mock is another mock, without end.
     for _ in range(8):
-        is_known = isinstance(model, llm.GPTModel) or transformers_models.is_wrapped(model)
+        is_known = isinstance(model, llm.GPTModel) or _transformers_models.is_wrapped(model)
         if is_known or type(model).__name__ == "Llama4OmniModel":
             return model
         model = getattr(model, "module", None)

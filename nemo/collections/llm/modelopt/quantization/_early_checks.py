@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import ModelOptConfigError
-from . import checks, transformers_models
+from . import _checks, _transformers_models
 from . import quant_cfg_choices as choices
+from ._quant_cfg import AUTO, planned_quant_cfgs
 from .export import support
 from .insert import mixed_precision
-from .quant_cfg import AUTO, planned_quant_cfgs
 
 
 def check_device(has_gpu: bool, has_cpu_backend: bool) -> bool:
@@ -51,18 +51,18 @@ def check(
         ModelOptConfigError: For a value or combination that cannot work.
     """
     planned = {}
-    if checks.is_complete(config):
-        checks.check_quantization(config, kv_formats)
+    if _checks.is_complete(config):
+        _checks.check_quantization(config, kv_formats)
         planned = planned_quant_cfgs(config, presets, load)
     if getattr(config, "algorithm", None) == AUTO:
         mixed_precision.check_supported()
     for name, quant_cfg in planned.items():
         if not has_gpu and choices.needs_cuda(quant_cfg):
             raise OSError(f"GPU is required for the quantization with {name}: CUDA kernels.")
-    if checks.is_complete(export_config):
-        checks.check_export(export_config, export_formats)
+    if _checks.is_complete(export_config):
+        _checks.check_export(export_config, export_formats)
         # If NeMo can wrap transformers models, `quantize` checks this: modelopt exports those in another way.
-        if not transformers_models.exists():
+        if not _transformers_models.exists():
             support.check_planned(planned, export_config)
 
 
@@ -78,7 +78,7 @@ def check_export_call(export_config: Any, model: Any, trainer: Any, export_forma
     name = export_config.export_format
     if name not in export_formats:
         raise ModelOptConfigError(f"Unsupported export format: {name}; allowed: {export_formats}.")
-    if transformers_models.is_wrapped(model):
-        transformers_models.check_format(name)
+    if _transformers_models.is_wrapped(model):
+        _transformers_models.check_format(name)
     if name == "nemo" and trainer is None:
         raise ModelOptConfigError("Trainer required for NeMo export.")

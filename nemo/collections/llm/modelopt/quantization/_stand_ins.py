@@ -17,15 +17,15 @@ import torch
 
 from .. import _real
 from ..errors import ModelOptConfigError
-from . import decoders, transformers_models
-from .collaborators import Collaborators
+from . import _decoders, _transformers_models
+from ._collaborators import Collaborators
 from .export import writers
 from .insert import quantizers
 
 
 def is_stand_in(model: Any) -> bool:
     """Return whether a model is not one of NeMo's and does not hold a Megatron-Core language model."""
-    return not (_real.holds_core(model) or _real.is_nemo_model(model) or transformers_models.is_real(model))
+    return not (_real.holds_core(model) or _real.is_nemo_model(model) or _transformers_models.is_real(model))
 
 
 def quantize(tools: Collaborators, quantizer: Any, model: Any, forward_loop: Any) -> Any:
@@ -37,7 +37,7 @@ def quantize(tools: Collaborators, quantizer: Any, model: Any, forward_loop: Any
     config = quantizer.quantization_config
     decoder_type = quantizer._get_decoder_type(model, optional=True)
     is_network = issubclass(type(model), torch.nn.Module)
-    if is_network and decoder_type is None and not hasattr(model, "freeze") and decoders.find_gpt_model(model) is None:
+    if is_network and decoder_type is None and not hasattr(model, "freeze") and _decoders.find_gpt_model(model) is None:
         raise ModelOptConfigError(
             f"Quantizer.quantize expects an llm.GPTModel or llm.MambaModel (or NeMo's wrapper of one), not a "
             f"{type(model).__name__}."
@@ -70,8 +70,8 @@ def forward_loop(quantizer: Any, model: Any, create_data_iterator_getter: Callab
         batch_size=batch_size,
         calibration_size=size,
     )
-    if transformers_models.is_wrapped(model):
-        return transformers_models.forward_loop(model, get_batches)
+    if _transformers_models.is_wrapped(model):
+        return _transformers_models.forward_loop(model, get_batches)
     return quantizer.create_megatron_forward_loop(
         get_batches,
         num_batches=size // batch_size,

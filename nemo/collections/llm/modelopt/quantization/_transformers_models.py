@@ -20,9 +20,9 @@ from nemo_modelopt_dropin import files
 from .. import _staging
 from ..errors import ModelOptConfigError
 from . import quant_cfg_choices as choices
-from .collaborators import Collaborators
+from ._collaborators import Collaborators
+from ._quant_cfg import AUTO
 from .export import hf_files
-from .quant_cfg import AUTO
 
 _NAME = "HFAutoModelForCausalLM"
 _NEW_TOKENS = 30
