@@ -1,62 +1,27 @@
-"""Kills, signals, full disks and closed screens: nothing is left running, and the same command resumes."""
+"""Kills and signals: nothing is left running, and the same command resumes."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import random
 import re
-import resource
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-import warnings
 from pathlib import Path
 
 import pytest
-import torch
 
 from nemo_modelopt_cli import run_file
 from nemo_modelopt_cli.compress import stages
-from nemo_modelopt_cli.process import entry, signals
-from nemo_modelopt_dropin import files
+from nemo_modelopt_cli.process import signals
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def train_with_interim(folder: str, asynchronous: bool) -> tuple[list[float], list[float], list[str]]:
-    """Train with a checkpoint after each step, resume from the last one; return both curves and what was saved."""
-    import os
-    from pathlib import Path
-
-    from nemo_modelopt_cli import intermediate
-    from test_code.support import jobs_checkpoints, ranks, tiny
-
-    here = Path(folder) / f"async {asynchronous}"
-    layout = {"max_steps": 6, "strategy_kwargs": {"ckpt_async_save": asynchronous}}
-
-    # Else the time that saving takes puts off the next checkpoint.
-    share, intermediate._LONGEST_SHARE = intermediate._LONGEST_SHARE, 1e9
-
-    def train(resume=None) -> list[float]:
-        recorder = tiny.LossRecorder()
-        run = tiny.trainer(callbacks=[recorder, intermediate.Interim(str(here), 1e-9)], **layout)
-        torch.manual_seed(1234)
-        run.fit(tiny.model(), jobs_checkpoints.CountedData(masked=False), ckpt_path=resume)
-        return recorder.losses
-
-    try:
-        first = train()
-        saved = sorted(os.listdir(here))
-        ranks.reset()
-        return first, train(str(here / saved[-1] / "weights")), saved
-    finally:
-        intermediate._LONGEST_SHARE = share
 
 
 def _wait_for(condition, seconds: float, what: str = "it") -> None:
@@ -146,204 +111,6 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-
-
-# --- a full disk ------------------------------------------------------------------------------------------------------
-
-
-def _torch(path):
-    import torch
-
-    torch.save({"weight": torch.ones(1 << 20)}, path)
-
-
-def _safetensors(path):
-    import torch
-    from safetensors.torch import save_file
-
-    save_file({"weight": torch.ones(1 << 20)}, path)
-
-
-def _distributed(path):
-    import torch
-    import torch.distributed.checkpoint as dcp
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is")
-        dcp.save({"weight": torch.ones(1 << 20)}, checkpoint_id=f"{path}.folder", no_dist=True)
-
-
-def _tensorstore(path):
-    import numpy as np
-    import tensorstore as ts
-
-    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{path}.zarr"}}
-    store = ts.open(spec, create=True, dtype=ts.float32, shape=[1 << 20]).result()
-    store.write(np.random.default_rng(0).random(1 << 20, dtype=np.float32)).result()
-
-
-def _python(path):
-    with open(path, "wb") as file:
-        file.write(bytes(4 << 20))
-
-
-WRITERS = [_python, _torch, _safetensors, _distributed, _tensorstore]
-
-
-@pytest.mark.parametrize("write", WRITERS)
-def test_a_file_over_the_limit_is_reported_as_such(write, tmp_path):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
-    try:
-        with pytest.raises(BaseException, match=r"(?s).") as caught:
-            write(tmp_path / "file")
-        found = entry.storage_problem(caught.value, tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert found is not None and found.startswith("a file is larger than the file system or the limit (ulimit -f)")
-
-
-def test_a_full_disk_is_reported_as_such():
-    with pytest.raises(OSError, match="No space left on device") as caught:
-        _python("/dev/full")
-    assert entry.storage_problem(caught.value, "/dev/full").startswith("the disk is full: /dev/full. Free some space")
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """Mount a file system of 2 MiB, for users who may."""
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(tmp_path)], capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield tmp_path
-    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
-
-
-@pytest.mark.parametrize("write", WRITERS)
-def test_a_small_disk_that_fills_up(write, small_disk):
-    with pytest.raises(BaseException, match=r"(?s).") as caught:
-        write(small_disk / "file")
-    assert entry.storage_problem(caught.value, small_disk).startswith(f"the disk is full: {small_disk}")
-
-
-@pytest.mark.parametrize(
-    "error", [OSError(errno.EACCES, "Permission denied"), RuntimeError("file write failed"), ValueError("x")]
-)
-def test_other_errors_are_no_full_disk(error, tmp_path):
-    assert entry.storage_problem(error, tmp_path) is None
-
-
-def test_the_cause_of_an_error_counts(tmp_path):
-    try:
-        try:
-            raise OSError(errno.ENOSPC, "No space left on device", "weights.bin")
-        except OSError as cause:
-            raise RuntimeError("saving failed") from cause
-    except RuntimeError as error:
-        assert entry.storage_problem(error, tmp_path).startswith("the disk is full: weights.bin.")
-
-
-# --- a closed screen --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("script", ["compress", "distill", "prune", "ptq", "demo"])
-def test_a_reader_that_leaves_ends_a_script_quietly(script):
-    command = f"{sys.executable} {ROOT / 'scripts' / script}.py --help | true; echo ${{PIPESTATUS[0]}}"
-    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
-    assert found.stderr == ""
-    assert found.stdout.strip() in ("0", str(entry.CLOSED_SCREEN))
-
-
-def test_a_screen_that_is_closed_while_a_rank_works(tmp_path):
-    code = """
-        import sys, time
-        from pathlib import Path
-        from nemo_modelopt_cli.process import entry
-        from nemo_modelopt_cli.compress import runner
-
-        def work(out):
-            print("noise")
-            for _ in range(1000):
-                out.write("a line\\n")
-                time.sleep(0.01)
-
-        sys.exit(entry.run(lambda: runner.guarded(work, Path(sys.argv[1]), "", output=Path())))
-    """
-    (tmp_path / "script.py").write_text(textwrap.dedent(code))
-    command = f"{sys.executable} {tmp_path}/script.py {tmp_path}/log 2>&1 | head -n 2; echo ${{PIPESTATUS[0]}}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, env=environment)
-    assert (found.stdout.splitlines(), found.stderr) == (["a line", "a line", str(entry.CLOSED_SCREEN)], "")
-    assert "Traceback" not in (tmp_path / "log").read_text()
-
-
-# --- when to save -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("step_seconds", [0.01, 1.0, 45.0, 1000.0])
-def test_checkpoints_come_every_few_minutes(cpu_backend, step_seconds):
-    from nemo_modelopt_cli.intermediate import Schedule
-
-    now, asked, saved = [0.0], [], []
-    schedule = Schedule(300, clock=lambda: now[0])
-
-    def agree(value):
-        asked.append(now[0])
-        return value
-
-    while now[0] < 3600:
-        now[0] += step_seconds
-        if schedule.is_due(agree):
-            saved.append(now[0])
-            now[0] += 2
-            schedule.saved(2, agree)
-    gaps = [later - earlier for earlier, later in zip([0.0, *saved], saved, strict=False)]
-    assert saved and min(gaps) >= 300
-    assert max(gaps) <= 302 + 2 * step_seconds
-    assert len(asked) <= 30 * len(saved), "clocks are compared a few times for each checkpoint, not after each step"
-
-
-def test_slow_checkpoints_come_less_often(cpu_backend):
-    from nemo_modelopt_cli.intermediate import Schedule
-
-    schedule = Schedule(300, clock=lambda: 0.0)
-    schedule.saved(90, lambda value: value)
-    assert schedule.seconds == 900
-
-
-def test_the_newest_whole_checkpoint_is_resumed_from(cpu_backend, tmp_path):
-    from nemo.lightning.pytorch.callbacks import ModelCheckpoint
-
-    from nemo_modelopt_cli.intermediate import Steps, newest
-
-    checkpoints, steps = tmp_path / "checkpoints", Steps(tmp_path / "interim")
-    assert newest(checkpoints, steps) is None
-    for i, folder in enumerate(("checkpoints/a-last", "interim/step-00000004", "checkpoints/b-last")):
-        (tmp_path / folder).mkdir(parents=True)
-        os.utime(tmp_path / folder, (i, i))
-    # What a killed run leaves: a checkpoint that it was writing, and its lock.
-    files.staging(tmp_path / "interim" / "step-00000009", files.TRAINING_CHECKPOINT).mkdir()
-    (tmp_path / "interim" / ".step-00000009.lock").touch()
-    assert newest(checkpoints, steps) == checkpoints / "b-last"
-    ModelCheckpoint.set_checkpoint_unfinished_marker(checkpoints / "b-last")
-    assert newest(checkpoints, steps) == tmp_path / "interim" / "step-00000004"
-    steps.remove_before(checkpoints)
-    assert steps.latest() is not None
-    os.utime(tmp_path / "checkpoints" / "a-last", (5, 5))
-    steps.remove_before(checkpoints)
-    assert steps.latest() is None and not (tmp_path / "interim").exists()
-    assert newest(checkpoints, steps) == checkpoints / "a-last"
-    ModelCheckpoint.set_checkpoint_unfinished_marker(checkpoints / "a-last")
-    assert newest(checkpoints, steps) is None
-
-
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_intermediate_checkpoints_are_whole(ranks, tmp_path, asynchronous):
-
-    found = ranks(2).run(train_with_interim, str(tmp_path), asynchronous, timeout=300)
-    for first, second, saved in found:
-        assert saved == ["step-00000005"], "the last step is left to the final checkpoint, earlier ones are removed"
-        assert second == first[-len(second) :], "the resumed steps repeat those of the first run"
-        assert len(second) == 1
 
 
 # --- kill -9 in the middle of compress.py -----------------------------------------------------------------------------
