@@ -75,7 +75,7 @@ def test_a_hugging_face_folder_has_the_same_sizes(tmp_path):
     [
         ({"hybrid_override_pattern": "M*"}, "hybrid_override_pattern are not covered"),
         ({"num_layers": None}, "no num_layers"),
-        ({"vocab_size": None}, "no vocab_size and no tokenizer.json"),
+        ({"vocab_size": None}, "no vocab_size and there is no tokenizer.json"),
         ({"num_moe_experts": 2, "moe_layer_freq": 2}, "mixed"),
     ],
 )

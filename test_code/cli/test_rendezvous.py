@@ -13,7 +13,7 @@ from nemo_modelopt_cli.process import launch, rendezvous
 _RANK = """
     import ipaddress, json, os, sys
     from datetime import timedelta
-    from nemo_modelopt_dropin import rendezvous
+    from nemo_modelopt_cli.process import rendezvous
     from nemo_modelopt_cli.compress import runner
 
     runner.cpu_environment()

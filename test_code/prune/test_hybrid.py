@@ -283,7 +283,7 @@ class TestHybrids:
     @pytest.mark.parametrize("request_", [{"drop_layers": [1]}, {"target_num_layers": 2}])
     def test_without_mamba_ssm_they_are_refused(self, ranks, request_):
         out = ranks(1).run(prune, request_, "*-*-", 4, known=False)[0]
-        assert "only where the package mamba_ssm can be imported" in out["refused"]
+        assert "only if the package mamba_ssm can be imported" in out["refused"]
         assert "install mamba_ssm and causal_conv1d" in out["refused"]
         assert set(out["patterns"].values()) == {"*-*-"}
 
