@@ -206,10 +206,10 @@ def work(arguments: argparse.Namespace) -> list[tuple[str, str]]:
 
 def outcome(arguments: argparse.Namespace) -> list[tuple[str, str]]:
     """Return algorithm, format and size of what was written."""
-    from nemo.collections.llm.modelopt.quantization import _comparison
+    from nemo.collections.llm.modelopt.quantization import comparison
     from nemo_modelopt_dropin.report.page import megabytes
 
-    sizes = [_comparison.bytes_on_disk(Path(path)) for path in (arguments.nemo_checkpoint, arguments.export_path)]
+    sizes = [comparison.bytes_on_disk(Path(path)) for path in (arguments.nemo_checkpoint, arguments.export_path)]
     before, after = ("unknown" if size is None else megabytes(size) for size in sizes)
     return [
         ("algorithm", arguments.algorithm),

@@ -21,7 +21,7 @@ from nemo.utils.model_utils import unwrap_model
 
 from nemo import lightning as nl
 from nemo.collections.llm.modelopt import _heldout, _parallel
-from nemo.collections.llm.modelopt.quantization import _comparison, _layer_errors
+from nemo.collections.llm.modelopt.quantization import comparison, layer_errors
 from nemo_modelopt_cli.compress import training
 from nemo_modelopt_cli.compress.settings import Layout
 from nemo_modelopt_cli.tokens import Windows
@@ -138,7 +138,7 @@ def weight_errors(core: torch.nn.Module) -> list[dict[str, Any]]:
         core: this rank's part of a Megatron-Core GPT; all ranks must call this. Without quantizers the list is empty.
     """
     found = []
-    for row in _layer_errors.table(core, {}):
+    for row in layer_errors.table(core, {}):
         match = _LAYER.search(row["layer"])
         if match and "weight_sqnr_db" in row:
             error = 10 ** (-row["weight_sqnr_db"] / 20)
@@ -171,6 +171,6 @@ def measure(checkpoint: str | Path, tokens: Path, layout: Layout, seq_length: in
         f"heldout_{k}": v for k, v in heldout_loss(core, np.load(tokens), seq_length, batch_size).items()
     }
     found |= parameters(core) | {"weight_errors": weight_errors(core)}
-    found |= {"shape": shape(core), "bytes": _comparison.bytes_on_disk(Path(checkpoint)), "device": device_name()}
+    found |= {"shape": shape(core), "bytes": comparison.bytes_on_disk(Path(checkpoint)), "device": device_name()}
     training.release()
     return found

@@ -12,7 +12,7 @@ from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
 from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.collections.llm.modelopt import ExportConfig, ModelOptConfigError, PruningConfig, QuantizationConfig
-from nemo.collections.llm.modelopt.quantization import _comparison
+from nemo.collections.llm.modelopt.quantization import comparison
 from nemo_modelopt_cli import intermediate, run_script, tokens
 from nemo_modelopt_cli.compress import exported, heldout, training
 from nemo_modelopt_cli.compress.settings import TARGETS, Job, Layout, Training
@@ -251,7 +251,7 @@ def export(folder: Path, job: Job, quantized: Path, token_folder: Path) -> dict[
                     overwrite=True,
                     modelopt_export_kwargs={"verify": job.quantization.verify},
                 )
-        result[target] = {"path": str(path), "bytes": _comparison.bytes_on_disk(path)}
+        result[target] = {"path": str(path), "bytes": comparison.bytes_on_disk(path)}
         if target == "hf":
             ids = np.load(token_folder / "heldout.npy")
             batch = job.distillation.micro_batch_size

@@ -196,10 +196,10 @@ def test_a_scan_without_held_out_rows_raises_an_error(cpu_backend, settings, mes
 
 
 def test_a_report_that_cannot_be_written_does_not_fail_the_export(tmp_path, caplog):
-    from nemo.collections.llm.modelopt.quantization import _comparison
+    from nemo.collections.llm.modelopt.quantization import comparison
     from nemo.collections.llm.modelopt.quantization.config import QuantizationConfig
 
     (tmp_path / "file").write_text("")
-    _comparison.write({"quantizers": {"weight": 1}}, QuantizationConfig(), tmp_path / "file" / "folder")
-    _comparison.write({"quantizers": {"weight": 1}}, QuantizationConfig(), tmp_path / "folder")
+    comparison.write({"quantizers": {"weight": 1}}, QuantizationConfig(), tmp_path / "file" / "folder")
+    comparison.write({"quantizers": {"weight": 1}}, QuantizationConfig(), tmp_path / "folder")
     assert "weight quantizers" in (tmp_path / "folder" / "report.html").read_text()

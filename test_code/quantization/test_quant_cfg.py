@@ -149,7 +149,7 @@ def test_a_file_without_an_algorithm_is_calibrated_by_the_maximum(tmp_path, cpu_
     built = q.Quantizer(config, None)
     with (
         patch.multiple(built, _calibrate=MagicMock(), _state=MagicMock(reuse=MagicMock(return_value=None))),
-        patch.object(q._comparison, "log"),
+        patch.object(q.comparison, "log"),
         patch.object(q.mtq, "print_quant_summary"),
     ):
         built.quantize(tiny.model())

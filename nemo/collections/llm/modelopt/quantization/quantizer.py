@@ -36,7 +36,7 @@ from nemo.collections import llm
 from nemo_modelopt_dropin import cpu_backend, files
 
 from .. import _functions, _staging
-from . import _checks, _comparison, _decoders, _early_checks, _overrides, _stand_ins, _transformers_models
+from . import _checks, _decoders, _early_checks, _overrides, _stand_ins, _transformers_models, comparison
 from . import quant_cfg_choices as choices
 from ._collaborators import Collaborators
 from ._quant_cfg import planned_quant_cfgs, quant_cfg_for
@@ -182,7 +182,7 @@ class Quantizer:
         self.report = report
         if is_global_rank_zero():
             mtq.print_quant_summary(core)
-        _comparison.log(report)
+        comparison.log(report)
         if self.export_config is not None and self.export_config.generate_sample:
             logging.info("Generating a sample output after model quantization.")
             self._generate_sample(model)
@@ -198,7 +198,7 @@ class Quantizer:
         elif forward_loop is None and mtq.config.need_calibration(plan.quant_cfg):
             forward_loop = _overrides.call(self._get_forward_loop, model, rows=rows.used, quant_cfg=plan.quant_cfg)
         quantizers.drop_quantizers(core, config.algorithm)
-        before = _comparison.hidden_states(core, compared, "Original model") if compared else []
+        before = comparison.hidden_states(core, compared, "Original model") if compared else []
         chosen = steps.calibrate(mtq, core, plan, forward_loop, batches)
         return {**rows.facts, **chosen, **steps.measure(config, core, compared, before)}
 
@@ -279,13 +279,13 @@ class Quantizer:
         self._state.forget(self.quantization_config.calibration_state)
         writers.log_success(target)
         if self.quantization_config.algorithm is not None:
-            self.report.update(_comparison.sizes_on_disk(model_dir, target))
+            self.report.update(comparison.sizes_on_disk(model_dir, target))
             if self.export_config.report_path is not None:
                 self.write_report(self.export_config.report_path)
 
     def write_report(self, folder: AnyPath) -> None:
         """Write `report` as ``report.json`` and as one self-contained page, ``report.html``, on rank zero."""
-        _comparison.write(self.report, self.quantization_config, Path(folder))
+        comparison.write(self.report, self.quantization_config, Path(folder))
 
 
 def export_hf_checkpoint(

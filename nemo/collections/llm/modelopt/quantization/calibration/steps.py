@@ -15,7 +15,7 @@ import torch
 from nemo.utils import logging
 
 from ...errors import ModelOptConfigError
-from .. import _comparison, _layer_errors
+from .. import comparison, layer_errors
 from .. import quant_cfg_choices as choices
 from .._quant_cfg import AUTO, auto_formats, is_file
 from ..insert import mixed_precision, quantizers
@@ -118,7 +118,7 @@ def read_rows(config: Any, core, forward_loop: Callable | None, get_calib_data_i
     if forward_loop is not None:
         logging.info("A forward_loop is used: without calibration data there is no comparison with the original")
         return Rows()
-    if not _comparison.is_comparable(core):
+    if not comparison.is_comparable(core):
         return Rows()
     compared_rows = min(config.comparison_size, max(1, config.comparison_tokens // config.calibration_seq_len))
     batches = get_calib_data_iter(
@@ -214,12 +214,12 @@ def measure(config: Any, core, batches: list[torch.Tensor], before: list[torch.T
         before: The hidden states of the original model on them.
     """
     after = None
-    with _layer_errors.recorded(core, config.layer_errors) as activations:
+    with layer_errors.recorded(core, config.layer_errors) as activations:
         if batches:
-            after = _comparison.evaluate(core, batches, before, "Quantized model")
-    report = _comparison.describe(core, after)
+            after = comparison.evaluate(core, batches, before, "Quantized model")
+    report = comparison.describe(core, after)
     if config.layer_errors:
-        report["layers"] = _layer_errors.table(core, activations)
+        report["layers"] = layer_errors.table(core, activations)
     if config.sensitivity_scan and batches:
         report["sensitivity"] = _sensitivity(core, batches, before)
     elif config.sensitivity_scan:
@@ -231,8 +231,8 @@ def _sensitivity(core, batches: list[torch.Tensor], before: list[torch.Tensor]) 
     """Return what each group of layers costs when it alone is quantized."""
 
     def cost(group: str) -> dict[str, float]:
-        found = _comparison.evaluate(core, batches, before, f"Sensitivity of {group}")
+        found = comparison.evaluate(core, batches, before, f"Sensitivity of {group}")
         figures = {"kl_to_original": found.kl, "relative_output_error": found.relative_error}
         return {**figures, "loss_increase": found.loss - found.reference_loss}
 
-    return _layer_errors.sensitivity(core, cost)
+    return layer_errors.sensitivity(core, cost)

@@ -14,7 +14,7 @@ from nemo_modelopt_dropin.console import screen
 
 from ... import _parallel
 from ...errors import ModelOptConfigError
-from .. import _comparison, _transformers_models
+from .. import _transformers_models, comparison
 from .. import quant_cfg_choices as choices
 from . import gated_amax, kv_cache, patterns
 
@@ -35,7 +35,7 @@ def drop_quantizers(core: torch.nn.Module, algorithm: Any) -> None:
     Raises:
         ModelOptConfigError: If AWQ or SmoothQuant scaled the weights, which are no longer the original ones.
     """
-    present = sum(_comparison.count_quantizers(core).values())
+    present = sum(comparison.count_quantizers(core).values())
     if not present:
         return
     quantizers = [module for module in core.modules() if isinstance(module, TensorQuantizer)]
