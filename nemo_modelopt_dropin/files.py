@@ -143,7 +143,7 @@ def problem(path: Path, kind: str) -> str | None:
         return f"{path} holds a {found}, not a {kind}; use another folder, or remove it yourself"
     return (
         f"{path} holds {_listed(names)}, which this package did not write and will not replace; use another folder, "
-        "or move them away"
+        "or move the other files away"
     )
 
 
