@@ -42,6 +42,14 @@ class Parser(argparse.ArgumentParser):
         # Arguments that are already reported as invalid; they are not reported as missing too.
         self.told: set[str] = set()
 
+    @classmethod
+    def of_command(cls, prog: str | None, description: str | None, fields: type) -> Parser:
+        """Return a command's parser: the flags of a dataclass, and those that every command has."""
+        found = cls(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        options.add(found, fields)
+        found.add_run_options()
+        return found
+
     def add_run_options(self) -> None:
         """Add the flags that every script has; ``--config`` is then read as flags are."""
         self._reads_run_file = True

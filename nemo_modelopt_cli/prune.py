@@ -48,10 +48,7 @@ PATHS = options.paths(flags.Options)
 
 def parser(prog: str | None = None) -> Parser:
     """Return the command line."""
-    found = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add(found, flags.Options)
-    found.add_run_options()
-    return found
+    return Parser.of_command(prog, __doc__, flags.Options)
 
 
 def resolve(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:

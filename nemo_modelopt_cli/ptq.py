@@ -42,10 +42,7 @@ _FOLDERS = {"trtllm": "./qnemo_{algorithm}_tp{inference_tp}_pp{inference_pp}", "
 
 def parser(prog: str | None = None) -> Parser:
     """Return the command line."""
-    found = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add(found, flags.Options)
-    found.add_run_options()
-    return found
+    return Parser.of_command(prog, __doc__, flags.Options)
 
 
 def resolve(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:

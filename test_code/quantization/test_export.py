@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from test_code.support import jobs_quant as jobs
+from test_code.support.hf_folders import tensors_of
 from test_code.support.jobs_hf import assert_same_logits
 
 
@@ -112,12 +113,6 @@ def assert_names_dtype(folder, dtype):
     """Without a dtype, readers use fp32; transformers writes `dtype`, and older readers use `torch_dtype`."""
     config = json.loads((folder / "config.json").read_text())
     assert (config["dtype"], config["torch_dtype"]) == (dtype, dtype)
-
-
-def tensors_of(folder):
-    from nemo.collections.llm.modelopt.quantization.export import hf_files
-
-    return dict(hf_files.read_tensors(folder))
 
 
 @pytest.mark.parametrize("algorithm", HF_ALGORITHMS)

@@ -11,6 +11,7 @@ import torch
 
 from test_code.support import installed, jobs_quant
 from test_code.support import jobs_scales as jobs
+from test_code.support.hf_folders import configurations, tensors_of
 
 pytestmark = pytest.mark.skipif(not installed.KV_CACHE, reason="modelopt 0.37 keeps no quantizers of the KV cache")
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -78,17 +79,6 @@ def exported(ranks_factory, work):
         return done[family, algorithm]
 
     return make
-
-
-def tensors_of(folder):
-    from nemo.collections.llm.modelopt.quantization.export import hf_files
-
-    return dict(hf_files.read_tensors(folder))
-
-
-def configurations(folder):
-    section = json.loads((folder / "config.json").read_text())["quantization_config"]
-    return json.loads((folder / "hf_quant_config.json").read_text())["quantization"], section
 
 
 CASES = [*((family, "fp8") for family in FAMILIES), ("qwen2", "int4_awq"), ("llama-large", "int4_awq")]

@@ -10,6 +10,7 @@ import torch
 
 from test_code.support import installed, jobs_prune_after, jobs_quant
 from test_code.support import jobs_scales as jobs
+from test_code.support.hf_folders import configurations, tensors_of
 
 FAMILIES = ("llama", "llama-tied", "qwen2", "qwen3")
 
@@ -116,17 +117,6 @@ def exported(ranks_factory, work):
         return done[family, algorithm]
 
     return make
-
-
-def tensors_of(folder):
-    from nemo.collections.llm.modelopt.quantization.export import hf_files
-
-    return dict(hf_files.read_tensors(folder))
-
-
-def configurations(folder):
-    section = json.loads((folder / "config.json").read_text())["quantization_config"]
-    return json.loads((folder / "hf_quant_config.json").read_text())["quantization"], section
 
 
 # --- layers in 16 bits ------------------------------------------------------------------------------------------------
