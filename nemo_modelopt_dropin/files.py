@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -190,6 +191,14 @@ def _clear(folder: Path) -> None:
         _delete(folder / name)
     if _names(folder):
         return  # the marker stays with the user's files, so that the folder can be written again
+    _remove_marker(folder)
+
+
+def _remove_marker(folder: Path) -> None:
+    """Remove the marker of a folder that contains nothing else, and the folder."""
+    for entry in [*folder.iterdir()]:
+        if _is_marker_part(entry.name):
+            entry.unlink()
     (folder / MARKER).unlink(missing_ok=True)
     if not folder.is_symlink():
         folder.rmdir()
@@ -215,7 +224,12 @@ def _is_name(entry: str) -> bool:
 
 
 def _names(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.name != MARKER)
+    return sorted(entry.name for entry in folder.iterdir() if entry.name != MARKER and not _is_marker_part(entry.name))
+
+
+def _is_marker_part(name: str) -> bool:
+    """Return whether a file is a marker that was being written when its process was killed."""
+    return re.fullmatch(rf"\.{re.escape(MARKER)}\.\d+\.part", name) is not None
 
 
 def _listed(names: list[str]) -> str:
@@ -326,9 +340,13 @@ def discard(new: Path, kind: str) -> None:
     Raises:
         ModelOptConfigError: If `staging` did not create that folder.
     """
-    if os.path.lexists(new.parent):
-        check(new.parent, _UNFINISHED + kind, "cannot remove")
-        _delete(new.parent)
+    around = new.parent
+    if os.path.lexists(around):
+        check(around, _UNFINISHED + kind, "cannot remove")
+        for name in _names(around):
+            _delete(around / name)
+        # The marker goes last: a kill in between must leave a folder that is ours.
+        _remove_marker(around)
 
 
 def publish(new: Path, target: Path, kind: str) -> None:

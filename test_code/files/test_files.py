@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -236,6 +238,69 @@ def test_a_kill_at_any_rename_loses_neither_content(tmp_path, monkeypatch):
         _write(target, a="newest")
         assert _content(target) == {"a": "newest", "notes": "mine"}
         assert [path.name for path in target.parent.iterdir()] == ["state"]
+
+
+_CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod"}
+
+
+def _killed_at(step: int, work: Callable[[], None]) -> bool:
+    """Do work in a forked process that ends as if killed before its n-th change of the disk; return whether it did."""
+    child = os.fork()
+    if child == 0:
+        changes = 0
+
+        def count(event: str, arguments: tuple) -> None:
+            nonlocal changes
+            writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            changes += event in _CHANGES or bool(writes)
+            if changes > step:
+                os._exit(9)
+
+        code = 1
+        try:
+            sys.addaudithook(count)
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 9)
+    return code == 9
+
+
+@pytest.mark.parametrize("before", ["nothing", "killed while it wrote"])
+def test_a_kill_at_any_change_of_the_disk_leaves_what_the_next_write_can_replace(tmp_path, before):
+    for step in range(200):
+        target = tmp_path / f"at{step}" / "state"
+        _write(target, a="old")
+        (target / "notes").write_text("mine")
+        if before != "nothing":
+            half = files.staging(target, KIND)
+            _folder(half, b="half", c="half")
+            _folder(half / "more", d="half")
+        killed = _killed_at(step, functools.partial(_write, target, a="new", b="new"))
+        _write(target, a="newest")
+        assert _content(target) == {"a": "newest", "notes": "mine"}
+        assert [path.name for path in target.parent.iterdir()] == ["state"]
+        if not killed:
+            break
+    assert not killed
+    assert step > 10
+
+
+def test_a_kill_at_any_change_of_the_disk_leaves_what_the_next_removal_can_remove(tmp_path):
+    for step in range(200):
+        target = tmp_path / f"at{step}" / "state"
+        _write(target, a="1", b="2")
+        _folder(target / "more", d="3")
+        files.claim(target, "more")
+        killed = _killed_at(step, functools.partial(files.remove, target, KIND))
+        files.remove(target, KIND)
+        assert not [*target.parent.iterdir()]
+        if not killed:
+            break
+    assert not killed
+    assert step > 3
 
 
 # --- one run at a time ------------------------------------------------------------------------------------------------
