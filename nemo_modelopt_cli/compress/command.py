@@ -131,15 +131,7 @@ def resolve(argv: list[str] | None = None, prog: str | None = None) -> tuple[Job
     line = parser(prog)
     arguments = line.read(argv)
     if arguments.compare:
-        problems = [
-            f"--compare {one}: not a finished run, there is no report.json"
-            for one in arguments.compare
-            if not has_report(one)
-        ]
-        folder = (arguments.output or arguments.compare[1]).resolve()
-        in_the_way = None if problems else files.taken(folder, ["compare.html"])
-        line.refuse([*problems, f"--output: {in_the_way}"] if in_the_way else problems)
-        return None, folder, arguments
+        return None, checked_comparison(line, arguments.compare, arguments.output, "--compare "), arguments
     output, job = Path("runs/compress"), None
     try:
         found = settings(arguments)
@@ -168,6 +160,22 @@ def output_problems(output: Path, found: dict[str, Any], config: Path | None = N
 def has_report(folder: Path) -> bool:
     """Return whether a folder is that of a finished run."""
     return (folder / "report.json").is_file()
+
+
+def checked_comparison(line: Parser, runs: Sequence[Path], output: Path | None, flag: str = "") -> Path:
+    """Return the folder for the page that compares two runs; exit with status 2 if they cannot be compared.
+
+    Args:
+        line: The command line, which prints the problems.
+        runs: Folders of the two runs.
+        output: The requested folder; None for the second run's.
+        flag: What precedes the name of a run in a message.
+    """
+    problems = [f"{flag}{one}: not a finished run, there is no report.json" for one in runs if not has_report(one)]
+    folder = (output or runs[1]).resolve()
+    in_the_way = None if problems else files.taken(folder, ["compare.html"])
+    line.refuse([*problems, f"--output: {in_the_way}"] if in_the_way else problems)
+    return folder
 
 
 def make_job(found: dict[str, Any], reported: Collection[str] = ()) -> Job:
