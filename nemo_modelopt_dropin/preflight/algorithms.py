@@ -29,7 +29,7 @@ class HfFormat:
     """One format of quantized weights in Hugging Face files; its name is modelopt's ``quant_algo``.
 
     Attributes:
-        encoded_here: Whether `hf_encoding.encode` makes the codes; otherwise modelopt's writer does.
+        encoded_here: Whether `layouts.modelopt` makes the codes; otherwise modelopt's writer does.
         readers: Name of each program that reads it correctly, and how that was checked: `RUN` or `BY_RULES`.
     """
 

@@ -1,0 +1,1 @@
+"""Layouts of quantized layers in Hugging Face files."""
