@@ -31,7 +31,7 @@ from nemo_modelopt_cli.parser import (
 )
 from nemo_modelopt_dropin import files
 from nemo_modelopt_dropin.errors import did_you_mean
-from nemo_modelopt_dropin.preflight import algorithms, data_files, output_checks, quant_file
+from nemo_modelopt_dropin.preflight import algorithms, data_files, output_checks, quant_file, shard_sizes
 from nemo_modelopt_dropin.preflight.model_checks import block_problems, split_problems
 from nemo_modelopt_dropin.preflight.model_sizes import STAGES, known
 
@@ -74,6 +74,9 @@ def resolve(argv: list[str] | None = None, prog: str | None = None) -> argparse.
     sizes = ("batch_size", "calibration_dataset_size", "awq_block_size", "inference_tp", "inference_pp")
     problems += not_positive(arguments, sizes)
     problems += number_problems(arguments)
+    problems += shard_sizes.problem("--max-shard-size", arguments.max_shard_size)
+    if arguments.export_format == "hf":
+        problems += algorithms.layout_problems("--hf-layout", arguments.algorithm, arguments.hf_layout)
     if arguments.algorithm not in ALGORITHMS and os.path.isfile(arguments.algorithm):
         problems += [f"--algorithm {one}" for one in quant_file.problems(arguments.algorithm)]
     if (arguments.algorithm == "auto") is (arguments.auto_quantize_bits is None):
@@ -188,6 +191,8 @@ def work(arguments: argparse.Namespace) -> list[tuple[str, str]]:
         inference_pp=arguments.inference_pp,
         generate_sample=arguments.generate_sample,
         verify=arguments.verify,
+        hf_layout=arguments.hf_layout,
+        max_shard_size=arguments.max_shard_size,
         report_path=None if arguments.no_report else arguments.report_path,
     )
     same_name = ("calibration_tp", "calibration_pp", "devices", "num_nodes", "legacy_ckpt", "trust_remote_code")

@@ -214,6 +214,16 @@ def test_bad_quantization_settings_are_refused_at_construction(quantization, gpu
         ({"dtype": "fp64"}, "Unsupported export dtype: fp64. dtype='fp64'; allowed: .*bf16"),
         ({"export_format": "onnx"}, "Unsupported export format: onnx. export_format='onnx'.*trtllm"),
         ({"inference_tp": 0}, "inference_tp=0 must be an integer, at least 1"),
+        (
+            {"hf_layout": "compressed"},
+            "hf_layout='compressed' is not supported; allowed: .*'auto', .*Did you mean 'compressed-tensors'",
+        ),
+        ({"max_shard_size": "5 apples"}, "max_shard_size 5 apples is not a size of a file; use .* such as '5GB'"),
+        ({"max_shard_size": 5}, "max_shard_size 5 is not a size of a file"),
+        (
+            {"export_format": "hf", "hf_layout": "compressed-tensors"},
+            "algorithm='fp8' cannot be exported with hf_layout='compressed-tensors': .* cannot hold FP8 weights; use",
+        ),
     ],
 )
 def test_bad_export_settings_are_refused_at_construction(quantization, gpu, settings, message):

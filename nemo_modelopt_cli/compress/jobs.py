@@ -249,7 +249,9 @@ def export(folder: Path, job: Job, quantized: Path, token_folder: Path) -> dict[
                     target=target,
                     output_path=beside,
                     overwrite=True,
-                    modelopt_export_kwargs={"verify": job.quantization.verify},
+                    modelopt_export_kwargs={
+                        name: getattr(job.quantization, name) for name in ("verify", "hf_layout", "max_shard_size")
+                    },
                 )
         result[target] = {"path": str(path), "bytes": comparison.bytes_on_disk(path)}
         if target == "hf":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nemo_modelopt_cli.compress.digests import Digests
-from nemo_modelopt_cli.compress.settings import Job, Training
+from nemo_modelopt_cli.compress.settings import Job, Quantization, Training
 from nemo_modelopt_cli.compress.stages import Record, Stage
 
 # Steps that measure a held-out loss, in the order of the job -> the name of the model in the report.
@@ -20,6 +20,8 @@ MODELS = {
     "quantize": "quantized",
 }
 _STEPS = ("tokens", "teacher", "prune", "distill", "scratch", "quantize", "export")
+# Settings of quantization that only the export step depends on, those that it always records first.
+_OF_EXPORT = ("formats", "verify", "hf_layout", "max_shard_size")
 
 # Called with `jobs`, the step's folder and the stream for progress bars.
 _Work = Callable[[Any, Path, "TextIO | None"], dict[str, Any]]
@@ -51,8 +53,14 @@ def compression_stages(job: Job, root: Path, before: str | None = None, digests:
     # The search for sizes depends on these, too; given sizes do not.
     multiples = job.size_multiples() if before is None else {}
     pruned_to = asdict(job.pruning) | ({"size_multiples": multiples} if multiples else {})
-    quantization = {k: v for k, v in asdict(job.quantization).items() if k not in ("formats", "verify")}
-    formats = {"formats": job.quantization.formats, "verify": job.quantization.verify}
+    quantization = {k: v for k, v in asdict(job.quantization).items() if k not in _OF_EXPORT}
+    # The newer settings are omitted at their defaults, so that results of earlier versions stay valid.
+    usual = Quantization()
+    formats = {
+        name: value
+        for name in _OF_EXPORT
+        if (value := getattr(job.quantization, name)) != getattr(usual, name) or name in ("formats", "verify")
+    }
 
     tokens = root / "tokens"
     pruned, distilled, quantized = (root / name / "checkpoint" for name in ("prune", "distill", "quantize"))

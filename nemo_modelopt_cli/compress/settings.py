@@ -18,6 +18,7 @@ from nemo_modelopt_dropin.preflight import (
     model_sizes,
     pair_checks,
     prune_layout,
+    shard_sizes,
 )
 from nemo_modelopt_dropin.preflight.model_sizes import Shape
 
@@ -191,6 +192,17 @@ class Quantization:
             metavar="HOW",
         ),
     )
+    hf_layout: str = field(
+        default=algorithms.AUTO,
+        metadata=option(
+            f"layout of Hugging Face files, one of {', '.join(algorithms.LAYOUT_CHOICES)} (default: auto, the one that "
+            "most servers read)",
+            metavar="LAYOUT",
+        ),
+    )
+    max_shard_size: str = field(
+        default="5GB", metadata=option("largest size of a weight file of Hugging Face files", metavar="SIZE")
+    )
 
     def problems(self) -> list[str]:
         """Return what is wrong with the quantization settings."""
@@ -198,6 +210,9 @@ class Quantization:
         found = _positive(self, numbers, "quantization")
         found += unknown("algorithm", [self.algorithm], ALGORITHMS)
         found += unknown("export format", self.formats, EXPORT_FORMATS) + unknown("verify", [self.verify], VERIFY)
+        found += unknown("hf_layout", [self.hf_layout], algorithms.LAYOUT_CHOICES)
+        found += shard_sizes.problem("max_shard_size", self.max_shard_size)
+        found += algorithms.layout_problems("hf_layout", self.algorithm, self.hf_layout) if "hf" in self.formats else []
         if not found and self.calibration_size < self.calibration_batch_size:
             found.append(
                 f"quantization: calibration size {self.calibration_size} is less than one batch of "

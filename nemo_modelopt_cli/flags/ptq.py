@@ -162,6 +162,8 @@ class Export:
             choices=("full", "files", "none"),
         ),
     )
+    hf_layout: str = field(default=algorithms.AUTO, metadata=shared.HF_LAYOUT)
+    max_shard_size: str = field(default="5GB", metadata=shared.MAX_SHARD_SIZE)
 
 
 @dataclass(frozen=True, kw_only=True)

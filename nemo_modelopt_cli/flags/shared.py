@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nemo_modelopt_cli.options import option
+from nemo_modelopt_dropin.preflight import algorithms
 
 TOKENIZER = option("tokenizer to use instead of the checkpoint's", path=True)
 LEGACY_CKPT = option("load a checkpoint of Transformer Engine before 1.14")
@@ -13,6 +14,12 @@ NUM_NODES = option("nodes (default: torchrun's, or 1)")
 TEXT = option("JSON, JSON-lines, Parquet or text file (also .gz, .bz2, .xz, .zst) of texts or conversations", path=True)
 SPLIT = option("shares for training, validation and test, for --data_paths (default: 99,1,0)")
 INDEX_MAPPING_DIR = option("folder for the index files of --data_paths", path=True)
+HF_LAYOUT = option(
+    "layout of hf files (default: auto, the one that most servers read)",
+    "--hf-layout",
+    choices=algorithms.LAYOUT_CHOICES,
+)
+MAX_SHARD_SIZE = option("largest size of a weight file of hf files", "--max-shard-size", metavar="SIZE")
 NO_REPORT = option("do not write a report")
 
 

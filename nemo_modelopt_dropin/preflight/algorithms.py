@@ -17,6 +17,11 @@ from nemo_modelopt_dropin.errors import ModelOptConfigError, suggestion
 # Names of ptq.py for "leave the model as it is" and for the search that chooses a format for each layer.
 NO_QUANT = "no_quant"
 AUTO = "auto"
+# The layouts of Hugging Face files: names of the tensors, and the form of `quantization_config`.
+MODELOPT = "modelopt"
+COMPRESSED_TENSORS = "compressed-tensors"
+LAYOUTS = (MODELOPT, COMPRESSED_TENSORS)
+LAYOUT_CHOICES = (AUTO, *LAYOUTS)
 # How a reader of Hugging Face files was checked.
 RUN = "run"
 BY_RULES = "accepted by its rules"
@@ -30,11 +35,13 @@ class HfFormat:
 
     Attributes:
         encoded_here: Whether `layouts.modelopt` makes the codes; otherwise modelopt's writer does.
+        layouts: Names of the layouts that can hold it, see `LAYOUTS`.
         readers: Name of each program that reads it correctly, and how that was checked: `RUN` or `BY_RULES`.
     """
 
     encoded_here: bool = True
     readers: tuple[tuple[str, str], ...] = ()
+    layouts: tuple[str, ...] = (MODELOPT,)
 
 
 HF_FORMATS: dict[str, HfFormat] = {
@@ -179,6 +186,26 @@ def needs_cuda(algorithm: str) -> bool:
     """Return whether the quantized model runs on CUDA kernels only; False for names without an entry."""
     entry = TABLE.get(algorithm)
     return entry is not None and entry.needs_cuda
+
+
+def layout_problem(hf_format: str, layout: str) -> str | None:
+    """Return why a layout cannot hold a format of `HF_FORMATS`, and what to do; None if it can.
+
+    Args:
+        hf_format: The format.
+        layout: One of `LAYOUT_CHOICES`; other names are reported elsewhere.
+    """
+    layouts = HF_FORMATS[hf_format].layouts
+    if layout not in LAYOUTS or layout in layouts:
+        return None
+    return f"the layout {layout} cannot hold {hf_format} weights; use {' or '.join(layouts)}, or {AUTO}"
+
+
+def layout_problems(setting: str, algorithm: str, layout: str) -> list[str]:
+    """Return the sentence of `layout_problem` for an algorithm, after the setting; empty for names without an entry."""
+    entry = TABLE.get(algorithm)
+    problem = layout_problem(entry.hf_format, layout) if entry is not None and entry.hf_format else None
+    return [f"{setting} {layout}, algorithm {algorithm}: {problem}"] if problem else []
 
 
 def readers_of(hf_format: str) -> str:

@@ -173,6 +173,19 @@ def test_help_takes_no_time(script):
                 "use '60%'",
             ],
         ),
+        (
+            "ptq",
+            ["-nc", "no", "--export_format", "hf", "--max-shard-size", "5 apples", "--hf-layout", "compressed-tensors"]
+            + ["-algo", "w4a8_awq"],
+            ["--max-shard-size 5 apples is not a size", "the layout compressed-tensors cannot hold W4A8_AWQ weights"],
+        ),
+        ("ptq", ["-nc", "no", "--hf-layout", "gguf"], ["--hf-layout", "modelopt", "compressed-tensors"]),
+        (
+            "compress",
+            ["--teacher", "t", "--train-text", "a", "--heldout-text", "b", "--hf-layout", "modelop", "--formats", "hf"]
+            + ["--max-shard-size", "big", "--target-num-layers", "2"],
+            ["unknown hf_layout 'modelop'", "did you mean modelopt?", "max_shard_size big is not a size of a file"],
+        ),
         ("demo", ["--devices", "3"], ["not a multiple of micro-batch size 8 x 3"]),
         ("demo", ["--steps", "3", "--vorbose"], ["--vorbose; did you mean --verbose?"]),
         ("ptq", ["-nc", "no", "-bs", "0", "-ctp", "3", "--devices", "2"], ["no such folder", "--batch_size must", "3"]),

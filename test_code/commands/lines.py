@@ -52,7 +52,7 @@ COMPLETE = {
         "-nodes 1 --cpu -algo int4_awq -awq_bs 32 --sq_alpha 0.3 --enable_kv_cache --kv_cache_qformat nvfp4 -dt 16 "
         "-bs 2 -sl 32 -calib_size 8 -calib_ds texts.jsonl --calibration_column text --sensitivity_scan "
         "--calibration_shuffle_seed 3 -out out --export_format hf -itp 2 -ipp 2 --report_path my_report "
-        "--generate_sample --verify files --calibration_state my_state",
+        "--generate_sample --verify files --hf-layout modelopt --max-shard-size 500MB --calibration_state my_state",
         "-nc my_checkpoint -algo auto --auto_quantize_bits 6 --auto_quantize_checkpoint search --disable_kv_cache "
         "--no_report --no_calibration_state",
     ],
@@ -90,7 +90,7 @@ COMPLETE = {
         "--distill-lr 1e-3 --distill-min-lr 1e-6 --distill-warmup-steps 1 --distill-weight-decay 0.2 "
         "--distill-seed 5 --distill-evaluate-every 3 --distill-save-every 2 --algorithm int4_awq --formats nemo hf "
         "--verify files --enable-kv-cache --awq-block-size 16 --calibration-size 4 --calibration-batch-size 2 "
-        "--calibration-seq-len 32",
+        "--calibration-seq-len 32 --hf-layout modelopt --max-shard-size 500MB",
         f"{_TEXTS} --output out --target-params 70% --max-candidates 3 --heldout-batches 2",
         f"{_TEXTS} --output out --drop-layers 2 3",
     ],

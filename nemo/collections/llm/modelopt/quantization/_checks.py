@@ -8,7 +8,7 @@ from typing import Any
 from nemo.utils.get_rank import is_global_rank_zero
 
 from nemo_modelopt_dropin import files
-from nemo_modelopt_dropin.preflight import output_checks
+from nemo_modelopt_dropin.preflight import algorithms, output_checks, shard_sizes
 
 from ..errors import ModelOptConfigError, one_of
 from .config import ExportConfig, QuantizationConfig
@@ -91,8 +91,20 @@ def check_export(config: Any, formats: list) -> None:
         except ModelOptConfigError as error:
             raise ModelOptConfigError(f"Unsupported export format: {config.export_format}. {error}") from None
     one_of("verify", config.verify, ["full", "files", "none"])
+    check_files(config.hf_layout, config.max_shard_size)
     check_number("inference_tp", config.inference_tp, 1)
     check_number("inference_pp", config.inference_pp, 1)
+
+
+def check_files(hf_layout: Any, max_shard_size: Any) -> None:
+    """Check how the files of a Hugging Face checkpoint are to be written.
+
+    Raises:
+        ModelOptConfigError: With the setting, its value and what is allowed.
+    """
+    one_of("hf_layout", hf_layout, algorithms.LAYOUT_CHOICES)
+    if problems := shard_sizes.problem("max_shard_size", max_shard_size):
+        raise ModelOptConfigError(f"{problems[0]}.")
 
 
 def check_places(config: Any, export_config: Any) -> None:

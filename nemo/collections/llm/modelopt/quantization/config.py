@@ -72,6 +72,10 @@ class ExportConfig:
 
     ``report_path`` is a folder for ``report.json`` and ``report.html``, which are written after the export; None writes
     neither. It is not the checkpoint's folder, which holds only the files of its format.
+
+    ``hf_layout`` is the layout of a Hugging Face checkpoint: "modelopt", "compressed-tensors", or "auto", the one that
+    most servers read for the algorithm (modelopt's if both are read equally). ``max_shard_size`` limits the size
+    of each weight file ("5GB", "500MB", "4GiB").
     """
 
     path: str
@@ -83,6 +87,8 @@ class ExportConfig:
     generate_sample: bool = False
     verify: str = "full"
     report_path: Optional[str] = None  # noqa: UP045
+    hf_layout: str = "auto"
+    max_shard_size: str = "5GB"
 
     def __post_init__(self):
         self.path = Path(self.path)  # type: ignore[assignment]

@@ -300,7 +300,7 @@ def export_hf_checkpoint(
         export_dir: The folder to write.
         model: The model in memory; read from ``model_dir`` by default.
         verify: "full" compares the logits too, "files" names, shapes and scales only, "none" nothing.
-        **kwargs: Arguments of ``modelopt.torch.export.export_mcore_gpt_to_hf``.
+        **kwargs: ``hf_layout`` and ``max_shard_size`` of `ExportConfig`; arguments of ``mte.export_mcore_gpt_to_hf``.
 
     Returns:
         The folder, or None if the model was not converted.

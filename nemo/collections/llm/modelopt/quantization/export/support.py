@@ -161,6 +161,19 @@ def check_format(quant_cfg: dict[str, Any] | None, algorithm: str | None, export
         )
 
 
+def check_hf_layout(quant_cfg: dict[str, Any] | None, algorithm: str | None, export_config: Any) -> None:
+    """Check that the layout of a Hugging Face checkpoint can hold an algorithm.
+
+    Raises:
+        ModelOptConfigError: With the reason and what to do.
+    """
+    found = _hf_algorithm(quant_cfg) if export_config.export_format == "hf" and quant_cfg else None
+    layout = getattr(export_config, "hf_layout", algorithms.AUTO)
+    problem = algorithms.layout_problem(found, layout) if found in algorithms.HF_FORMATS else None
+    if problem:
+        raise ModelOptConfigError(f"algorithm={algorithm!r} cannot be exported with hf_layout={layout!r}: {problem}.")
+
+
 def check_mixture(formats: dict[str, dict[str, Any]], export_format: str) -> None:
     """Check that one Hugging Face checkpoint can describe all formats of a search.
 
@@ -291,6 +304,7 @@ def check_planned(planned: dict[str, dict[str, Any]], export_config: Any) -> Non
     """
     for name, quant_cfg in planned.items():
         check_format(quant_cfg, name, export_config.export_format)
+        check_hf_layout(quant_cfg, name, export_config)
     check_mixture(planned, export_config.export_format)
 
 

@@ -15,7 +15,7 @@ from nemo.utils.get_rank import is_global_rank_zero
 from nemo_modelopt_dropin import files
 
 from ... import _real, _staging
-from .. import _transformers_models
+from .. import _checks, _transformers_models
 from .._collaborators import Collaborators
 from . import hf_describe, hf_files, hf_verify, hf_writer, support
 
@@ -119,8 +119,10 @@ def write_trtllm(tools: Collaborators, quantizer: Any, model, target) -> None:
 def _write_hf(tools: Collaborators, quantizer: Any, model, model_dir: str, folder: Path) -> None:
     keywords = {} if quantizer.torch_dtype == torch.bfloat16 else {"dtype": quantizer.torch_dtype}
     level = quantizer.export_config.verify
-    if level != "full":
-        keywords["verify"] = level
+    # A replaced function may have the parameters of stock only.
+    ours = {"verify": "full", "hf_layout": "auto", "max_shard_size": "5GB"}
+    values = {name: getattr(quantizer.export_config, name, default) for name, default in ours.items()}
+    keywords |= {name: value for name, value in values.items() if value != ours[name]}
     if tools.export_hf_checkpoint(model_dir, folder, model=model, **keywords) is None:
         # The model is not quantized.
         if _transformers_models.is_wrapped(model):
@@ -181,8 +183,18 @@ def save_tokenizer(tools: Collaborators, model, model_dir: str, folder: Path, fm
     tools.shutil.copytree(tools.ckpt_to_context_subdir(model_dir), target, dirs_exist_ok=True)
 
 
-def write_converted_hf(tools: Collaborators, model_dir, export_dir, model, verify: str, **kwargs: Any) -> Path | None:
+def write_converted_hf(
+    tools: Collaborators,
+    model_dir,
+    export_dir,
+    model,
+    verify: str,
+    hf_layout: str = "auto",
+    max_shard_size: str = "5GB",
+    **kwargs: Any,
+) -> Path | None:
     """Write a converted model as a Hugging Face checkpoint and verify it; see ``quantizer.export_hf_checkpoint``."""
+    _checks.check_files(hf_layout, max_shard_size)
     if _transformers_models.is_wrapped(model):
         return _transformers_models.write_hf(tools, model, Path(export_dir), **kwargs)
     exporter = tools.load_connector_from_trainer_ckpt(model_dir, "hf")
