@@ -281,3 +281,20 @@ class TestPureFunctions:
             assert sorted(group.tolist(), reverse=True)[:keep] == sorted(
                 (float(group[head % per_group]) for head in row), reverse=True
             )
+
+
+def test_a_block_of_multi_token_prediction_keeps_its_sizes(ranks, tmp_path):
+    """Only whole layers of the decoder can be removed; anything else raises an error before a forward pass."""
+    refused = {
+        "ffn": {"target_ffn_hidden_size": 64},
+        "hidden": {"target_hidden_size": 32, "target_num_layers": 3},
+        "heads": {"target_num_attention_heads": 2, "target_num_query_groups": 1},
+        "budget": {"target_params": 0.8},
+    }
+    allowed = {"depth": {"target_num_layers": 3}, "dropped": {"drop_layers": [2]}}
+    (results,) = ranks(1).run(jobs.multi_token_prediction, str(tmp_path), refused | allowed)
+    for label, request in refused.items():
+        name = next(iter(request))
+        assert f"(mtp_num_layers=1), which modelopt does not prune: {name}" in results[label], results[label]
+    for label in allowed:
+        assert len(results[label]) == 2 and all(0 < loss < 7 for loss in results[label]), results[label]

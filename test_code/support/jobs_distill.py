@@ -327,6 +327,50 @@ def refusals(teacher_path, settings):
     return answers
 
 
+def multi_token_prediction(teacher_path, mtp_teacher_path, settings):
+    """Return weights of the student's multi-token-prediction block after one step, by layout and training.
+
+    ``plain`` trains the student alone, on the next-token loss; ``distilled`` against a teacher without such a block;
+    ``both`` against one with a block, of which the logged losses are returned.
+    """
+    from functools import partial
+
+    from nemo.collections.llm.gpt.model.base import gpt_data_step
+
+    block = {
+        "mtp_num_layers": 1,
+        "mtp_loss_scaling_factor": 0.1,
+        # The block embeds the tokens on the last stage.
+        "data_step_fn": partial(gpt_data_step, use_mtp=True),
+    }
+    layouts = {"1 rank": {}, "TP=2": {"tp": 2}, "PP=2": {"pp": 2}}
+    results = {}
+    for layout, arguments in layouts.items():
+        with alone() if layout == "1 rank" else contextlib.nullcontext():
+            # Clipping would scale the gradients of both trainings by different numbers.
+            plain = tiny.model(ffn_hidden_size=64, optimizer=tiny.optim(clip_grad=0.0), **block)
+            tiny.fit(plain, max_steps=1, **arguments)
+            results[layout, "plain"] = _mtp_weights(plain)
+            ranks.reset()
+            model = distillation_model(teacher_path, settings, block)
+            model.optim = tiny.optim(clip_grad=0.0)
+            tiny.fit(model, max_steps=1, **arguments)
+            results[layout, "distilled"] = _mtp_weights(model)
+            ranks.reset()
+            for name, overrides in (("both", block), ("without", {})):
+                recorded = distill(
+                    mtp_teacher_path, settings, block, 1, teacher_overrides=overrides, metrics=True, **arguments
+                )
+                results[layout, name] = recorded[1][0]
+                ranks.reset()
+    return results
+
+
+def _mtp_weights(model):
+    named = tiny.core(model).named_parameters()
+    return {name: value.detach().clone() for name, value in named if name.startswith("mtp.")}
+
+
 def reduction_over_context_parallel(per_token):
     """Return this rank's results of a reduction at CP=2 and those of one process over whole sequences.
 

@@ -115,6 +115,35 @@ def refusal(request: dict, **settings) -> str:
     return ""
 
 
+def multi_token_prediction(folder: str, requests: dict, tp: int = 1) -> dict:
+    """Return for each request its error, or the losses of a training that goes on from the pruned checkpoint."""
+    from unittest import mock
+
+    from test_code.support import ranks, tiny
+
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+
+    block = {"mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.1}
+    results: dict = {}
+    for number, (label, request) in enumerate(requests.items()):
+        model, module, run = build(tp=tp, **block)
+        validate = mock.patch("nemo.collections.llm.validate", side_effect=AssertionError("measured"))
+        try:
+            with validate if "target_num_layers" not in request else mock.patch.dict({}):
+                run_prune(model, request, module, run)
+        except ModelOptConfigError as error:
+            results[label] = str(error)
+            ranks.reset()
+            continue
+        path = Path(folder) / str(number)
+        run.save_checkpoint(path, weights_only=True)
+        layers = tiny.core(model).config.num_layers
+        ranks.reset()
+        results[label] = tiny.fit(tiny.model(num_layers=layers, **block), restore=path, max_steps=2, tp=tp)
+        ranks.reset()
+    return results
+
+
 def stock_drop(layers: list[int], pp: int = 1):
     """Drop layers with whichever subpackage this rank's environment selects."""
     import nemo.collections.llm.modelopt.prune.pruner as pruner

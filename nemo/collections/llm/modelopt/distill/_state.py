@@ -26,6 +26,7 @@ class DistillationState:
         observing: whether metrics that cost time are computed for the next micro-batches.
         labels: next tokens of the last micro-batch [b, s], for the metrics.
         fused: whether logits and logits loss are fused on this rank; None before the first training step decides.
+        mtp_heads: multi-token-prediction heads whose losses Megatron has yet to compute in this forward pass.
         deferring: whether the output layers return `DeferredLogits` at the moment.
     """
 
@@ -37,6 +38,7 @@ class DistillationState:
     observing: bool = False
     labels: Tensor | None = None
     fused: bool | None = None
+    mtp_heads: int = 0
     deferring: bool = False
 
 

@@ -47,6 +47,7 @@ from ._deferred_logits import DeferredLogits
 from ._finite import check_outputs, check_weights
 from ._fusion import fuse_output_layers
 from ._kd_loss import captured_layers, compute_kd_loss, copy_captured, forget_captured_outputs
+from ._mtp import forget_head, number_of_heads, skip_block
 from ._peft import stay_as_loaded
 from ._pipeline_losses import message, set_input_tensor, set_student_input_tensor_shape
 from ._state import DistillationState, state_of
@@ -209,8 +210,15 @@ def _sharded_state_dict_of_student(self, *args, **kwargs) -> ShardedStateDict:
 
 
 def _student_lm_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-    """Return the language-model loss [b, s], or zeros in training if the settings skip it."""
+    """Return the language-model loss [b, s], or zeros in training if the settings skip it.
+
+    The losses of multi-token-prediction heads are never skipped.
+    """
     state: DistillationState = self._distillation
+    if state.mtp_heads:
+        state.mtp_heads -= 1
+        forget_head(self)
+        return type(self).compute_language_model_loss(self, labels, logits)
     state.labels = labels
     if state.settings.skip_lm_loss and self.training:
         return _no_lm_loss(self, labels, logits)
@@ -242,6 +250,7 @@ def _forward_student_and_teacher(self, *args, **kwargs) -> Tensor:
         The student's output; before the last pipeline stage, both outputs concatenated along the last axis.
     """
     state: DistillationState = self._distillation
+    state.mtp_heads = number_of_heads(self)
     if not self.training:
         compared = _compares_in_validation(state.settings) and kwargs.get("labels") is not None
         if compared:
@@ -313,6 +322,7 @@ def adjust_distillation_model_for_mcore(model: DistillationModel, distill_cfg: D
     teacher = model.teacher_model
     teacher.compute_language_model_loss = MethodType(_no_lm_loss, teacher)
     teacher.map = MethodType(stay_as_loaded, teacher)
+    skip_block(teacher)
 
 
 def _initial_state(model: Any, distill_cfg: Any) -> DistillationState:

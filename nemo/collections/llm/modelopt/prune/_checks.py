@@ -212,6 +212,32 @@ def check_experts(resolved: Mapping[str, int], config: Any) -> None:
         )
 
 
+def check_multi_token_prediction(resolved: Mapping[str, int], config: Any, by_budget: bool) -> None:
+    """Raise an error for targets that would leave a multi-token-prediction block at its old sizes.
+
+    modelopt measures and cuts only the decoder; whole layers of it can be removed.
+
+    Args:
+        resolved: hparam -> requested size.
+        config: the model's ``TransformerConfig``.
+        by_budget: whether further sizes will be chosen to keep a number of parameters.
+
+    Raises:
+        ModelOptConfigError: naming the targets, and what can be pruned.
+    """
+    layers = getattr(config, "mtp_num_layers", None)
+    if not isinstance(layers, int) or layers < 1:
+        return
+    wrong = [f"target_{name}" for name in resolved if name != "num_layers"]
+    wrong += ["target_params, target_active_params"] if by_budget else []
+    if wrong:
+        raise ModelOptConfigError(
+            f"The model has a multi-token-prediction block (mtp_num_layers={layers}), which modelopt does not prune: "
+            f"{', '.join(wrong)} would leave it at its old size. Set target_num_layers or drop_layers, or restore the "
+            "model without the block (mtp_num_layers=None)."
+        )
+
+
 def check_layout(config: Any, by_importance: bool) -> None:
     """Raise an error for parallel layouts in which the model would be pruned wrongly.
 

@@ -89,6 +89,7 @@ def check(
     resolved = _checks.resolve_targets(targets, _checks.model_sizes(core), may_be_empty)
     _checks.check_prunes_experts(resolved, model.config, may_be_empty, prunes_experts())
     _checks.check_experts(resolved, model.config)
+    _checks.check_multi_token_prediction(resolved, model.config, may_be_empty)
     _checks.check_batches(data_module, trainer)
     _norms.register_torch_norms()
     _norms.check_norms(core)

@@ -26,6 +26,7 @@ from ... import _batches, _parallel
 from ..._divergence.recorded_topk import top_entries
 from ...errors import ModelOptConfigError
 from .._config import read_distillation_config
+from .._mtp import skip_block
 from ..utils import teacher_provider
 from . import store
 
@@ -191,6 +192,7 @@ def _begin(recorder: _Recorder, folder: Path, core: Any) -> None:
     if parallel_state.get_tensor_model_parallel_rank() == 0:
         rank = parallel_state.get_data_parallel_rank()
         recorder.writer = store.Writer(folder / store.FOLDER, rank)
+    skip_block(core)
     core.output_layer.register_forward_hook(recorder.take)
 
 
