@@ -13,7 +13,14 @@ from collections.abc import Callable
 import torch
 
 from nemo_modelopt_dropin import finder, versions
-from nemo_modelopt_dropin.cpu_backend import megatron_patches, nemo_patches, state, torch_patches
+from nemo_modelopt_dropin.cpu_backend import (
+    attention_patches,
+    importer_patches,
+    megatron_patches,
+    nemo_patches,
+    state,
+    torch_patches,
+)
 from nemo_modelopt_dropin.cpu_backend.state import CpuBackendError, is_enabled
 
 __all__ = ["PATCHES", "CpuBackendError", "enable", "is_enabled"]
@@ -29,11 +36,17 @@ PATCHES: tuple[Callable[[], None], ...] = (
     megatron_patches.patch_distributed_adam,
     megatron_patches.patch_torch_norms,
     megatron_patches.patch_moe_router,
+    attention_patches.patch_local_attention,
+    attention_patches.patch_attention_backend,
+    attention_patches.patch_saved_norms,
     nemo_patches.patch_checkpoint_devices,
     nemo_patches.patch_accelerator,
     nemo_patches.patch_local_checkpoint_callback,
     nemo_patches.patch_mock_attention_mask,
     nemo_patches.patch_converters,
+    nemo_patches.patch_gemma_layers,
+    importer_patches.patch_importers,
+    importer_patches.patch_exporters,
     nemo_patches.patch_stock_quantizer,
 )
 

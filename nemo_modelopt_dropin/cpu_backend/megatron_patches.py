@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch.nn import functional
 
+from nemo_modelopt_dropin.cpu_backend import zero_centred
 from nemo_modelopt_dropin.cpu_backend.state import CpuBackendError
 
 _GPU_ONLY_FUSIONS = (
@@ -14,18 +16,31 @@ _GPU_ONLY_FUSIONS = (
     "bias_dropout_fusion",
     "gradient_accumulation_fusion",
     "masked_softmax_fusion",
+    "moe_grouped_gemm",
+    "moe_permute_fusion",
+    "moe_shared_expert_overlap",
     "persist_layer_norm",
 )
 
 
 def patch_transformer_config() -> None:
-    """Turn off fused kernels, which exist only for CUDA, in every config, including those that importers build."""
+    """Turn off fused kernels, which exist only for CUDA, in every config, including those that importers build.
+
+    The fused GELU is the approximation by tanh, so the separate activation must be that one as well. Experts become
+    separate modules, which are saved in the same format as those of grouped matrix products.
+    """
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     check = TransformerConfig.__post_init__
 
     @functools.wraps(check)
     def __post_init__(self):
+        if self.bias_activation_fusion and self.activation_func is functional.gelu:
+            from nemo.collections.llm.fn.activation import openai_gelu
+
+            self.activation_func = openai_gelu
+        if getattr(self, "cross_entropy_fusion_impl", "native") == "te":
+            self.cross_entropy_fusion_impl = "native"
         for name in _GPU_ONLY_FUSIONS:
             if getattr(self, name, False):
                 setattr(self, name, False)
@@ -104,10 +119,10 @@ def patch_torch_norms() -> None:
     from megatron.core.transformer import torch_norm
 
     def __new__(cls, config, hidden_size, eps=1e-5, persist_layer_norm=False, zero_centered_gamma=False, **kwargs):
-        """Return a ``torch.nn`` norm over ``hidden_size``, marked if sequence parallelism is on."""
-        if zero_centered_gamma or config.layernorm_zero_centered_gamma:
-            raise CpuBackendError("zero-centered norm weights need Transformer Engine; there is no such torch norm.")
+        """Return a norm over ``hidden_size``, zero-centred if configured, marked if sequence parallelism is on."""
         kinds = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+        if zero_centered_gamma or config.layernorm_zero_centered_gamma:
+            kinds = {"LayerNorm": zero_centred.ZeroCentredLayerNorm, "RMSNorm": zero_centred.ZeroCentredRMSNorm}
         if config.normalization not in kinds:
             raise CpuBackendError(
                 f"normalization={config.normalization!r} has no torch norm; use one of {list(kinds)}."

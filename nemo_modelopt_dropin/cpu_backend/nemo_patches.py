@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import functools
+import re
 import sys
 import types
+from typing import Any
 from unittest import mock
 
 import torch
@@ -58,10 +61,11 @@ def patch_mock_attention_mask() -> None:
 
 
 def patch_converters() -> None:
-    """Let NeMo's converters find norms that are separate modules.
+    """Let NeMo's converters find norms and experts that are separate modules.
 
-    The converters contain only the names of Transformer Engine's fused norms. The local layer spec has separate norms,
-    and the converters skip weights that they do not find, with a warning: all norms of an imported Llama would be one.
+    The converters contain only the names of Transformer Engine's fused norms and grouped experts. The local layer spec
+    has separate ones, and the converters skip weights that they do not find, with a warning: all norms of an imported
+    Llama would be one.
     """
     import nemo.lightning.io as nemo_io
     import nemo.lightning.io.state as io_state
@@ -69,10 +73,13 @@ def patch_converters() -> None:
     convert = io_state.apply_transforms
 
     @functools.wraps(convert)
-    def apply_transforms(source, target, mapping, *args, **kwargs):
+    def apply_transforms(source, target, mapping, transforms=(), *args, **kwargs):
+        source = _called(source)
+        _cast_positions(target)
         sources, targets = list(source.state_dict()), list(target.state_dict())
-        mapping = {_own_norm(key, sources): _own_norm(value, targets) for key, value in mapping.items()}
-        return convert(source, target, mapping, *args, **kwargs)
+        mapping = {_own_name(key, sources): _own_name(value, targets) for key, value in mapping.items()}
+        transforms = [_renamed(transform, sources, targets) for transform in transforms or ()]
+        return convert(source, target, mapping, transforms, *args, **kwargs)
 
     nemo_io.apply_transforms = io_state.apply_transforms = apply_transforms
 
@@ -81,15 +88,71 @@ _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
+_GROUPED_EXPERTS = re.compile(r"\.mlp\.experts\.(linear_fc[12])\.(weight|bias)\*$")
 
 
-def _own_norm(pattern: str, names: list[str]) -> str:
-    """Return the pattern of the separate norm if the model has one and no fused norm; else the pattern unchanged."""
-    for fused, own in _FUSED_NORMS.items():
-        candidate = pattern.replace(fused, own)
+def _own_name(pattern: Any, names: list[str]) -> Any:
+    """Return the pattern, or each of several, with the separate norms and experts that the model has."""
+    if isinstance(pattern, tuple):
+        return tuple(_own_name(one, names) for one in pattern)
+    if isinstance(pattern, dict):
+        return {key: _own_name(one, names) for key, one in pattern.items()}
+    candidates = [pattern.replace(fused, own) for fused, own in _FUSED_NORMS.items()]
+    candidates.append(_GROUPED_EXPERTS.sub(r".mlp.experts.local_experts.*.\1.\2", pattern))
+    for candidate in candidates:
         if candidate != pattern and not fnmatch.filter(names, f"*{pattern}") and fnmatch.filter(names, f"*{candidate}"):
             return candidate
     return pattern
+
+
+def _renamed(transform: Any, sources: list[str], targets: list[str]) -> Any:
+    """Return a transform that reads and writes the names that the models have."""
+    renamed = copy.copy(transform)
+    renamed.source_key = _own_name(transform.source_key, sources)
+    renamed.target_key = _own_name(transform.target_key, targets)
+    return renamed
+
+
+def _called(source: Any) -> Any:
+    """Return a source whose state is a dictionary: NeMo's DeepSeek importer passes the method for local layers."""
+    state = source.state_dict()
+    if callable(state):
+        source = copy.copy(source)
+        source._state_dict = state()
+    return source
+
+
+def _cast_positions(target: Any) -> None:
+    """Give learned positions the precision of the other parameters; Megatron creates them in fp32.
+
+    NeMo's Starcoder importer raises an error for parameters of two precisions.
+    """
+    for module in target.modules():
+        positions = getattr(module, "position_embeddings", None)
+        dtype = getattr(getattr(module, "config", None), "params_dtype", None)
+        if isinstance(positions, torch.nn.Embedding) and isinstance(dtype, torch.dtype):
+            positions.to(dtype)
+
+
+def patch_gemma_layers() -> None:
+    """Build the layers of Gemma 2 and 3 without Transformer Engine, whose classes their specs name.
+
+    Configurations refer to the functions themselves, so their code is replaced, not their names.
+    """
+    from nemo.collections.llm.gpt.model import gemma2, gemma3
+
+    def gemma2_layer_spec(config):
+        from nemo_modelopt_dropin.cpu_backend.gemma_layers import gemma2_spec
+
+        return gemma2_spec(config)
+
+    def gemma3_layer_spec(config):
+        from nemo_modelopt_dropin.cpu_backend.gemma_layers import gemma3_spec
+
+        return gemma3_spec(config)
+
+    gemma2.gemma2_layer_spec.__code__ = gemma2_layer_spec.__code__
+    gemma3.gemma3_layer_spec.__code__ = gemma3_layer_spec.__code__
 
 
 def patch_stock_quantizer() -> None:

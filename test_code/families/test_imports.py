@@ -1,0 +1,64 @@
+"""NeMo imports each family on a CPU, and the imported model computes what `transformers` computes."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from test_code.families import jobs, models
+
+# Both models compute in fp32, with sums in another order.
+TOLERANCE = 2e-6
+# Norms as layers of Transformer Engine save them, which a GPU loads.
+SAVED_NORMS = {
+    "llama-2": {"self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"},
+    "mixtral": {"self_attention.linear_qkv.layer_norm_weight", "pre_mlp_layernorm.weight"},
+    "gemma-2": {"self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc2.post_layernorm.weight"},
+    "deepseek-3": {
+        "input_layernorm.weight",
+        "self_attention.linear_q_up_proj.layer_norm_weight",
+        "self_attention.linear_kv_up_proj.layer_norm_weight",
+        "mlp.linear_fc1.layer_norm_weight",
+        "pre_mlp_layernorm.weight",
+    },
+}
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_logits_after_import_are_those_of_transformers(ranks, tmp_path, name):
+    (found,) = ranks(1).run(jobs.import_and_compare, name, str(tmp_path))
+    assert found.get("traceback") is None
+    assert found["difference"] < TOLERANCE
+    assert found["names"] >= SAVED_NORMS.get(name, set())
+
+
+@pytest.mark.parametrize(
+    ("name", "entries", "message"),
+    [
+        (
+            "llama-3.2",
+            {"rope_scaling": {**models.ROPE_SCALING, "original_max_position_embeddings": 16}},
+            r"NeMo's Llama computes rope_scaling with .*8192.* only; the checkpoint has .*16",
+        ),
+        (
+            "phi-3",
+            {"partial_rotary_factor": 0.75},
+            r"NeMo's Phi-3 has no partial_rotary_factor; the checkpoint has .*0\.75",
+        ),
+        (
+            "qwen3-moe",
+            {"mlp_only_layers": [0]},
+            r"NeMo's Qwen3 has experts in all layers; the checkpoint has layers without \(mlp_only_layers=\[0\]",
+        ),
+        (
+            "gemma-3",
+            {"layer_types": ["full_attention"] + ["sliding_attention"] * 6},
+            r"NeMo's Gemma 3 repeats local layers and a global one; the checkpoint has \[True, False",
+        ),
+    ],
+)
+def test_what_nemo_does_not_compute_is_not_imported(ranks, tmp_path, name, entries, message):
+    (found,) = ranks(1).run(jobs.import_and_compare, name, str(tmp_path), entries)
+    assert re.search(message, found["error"], re.DOTALL), found
+    assert not (tmp_path / "nemo").exists()
