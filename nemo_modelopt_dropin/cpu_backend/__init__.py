@@ -17,6 +17,7 @@ from nemo_modelopt_dropin.cpu_backend import (
     attention_patches,
     importer_patches,
     megatron_patches,
+    modelopt_patches,
     nemo_patches,
     state,
     torch_patches,
@@ -48,6 +49,8 @@ PATCHES: tuple[Callable[[], None], ...] = (
     importer_patches.patch_importers,
     importer_patches.patch_exporters,
     nemo_patches.patch_stock_quantizer,
+    modelopt_patches.patch_dynamic_blocks,
+    modelopt_patches.patch_fp4_packer,
 )
 
 
