@@ -83,7 +83,8 @@ def resolve(argv: list[str] | None = None, prog: str | None = None) -> argparse.
         problems.append("--algorithm auto and --auto_quantize_bits go together: set both or neither")
     if arguments.cpu and algorithms.needs_cuda(arguments.algorithm):
         problems.append(
-            f"--algorithm {arguments.algorithm} needs CUDA kernels: leave --cpu out on a machine with a GPU"
+            f"--algorithm {arguments.algorithm} needs CUDA kernels, which the CPU backend does not simulate: "
+            "leave --cpu out on a machine with a GPU"
         )
     for name in arguments.auto_quantize_formats.split(","):
         if name not in algorithms.TABLE and not name.endswith("_CFG") and not os.path.isfile(name):

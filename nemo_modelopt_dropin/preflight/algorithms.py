@@ -59,18 +59,18 @@ class Algorithm:
     """One algorithm.
 
     Attributes:
-        preset: modelopt's name of its quant_cfg.
+        preset: modelopt's name of its quant_cfg; None if `quantization/_quant_cfg_own.py` builds it.
         weights: Format of the weights, in words.
         activations: Format of the activations, in words.
         bits: Bits of a weight on disk, including its share of the block's scale.
         hf_format: Name in `HF_FORMATS`; None if Hugging Face files cannot hold it.
         block: Weights along a layer's input that share a stored scale; None if the algorithm has no such blocks.
         block_setting: Setting that changes the block; None if it is fixed.
-        needs_cuda: Whether the quantized model runs on CUDA kernels only.
+        needs_cuda: Whether the quantized model runs on CUDA kernels only: the CPU backend does not simulate the format.
         remark: What else to know, in a few words.
     """
 
-    preset: str
+    preset: str | None
     weights: str
     activations: str
     bits: float
@@ -81,7 +81,10 @@ class Algorithm:
     remark: str = ""
 
 
-# In the order in which stock lists them.
+# The presets of modelopt that are not in the table and whose formats the CPU backend does not simulate.
+CUDA_PRESETS = frozenset({"MXINT8_DEFAULT_CFG", "NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG"})
+
+# Stock's algorithms in stock's order, then ours.
 TABLE: dict[str, Algorithm] = {
     "int8": Algorithm("INT8_DEFAULT_CFG", "INT8 by channel", "INT8", 8, "W8A8_SQ_PER_CHANNEL"),
     "int8_sq": Algorithm(
@@ -115,7 +118,15 @@ TABLE: dict[str, Algorithm] = {
         remark="AWQ's search over the calibration data",
     ),
     "int4": Algorithm("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "INT4 by block of 128", "none", 4.125, "W4A16_AWQ", block=128),
-    "nvfp4": Algorithm("NVFP4_DEFAULT_CFG", "NVFP4", "NVFP4", 4.5, "NVFP4", needs_cuda=True),
+    "nvfp4": Algorithm("NVFP4_DEFAULT_CFG", "NVFP4", "NVFP4", 4.5, "NVFP4"),
+    "fp8_pc_pt": Algorithm("FP8_PER_CHANNEL_PER_TOKEN_CFG", "FP8 by channel", "FP8 by token", 8, None),
+    "fp8_wo": Algorithm(None, "FP8 by channel", "none", 8, None),
+    "int8_wo": Algorithm("INT8_WEIGHT_ONLY_CFG", "INT8 by channel", "none", 8, "W8A16"),
+    "mxfp8": Algorithm("MXFP8_DEFAULT_CFG", "MXFP8", "MXFP8", 8.25, None),
+    "nvfp4_awq": Algorithm(
+        "NVFP4_AWQ_LITE_CFG", "NVFP4", "NVFP4", 4.5, None, remark="AWQ's search over the calibration data"
+    ),
+    "w4a16_nvfp4": Algorithm(None, "NVFP4", "none", 4.5, None),
 }
 
 
@@ -183,9 +194,9 @@ def has_block_setting(algorithm: str) -> bool:
 
 
 def needs_cuda(algorithm: str) -> bool:
-    """Return whether the quantized model runs on CUDA kernels only; False for names without an entry."""
+    """Return whether the quantized model runs on CUDA kernels only; False for names that are not known here."""
     entry = TABLE.get(algorithm)
-    return entry is not None and entry.needs_cuda
+    return algorithm in CUDA_PRESETS if entry is None else entry.needs_cuda
 
 
 def layout_problem(hf_format: str, layout: str) -> str | None:

@@ -58,7 +58,11 @@ def test_what_is_no_checkpoint_is_said_before_nemo_is_loaded(
 @pytest.mark.parametrize(
     ("script", "command", "message"),
     [
-        ("ptq", "-nc model -calib_ds text.jsonl --cpu -algo nvfp4", "--algorithm nvfp4 needs CUDA kernels"),
+        (
+            "ptq",
+            "-nc model -calib_ds text.jsonl --cpu -algo MXINT8_DEFAULT_CFG",
+            "--algorithm MXINT8_DEFAULT_CFG needs CUDA kernels",
+        ),
         ("ptq", "-nc model -calib_ds text.jsonl --cpu --tp 3", "4 attention heads of model cannot be split over tp 3"),
         (
             "ptq",

@@ -28,7 +28,7 @@ from nemo_modelopt_cli.compress import settings
 from nemo_modelopt_dropin.preflight import model_checks, model_sizes
 
 assert ptq.algorithm("int3") == "int3"
-assert "nvfp4, int3, a preset" in " ".join(ptq.parser().format_help().split())
+assert "w4a16_nvfp4, int3, a preset" in " ".join(ptq.parser().format_help().split())
 assert not settings.unknown("algorithm", ["int3"], settings.ALGORITHMS)
 quantization = settings.Quantization(algorithm="int3", formats=("hf",))
 assert quantization.problems() == []
@@ -40,7 +40,7 @@ assert len(found) == 2 and "blocks of 64" in found[0], found
 assert model_sizes.quantized_bytes(shape, algorithms.get("int3").bits) == (
     shape.linear_parameters * 3.25 / 8 + 2 * (shape.parameters - shape.linear_parameters)
 )
-assert algorithms.needs_cuda("int3")
+assert algorithms.needs_cuda("int3") and not algorithms.needs_cuda("nvfp4")
 assert "| `int3` | INT3 by block of 64 | none | vLLM | new; needs CUDA kernels |" in algorithms.markdown()
 """
 
@@ -77,7 +77,15 @@ def test_a_missing_entry_raises_an_error(lookup):
 
 @pytest.mark.parametrize(
     ("name", "bits"),
-    [("fp8", 8), ("int4_awq", 4.125), ("nvfp4", 4.5), ("no_quant", 16), ("FP8_DEFAULT_CFG", 8), ("MXFP8_CFG", None)],
+    [
+        ("fp8", 8),
+        ("int4_awq", 4.125),
+        ("nvfp4", 4.5),
+        ("mxfp8", 8.25),
+        ("no_quant", 16),
+        ("FP8_DEFAULT_CFG", 8),
+        ("MXFP8_CFG", None),
+    ],
 )
 def test_bits(name, bits):
     assert algorithms.weight_bits(name) == bits
@@ -96,12 +104,26 @@ def test_blocks(name, block):
     assert algorithms.has_block_setting(name) is (block == 32)
 
 
+def test_the_presets_that_need_cuda_are_those_that_the_cpu_backend_does_not_simulate(cpu_backend):
+    from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
+
+    for name, quant_cfg in choices.get_modelopt_presets().items():
+        assert choices.needs_cuda(quant_cfg) is algorithms.needs_cuda(name), name
+
+
 @pytest.mark.parametrize("name", algorithms.TABLE)
 def test_the_table_agrees_with_modelopts_presets(cpu_backend, name):
+    import modelopt.torch.quantization as mtq
+
     from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
     from nemo.collections.llm.modelopt.quantization.export import hf_encoding
 
-    entry, quant_cfg = algorithms.get(name), choices.get_quant_cfg_choices()[name]
+    entry = algorithms.get(name)
+    # modelopt 0.37 has fewer presets.
+    if entry.preset is not None and not hasattr(mtq, entry.preset):
+        assert name not in choices.get_quant_cfg_choices()
+        return
+    quant_cfg = choices.get_quant_cfg_choices()[name]
     settings = list(choices.quantizer_settings(quant_cfg))
     weight = [attributes for pattern, attributes in settings if "weight_quantizer" in pattern]
     has_input = any("input_quantizer" in pattern for pattern, _ in settings)

@@ -259,11 +259,11 @@ def test_nemo_run_reads_the_settings_from_a_command_line():
 def test_formats_that_need_cuda_kernels_say_so_at_construction(cpu_backend):
     from nemo.collections.llm.modelopt.quantization import quantizer as q
 
-    config = q.QuantizationConfig("auto", auto_quantize_bits=6, auto_quantize_formats=["nvfp4", "fp8"])
+    config = q.QuantizationConfig("auto", auto_quantize_bits=9, auto_quantize_formats=["MXINT8_DEFAULT_CFG", "fp8"])
     with (
         patch("torch.cuda.is_available", return_value=False),
         patch("nemo_modelopt_dropin.cpu_backend.is_enabled", return_value=True),
-        pytest.raises(EnvironmentError, match="GPU is required.*nvfp4"),
+        pytest.raises(EnvironmentError, match="GPU is required.*MXINT8_DEFAULT_CFG"),
     ):
         q.Quantizer(config, None)
 

@@ -48,7 +48,7 @@ def test_short_names_are_those_of_stock():
     from nemo.collections.llm.modelopt.quantization.quant_cfg_choices import get_quant_cfg_choices
 
     choices = get_quant_cfg_choices()
-    assert list(choices) == ["int8", "int8_sq", "fp8", "block_fp8", "int4_awq", "w4a8_awq", "int4", "nvfp4"]
+    assert list(choices)[:8] == ["int8", "int8_sq", "fp8", "block_fp8", "int4_awq", "w4a8_awq", "int4", "nvfp4"]
     assert choices["fp8"] == mtq.FP8_DEFAULT_CFG and choices["fp8"] is not mtq.FP8_DEFAULT_CFG
 
 
@@ -193,12 +193,49 @@ def test_json_is_standardized_at_every_depth():
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("fp8", False), ("int8", False), ("int4_awq", False), ("block_fp8", False), ("nvfp4", True)],
+    [("fp8", False), ("int8", False), ("int4_awq", False), ("block_fp8", False), ("nvfp4", False), ("mxfp8", False)],
 )
 def test_which_algorithms_need_cuda(name, expected):
     from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 
     assert choices.needs_cuda(choices.get_quant_cfg_choices()[name]) is expected
+    # Blocks of integers, and FP4 with scales from the calibration, have no simulation.
+    assert choices.needs_cuda(mtq.MXINT8_DEFAULT_CFG)
+    for block in ({-1: 16, "type": "static", "scale_bits": (4, 3)}, {-1: 32, "type": "dynamic"}):
+        weight = {"num_bits": (2, 1), "block_sizes": block}
+        assert choices.needs_cuda({"quant_cfg": {"*weight_quantizer": weight}})
+
+
+def test_our_quant_cfgs_quantize_the_weights_of_the_layers_that_presets_quantize():
+    from nemo.collections.llm.modelopt.quantization import _quant_cfg_own
+
+    own = _quant_cfg_own.quant_cfgs(mtq)
+    assert own["fp8_wo"]["quant_cfg"]["*weight_quantizer"] == {"num_bits": (4, 3), "axis": 0}
+    assert own["w4a16_nvfp4"]["quant_cfg"]["*weight_quantizer"]["block_sizes"][-1] == 16
+    presets = {"fp8_wo": mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG, "w4a16_nvfp4": mtq.NVFP4_DEFAULT_CFG}
+    for name, preset in presets.items():
+        found = own[name]["quant_cfg"]
+        assert found == {**preset["quant_cfg"], "*input_quantizer": {"enable": False}}
+        assert own[name]["algorithm"] == "max" and preset["quant_cfg"]["*input_quantizer"] != {"enable": False}
+    assert _quant_cfg_own.quant_cfgs(object()) == {}
+
+
+@pytest.mark.parametrize("where", ["algorithm", "formats"])
+def test_a_preset_that_the_installed_modelopt_lacks_raises_an_error_with_the_version(monkeypatch, where):
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+    from nemo.collections.llm.modelopt.quantization import _quant_cfg, quant_cfg_choices
+    from nemo.collections.llm.modelopt.quantization import quantizer as q
+
+    monkeypatch.delattr(mtq, "INT8_WEIGHT_ONLY_CFG", raising=False)
+    presets = quant_cfg_choices.get_quant_cfg_choices()
+    assert "int8_wo" not in presets
+    if where == "algorithm":
+        config = q.QuantizationConfig(algorithm="int8_wo")
+    else:
+        config = q.QuantizationConfig("auto", auto_quantize_bits=10, auto_quantize_formats=["int8_wo", "fp8"])
+    message = r"^Unsupported quantization format: int8_wo\..*INT8_WEIGHT_ONLY_CFG.*modelopt \d+\..* later version"
+    with pytest.raises(ModelOptConfigError, match=message):
+        _quant_cfg.planned_quant_cfgs(config, presets, q.load_quant_cfg)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,10 @@ import copy
 import fnmatch
 import os
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
+
+from nemo_modelopt_dropin.preflight import algorithms
 
 from ..errors import ModelOptConfigError, one_of
 from . import _quant_cfg_check
@@ -46,6 +49,7 @@ def base_quant_cfg(algorithm: str, presets: dict[str, Any], load: Callable) -> t
     own = choices.get_modelopt_presets()
     if algorithm in own:
         return own[algorithm], False
+    _check_installed(algorithm)
     try:
         one_of("algorithm", algorithm, [None, AUTO, *presets, *own])
     except ModelOptConfigError as error:
@@ -55,9 +59,24 @@ def base_quant_cfg(algorithm: str, presets: dict[str, Any], load: Callable) -> t
     raise AssertionError("unreachable: the name is among the presets")
 
 
+def _check_installed(name: str) -> None:
+    """Check that the installed modelopt has the preset of an algorithm that is in the table but not among the choices.
+
+    Raises:
+        ModelOptConfigError: If it lacks the preset.
+    """
+    entry = algorithms.TABLE.get(name)
+    if entry is not None:
+        raise ModelOptConfigError(
+            f"Unsupported quantization format: {name}. It needs the preset {entry.preset}, which nvidia-modelopt "
+            f"{metadata.version('nvidia-modelopt')} does not have; install a later version."
+        )
+
+
 def is_file(algorithm: str, presets: dict[str, Any]) -> bool:
     """Return whether an algorithm is the path of a JSON file: any string that is not a known name."""
-    return algorithm != AUTO and algorithm not in presets and algorithm not in choices.get_modelopt_presets()
+    known = {AUTO, *presets, *algorithms.TABLE, *choices.get_modelopt_presets()}
+    return algorithm not in known
 
 
 def planned_quant_cfgs(config: Any, presets: dict[str, Any], load: Callable) -> dict[str, dict[str, Any]]:
@@ -95,6 +114,8 @@ def auto_formats(config: Any, presets: dict[str, Any]) -> dict[str, dict[str, An
     own = choices.get_modelopt_presets()
     formats = {}
     for name in names:
+        if name not in presets:
+            _check_installed(name)
         one_of("auto_quantize_formats", name, [*presets, *own])
         quant_cfg = copy.deepcopy(presets.get(name) or own[name])
         apply_method_options(quant_cfg, name, False, None, config.awq_block_size, config.sq_alpha)

@@ -11,17 +11,24 @@ from collections.abc import Iterator
 from typing import Any
 
 import modelopt.torch.quantization as mtq
+from nemo_modelopt_dropin.cpu_backend import block_formats
 from nemo_modelopt_dropin.preflight import algorithms
+
+from . import _quant_cfg_own
 
 QuantCfg = dict[str, Any]
 
-# Bits of exponent and mantissa: FP8 E4M3 is the one float format modelopt emulates without a CUDA kernel.
+# Bits of exponent and mantissa: FP8 E4M3 is the one float format that modelopt itself emulates without a CUDA kernel.
 _E4M3 = (4, 3)
 
 
 def get_quant_cfg_choices() -> dict[str, QuantCfg]:
     """Return a copy of the quant_cfg of each short name that the installed modelopt supports."""
-    found = {short: getattr(mtq, entry.preset, None) for short, entry in algorithms.TABLE.items()}
+    own = _quant_cfg_own.quant_cfgs(mtq)
+    found = {
+        short: getattr(mtq, entry.preset, None) if entry.preset else own.get(short)
+        for short, entry in algorithms.TABLE.items()
+    }
     return {short: copy.deepcopy(config) for short, config in found.items() if config}
 
 
@@ -89,11 +96,18 @@ def statistics_merge_over_ranks(quant_cfg: QuantCfg) -> bool:
 
 
 def needs_cuda(quant_cfg: QuantCfg) -> bool:
-    """Return whether running the quantized model needs CUDA kernels (FP4, MX and other dynamic block formats)."""
+    """Return whether running the quantized model needs CUDA kernels.
+
+    modelopt has CUDA kernels only for FP4, FP6 and blocks whose scales come from the data (``"type": "dynamic"``). The
+    CPU backend simulates some of them, see `block_formats.is_simulated`; without CUDA it is always enabled.
+    """
     for _, attributes in quantizer_settings(quant_cfg):
         bits = attributes["num_bits"]
         blocks = attributes.get("block_sizes") or {}
-        if blocks.get("type") == "dynamic" or (isinstance(bits, (tuple, list)) and tuple(bits) != _E4M3):
+        is_dynamic = blocks.get("type") == "dynamic"
+        if is_dynamic and block_formats.is_simulated(bits, blocks.get("scale_bits")):
+            continue
+        if is_dynamic or (isinstance(bits, (tuple, list)) and tuple(bits) != _E4M3):
             return True
     return False
 
