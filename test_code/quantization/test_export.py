@@ -119,7 +119,7 @@ def assert_names_dtype(folder, dtype):
 def test_hf_checkpoint_gives_the_logits_of_the_quantized_model(ranks, exported, algorithm):
     nemo, hf = exported(algorithm)
     names = {p.name for p in hf.iterdir()}
-    assert {"config.json", "tokenizer.json", "generation_config.json", "model.safetensors.index.json"} <= names
+    assert {"config.json", "tokenizer.json", "generation_config.json", "model.safetensors"} <= names
     assert_names_dtype(hf, "bfloat16")
     assert len({p.stat().st_mode for p in hf.iterdir()}) == 1, "who may read one file may read all"
     assert_same_logits(*ranks(1).run(jobs.hf_logits, str(hf), str(nemo))[0])
@@ -149,9 +149,7 @@ def test_hf_configuration_says_the_format(exported, algorithm):
     from nemo.collections.llm.modelopt.quantization.export import hf_encoding
 
     _, hf = exported(algorithm)
-    assert sorted(path.name for path in hf.glob("*.safetensors")) == [
-        f"model-{n:05d}-of-00004.safetensors" for n in range(1, 5)
-    ]
+    assert [path.name for path in hf.glob("*.safetensors*")] == ["model.safetensors"]
     stored = json.loads((hf / "hf_quant_config.json").read_text())
     names = {"fp8": "FP8", "int8": "W8A8_SQ_PER_CHANNEL", "int8_sq": "W8A8_SQ_PER_CHANNEL", "int4_awq": "W4A16_AWQ"}
     assert stored["quantization"]["quant_algo"] == names.get(algorithm, "W4A8_AWQ")
@@ -223,9 +221,7 @@ def test_verification_reports_what_is_wrong(exported, tmp_path):
     shutil.copytree(exported("fp8")[1], folder)
     hf_files.verify(folder)
     prefix = "model.layers.1.mlp."
-    # Which of the files holds the layer differs between versions of modelopt.
-    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    file = folder / index[f"{prefix}up_proj.weight"]
+    file = folder / "model.safetensors"
     good = load_file(file)
     up = good[f"{prefix}up_proj.weight"]
     for change, message in [

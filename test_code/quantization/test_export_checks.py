@@ -99,18 +99,18 @@ def test_architecture_is_known_before_calibrating(cpu_backend, name, architectur
             support.check_architecture("hf", model)
 
 
-@pytest.mark.parametrize("kind", ["mixture-of-experts", "Mamba"])
-def test_hf_with_tensor_parallel_raises_an_error_if_parts_cannot_be_joined(kind):
+def test_hf_with_tensor_parallel_raises_an_error_if_parts_cannot_be_joined():
     from types import SimpleNamespace
 
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
     from nemo.collections.llm.modelopt.quantization.export import support
 
-    config = SimpleNamespace(num_moe_experts=8) if kind[0] == "m" else SimpleNamespace(mamba_stack_spec=object())
+    config = SimpleNamespace(mamba_stack_spec=object())
     support.check_layout("hf", config, 1)
     support.check_layout("nemo", config, 2)
-    with pytest.raises(ModelOptConfigError, match=f"{kind} model needs tensor parallel size 1, not 2"):
+    with pytest.raises(ModelOptConfigError, match="Mamba model needs tensor parallel size 1, not 2"):
         support.check_layout("hf", config, 2)
+    support.check_layout("hf", SimpleNamespace(num_moe_experts=8), 2)
 
 
 def test_converted_models_are_checked_by_their_quantizers():
@@ -156,23 +156,6 @@ def test_export_of_nemo_falls_back_for_plain_models():
     ):
         load.return_value.nemo_load.return_value = (MagicMock(), None)
         assert q.export_hf_checkpoint("model", "out") is None
-
-
-def test_one_state_of_all_layers_is_cut_as_later_versions_of_modelopt_do():
-    from nemo.collections.llm.modelopt.quantization.export import hf_writer
-
-    names = [
-        "model.embed_tokens.weight",
-        "model.norm.weight",
-        "lm_head.weight",
-        "model.layers.0.mlp.experts.7.w.weight",
-    ]
-    state = {name: torch.ones(1) for name in [*names, "model.layers.11.a.weight"]}
-    cut = {number: sorted(part) for number, part in hf_writer.by_layer(state, 12).items()}
-    assert cut == {
-        1: sorted([names[0], names[3]]),
-        12: ["lm_head.weight", "model.layers.11.a.weight", "model.norm.weight"],
-    }
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])

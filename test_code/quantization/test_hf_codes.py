@@ -63,13 +63,12 @@ def layer(algorithm: str, weight: torch.Tensor, amax_factor: float = 1.0) -> tor
 
 def stored(module, dtype=torch.bfloat16) -> tuple[str, dict[str, torch.Tensor]]:
     """Return what the writer stores for a layer."""
-    from nemo.collections.llm.modelopt.quantization.export import hf_encoding, hf_writer
+    from nemo.collections.llm.modelopt.quantization.export.layouts import layer as layers
+    from nemo.collections.llm.modelopt.quantization.export.layouts import modelopt as layout
 
-    found = hf_encoding.read(module)
-    state = hf_writer._stored(module, found, dtype)
-    return found.algorithm, state | {
-        "weight": hf_encoding.encode(found.algorithm, state["weight"], state["weight_scale"])
-    }
+    found = layers.read(module)
+    found.codes = layers.codes_of(module, found)
+    return found.algorithm, layout.tensors(found, dtype)
 
 
 ALGORITHMS = ["FP8", "W8A16", "W8A8_SQ_PER_CHANNEL", "W4A16_AWQ", "W4A8_AWQ"]

@@ -11,14 +11,12 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from megatron.core import parallel_state
 
 from ... import _parallel
 from ..._staging import ExportError, fail_together
-from . import hf_encoding, hf_files
+from . import hf_encoding, hf_files, parts
 
 _SINGLE_SCALES = ("weight_scale", "weight_scale_2", "input_scale")
 
@@ -68,23 +66,20 @@ class Contents:
 
 
 def of_model(core: torch.nn.Module) -> dict[str, Contents]:
-    """Return the contents by layer number, of those weights that this rank counts for all its replicas."""
+    """Return the contents by layer number, of those weights that this rank counts; all ranks must call.
+
+    Of several ranks that hold the same weight, the lowest counts it.
+    """
+    layers = {id(m): layer for m in core.modules() if hasattr(m, "weight_quantizer") and (layer := hf_encoding.read(m))}
     found: dict[str, Contents] = defaultdict(Contents)
-    if parallel_state.get_data_parallel_rank() > 0:
-        return found
-    first = parallel_state.get_tensor_model_parallel_rank() == 0
-    for name, module in core.named_modules():
-        number = _layer_number(_parallel.global_name(core, name)) if hasattr(module, "weight_quantizer") else None
-        layer = hf_encoding.read(module) if number is not None else None
+    for name, own in parts.Directory(core, layers).counted():
+        number, layer = _layer_number(name), own.layer
         if layer is None or number is None:
             continue
         part = found[number]
-        weight: Any = module.weight
-        axis = int(weight.partition_dim) if getattr(weight, "tensor_model_parallel", False) else None
-        if axis is not None or first:
-            part.add_codes(hf_encoding.codes_of(module, layer))
+        part.add_codes(hf_encoding.codes_of(own.module, layer))
         # Ranks that split the inputs share the scales of rows, but each has the scales of its own blocks.
-        if axis == 0 or first or (axis == 1 and layer.algorithm.startswith("W4")):
+        if own.axis == 0 or own.index == 0 or parts.has_blocks(layer):
             part.add_scale("weight_scale", layer.scale)
         for leaf, scale in (("weight_scale_2", layer.scale_2), ("input_scale", layer.input_scale)):
             if scale is not None:
@@ -111,7 +106,7 @@ def of_files(folder: Path) -> dict[str, Contents]:
 
 
 def _layer_number(name: str) -> str | None:
-    match = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    match = re.search(r"(?:^|\.)(?:layers|h)\.(\d+)\.", name)
     return match[1] if match else None
 
 
@@ -125,11 +120,11 @@ def check(core: torch.nn.Module, folder: Path) -> None:
     Raises:
         ExportError: If they differ.
     """
-    parts = _parallel.gather_objects(dict(of_model(core)))
+    gathered = _parallel.gather_objects(dict(of_model(core)))
     with fail_together("The check of the codes"):
         if torch.distributed.get_rank() == 0:
             expected: dict[str, Contents] = defaultdict(Contents)
-            for number, part in (item for rank in parts for item in rank.items()):
+            for number, part in (item for rank in gathered for item in rank.items()):
                 expected[number].add(part)
             compare(expected, of_files(folder))
 

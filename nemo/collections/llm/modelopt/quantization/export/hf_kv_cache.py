@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -133,18 +133,18 @@ def formats(core: torch.nn.Module) -> set[str | None]:
     return {format_of(_present(attention)) for _, _, attention, _ in _attentions(core)}
 
 
-def scales(core: torch.nn.Module, prefix: str) -> dict[int, dict[str, torch.Tensor]]:
-    """Return the scales of this rank's KV cache: number of each layer, from 1, to tensors by name.
+def scales(core: torch.nn.Module, prefixes: Mapping[int, str]) -> dict[int, dict[str, torch.Tensor]]:
+    """Return the scales of this rank's KV cache: number of each layer, from 0, to tensors by name.
 
     Args:
         core: This rank's Megatron-Core model.
-        prefix: Prefix of the tensors of attention in the checkpoint, with ``{}`` for the layer's number.
+        prefixes: Prefix of the tensors of attention in the checkpoint, by layer number from 0.
     """
     found = {}
     for number, _, attention, _ in _attentions(core):
         if format_of(_present(attention)) is not None:
-            base = prefix.format(number)
-            found[number + 1] = {
+            base = prefixes[number]
+            found[number] = {
                 f"{base}k_proj.k_scale": stored_scale(attention.k_bmm_quantizer).cpu(),
                 f"{base}v_proj.v_scale": stored_scale(attention.v_bmm_quantizer).cpu(),
             }

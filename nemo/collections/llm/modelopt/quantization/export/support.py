@@ -215,11 +215,10 @@ def check_layout(export_format: str, config: Any, tensor_parallel: int) -> None:
     """
     if export_format != "hf" or tensor_parallel == 1:
         return
-    is_mamba = getattr(config, "mamba_stack_spec", None) is not None
-    if is_mamba or getattr(config, "num_moe_experts", None):
+    if getattr(config, "mamba_stack_spec", None) is not None:
         raise ModelOptConfigError(
-            f'export_format="hf" of a {"Mamba" if is_mamba else "mixture-of-experts"} model needs tensor parallel size '
-            f"1, not {tensor_parallel}: calibrate with calibration_tp=1 (any pipeline parallel size). {_REMEDY}."
+            f'export_format="hf" of a Mamba model needs tensor parallel size 1, not {tensor_parallel}: calibrate with '
+            f"calibration_tp=1 (any pipeline parallel size). {_REMEDY}."
         )
 
 

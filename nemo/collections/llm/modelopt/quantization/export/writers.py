@@ -17,7 +17,9 @@ from nemo_modelopt_dropin import files
 from ... import _real, _staging
 from .. import _checks, _transformers_models
 from .._collaborators import Collaborators
-from . import hf_describe, hf_files, hf_verify, hf_writer, support
+from . import hf_describe, hf_files, hf_names, hf_verify, hf_writer, support
+
+_OWN_ARGUMENTS = frozenset({"dtype", "layout", "max_shard_bytes"})
 
 
 def write(tools: Collaborators, quantizer: Any, model, model_dir: str, trainer, folder: Path) -> None:
@@ -132,18 +134,33 @@ def _write_hf(tools: Collaborators, quantizer: Any, model, model_dir: str, folde
 
 
 def _write_plain_hf(tools: Collaborators, model, model_dir: str, folder: Path, dtype: torch.dtype, level: str) -> None:
-    """Write a plain model from memory if modelopt supports the architecture, otherwise with NeMo's exporter."""
+    """Write a plain model from memory, or with NeMo's exporter if that does not define names for all parameters."""
     exporter = tools.load_connector_from_trainer_ckpt(model_dir, "hf")
     core = tools.unwrap_for_modelopt_operations(model)
-    architectures = getattr(exporter.config, "architectures", None) or [None]
-    if architectures[0] not in support.known_architectures():
-        exporter(output_path=Path(folder), overwrite=True)
+    try:
+        if _real.holds_core(core):
+            _write_core(tools, model, core, exporter, folder, dtype=dtype)
+            _finish_hf(tools, model, core, folder, level, dtype)
+            return
+    except hf_names.NamesError as error:
         if tools.is_global_rank_zero():
-            hf_files.name_dtype(folder)
-        return
-    writer = tools.mte.export_mcore_gpt_to_hf
-    hf_writer.write(core, exporter.config, support.hf_tokenizer(model), folder, writer, dtype=dtype)
-    _finish_hf(tools, model, core, folder, level, dtype)
+            logging.warning(f"{error} NeMo's exporter writes the checkpoint, which is not compared with the model.")
+    exporter(output_path=Path(folder), overwrite=True)
+    if tools.is_global_rank_zero():
+        hf_files.name_dtype(folder)
+
+
+def _write_core(tools: Collaborators, model, core, exporter, folder: Path, **kwargs: Any) -> None:
+    """Write a real Megatron-Core model.
+
+    A user's replacement of modelopt's function is called, and modelopt's own function for arguments that only it has.
+    """
+    tokenizer, write = support.hf_tokenizer(model), tools.mte.export_mcore_gpt_to_hf
+    if hf_writer.is_own(write) and set(kwargs) <= _OWN_ARGUMENTS:
+        hf_writer.write(core, exporter, tokenizer, folder, **kwargs)
+    else:
+        theirs = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS - {"dtype"}}
+        hf_writer.write_with(write, core, exporter.config, tokenizer, folder, **theirs)
 
 
 def _finish_hf(tools: Collaborators, model, core, folder: Path, level: str, dtype: torch.dtype) -> None:
@@ -207,8 +224,7 @@ def write_converted_hf(
         return _write_stand_in_hf(tools, core, exporter, export_dir, **kwargs)
     support.check_converted(core)
     with _staging.staged(Path(export_dir), files.checkpoint("hf")) as folder:
-        tokenizer = support.hf_tokenizer(model)
-        hf_writer.write(core, exporter.config, tokenizer, folder, tools.mte.export_mcore_gpt_to_hf, **kwargs)
+        _write_core(tools, model, core, exporter, folder, **kwargs)
         _finish_hf(tools, model, core, folder, verify, kwargs.get("dtype", torch.bfloat16))
     return Path(export_dir)
 
