@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-from nemo_modelopt_cli import main
+from nemo_modelopt_cli import main, options
 
 _INTRODUCTION = """\
 # Command line
@@ -49,8 +49,9 @@ def _section(prog: str, parser: argparse.ArgumentParser) -> Iterator[str]:
         yield f"\n| {(group.title or '').capitalize()} | |\n| --- | --- |\n"
         for action in actions:
             text = formatter._expand_help(action) if action.help else ""
-            required = "required; " if action.required and action.option_strings else ""
-            yield f"| {_names(action)} | {_cell(required + text)} |\n"
+            must = (action.required and action.option_strings) or text.endswith(options.REQUIRED)
+            text = text.removesuffix(f" {options.REQUIRED}")
+            yield f"| {_names(action)} | {_cell(f'required; {text}' if must else text)} |\n"
 
 
 def _names(action: argparse.Action) -> str:

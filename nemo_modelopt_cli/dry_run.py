@@ -10,7 +10,7 @@ from pathlib import Path
 from nemo_modelopt_cli import run_file
 from nemo_modelopt_cli.compress.settings import TARGETS, Job
 from nemo_modelopt_cli.run_script import Rows, aligned
-from nemo_modelopt_dropin.preflight import algorithms, loss_file, model_sizes, pair_checks, prune_layout
+from nemo_modelopt_dropin.preflight import algorithms, loss_file, model_sizes, pair_checks, prune_layout, readers
 from nemo_modelopt_dropin.preflight.model_sizes import Memory, Shape, UnknownModel
 from nemo_modelopt_dropin.report.page import megabytes, millions
 
@@ -73,7 +73,7 @@ def quantization(given: argparse.Namespace) -> Rows:
         elif bits is not None:
             written = f", about {megabytes(model_sizes.quantized_bytes(shape, bits))}"
     tp, pp = given.calibration_tp, given.calibration_pp
-    files = {"nemo": _NEMO, "hf": "config.json, *.safetensors, tokenizer"}.get(
+    files = {"nemo": _NEMO, "hf": _hf_files(given.algorithm, given.hf_layout)}.get(
         given.export_format, "config, *.safetensors"
     )
     beside: Rows = []
@@ -92,6 +92,7 @@ def quantization(given: argparse.Namespace) -> Rows:
             beside.append(("", f"{given.calibration_state}: the calibrated state, until the export has succeeded"))
     return rows + [
         ("quantize", done),
+        *(hf_layout(given.algorithm, given.hf_layout) if given.export_format == "hf" else []),
         *data,
         layout(given.devices, given.num_nodes, given.cpu, tp=tp, pp=pp),
         memory(
@@ -100,6 +101,26 @@ def quantization(given: argparse.Namespace) -> Rows:
         ("writes", f"{given.export_path}: {files}, {run_file.NAME}"),
         *beside,
     ]
+
+
+def hf_layout(algorithm: str, layout: str) -> Rows:
+    """Return the rows of the layout of Hugging Face files and of the programs that read it."""
+    found = algorithms.hf_format_of(algorithm)
+    if found is None:
+        return []
+    used = algorithms.layout_of(found, layout)
+    read = ", ".join(f"{name} ({cell.how})" for name, cell in readers.cells(found, used).items() if cell.reads)
+    rows: Rows = [("hf layout", f"{used}, read by {read or 'no known server'}")]
+    warning = algorithms.reader_warning(algorithm, found, layout)
+    return [*rows, ("", f"warning: {warning}")] if warning else rows
+
+
+def _hf_files(algorithm: str, layout: str) -> str:
+    """Return the names of the files of a Hugging Face checkpoint."""
+    found = algorithms.hf_format_of(algorithm)
+    has_own = found is not None and algorithms.layout_of(found, layout) == readers.MODELOPT
+    extra = ", hf_quant_config.json" if has_own else ""
+    return f"config.json, generation_config.json{extra}, *.safetensors, tokenizer, README.md"
 
 
 def _bits(given: argparse.Namespace) -> float | None:
@@ -240,6 +261,11 @@ def compression(job: Job, output: Path, stages: Iterable[str], waiting: Mapping[
         ),
         ("losses", loss_file.describe(job.distill_config)),
         ("quantize", f"{job.quantization.algorithm}, as {' and '.join(job.quantization.formats)}"),
+        *(
+            hf_layout(job.quantization.algorithm, job.quantization.hf_layout)
+            if "hf" in job.quantization.formats
+            else []
+        ),
         layout(own.devices, own.num_nodes, own.cpu, tp=own.tp, pp=own.pp),
         memory(estimate),
         ("writes", f"{output}: {', '.join(files)}"),

@@ -31,6 +31,8 @@ from typing import Any, TypeVar
 _Settings = TypeVar("_Settings")
 _SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _KINDS = {int: "a whole number", float: "a number"}
+# Ends the help of a flag that a file may set in place of the command line, but that must be set.
+REQUIRED = "(required)"
 _HELP, _GROUP, _PREFIX = "help", "group", "prefix"
 
 
@@ -237,6 +239,8 @@ def _add(target: argparse._ActionsContainer, flag: Flag, unset: bool) -> None:
 def _help(flag: Flag, unset: bool) -> str:
     """Return the help as argparse formats it; the parser adds the defaults that it has itself."""
     text, default = flag.details[_HELP].replace("%", "%%"), flag.default
+    if unset and default is MISSING:
+        return f"{text} {REQUIRED}"  # the parser does not mark it as required, because a file may set it
     hidden = default in (None, MISSING, ()) or isinstance(default, bool) or "default" in text
     if not unset or hidden:
         return text

@@ -22,7 +22,7 @@ from nemo_modelopt_dropin.preflight import (
 )
 from nemo_modelopt_dropin.preflight.model_sizes import Shape
 
-ALGORITHMS = algorithms.of_hf()
+ALGORITHMS = tuple(algorithms.TABLE)
 EXPORT_FORMATS = ("nemo", "hf")
 VERIFY = ("full", "files", "none")
 TARGETS = (
@@ -180,7 +180,7 @@ class Quantization:
     calibration_size: int = field(default=256, metadata=option("rows of --train-text to calibrate on"))
     calibration_batch_size: int = field(default=16, metadata=option("rows per calibration batch"))
     calibration_seq_len: int = field(default=128, metadata=option("tokens per calibration row"))
-    enable_kv_cache: bool | None = field(default=False, metadata=option("quantize the KV cache, too"))
+    enable_kv_cache: bool | None = field(default=False, metadata=option("quantize the KV cache, too (off by default)"))
     formats: tuple[str, ...] = field(
         default=("nemo",), metadata=option(f"formats to export, any of {', '.join(EXPORT_FORMATS)}")
     )
@@ -212,16 +212,15 @@ class Quantization:
         found += unknown("export format", self.formats, EXPORT_FORMATS) + unknown("verify", [self.verify], VERIFY)
         found += unknown("hf_layout", [self.hf_layout], algorithms.LAYOUT_CHOICES)
         found += shard_sizes.problem("max_shard_size", self.max_shard_size)
-        found += algorithms.layout_problems("hf_layout", self.algorithm, self.hf_layout) if "hf" in self.formats else []
+        if "hf" in self.formats:
+            found += algorithms.layout_problems("hf_layout", self.algorithm, self.hf_layout)
         if not found and self.calibration_size < self.calibration_batch_size:
-            found.append(
-                f"quantization: calibration size {self.calibration_size} is less than one batch of "
-                f"{self.calibration_batch_size}"
-            )
+            sizes = f"{self.calibration_size} is less than one batch of {self.calibration_batch_size}"
+            found.append(f"quantization: calibration size {sizes}")
         return found
 
     def block(self) -> int | None:
-        """Return the number of weights that share a scale, None if the algorithm has no blocks."""
+        """Return the number of weights that share a scale, None if there are no blocks."""
         return algorithms.block_size(self.algorithm, self.awq_block_size)
 
 

@@ -8,49 +8,42 @@ documentation with ``python -m nemo_modelopt_dropin.preflight.algorithms``.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 from nemo_modelopt_dropin.errors import ModelOptConfigError, suggestion
+from nemo_modelopt_dropin.preflight import readers
 
 # Names of ptq.py for "leave the model as it is" and for the search that chooses a format for each layer.
 NO_QUANT = "no_quant"
 AUTO = "auto"
-# The layouts of Hugging Face files: names of the tensors, and the form of `quantization_config`.
-MODELOPT = "modelopt"
-COMPRESSED_TENSORS = "compressed-tensors"
-LAYOUTS = (MODELOPT, COMPRESSED_TENSORS)
-LAYOUT_CHOICES = (AUTO, *LAYOUTS)
-# How a reader of Hugging Face files was checked.
-RUN = "run"
-BY_RULES = "accepted by its rules"
-# Versions of the readers that were checked.
-READERS = MappingProxyType({"vLLM": "0.32", "SGLang": "0.5.23", "TensorRT-LLM": "PyTorch backend"})
+# Values of the setting of the layout; `AUTO` is the layout that most servers read.
+LAYOUT_CHOICES = (AUTO, *readers.LAYOUTS)
 
 
 @dataclass(frozen=True)
 class HfFormat:
     """One format of quantized weights in Hugging Face files; its name is modelopt's ``quant_algo``.
 
+    Which programs read it is in `readers`.
+
     Attributes:
         encoded_here: Whether `layouts.modelopt` makes the codes; otherwise modelopt's writer does.
-        layouts: Names of the layouts that can hold it, see `LAYOUTS`.
-        readers: Name of each program that reads it correctly, and how that was checked: `RUN` or `BY_RULES`.
+        layouts: Names of the layouts that can hold it, see `readers.LAYOUTS`.
     """
 
     encoded_here: bool = True
-    readers: tuple[tuple[str, str], ...] = ()
-    layouts: tuple[str, ...] = (MODELOPT,)
+    layouts: tuple[str, ...] = (readers.MODELOPT,)
 
 
 HF_FORMATS: dict[str, HfFormat] = {
-    "FP8": HfFormat(readers=(("vLLM", RUN), ("SGLang", BY_RULES), ("TensorRT-LLM", BY_RULES))),
+    "FP8": HfFormat(),
     "W8A8_SQ_PER_CHANNEL": HfFormat(),
-    "W8A16": HfFormat(readers=(("TensorRT-LLM", BY_RULES),)),
+    "W8A16": HfFormat(),
     "W4A16_AWQ": HfFormat(),
     "W4A8_AWQ": HfFormat(),
-    "NVFP4": HfFormat(encoded_here=False, readers=(("vLLM", BY_RULES), ("SGLang", BY_RULES))),
+    "NVFP4": HfFormat(encoded_here=False),
 }
 
 
@@ -199,6 +192,30 @@ def needs_cuda(algorithm: str) -> bool:
     return algorithm in CUDA_PRESETS if entry is None else entry.needs_cuda
 
 
+def hf_format_of(algorithm: str) -> str | None:
+    """Return the format of an algorithm in Hugging Face files.
+
+    Args:
+        algorithm: A name in the table, or modelopt's name of a preset in it. Other names have no known format.
+
+    Returns:
+        A name in `HF_FORMATS`, or None.
+    """
+    by_preset = {entry.preset: entry for entry in TABLE.values() if entry.preset is not None}
+    entry = TABLE.get(algorithm) or by_preset.get(algorithm)
+    return None if entry is None else entry.hf_format
+
+
+def layout_of(hf_format: str, layout: str = AUTO) -> str:
+    """Return the layout in which a format is written: the requested one, or the one that most servers read.
+
+    Args:
+        hf_format: A name in `HF_FORMATS`.
+        layout: One of `LAYOUT_CHOICES`.
+    """
+    return layout if layout in readers.LAYOUTS else readers.best(hf_format, HF_FORMATS[hf_format].layouts)
+
+
 def layout_problem(hf_format: str, layout: str) -> str | None:
     """Return why a layout cannot hold a format of `HF_FORMATS`, and what to do; None if it can.
 
@@ -207,44 +224,101 @@ def layout_problem(hf_format: str, layout: str) -> str | None:
         layout: One of `LAYOUT_CHOICES`; other names are reported elsewhere.
     """
     layouts = HF_FORMATS[hf_format].layouts
-    if layout not in LAYOUTS or layout in layouts:
+    if layout not in readers.LAYOUTS or layout in layouts:
         return None
-    return f"the layout {layout} cannot hold {hf_format} weights; use {' or '.join(layouts)}, or {AUTO}"
+    reason = readers.OBSTACLES.get((hf_format, layout))
+    others = " or ".join(f"{other} (read by {readers.text(hf_format, other)})" for other in layouts)
+    why = f" ({reason})" if reason else ""
+    return f"the layout {layout} cannot hold {hf_format} weights{why}; use {others}, or {AUTO}"
 
 
 def layout_problems(setting: str, algorithm: str, layout: str) -> list[str]:
-    """Return the sentence of `layout_problem` for an algorithm, after the setting; empty for names without an entry."""
-    entry = TABLE.get(algorithm)
-    problem = layout_problem(entry.hf_format, layout) if entry is not None and entry.hf_format else None
+    """Return why an algorithm cannot be written as Hugging Face files in a layout; empty if its format is unknown.
+
+    Args:
+        setting: Name of the setting of the layout, for the message.
+        algorithm: The algorithm.
+        layout: One of `LAYOUT_CHOICES`.
+    """
+    hf_format = hf_format_of(algorithm)
+    if hf_format is None and algorithm in TABLE:
+        return [f"algorithm {algorithm} cannot be written as Hugging Face files; use the format nemo or trtllm"]
+    problem = layout_problem(hf_format, layout) if hf_format else None
     return [f"{setting} {layout}, algorithm {algorithm}: {problem}"] if problem else []
 
 
-def readers_of(hf_format: str) -> str:
+def reader_warning(algorithm: str | None, hf_format: str, layout: str = AUTO) -> str | None:
+    """Return a warning if no known server reads a format in a layout, with the layouts that are read; else None.
+
+    Args:
+        algorithm: Name of the algorithm, for the message.
+        hf_format: Its format, a name in `HF_FORMATS`.
+        layout: One of `LAYOUT_CHOICES`.
+    """
+    used = layout_of(hf_format, layout)
+    if set(readers.of(hf_format, used)) & set(readers.SERVERS):
+        return None
+    rows = [(other, readers.text(hf_format, other)) for other in HF_FORMATS[hf_format].layouts if other != used]
+    better = [f"--hf-layout {other} is read by {names}" for other, names in rows if readers.of(hf_format, other)]
+    advice = "; ".join(better) or "use fp8 to serve the model, or the nemo format to train it further"
+    return f"{algorithm} in the layout {used}: no known server reads it; {advice}"
+
+
+def readers_of(hf_format: str, layout: str = AUTO) -> str:
     """Return the names of the programs that read a format of `HF_FORMATS` correctly, as text."""
-    return ", ".join(name for name, _ in HF_FORMATS[hf_format].readers) or "no known server"
+    return readers.text(hf_format, layout_of(hf_format, layout))
 
 
 def markdown() -> str:
     """Return the table of the documentation, one line for each algorithm."""
     lines = [
-        "| name | weights | activations | `hf` files are read by | remark |",
-        "|---|---|---|---|---|",
+        "| name | weights | activations | `hf` files are read by | remark | `hf` layout |",
+        "|---|---|---|---|---|---|",
     ]
     for name, entry in TABLE.items():
         remarks = [entry.remark] if entry.remark else []
         remarks += ["needs CUDA kernels"] if entry.needs_cuda else []
-        cells = (f"`{name}`", entry.weights, entry.activations, _readers(entry), "; ".join(remarks))
-        lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+        if entry.hf_format is None:
+            read, layout = "cannot be written", ""
+        else:
+            read, layout = readers_of(entry.hf_format), layout_of(entry.hf_format)
+        cells = (f"`{name}`", entry.weights, entry.activations, read, "; ".join(remarks), layout)
+        lines.append(_line(cells))
     lines += [
-        f"| `{AUTO}` | mixed | mixed | only if one format is chosen | chosen layer by layer |",
-        f"| None (`-algo {NO_QUANT}`) | unchanged | | as any model | exports the model without quantizing it |",
+        f"| `{AUTO}` | mixed | mixed | only if one format is chosen | chosen layer by layer | |",
+        f"| None (`-algo {NO_QUANT}`) | unchanged | | as any model | exports the model without quantizing it | |",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _readers(entry: Algorithm) -> str:
-    return "cannot be written" if entry.hf_format is None else readers_of(entry.hf_format)
+def readers_markdown() -> str:
+    """Return the documentation's table of readers: one line for each format and layout that can be written."""
+    heads = [f"{name} {version}" for name, version in readers.READERS.items()]
+    lines = [_line(("export", "layout", *heads)), "|---" * (len(heads) + 2) + "|"]
+    for hf_format, found in HF_FORMATS.items():
+        names = [f"`{name}`" for name, entry in TABLE.items() if entry.hf_format == hf_format]
+        for layout in found.layouts:
+            mark = f"{layout} (default)" if len(found.layouts) > 1 and layout == layout_of(hf_format) else layout
+            row = readers.cells(hf_format, layout)
+            label = ", ".join([*names, hf_format])
+            lines.append(_line((label, mark, *(row[name].how for name in readers.READERS))))
+    return "\n".join([*lines, "", *_reasons()]) + "\n"
+
+
+def _reasons() -> list[str]:
+    """Return one line for each reader and reason in the table, with the formats that it concerns."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for hf_format, entry in HF_FORMATS.items():
+        for layout in entry.layouts:
+            for name, cell in readers.cells(hf_format, layout).items():
+                if cell.reason:
+                    found.setdefault((name, layout, cell.reason), []).append(hf_format)
+    return [f"- {name}, {layout}, {', '.join(names)}: {reason}." for (name, layout, reason), names in found.items()]
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
 
 
 if __name__ == "__main__":
-    sys.stdout.write(markdown())
+    sys.stdout.write(f"{markdown()}\n{readers_markdown()}")

@@ -12,13 +12,16 @@ import pytest
 from nemo_modelopt_dropin.errors import ModelOptConfigError
 from nemo_modelopt_dropin.preflight import algorithms
 
-PAGE = Path(__file__).parents[2] / "docs" / "quantize.md"
+DOCS = Path(__file__).parents[2] / "docs"
 
 # Adds an entry before anything else is imported, and prints what the commands, the checks and the documentation make
 # of it.
 _WITH_ONE_MORE = """
-from nemo_modelopt_dropin.preflight import algorithms
-algorithms.HF_FORMATS["W3A16"] = algorithms.HfFormat(readers=(("vLLM", algorithms.RUN),))
+from nemo_modelopt_dropin.preflight import algorithms, readers
+algorithms.HF_FORMATS["W3A16"] = algorithms.HfFormat()
+readers.TABLE["W3A16", readers.MODELOPT] = {
+    name: readers.Cell(readers.RUN if name == "vLLM" else readers.REFUSED) for name in readers.READERS
+}
 algorithms.TABLE["int3"] = algorithms.Algorithm(
     "INT8_WEIGHT_ONLY_CFG", "INT3 by block of 64", "none", 3.25, "W3A16", block=64, needs_cuda=True, remark="new"
 )
@@ -60,12 +63,16 @@ def test_one_entry_is_enough_for_presets_and_files(monkeypatch, cpu_backend):
     assert hf_encoding.is_encoded_here("W3A16")
 
 
-def test_the_documentation_has_the_table():
-    text = PAGE.read_text(encoding="utf-8")
-    found = re.search(r"<!-- algorithms: begin.*?-->\n(.*?)<!-- algorithms: end -->", text, re.DOTALL)
-    assert found, f"{PAGE} has no table between its markers"
-    assert found[1].strip() == algorithms.markdown().strip(), (
-        "print the table with: python -m nemo_modelopt_dropin.preflight.algorithms"
+@pytest.mark.parametrize(
+    ("page", "name", "table"),
+    [("quantize.md", "algorithms", algorithms.markdown), ("load-exports.md", "readers", algorithms.readers_markdown)],
+)
+def test_the_documentation_has_the_table(page, name, table):
+    text = (DOCS / page).read_text(encoding="utf-8")
+    found = re.search(rf"<!-- {name}: begin.*?-->\n(.*?)<!-- {name}: end -->", text, re.DOTALL)
+    assert found, f"{page} has no table between its markers"
+    assert found[1].strip() == table().strip(), (
+        "print the tables with: python -m nemo_modelopt_dropin.preflight.algorithms"
     )
 
 

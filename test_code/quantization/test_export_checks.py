@@ -127,7 +127,7 @@ def test_converted_models_are_checked_by_their_quantizers():
         return layer
 
     support.check_converted(linear(num_bits=(4, 3)))
-    message = r"axis=0, .* quantized inputs cannot be written; .*readers: FP8 \(vLLM, .*W4A8_AWQ \(no known server\)"
+    message = r"axis=0, .* quantized inputs cannot be written; .*readers: FP8 \(vLLM, .*W4A8_AWQ \(TensorRT-LLM\)"
     with pytest.raises(ModelOptConfigError, match=message):
         support.check_converted(linear(num_bits=(4, 3), axis=0))
     with pytest.raises(ModelOptConfigError, match="all layers must have the same format"):

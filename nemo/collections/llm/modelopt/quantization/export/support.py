@@ -14,7 +14,7 @@ from ...errors import ModelOptConfigError
 from .. import _decoders, _transformers_models
 from .. import quant_cfg_choices as choices
 from ..insert import row_blocks
-from . import hf_encoding, hf_kv_cache, input_scales
+from . import hf_encoding, hf_kv_cache, input_scales, layout_choice
 
 _REMEDY = 'Use export_format="nemo" (any algorithm, any parallel layout) or "trtllm"'
 
@@ -161,19 +161,6 @@ def check_format(quant_cfg: dict[str, Any] | None, algorithm: str | None, export
         )
 
 
-def check_hf_layout(quant_cfg: dict[str, Any] | None, algorithm: str | None, export_config: Any) -> None:
-    """Check that the layout of a Hugging Face checkpoint can hold an algorithm.
-
-    Raises:
-        ModelOptConfigError: With the reason and what to do.
-    """
-    found = _hf_algorithm(quant_cfg) if export_config.export_format == "hf" and quant_cfg else None
-    layout = getattr(export_config, "hf_layout", algorithms.AUTO)
-    problem = algorithms.layout_problem(found, layout) if found in algorithms.HF_FORMATS else None
-    if problem:
-        raise ModelOptConfigError(f"algorithm={algorithm!r} cannot be exported with hf_layout={layout!r}: {problem}.")
-
-
 def check_mixture(formats: dict[str, dict[str, Any]], export_format: str) -> None:
     """Check that one Hugging Face checkpoint can describe all formats of a search.
 
@@ -184,22 +171,12 @@ def check_mixture(formats: dict[str, dict[str, Any]], export_format: str) -> Non
     Raises:
         ModelOptConfigError: With the reason and what to do.
     """
-    found = {name: _hf_algorithm(quant_cfg) for name, quant_cfg in formats.items()}
+    found = {name: layout_choice.format_of(quant_cfg) for name, quant_cfg in formats.items()}
     if export_format == "hf" and len(set(found.values())) > 1:
         raise ModelOptConfigError(
             f'auto_quantize_formats={list(found)}: export_format="hf" describes all layers by one format. Use '
             f"one of them (layers may still stay in 16 bits). {_REMEDY}."
         )
-
-
-def _hf_algorithm(quant_cfg: dict[str, Any]) -> str | None:
-    settings: dict[str, list[dict[str, Any]]] = {}
-    for pattern, attributes in choices.quantizer_settings(quant_cfg):
-        settings.setdefault(pattern, []).append(attributes)
-    has_input = any("input_quantizer" in pattern for pattern in settings)
-    scales_input = choices.is_awq(quant_cfg) or choices.is_smoothquant(quant_cfg)
-    weight = next((steps for pattern, steps in settings.items() if "weight_quantizer" in pattern), [])
-    return hf_encoding.algorithm_of(weight, has_input, scales_input) if weight else None
 
 
 def check_layout(export_format: str, config: Any, tensor_parallel: int) -> None:
@@ -303,7 +280,7 @@ def check_planned(planned: dict[str, dict[str, Any]], export_config: Any) -> Non
     """
     for name, quant_cfg in planned.items():
         check_format(quant_cfg, name, export_config.export_format)
-        check_hf_layout(quant_cfg, name, export_config)
+        layout_choice.check(quant_cfg, name, export_config)
     check_mixture(planned, export_config.export_format)
 
 
@@ -344,3 +321,4 @@ def check_model(
         core = unwrap_model(model)
         hf_kv_cache.check_or_disable(export_config.export_format, quant_cfg, core, enable_kv_cache)
         check_contents(export_config.export_format, quant_cfg, inner, core)
+        layout_choice.log(export_config, planned)

@@ -1,0 +1,73 @@
+"""Choose the layout of a Hugging Face checkpoint before the calibration, and report which programs read it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo.utils import logging
+from nemo.utils.get_rank import is_global_rank_zero
+
+from nemo_modelopt_dropin.console import screen
+from nemo_modelopt_dropin.preflight import algorithms, readers
+
+from ...errors import ModelOptConfigError
+from .. import quant_cfg_choices as choices
+from . import hf_encoding
+
+
+def format_of(quant_cfg: dict[str, Any]) -> str | None:
+    """Return the format of the weights in Hugging Face files, a name in `HF_FORMATS`, or None if it is not known."""
+    settings: dict[str, list[dict[str, Any]]] = {}
+    for pattern, attributes in choices.quantizer_settings(quant_cfg):
+        settings.setdefault(pattern, []).append(attributes)
+    has_input = any("input_quantizer" in pattern for pattern in settings)
+    scales_input = choices.is_awq(quant_cfg) or choices.is_smoothquant(quant_cfg)
+    weight = next((steps for pattern, steps in settings.items() if "weight_quantizer" in pattern), [])
+    return hf_encoding.algorithm_of(weight, has_input, scales_input) if weight else None
+
+
+def requested(export_config: Any) -> str:
+    """Return the layout that a configuration asks for; stand-ins for it may lack the field."""
+    return getattr(export_config, "hf_layout", algorithms.AUTO)
+
+
+def check(quant_cfg: dict[str, Any] | None, algorithm: str | None, export_config: Any) -> None:
+    """Check that the layout of a Hugging Face checkpoint can hold an algorithm.
+
+    Args:
+        quant_cfg: How the algorithm quantizes.
+        algorithm: Its name, for the message.
+        export_config: The ``ExportConfig``.
+
+    Raises:
+        ModelOptConfigError: With the reason and what to do.
+    """
+    found = format_of(quant_cfg) if export_config.export_format == "hf" and quant_cfg else None
+    layout = requested(export_config)
+    problem = algorithms.layout_problem(found, layout) if found in algorithms.HF_FORMATS else None
+    if problem:
+        raise ModelOptConfigError(f"algorithm={algorithm!r} cannot be exported with hf_layout={layout!r}: {problem}.")
+
+
+def log(export_config: Any, planned: dict[str, dict[str, Any]]) -> None:
+    """Log on rank zero which layout a Hugging Face checkpoint will have, and which programs read it.
+
+    A layout that no known server reads is logged as a warning, with the layouts that are read.
+
+    Args:
+        export_config: The ``ExportConfig``.
+        planned: Name to quant_cfg of the algorithms, see `support.check_planned`.
+    """
+    if export_config.export_format != "hf" or not is_global_rank_zero():
+        return
+    layout = requested(export_config)
+    for name, quant_cfg in planned.items():
+        found = format_of(quant_cfg) if quant_cfg else None
+        if found not in algorithms.HF_FORMATS:
+            continue
+        if warning := algorithms.reader_warning(name, found, layout):
+            logging.warning(f"{warning}.")
+            continue
+        used = algorithms.layout_of(found, layout)
+        with screen.results():
+            logging.info(f"{name} is written in the layout {used}, which is read by {readers.text(found, used)}.")

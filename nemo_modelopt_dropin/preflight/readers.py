@@ -1,0 +1,134 @@
+"""The table of the programs that read Hugging Face files: which format, in which layout, and how that was checked.
+
+Standard library only. The choice of the layout, warnings, the dry run, the model card and the tables in the
+documentation are made from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+
+# The layouts of Hugging Face files: names of the tensors, and the form of `quantization_config`.
+MODELOPT = "modelopt"
+COMPRESSED_TENSORS = "compressed-tensors"
+LAYOUTS = (MODELOPT, COMPRESSED_TENSORS)
+# How a reader was checked. `RUN`: it loaded a folder and its outputs were compared. `BY_RULES`: its source code takes
+# the folder, but it was not run. `WRONG`: it loads the folder without an error, and its outputs are wrong.
+RUN = "run"
+BY_RULES = "accepted by its rules"
+REFUSED = "not supported"
+WRONG = "wrong outputs"
+
+VLLM, SGLANG, TENSORRT_LLM, TRANSFORMERS = "vLLM", "SGLang", "TensorRT-LLM", "transformers"
+# Versions of the readers that were checked.
+READERS = MappingProxyType(
+    {
+        VLLM: "0.32",
+        SGLANG: "0.5.23",
+        TENSORRT_LLM: "(PyTorch backend)",
+        TRANSFORMERS: "4.57 with compressed-tensors",
+    }
+)
+# The layout that most of these read is the default one.
+SERVERS = (VLLM, SGLANG, TENSORRT_LLM)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one reader does with one format in one layout.
+
+    Attributes:
+        how: `RUN`, `BY_RULES`, `REFUSED` or `WRONG`.
+        reason: Why it does not read the folder, or how its computation differs from the quantized model.
+    """
+
+    how: str
+    reason: str = ""
+
+    @property
+    def reads(self) -> bool:
+        """Whether the reader loads the folder and computes with it correctly."""
+        return self.how in (RUN, BY_RULES)
+
+
+_RUN, _RULES = Cell(RUN), Cell(BY_RULES)
+_NO_VLLM = Cell(
+    REFUSED, "of modelopt it takes FP8, FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO, NVFP4, W4A16_NVFP4, MXFP8 and mixtures"
+)
+_NO_SGLANG = Cell(
+    REFUSED, "of modelopt it takes FP8, NVFP4, NVFP4_AWQ, W4A16_NVFP4, MXFP8 and mixtures that contain NVFP4"
+)
+_NO_SGLANG_CT = Cell(REFUSED, "it has no scheme for these scales of compressed-tensors")
+_NO_TENSORRT = Cell(REFUSED, "it has no such format")
+_NO_TENSORRT_CT = Cell(
+    REFUSED, "of compressed-tensors it takes FP8 with dynamic input scales, by channel or by block, and NVFP4"
+)
+_WRONG_TRANSFORMERS = Cell(WRONG, "it skips the scales of modelopt and takes codes for weights")
+_DYNAMIC = Cell(BY_RULES, "it computes the scale of each token and ignores the calibrated one")
+_DYNAMIC_FP8 = "it also quantizes the inputs, in FP8 with a scale for each 128 of a token"
+
+
+def _row(vllm: Cell, sglang: Cell, tensorrt: Cell, transformers: Cell) -> MappingProxyType[str, Cell]:
+    return MappingProxyType({VLLM: vllm, SGLANG: sglang, TENSORRT_LLM: tensorrt, TRANSFORMERS: transformers})
+
+
+def _modelopt(vllm: Cell, sglang: Cell, tensorrt: Cell) -> MappingProxyType[str, Cell]:
+    return _row(vllm, sglang, tensorrt, _WRONG_TRANSFORMERS)
+
+
+# Name of the format in `algorithms.HF_FORMATS` and layout -> what each reader does.
+TABLE: dict[tuple[str, str], MappingProxyType[str, Cell]] = {
+    ("FP8", MODELOPT): _modelopt(_RUN, _RULES, _RULES),
+    ("FP8", COMPRESSED_TENSORS): _row(_RULES, _RULES, _NO_TENSORRT_CT, _RULES),
+    ("FP8_PER_CHANNEL_PER_TOKEN", MODELOPT): _modelopt(_RULES, _NO_SGLANG, _RULES),
+    ("FP8_PER_CHANNEL_PER_TOKEN", COMPRESSED_TENSORS): _row(_RULES, _RULES, _RULES, _RULES),
+    ("FP8_WO", COMPRESSED_TENSORS): _row(_RULES, _RULES, _NO_TENSORRT_CT, _RULES),
+    ("FP8_PB_WO", MODELOPT): _modelopt(Cell(BY_RULES, _DYNAMIC_FP8), _NO_SGLANG, Cell(BY_RULES, _DYNAMIC_FP8)),
+    ("FP8_PB_WO", COMPRESSED_TENSORS): _row(_RULES, _NO_SGLANG_CT, _NO_TENSORRT_CT, _RULES),
+    ("W8A8_SQ_PER_CHANNEL", MODELOPT): _modelopt(_NO_VLLM, _NO_SGLANG, _NO_TENSORRT),
+    ("W8A8_SQ_PER_CHANNEL", COMPRESSED_TENSORS): _row(_RULES, _DYNAMIC, _NO_TENSORRT_CT, _RULES),
+    ("W8A16", MODELOPT): _modelopt(_NO_VLLM, _NO_SGLANG, _RULES),
+    ("W8A16", COMPRESSED_TENSORS): _row(_RULES, _RULES, _NO_TENSORRT_CT, _RULES),
+    ("W4A16_AWQ", MODELOPT): _modelopt(_NO_VLLM, _NO_SGLANG, _RULES),
+    ("W4A16_AWQ", COMPRESSED_TENSORS): _row(_RULES, _RULES, _NO_TENSORRT_CT, _RULES),
+    ("W4A8_AWQ", MODELOPT): _modelopt(_NO_VLLM, _NO_SGLANG, _RULES),
+    ("NVFP4", MODELOPT): _modelopt(_RULES, _RULES, _RULES),
+    ("NVFP4", COMPRESSED_TENSORS): _row(_RULES, _RULES, _RULES, _RULES),
+    ("NVFP4_AWQ", MODELOPT): _modelopt(_NO_VLLM, _RULES, _NO_TENSORRT),
+    ("W4A16_NVFP4", MODELOPT): _modelopt(_RULES, _RULES, _RULES),
+    ("W4A16_NVFP4", COMPRESSED_TENSORS): _row(_RULES, _RULES, _NO_TENSORRT_CT, _RULES),
+    ("MXFP8", MODELOPT): _modelopt(_RULES, _RULES, _RULES),
+    ("MXFP8", COMPRESSED_TENSORS): _row(_RULES, _NO_SGLANG_CT, _NO_TENSORRT_CT, _RULES),
+}
+# Why a layout cannot hold a format.
+OBSTACLES: dict[tuple[str, str], str] = {
+    ("FP8_WO", MODELOPT): "modelopt has no name for FP8 weights with inputs in 16 bits",
+    ("W4A8_AWQ", COMPRESSED_TENSORS): "it has no second step of the weights and no static FP8 scale of the inputs",
+    ("NVFP4_AWQ", COMPRESSED_TENSORS): "it has no factors of single inputs",
+}
+
+
+def cells(hf_format: str, layout: str) -> MappingProxyType[str, Cell]:
+    """Return what each reader does with a format in a layout; empty if the pair is not in the table."""
+    return TABLE.get((hf_format, layout), MappingProxyType({}))
+
+
+def of(hf_format: str, layout: str) -> list[str]:
+    """Return the names of the programs that read a format in a layout correctly."""
+    return [name for name, cell in cells(hf_format, layout).items() if cell.reads]
+
+
+def text(hf_format: str, layout: str) -> str:
+    """Return the names of the programs that read a format in a layout correctly, as text."""
+    return ", ".join(of(hf_format, layout)) or "no known server"
+
+
+def best(hf_format: str, layouts: tuple[str, ...]) -> str:
+    """Return the layout that most servers read; if several are read equally, the first one.
+
+    Args:
+        hf_format: The format.
+        layouts: The layouts that can hold it, at least one.
+    """
+    return max(layouts, key=lambda layout: len([name for name in of(hf_format, layout) if name in SERVERS]))
