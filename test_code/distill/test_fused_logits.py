@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo.collections.llm.modelopt._divergence.fused_linear import Objective, fused_linear_losses
+from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from test_code.support import jobs_distill, ranks, tiny
 
 # fp32 sums of some hundred products of unit size.
@@ -97,6 +98,54 @@ def fused_and_chunked(teacher_path, cases):
                 ranks.reset()
             results[layout, label] = pair
     return results
+
+
+def own_reduction(teacher_path, paths, tp):
+    """Distill with a loss reduction of the user's own; return what is logged, or the error, for each settings file."""
+    from unittest import mock
+
+    from nemo.collections.llm.modelopt.distill import _fusion
+    from nemo.collections.llm.modelopt.distill import model as module
+
+    class Own(module._DistillationLossReduction):
+        """Takes a tuple whose first element is the loss of every token, as modelopt's losses return it."""
+
+        def _masked_token_loss(self, loss_output, mask):
+            loss = loss_output[0] if isinstance(loss_output, tuple) else loss_output
+            assert loss.shape == mask.shape
+            return (loss * mask).sum() / mask.sum()
+
+    results = []
+    worth_it = mock.patch.object(_fusion, "_not_worth_it", return_value=None)
+    for path in paths:
+        with mock.patch.object(module, "_DistillationLossReduction", Own), worth_it:
+            try:
+                results.append(jobs_distill.distill(teacher_path, path, steps=3, metrics=True, tp=tp)[1])
+            except ModelOptConfigError as error:
+                results.append(str(error))
+        ranks.reset()
+    return results
+
+
+def unknown_length():
+    """Return whether a loss is fused for a student without a sequence length, by ``fused_logits``."""
+    from unittest import mock
+
+    from nemo.collections.llm.modelopt.distill import _fusion
+    from nemo.collections.llm.modelopt.distill.loss import LogitsKLLoss
+    from nemo.collections.llm.modelopt.distill.utils import DistillationConfig
+
+    tiny.init_parallel()
+    config = tiny.config()
+    student, teacher = (config.configure_model(tiny.tokenizer()) for _ in range(2))
+    config.seq_length = 0
+    found = {}
+    for choice in ("auto", "on"):
+        settings = DistillationConfig(fused_logits=choice)
+        settings.criterion = {settings.logit_layers: LogitsKLLoss(config)}
+        with mock.patch.object(_fusion, "logging") as logging:
+            found[choice] = _fusion.choose_fused(student, teacher, settings), logging.info.call_args.args[0]
+    return found
 
 
 def output_layers(cases):
@@ -337,6 +386,27 @@ def test_trainings_are_the_same_with_and_without(trainings, layout, case):
             # fp32 sums in another order. Adam carries the rounding of the smallest gradients on at full size.
             common = {name: value for name, value in theirs.items() if "loss" in name}
             assert {name: mine[name] for name in common} == pytest.approx(common, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_reduction_of_ones_own_gets_the_loss_of_every_token(ranks, teacher_path, tmp_path, tp):
+    paths = [str(tmp_path / f"{fused}.yaml") for fused in ("auto", "off", "on")]
+    for path in paths:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(f"skip_lm_loss: false\nlogit_kl_direction: reverse\nfused_logits: {path.split('/')[-1][:-5]}\n")
+    for auto, off, on in ranks(tp).run(own_reduction, teacher_path, paths, tp):
+        assert len(auto) == len(off) == 3
+        for mine, theirs in zip(auto, off, strict=True):
+            common = {name: value for name, value in theirs.items() if "loss" in name}
+            assert {name: mine[name] for name in common} == pytest.approx(common, rel=1e-5)
+            assert mine["lm_loss"] > 1.0
+        assert "fused_logits='on' needs the loss reduction of DistillationGPTModel" in on
+
+
+def test_an_unknown_length_of_the_samples_is_not_worth_it(ranks):
+    (found,) = ranks(1).run(unknown_length)
+    assert found["auto"][0] is False and "the length of the samples is unknown" in found["auto"][1]
+    assert found["on"][0] is True
 
 
 @pytest.mark.parametrize(("cap", "expected"), [(30.0, 30.0), (None, None)])
