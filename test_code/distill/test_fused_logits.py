@@ -235,6 +235,53 @@ def test_bf16_weights_are_accumulated_in_fp32(with_lm):
         torch.testing.assert_close(x.grad.double(), wanted, **tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_lm", [False, True])
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
+@pytest.mark.parametrize("rounded", [False, True], ids=["fp32 hidden states", "hidden states of an autocast layer"])
+def test_autocast_computes_what_an_output_layer_would(dtype, with_lm, cap, inside, rounded):
+    """Products in autocast's type, and fp32 gradients of fp32 weights as close to fp64 as those of plain layers."""
+    *tensors, labels = problem(64, 16, 24, 120)
+    tensors[:4] = [x * 0.5 for x in tensors[:4]]
+    if rounded:
+        tensors[0], tensors[2] = tensors[0].to(dtype), tensors[2].to(dtype)
+    labels = labels if with_lm else None
+
+    def gradients(loss):
+        leaves = [x.clone() for x in tensors]
+        for x in leaves[:2]:
+            x.requires_grad_()
+        with torch.autocast("cpu", dtype=dtype):
+            value = loss(*leaves)
+            if inside:
+                value.backward()
+        if not inside:
+            value.backward()
+        return value.detach(), leaves[0].grad, leaves[1].grad
+
+    def fused(*leaves):
+        losses = fused_linear_losses(*leaves, Objective(chunk_rows=5, student_cap=cap, teacher_cap=cap), labels)
+        return losses.divergence + losses.lm
+
+    def plain(student, weight, teacher, teacher_weight, mask):
+        z, y = F.linear(student, weight), F.linear(teacher, teacher_weight)
+        assert z.dtype == dtype
+        if cap:
+            z, y = (cap * torch.tanh(x / cap) for x in (z, y))
+        log_p, log_q = (x.float().log_softmax(-1) for x in (z, y))
+        value = ((log_q.exp() * (log_q - log_p)).sum(-1) * mask).sum()
+        return value if labels is None else value + (F.cross_entropy(z.float(), labels, reduction="none") * mask).sum()
+
+    exact = reference_on_ranks(tensors, labels, (1.0, 1.0), cap=cap)
+    wanted = [exact[0] + exact[1], *exact[3:]]
+    for mine, theirs, true in zip(gradients(fused), gradients(plain), wanted, strict=True):
+        assert mine.dtype == theirs.dtype
+        own, other = ((x.double() - true).norm() / true.norm() for x in (mine, theirs))
+        # Both round logits and their gradient, in another order.
+        assert own < 1.5 * other + 1e-4, (float(own), float(other))
+
+
 @pytest.mark.parametrize("with_lm", [False, True])
 def test_a_frozen_output_layer_gets_no_gradient(with_lm):
     *tensors, labels = problem()

@@ -119,9 +119,8 @@ def multi_token_prediction(folder: str, requests: dict, tp: int = 1) -> dict:
     """Return for each request its error, or the losses of a training that goes on from the pruned checkpoint."""
     from unittest import mock
 
-    from test_code.support import ranks, tiny
-
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+    from test_code.support import ranks, tiny
 
     block = {"mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.1}
     results: dict = {}

@@ -69,9 +69,10 @@ def _compute_logits(self, student: Any, teacher: Any, student_loss: Any, loss_re
         ModelOptConfigError: If the settings demand the fused loss.
     """
     if self._distillation.settings.fused_logits == "on":
+        name = getattr(loss_reduction_fn, "__qualname__", loss_reduction_fn)
         raise ModelOptConfigError(
             "fused_logits='on' needs the loss reduction of DistillationGPTModel, which sums the losses of the tokens; "
-            f"{getattr(loss_reduction_fn, '__qualname__', loss_reduction_fn)} takes the loss of every token. Use 'auto'."
+            f"{name} takes the loss of every token. Use 'auto'."
         )
     logging.info(
         "Distillation: output layers and logits loss are not fused: the loss reduction is not that of "
