@@ -43,7 +43,7 @@ from ._quant_cfg import planned_quant_cfgs, quant_cfg_for
 from .calibration import batching, inputs, sources, state, steps
 from .config import ExportConfig, QuantizationConfig
 from .export import support, writers
-from .insert import quantizers
+from .insert import quantizers, shared_scales
 from .quant_cfg_choices import get_quant_cfg_choices
 from .utils import load_quant_cfg
 
@@ -168,12 +168,13 @@ class Quantizer:
         self.report = {}
         decoder_type = self._get_decoder_type(model, optional=True)
         quant_cfg = _overrides.call(self._get_quant_cfg, model, decoder_type=decoder_type)
-        plan = steps.make_plan(config, decoder_type, quant_cfg, QUANT_CFG_CHOICES)
         planned = planned_quant_cfgs(config, QUANT_CFG_CHOICES, load_quant_cfg)
         support.check_model(model, self.export_config, quant_cfg, planned, config.enable_kv_cache)
+        core = unwrap_for_modelopt_operations(model)
+        moves_scales = shared_scales.decide(core, self.export_config, planned)
+        plan = steps.make_plan(config, decoder_type, quant_cfg, QUANT_CFG_CHOICES, moves_scales)
         steps.check_loop(plan, forward_loop)
         self._setup(model)
-        core = unwrap_for_modelopt_operations(model)
         forward_loop = forward_loop or _overrides.own_loop(self, model, plan, mtq)
         report = self._state.reuse(core, plan.fingerprint(forward_loop is not None), config.calibration_state)
         if report is None:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from nemo.utils import logging
 
+from ... import _parallel
 from ...errors import ModelOptConfigError
 from .. import comparison, layer_errors
 from .. import quant_cfg_choices as choices
 from .._quant_cfg import AUTO, auto_formats, is_file
-from ..insert import mixed_precision, quantizers
+from ..insert import mixed_precision, quantizers, shared_scales
 from . import batching, fingerprint, sources, unused_experts
 
 Batches = Callable[[], Iterator[torch.Tensor]]
@@ -34,6 +35,7 @@ class Plan:
         quant_cfg: The quant_cfg for this model. KV-cache quantizers that the model cannot have are removed in place.
         formats: Name to quant_cfg of the formats that mixed precision chooses from; empty for other algorithms.
         from_file: Whether the quant_cfg is the user's own.
+        moves_scales: Whether input scales are moved into other layers, see `shared_scales`.
     """
 
     config: Any
@@ -41,6 +43,7 @@ class Plan:
     quant_cfg: dict[str, Any]
     formats: dict[str, dict[str, Any]]
     from_file: bool
+    moves_scales: bool = False
 
     @property
     def searches(self) -> bool:
@@ -55,10 +58,17 @@ class Plan:
 
     def fingerprint(self, own_loop: bool) -> dict[str, Any]:
         """Return the settings that the result depends on, see `fingerprint.settings_of`."""
-        return fingerprint.settings_of(self.config, self.quant_cfg, self.formats, own_loop)
+        found = fingerprint.settings_of(self.config, self.quant_cfg, self.formats, own_loop)
+        return {**found, "input_scales": "moved"} if self.moves_scales else found
 
 
-def make_plan(config: Any, decoder_type: str | None, quant_cfg: dict[str, Any], presets: dict[str, Any]) -> Plan:
+def make_plan(
+    config: Any,
+    decoder_type: str | None,
+    quant_cfg: dict[str, Any],
+    presets: dict[str, Any],
+    moves_scales: bool = False,
+) -> Plan:
     """Return the plan for a model.
 
     Args:
@@ -66,10 +76,11 @@ def make_plan(config: Any, decoder_type: str | None, quant_cfg: dict[str, Any], 
         decoder_type: Model Optimizer's name for the model's decoder, None if it is unknown.
         quant_cfg: The quant_cfg for this model; without a calibration method it gets "max", in place.
         presets: Short name to quant_cfg.
+        moves_scales: See `shared_scales.decide`.
     """
     quant_cfg.setdefault("algorithm", "max")
     formats = auto_formats(config, presets) if config.algorithm == AUTO else {}
-    return Plan(config, decoder_type, quant_cfg, formats, is_file(config.algorithm, presets))
+    return Plan(config, decoder_type, quant_cfg, formats, is_file(config.algorithm, presets), moves_scales)
 
 
 def check_loop(plan: Plan, forward_loop: Callable | None) -> None:
@@ -194,14 +205,25 @@ def calibrate(mtq: Any, core, plan: Plan, forward_loop: Callable | None, batches
     chosen: dict[str, Any] = {}
     quantized = core
     if plan.searches and batches is not None:
-        chosen = mixed_precision.insert(mtq, core, plan.quant_cfg, plan.formats, list(batches()), plan.config)
+        found = list(batches())
+        chosen = mixed_precision.insert(mtq, core, plan.quant_cfg, plan.formats, found, plan.config)
+        forward_loop = mixed_precision.kv_cache_loop(found)
     else:
         kv_option = plan.config.enable_kv_cache
         quantized = quantizers.insert(mtq, core, plan.quant_cfg, forward_loop, kv_option, plan.from_file)
     unused_experts.complete(core)
+    if plan.moves_scales:
+        _move_scales(mtq, core, plan.quant_cfg, forward_loop)
     if plan.decoder_type == "gpt":
         quantizers.keep_amax_from_vanishing(mtq, quantized, plan.config.algorithm, chosen.get("formats"))
     return chosen
+
+
+def _move_scales(mtq: Any, core, quant_cfg: dict[str, Any], forward_loop: Callable | None) -> None:
+    """Move input scales into other layers, and calibrate a quantized KV cache again if its values changed."""
+    changed = _parallel.any_rank([shared_scales.move(core)])[0]
+    if changed and choices.has_kv_cache(quant_cfg) and forward_loop is not None:
+        mixed_precision.quantize_kv_cache(mtq, core, quant_cfg, forward_loop)
 
 
 def measure(config: Any, core, batches: list[torch.Tensor], before: list[torch.Tensor]) -> dict[str, Any]:

@@ -50,10 +50,14 @@ class Fold:
             yield bias, 0.0
 
 
-def folds(core: torch.nn.Module) -> list[Fold]:
+def folds(core: torch.nn.Module, everything: bool = False) -> list[Fold]:
     """Return the layers whose input scale is stored in the norm before them.
 
     Experts are not among them, because the router and the shared experts read the same norm.
+
+    Args:
+        core: The Megatron-Core model.
+        everything: Include the first layer of MLPs without a gate, which readers load one by one and can scale.
     """
     if getattr(getattr(core, "config", None), "apply_residual_connection_post_layernorm", False):
         # The norm's output is also added to the layer's output.
@@ -62,7 +66,7 @@ def folds(core: torch.nn.Module) -> list[Fold]:
     for layer in core.modules():
         if isinstance(layer, TransformerLayer):
             found.append(_fold(layer.input_layernorm, getattr(layer.self_attention, "linear_qkv", None)))
-            if isinstance(layer.mlp, MLP) and layer.config.gated_linear_unit:
+            if isinstance(layer.mlp, MLP) and (everything or layer.config.gated_linear_unit):
                 found.append(_fold(layer.pre_mlp_layernorm, layer.mlp.linear_fc1))
     return [fold for fold in found if fold is not None]
 
@@ -101,7 +105,7 @@ def folded(core: torch.nn.Module, layers: dict[int, hf_encoding.Layer], dtype: t
                 continue
             for parameter, offset in fold.parameters():
                 kept.append((parameter, parameter.data))
-                parameter.data = _scaled(parameter.data, layer.pre_quant_scale, offset).to(dtype)
+                parameter.data = scaled(parameter.data, layer.pre_quant_scale, offset).to(dtype)
             layer.pre_quant_scale = None
         yield
     finally:
@@ -122,7 +126,7 @@ def add_missing(core: torch.nn.Module, layers: dict[int, hf_encoding.Layer]) -> 
             layer.pre_quant_scale = torch.ones(weight.shape[-1], device=weight.device)
 
 
-def _scaled(value: torch.Tensor, scale: torch.Tensor, offset: float) -> torch.Tensor:
+def scaled(value: torch.Tensor, scale: torch.Tensor, offset: float) -> torch.Tensor:
     """Return a norm's parameter in fp32 that multiplies its output by ``scale``."""
     return (value.float() + offset) * scale.to(value.device) - offset
 
@@ -136,7 +140,7 @@ def norms_as_stored(core: torch.nn.Module, dtype: torch.dtype) -> dict[int, torc
             continue
         for parameter, offset in fold.parameters():
             divisor = torch.where(scale == 0, torch.ones_like(scale), scale).to(parameter.device)
-            stored = _scaled(parameter.data, scale, offset).to(dtype).float()
+            stored = scaled(parameter.data, scale, offset).to(dtype).float()
             found[id(parameter)] = (stored + offset) / divisor - offset
     return found
 

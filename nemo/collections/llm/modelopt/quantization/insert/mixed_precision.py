@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from megatron.core import parallel_state
 from modelopt.torch.opt.conversion import apply_mode
 from modelopt.torch.quantization import algorithms
 from modelopt.torch.quantization.mode import QuantizeModeRegistry
-from modelopt.torch.quantization.nn import QuantModuleRegistry
+from modelopt.torch.quantization.nn import QuantModuleRegistry, TensorQuantizer
 
 from ..._parallel import gather_objects, global_name
 from ...errors import ModelOptConfigError
@@ -49,7 +50,7 @@ def insert(
         chosen = quantize(core, formats, bits, batches, checkpoint, {"calibration data": (*data, *size)})
     gated_amax.mend(core)
     if choices.has_kv_cache(quant_cfg):
-        quantize_kv_cache(mtq, core, quant_cfg, batches)
+        quantize_kv_cache(mtq, core, quant_cfg, kv_cache_loop(batches))
     return chosen
 
 
@@ -113,12 +114,25 @@ def quantize(
     }
 
 
-def quantize_kv_cache(mtq: Any, core: torch.nn.Module, quant_cfg: dict[str, Any], batches: list[torch.Tensor]) -> None:
-    """Enable and calibrate the KV-cache quantizers of a searched model, with all others disabled."""
+def kv_cache_loop(batches: list[torch.Tensor]) -> Callable[[torch.nn.Module], None]:
+    """Return the forward loop that calibrates the KV cache on some micro-batches."""
+    return lambda model: _calibrate(model, batches, "Calibration of the KV cache")
+
+
+def quantize_kv_cache(
+    mtq: Any, core: torch.nn.Module, quant_cfg: dict[str, Any], forward_loop: Callable[[torch.nn.Module], None]
+) -> None:
+    """Enable and calibrate the KV-cache quantizers of a quantized model, with all others disabled.
+
+    Statistics of an earlier calibration are dropped.
+    """
     kv_cfg = {p: a for p, a in quant_cfg["quant_cfg"].items() if "bmm_quantizer" in p}
     mtq.set_quantizer_by_cfg(core, kv_cfg)
+    for name, module in core.named_modules():
+        if "bmm_quantizer" in name and isinstance(module, TensorQuantizer) and module.is_enabled:
+            module.reset_amax()
     with mtq.set_quantizer_by_cfg_context(core, {"*": {"enable": False}, **kv_cfg}):
-        mtq.calibrate(core, "max", lambda model: _calibrate(model, batches, "Calibration of the KV cache"))
+        mtq.calibrate(core, "max", forward_loop)
 
 
 def linear_layers(core: torch.nn.Module) -> dict[str, torch.nn.Module]:

@@ -1,0 +1,277 @@
+"""Move the input scales of AWQ and SmoothQuant (``pre_quant_scale``) into the layers before, in the model in memory.
+
+The compressed-tensors layout has no input scales. They are moved after the calibration, so that the model in memory and
+the files agree exactly and everything that measures the model measures what is stored:
+
+- q/k/v and the first layer of an MLP: into the norm before them.
+- The output projection: into the rows of v. With grouped queries several heads read one row of v, so the scales of
+  these heads are replaced by their mean, and the weight of the output projection is rescaled by the quotient.
+- The down projection of a gated MLP: into the rows of the up projection, of which the gated product is a multiple.
+
+Every changed weight is rounded to its dtype and gets a new amax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from modelopt.torch.quantization.model_calib import max_calibrate
+from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
+from nemo_modelopt_dropin.preflight import algorithms, readers
+
+from ... import _parallel
+from ...errors import ModelOptConfigError
+from .. import quant_cfg_choices as choices
+from ..export import input_scales, layout_choice
+
+_EXPERTS = "the router reads the same norm as the experts, so the scale of the experts' inputs cannot move into it"
+
+
+@dataclass(frozen=True)
+class Move:
+    """Where the input scale of one linear layer can go.
+
+    Attributes:
+        linear: The layer whose input is scaled.
+        apply: Moves a scale `[i]`; None if it is not possible.
+        problem: Why it is not possible.
+    """
+
+    linear: torch.nn.Module
+    apply: Callable[[torch.Tensor], None] | None
+    problem: str = ""
+
+
+def decide(core: Any, export_config: Any, planned: dict[str, dict[str, Any]]) -> bool:
+    """Return whether the input scales of a model are moved for its export; all ranks must call it.
+
+    The compressed-tensors layout needs it. modelopt's layout has input scales, but more programs read NVFP4 without.
+
+    Args:
+        core: This rank's Megatron-Core model, not yet quantized.
+        export_config: The ``ExportConfig``, or None.
+        planned: Name to quant_cfg of the algorithms.
+
+    Raises:
+        ModelOptConfigError: If the layout needs it and a scale has nowhere to go, with the reason and what to do.
+    """
+    if export_config is None or export_config.export_format != "hf" or not isinstance(core, torch.nn.Module):
+        return False
+    moves = False
+    for name, quant_cfg in planned.items():
+        if not input_scales.scales_inputs(quant_cfg):
+            continue
+        hf_format = layout_choice.format_of(quant_cfg)
+        if hf_format is None or hf_format not in algorithms.HF_FORMATS:
+            continue
+        layout = algorithms.layout_of(hf_format, layout_choice.requested(export_config))
+        needed = layout == readers.COMPRESSED_TENSORS
+        if not needed and hf_format != "NVFP4_AWQ":
+            continue
+        problems = [text for text in _parallel.gather_objects(obstacle(core, quant_cfg)) if text]
+        if problems and needed:
+            raise ModelOptConfigError(
+                f"algorithm={name!r} cannot be exported with hf_layout={layout!r}, which has no input scales: "
+                f"{problems[0]}. {_way_out(name, hf_format)}"
+            )
+        moves = moves or not problems
+    return moves
+
+
+def _way_out(name: str, hf_format: str) -> str:
+    plain = {"W4A16_AWQ": "int4", "W8A8_SQ_PER_CHANNEL": "int8", "NVFP4_AWQ": "nvfp4"}.get(hf_format, "fp8")
+    return f"Use {plain!r} instead of {name!r}, hf_layout={readers.MODELOPT!r}, or export_format='nemo'."
+
+
+def obstacle(core: torch.nn.Module, quant_cfg: dict[str, Any]) -> str | None:
+    """Return why the input scales that a quant_cfg adds cannot be moved, or None.
+
+    Args:
+        core: This rank's Megatron-Core model, converted or not.
+        quant_cfg: How it will be quantized, by a method that scales inputs.
+    """
+    moves = {id(move.linear): move for move in _moves(core)}
+    for name, module in core.named_modules():
+        if not name.rpartition(".")[2].startswith(("linear_", "in_proj", "out_proj", "output_layer")):
+            continue
+        if not choices.enabled_quantizers(quant_cfg, name, ("weight_quantizer",)):
+            continue
+        move = moves.get(id(module))
+        problem = "no layer before it can take the scale of its input" if move is None else move.problem
+        if problem:
+            return f"{name}: {problem}"
+    return None
+
+
+def move(core: torch.nn.Module) -> bool:
+    """Move all input scales of a calibrated model, in place; no layer has one afterwards.
+
+    Args:
+        core: This rank's Megatron-Core model.
+
+    Returns:
+        Whether rows of v changed, so that statistics of a quantized KV cache are no longer those of the model.
+
+    Raises:
+        ModelOptConfigError: If a scale cannot be moved; `obstacle` reports this before the calibration.
+    """
+    names = {id(module): name for name, module in core.named_modules()}
+    moves = {id(move.linear): move for move in _moves(core)}
+    scaled = [module for module in core.modules() if input_scales.scale_of(module) is not None]
+    changes_values = False
+    with torch.no_grad():
+        for module in scaled:
+            found = moves.get(id(module))
+            if found is None or found.apply is None:
+                raise ModelOptConfigError(
+                    f"The input scale of {names[id(module)]} cannot move into another layer: "
+                    f"{found.problem if found else 'no layer before it can take it'}."
+                )
+            scale = input_scales.scale_of(module)
+            if scale is not None:
+                found.apply(scale)
+            _drop_scale(module)
+            changes_values |= names[id(module)].endswith("linear_proj")
+    return changes_values
+
+
+def problem_of_converted(core: torch.nn.Module) -> str | None:
+    """Return why a converted model cannot be written in a layout without input scales, or None if it can."""
+    names = [name for name, module in core.named_modules() if input_scales.scale_of(module) is not None]
+    if not names:
+        return None
+    return (
+        f"AWQ or SmoothQuant scales the inputs of {len(names)} layers (such as {names[0]}), and this layout has no "
+        "input scales. Quantize the original checkpoint with the same ExportConfig, which moves them into other "
+        f"layers, or use hf_layout={readers.MODELOPT!r}"
+    )
+
+
+def _drop_scale(linear: Any) -> None:
+    """Remove the input scale of a layer."""
+    del linear.input_quantizer._pre_quant_scale
+    linear.input_quantizer._enable_pre_quant_scale = False
+
+
+def _moves(core: torch.nn.Module) -> Iterator[Move]:
+    """Yield where the input scale of each linear layer of the transformer layers can go."""
+    norms = {id(fold.linear): fold for fold in input_scales.folds(core, everything=True)}
+    for layer in core.modules():
+        if not isinstance(layer, TransformerLayer):
+            continue
+        qkv, projection = (getattr(layer.self_attention, name, None) for name in ("linear_qkv", "linear_proj"))
+        if qkv is not None:
+            yield _into_norm(qkv, norms, "the norm before it has no weight, or its output is also added to the layer's")
+            if projection is not None:
+                yield _into_values(layer.self_attention, qkv, projection)
+        for mlp in layer.mlp.modules():
+            if isinstance(mlp, MLP):
+                reason = "the norm before it has no weight, or its output is also added to the layer's"
+                yield _into_norm(mlp.linear_fc1, norms, reason if mlp is layer.mlp else _EXPERTS)
+                yield _into_up(mlp)
+
+
+def _into_norm(linear: torch.nn.Module, norms: dict[int, input_scales.Fold], problem: str) -> Move:
+    fold = norms.get(id(linear))
+    if fold is None:
+        return Move(linear, None, problem)
+
+    def apply(scale: torch.Tensor) -> None:
+        for parameter, offset in fold.parameters():
+            parameter.data = input_scales.scaled(parameter.data, scale, offset).to(parameter.dtype)
+
+    return Move(linear, apply)
+
+
+def _into_values(attention: Any, qkv: Any, projection: Any) -> Move:
+    """Return how the scale of the output projection's input moves into the rows of v."""
+    heads, groups = attention.num_attention_heads_per_partition, attention.num_query_groups_per_partition
+    size = attention.hidden_size_per_attention_head
+    # In Megatron's fused layer each group has the rows of its queries, then those of k, then those of v.
+    if qkv.weight.shape[0] != (heads + 2 * groups) * size or projection.weight.shape[1] != heads * size:
+        return Move(projection, None, "the rows of v are not at the end of each group of q, k and v")
+
+    def apply(scale: torch.Tensor) -> None:
+        shared = scale.view(groups, heads // groups, size).mean(dim=1, keepdim=True)
+        if heads != groups:
+            _rescale_columns(projection, scale, shared.expand(groups, heads // groups, size).reshape(-1))
+        rows = torch.ones(groups, heads // groups + 2, size, device=scale.device)
+        rows[:, -1:] = shared
+        _rescale_rows(qkv, rows.reshape(-1))
+
+    return Move(projection, apply)
+
+
+def _into_up(mlp: Any) -> Move:
+    """Return how the scale of the down projection's input moves into the rows of the up projection."""
+    config, down = mlp.config, mlp.linear_fc2
+    if not config.gated_linear_unit:
+        return Move(down, None, "an activation is between it and the layer before, whose rows could take the scale")
+    is_clamped = getattr(config, "activation_func_clamp_value", None) is not None
+    is_shifted = bool(getattr(config, "glu_linear_offset", None))
+    if is_clamped or is_shifted:
+        return Move(down, None, "the gated product is not a multiple of the up projection (it is clamped or shifted)")
+
+    def apply(scale: torch.Tensor) -> None:
+        # This rank's part of the gate, then its part of the up projection.
+        _rescale_rows(mlp.linear_fc1, torch.cat([torch.ones_like(scale), scale]))
+
+    return Move(down, apply)
+
+
+def _rescale_rows(linear: Any, factors: torch.Tensor) -> None:
+    """Multiply the rows of a layer, and its bias, by factors `[o]`."""
+    linear.weight.copy_(linear.weight.float() * factors[:, None].to(linear.weight.device))
+    bias = getattr(linear, "bias", None)
+    if isinstance(bias, torch.Tensor) and bias.numel():
+        bias.copy_(bias.float() * factors.to(bias.device))
+    _calibrate_weight(linear)
+
+
+def _rescale_columns(linear: Any, old: torch.Tensor, new: torch.Tensor) -> None:
+    """Divide the columns of a layer, whose weight contains the inverse of an old input scale, by a new one instead."""
+    linear.weight.copy_(linear.weight.float() * (old / new)[None, :].to(linear.weight.device))
+    _calibrate_weight(linear)
+    quantizer = getattr(linear, "input_quantizer", None)
+    if not isinstance(quantizer, TensorQuantizer) or not quantizer.is_enabled or quantizer.amax is None:
+        return
+    largest = getattr(quantizer, "_amax_for_smoothing", None)
+    if largest is None:
+        raise ModelOptConfigError(
+            "The statistics of the output projection's inputs are not stored with the model, so its input scale cannot "
+            "change: quantize the original checkpoint with this export."
+        )
+    amax = (largest.float().to(new.device).reshape(-1) * new).amax()
+    quantizer.amax = amax.to(quantizer.amax.dtype).reshape(quantizer.amax.shape)
+    _merge_amax(quantizer, linear)
+
+
+def _calibrate_weight(linear: Any) -> None:
+    """Compute the amax of a changed weight again, as modelopt's calibration does."""
+    quantizer = getattr(linear, "weight_quantizer", None)
+    all_steps: list[Any] = list(quantizer) if isinstance(quantizer, SequentialQuantizer) else [quantizer]
+    steps = [step for step in all_steps if isinstance(step, TensorQuantizer) and step.is_enabled]
+    if not steps or all(step.amax is None for step in steps):
+        # A format without a calibrated scale, or a layer in 16 bits.
+        return
+    for step in steps:
+        step.reset_amax()
+    max_calibrate(quantizer, lambda quantizer: quantizer(linear.weight), distributed_sync=False)
+    for step in steps:
+        is_static_block = bool(step.block_sizes) and step.block_sizes.get("type") != "dynamic"
+        by_row = getattr(linear, "_is_row_parallel", False) and step.axis in (0, (0,))
+        if not is_static_block and (step.axis is None or by_row):
+            _merge_amax(step, linear)
+
+
+def _merge_amax(quantizer: TensorQuantizer, linear: Any) -> None:
+    """Replace an amax by the largest of all tensor-parallel ranks, which share the scale."""
+    state = getattr(linear, "parallel_state", None)
+    if state is not None:
+        quantizer.sync_amax_across_distributed_group(state.tensor_parallel_group)
