@@ -126,6 +126,15 @@ def test_bf16_logits_are_accumulated_in_fp32(direction, temperature, topk):
     check(student, teacher, temperature, direction, BF16_GRADIENT, topk)
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("topk", [None, 20])
+def test_under_autocast_fp32_logits_stay_fp32(direction, dtype, topk):
+    """Autocast would round the exponentials in the expectations to half precision."""
+    with torch.autocast("cpu", dtype=dtype):
+        check(logits(6, 2, 200), logits(6, 2, 200, seed=1), 2.0, direction, topk=topk)
+
+
 @pytest.mark.parametrize("v", [16 * 20, 16 * 20 + 7, 5000, 16 * 20 - 1])
 @pytest.mark.parametrize("values", ["distinct", "few", "masked", "all in one block"])
 def test_the_likeliest_entries_are_found_by_blocks(v, values):

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo.collections.llm.modelopt._divergence.fused_linear import Objective, fused_linear_losses
+from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from test_code.support import jobs_distill, ranks, tiny
 
 # fp32 sums of some hundred products of unit size.
@@ -99,6 +100,54 @@ def fused_and_chunked(teacher_path, cases):
     return results
 
 
+def own_reduction(teacher_path, paths, tp):
+    """Distill with a loss reduction of the user's own; return what is logged, or the error, for each settings file."""
+    from unittest import mock
+
+    from nemo.collections.llm.modelopt.distill import _fusion
+    from nemo.collections.llm.modelopt.distill import model as module
+
+    class Own(module._DistillationLossReduction):
+        """Takes a tuple whose first element is the loss of every token, as modelopt's losses return it."""
+
+        def _masked_token_loss(self, loss_output, mask):
+            loss = loss_output[0] if isinstance(loss_output, tuple) else loss_output
+            assert loss.shape == mask.shape
+            return (loss * mask).sum() / mask.sum()
+
+    results = []
+    worth_it = mock.patch.object(_fusion, "_not_worth_it", return_value=None)
+    for path in paths:
+        with mock.patch.object(module, "_DistillationLossReduction", Own), worth_it:
+            try:
+                results.append(jobs_distill.distill(teacher_path, path, steps=3, metrics=True, tp=tp)[1])
+            except ModelOptConfigError as error:
+                results.append(str(error))
+        ranks.reset()
+    return results
+
+
+def unknown_length():
+    """Return whether a loss is fused for a student without a sequence length, by ``fused_logits``."""
+    from unittest import mock
+
+    from nemo.collections.llm.modelopt.distill import _fusion
+    from nemo.collections.llm.modelopt.distill.loss import LogitsKLLoss
+    from nemo.collections.llm.modelopt.distill.utils import DistillationConfig
+
+    tiny.init_parallel()
+    config = tiny.config()
+    student, teacher = (config.configure_model(tiny.tokenizer()) for _ in range(2))
+    config.seq_length = 0
+    found = {}
+    for choice in ("auto", "on"):
+        settings = DistillationConfig(fused_logits=choice)
+        settings.criterion = {settings.logit_layers: LogitsKLLoss(config)}
+        with mock.patch.object(_fusion, "logging") as logging:
+            found[choice] = _fusion.choose_fused(student, teacher, settings), logging.info.call_args.args[0]
+    return found
+
+
 def output_layers(cases):
     """Return, for each case of a changed output layer, the reason why it is not fused, or None."""
     from unittest import mock
@@ -184,6 +233,53 @@ def test_bf16_weights_are_accumulated_in_fp32(with_lm):
     for x, wanted in zip(mine[:2], expected[3:], strict=True):
         assert x.grad.dtype == torch.bfloat16
         torch.testing.assert_close(x.grad.double(), wanted, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_lm", [False, True])
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
+@pytest.mark.parametrize("rounded", [False, True], ids=["fp32 hidden states", "hidden states of an autocast layer"])
+def test_autocast_computes_what_an_output_layer_would(dtype, with_lm, cap, inside, rounded):
+    """Products in autocast's type, and fp32 gradients of fp32 weights as close to fp64 as those of plain layers."""
+    *tensors, labels = problem(64, 16, 24, 120)
+    tensors[:4] = [x * 0.5 for x in tensors[:4]]
+    if rounded:
+        tensors[0], tensors[2] = tensors[0].to(dtype), tensors[2].to(dtype)
+    labels = labels if with_lm else None
+
+    def gradients(loss):
+        leaves = [x.clone() for x in tensors]
+        for x in leaves[:2]:
+            x.requires_grad_()
+        with torch.autocast("cpu", dtype=dtype):
+            value = loss(*leaves)
+            if inside:
+                value.backward()
+        if not inside:
+            value.backward()
+        return value.detach(), leaves[0].grad, leaves[1].grad
+
+    def fused(*leaves):
+        losses = fused_linear_losses(*leaves, Objective(chunk_rows=5, student_cap=cap, teacher_cap=cap), labels)
+        return losses.divergence + losses.lm
+
+    def plain(student, weight, teacher, teacher_weight, mask):
+        z, y = F.linear(student, weight), F.linear(teacher, teacher_weight)
+        assert z.dtype == dtype
+        if cap:
+            z, y = (cap * torch.tanh(x / cap) for x in (z, y))
+        log_p, log_q = (x.float().log_softmax(-1) for x in (z, y))
+        value = ((log_q.exp() * (log_q - log_p)).sum(-1) * mask).sum()
+        return value if labels is None else value + (F.cross_entropy(z.float(), labels, reduction="none") * mask).sum()
+
+    exact = reference_on_ranks(tensors, labels, (1.0, 1.0), cap=cap)
+    wanted = [exact[0] + exact[1], *exact[3:]]
+    for mine, theirs, true in zip(gradients(fused), gradients(plain), wanted, strict=True):
+        assert mine.dtype == theirs.dtype
+        own, other = ((x.double() - true).norm() / true.norm() for x in (mine, theirs))
+        # Both round logits and their gradient, in another order.
+        assert own < 1.5 * other + 1e-4, (float(own), float(other))
 
 
 @pytest.mark.parametrize("with_lm", [False, True])
@@ -337,6 +433,27 @@ def test_trainings_are_the_same_with_and_without(trainings, layout, case):
             # fp32 sums in another order. Adam carries the rounding of the smallest gradients on at full size.
             common = {name: value for name, value in theirs.items() if "loss" in name}
             assert {name: mine[name] for name in common} == pytest.approx(common, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_reduction_of_ones_own_gets_the_loss_of_every_token(ranks, teacher_path, tmp_path, tp):
+    paths = [str(tmp_path / f"{fused}.yaml") for fused in ("auto", "off", "on")]
+    for path in paths:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(f"skip_lm_loss: false\nlogit_kl_direction: reverse\nfused_logits: {path.split('/')[-1][:-5]}\n")
+    for auto, off, on in ranks(tp).run(own_reduction, teacher_path, paths, tp):
+        assert len(auto) == len(off) == 3
+        for mine, theirs in zip(auto, off, strict=True):
+            common = {name: value for name, value in theirs.items() if "loss" in name}
+            assert {name: mine[name] for name in common} == pytest.approx(common, rel=1e-5)
+            assert mine["lm_loss"] > 1.0
+        assert "fused_logits='on' needs the loss reduction of DistillationGPTModel" in on
+
+
+def test_an_unknown_length_of_the_samples_is_not_worth_it(ranks):
+    (found,) = ranks(1).run(unknown_length)
+    assert found["auto"][0] is False and "the length of the samples is unknown" in found["auto"][1]
+    assert found["on"][0] is True
 
 
 @pytest.mark.parametrize(("cap", "expected"), [(30.0, 30.0), (None, None)])

@@ -19,7 +19,9 @@ only the model that weighs less masks it, the divergence is huge instead of infi
 
 from __future__ import annotations
 
+import contextlib
 import math
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -133,6 +135,20 @@ class Chunk:
             scale *= 0.5
         self.exp_z.mul_((-log_z).exp().mul_(scale).unsqueeze(-1))
         torch.mul(self.exp_z, factor, out=out)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the type in which autocast computes matrix products on a device; None if it is off."""
+    kind = device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Return a context in which products of fp32 numbers are fp32 although the caller uses autocast."""
+    if autocast_dtype(device) is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def shifted(source: Tensor, temperature: float, out: Tensor, maximum: Tensor | None = None) -> Tensor:

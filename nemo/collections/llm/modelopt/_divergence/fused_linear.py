@@ -13,6 +13,9 @@ depends on the values): it computes the logits again, and both gradients in one 
 With a vocabulary split over ranks, a chunk needs the collectives of its divergence (see ``vocab_parallel``); hidden
 states are whole on every rank, and their gradient is this rank's summand.
 
+Under autocast, logits and matrix products have autocast's type, as an output layer's would. Sums and the gradients of
+the inputs keep their own.
+
 Sources: the fused linear losses of Liger-Kernel (arXiv 2410.10989), here with two models and a split vocabulary.
 """
 
@@ -27,7 +30,7 @@ from torch import Tensor
 from nemo_modelopt_dropin.preflight import loss_memory
 
 from .._parallel import gather_tensors
-from .chunk import FORWARD, shifted
+from .chunk import FORWARD, autocast_dtype, shifted, without_autocast
 from .vocab_parallel import default_chunk_rows, divergence_with_gradient, scale_rows, token_chunks
 
 
@@ -90,24 +93,23 @@ def fused_linear_losses(
         objective: the divergence and its settings.
         labels: next tokens [n], for the language-model loss.
     """
-    return FusedLosses(
-        *_FusedLinear.apply(
-            student, student_weight, teacher.detach(), teacher_weight.detach(), token_weights.float(), objective, labels
-        )
-    )
+    models = student, student_weight, teacher.detach(), teacher_weight.detach()
+    dtype = autocast_dtype(student.device)
+    with without_autocast(student.device):
+        return FusedLosses(*_FusedLinear.apply(*models, token_weights.float(), objective, labels, dtype))
 
 
 class _FusedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, student_weight, teacher, teacher_weight, token_weights, objective, labels):
-        ctx.objective = objective
+    def forward(ctx, student, student_weight, teacher, teacher_weight, token_weights, objective, labels, dtype):
+        ctx.objective, ctx.dtype = objective, dtype
         ctx.weight = student_weight
         wants = ctx.needs_input_grad[:2]
         # Without a second loss, the gradient is known up to a factor.
         at_once = labels is None and any(wants)
         ctx.gradients = _Gradients(student, student_weight, *wants) if at_once else None
         sums = torch.zeros(3, dtype=torch.float64, device=student.device)
-        heads = _Heads(student, student_weight, teacher, teacher_weight, objective)
+        heads = _Heads(student, student_weight, teacher, teacher_weight, objective, dtype)
         for part in heads.chunks():
             z, y = heads.logits(part)
             weights = token_weights[part]
@@ -118,9 +120,7 @@ class _FusedLinear(torch.autograd.Function):
             sums[0] += (heads.divergence(z, y, z if at_once else None) * weights).sum()
             if at_once:
                 scale_rows(z, weights)
-                ctx.gradients.add(part, z if slope is None else z.mul_(slope))
-        if at_once:
-            ctx.gradients.inputs = ()  # no longer needed
+                ctx.gradients.add(part, z if slope is None else z.mul_(slope), *heads.inputs[0])
         if labels is not None:
             ctx.save_for_backward(student, student_weight, teacher, teacher_weight, token_weights, labels)
         divergence, lm, agreement = sums.float()
@@ -132,21 +132,22 @@ class _FusedLinear(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         factor = grad_divergence
         if ctx.saved_tensors:
-            gradients, factor = _gradients_of_two(ctx, grad_divergence, grad_lm), None
+            with without_autocast(grad_divergence.device):
+                gradients, factor = _gradients_of_two(ctx, grad_divergence, grad_lm), None
         elif gradients is None:
             raise RuntimeError(
                 "The gradient of the fused distillation loss was already used: it is scaled in place, so a second "
                 "backward pass needs a second forward pass."
             )
         d_hidden, d_weight = gradients.hand_out(factor, ctx.weight, ctx.objective.main_grad)
-        return d_hidden, d_weight, None, None, None, None, None
+        return d_hidden, d_weight, None, None, None, None, None, None
 
 
 def _gradients_of_two(ctx, grad_divergence, grad_lm) -> _Gradients:
     """Compute the logits again, and the gradient of both losses weighted by the incoming gradients."""
     student, student_weight, teacher, teacher_weight, token_weights, labels = ctx.saved_tensors
     gradients = _Gradients(student, student_weight, *ctx.needs_input_grad[:2])
-    heads = _Heads(student, student_weight, teacher, teacher_weight, ctx.objective)
+    heads = _Heads(student, student_weight, teacher, teacher_weight, ctx.objective, ctx.dtype)
     for part in heads.chunks():
         z, y = heads.logits(part)
         gradient = torch.empty_like(z)
@@ -155,14 +156,18 @@ def _gradients_of_two(ctx, grad_divergence, grad_lm) -> _Gradients:
         scale_rows(gradient, weights * grad_divergence)
         cross_entropy(z, labels[part], ctx.objective.group, gradient, weights * grad_lm)
         slope = heads.slope(z)
-        gradients.add(part, gradient if slope is None else gradient.mul_(slope))
+        gradients.add(part, gradient if slope is None else gradient.mul_(slope), *heads.inputs[0])
     return gradients
 
 
 class _Heads:
     """Both models' output layers, which compute the logits chunk by chunk."""
 
-    def __init__(self, student, student_weight, teacher, teacher_weight, objective: Objective):
+    def __init__(self, student, student_weight, teacher, teacher_weight, objective: Objective, dtype=None):
+        if dtype is not None:
+            student, student_weight, teacher, teacher_weight = (
+                x.to(dtype) for x in (student, student_weight, teacher, teacher_weight)
+            )
         self.inputs = ((student, student_weight), (teacher, teacher_weight))
         self.objective = objective
         rows = loss_memory.logits_rows(len(student), len(student_weight), student.element_size(), student.device.type)
@@ -200,16 +205,23 @@ class _Gradients:
     """d_hidden [n, h] in the hidden states' type, and d_weight [v, h] in fp32 (or wider)."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, wants_hidden: bool, wants_weight: bool):
-        self.inputs: tuple[Tensor, ...] = (hidden, weight)
         self.hidden = torch.empty_like(hidden) if wants_hidden else None
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
 
-    def add(self, part: slice, gradient: Tensor) -> None:
-        """Propagate the gradient of a chunk's logits [c, v] to hidden states and weight."""
-        hidden, weight = self.inputs
-        if self.hidden is not None:
+    def add(self, part: slice, gradient: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        """Propagate the gradient of a chunk's logits [c, v] to hidden states and weight.
+
+        Args:
+            part: the chunk.
+            gradient: [c, v].
+            hidden: [n, h] in the type of the logits.
+            weight: [v, h] in the type of the logits.
+        """
+        if self.hidden is not None and self.hidden.dtype == gradient.dtype:
             torch.mm(gradient, weight, out=self.hidden[part])
+        elif self.hidden is not None:
+            self.hidden[part] = torch.mm(gradient, weight)
         if self.weight is None:
             return
         if gradient.dtype == self.weight.dtype:

@@ -27,7 +27,7 @@ from torch import Tensor
 from nemo_modelopt_dropin.preflight import loss_memory
 
 from .._parallel import gather_tensors
-from .chunk import DIRECTIONS, FORWARD, JSD, REVERSE, Chunk
+from .chunk import DIRECTIONS, FORWARD, JSD, REVERSE, Chunk, without_autocast
 from .topk import topk_divergence
 
 __all__ = ["DIRECTIONS", "FORWARD", "JSD", "REVERSE", "kl_divergence"]
@@ -72,7 +72,9 @@ def kl_divergence(
         spare = flat
     elif reuse_teacher and flat_teacher.dtype == flat.dtype:
         spare = flat_teacher
-    loss = _KLDivergence.apply(flat, flat_teacher, temperature, direction, group, rows, topk, spare)
+    # Autocast would compute the expectations, which are products of fp32 numbers, in half precision.
+    with without_autocast(flat.device):
+        loss = _KLDivergence.apply(flat, flat_teacher, temperature, direction, group, rows, topk, spare)
     return loss.view(tokens)
 
 

@@ -24,6 +24,7 @@ class DeferredLogits:
     """The factors of the logits [s, b, v] of one model.
 
     Attributes:
+        input: [s, b, h], what the layer was called with.
         hidden: [s, b, h], the whole sequence.
         weight: [v, h], this rank's shard.
         layer: the output layer.
@@ -39,6 +40,7 @@ class DeferredLogits:
             weight: [v, h].
             layer: the layer.
         """
+        self.input = hidden
         if layer.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=True, group=layer.tp_group
@@ -49,6 +51,10 @@ class DeferredLogits:
         self.labels: Tensor | None = None
         self.pair: PairedLogits | None = None
         self.dtype = hidden.dtype  # of the logits
+
+    def compute(self) -> Tensor:
+        """Return the logits [s, b, v], as the layer would have."""
+        return type(self.layer).forward(self.layer, self.input, weight=self.weight)[0]
 
 
 class PairedLogits:
@@ -116,6 +122,17 @@ class SummedLoss:
             mask: [b, s].
         """
         return getattr(self._pair.sums(mask), self._name)
+
+
+def sums_tokens(reduction: Any) -> Any:
+    """Mark a loss reduction, a function or a method, as one that takes a `SummedLoss` in place of a tensor."""
+    reduction.takes_summed_loss = True
+    return reduction
+
+
+def takes_summed_loss(reduction: Any) -> bool:
+    """Return whether a loss reduction has the mark of `sums_tokens`; all others need the loss of every token."""
+    return getattr(getattr(reduction, "func", reduction), "takes_summed_loss", False) is True
 
 
 def softcap(layer: Any) -> float | None:

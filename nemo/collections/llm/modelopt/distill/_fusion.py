@@ -110,8 +110,9 @@ def choose_fused(student: Any, teacher: Any, settings: Any) -> bool:
             f"fused_logits='on' is not exact for this model: {reason}. Use 'auto', or change the model."
         )
     slower, sizes = slower_by(settings), None if reason else _sizes(student, teacher, settings)
-    if sizes is not None and settings.fused_logits == AUTO:
-        reason = _not_worth_it(sizes, slower)
+    if not reason and settings.fused_logits == AUTO:
+        unknown = "the length of the samples is unknown (seq_length of the student's configuration)"
+        reason = unknown if sizes is None else _not_worth_it(sizes, slower)
     if reason:
         logging.info(f"Distillation: output layers and logits loss are not fused: {reason}.")
         return False

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from nemo.utils import logging
 from torch import Tensor
 
 from modelopt.torch.distill.loss_balancers import STUDENT_LOSS_KEY
 
-from ._deferred_logits import DeferredLogits, SummedLoss
+from ..errors import ModelOptConfigError
+from ._deferred_logits import DeferredLogits, SummedLoss, takes_summed_loss
 from ._metrics import observed
 from ._pipeline_losses import losses_of_stages
 
@@ -29,6 +31,10 @@ def compute_kd_loss(self, student_loss: Tensor | None = None, loss_reduction_fn=
         with fused logits.
     """
     student, teacher = _captured_logits(self), _captured_logits(self.teacher_model)
+    deferred = isinstance(student, DeferredLogits)
+    if deferred and not takes_summed_loss(loss_reduction_fn):
+        student_loss = _compute_logits(self, student, teacher, student_loss, loss_reduction_fn)
+        student, teacher = _captured_logits(self), _captured_logits(self.teacher_model)
     observations = _observed(self, student, teacher) if self._distillation.observing else {}
     pair = None
     if isinstance(student, DeferredLogits) and isinstance(teacher, DeferredLogits):
@@ -46,9 +52,43 @@ def compute_kd_loss(self, student_loss: Tensor | None = None, loss_reduction_fn=
     losses |= {name: loss_reduction_fn((value, False, False)).detach() for name, value in observations.items()}
     if pair is not None:
         losses["top1_agreement"] = loss_reduction_fn(SummedLoss(pair, "agreement"))
-        if student_loss is not None:
-            losses["lm_loss"] = student_loss.detach()
+    if deferred and student_loss is not None:
+        losses["lm_loss"] = student_loss.detach()
     return losses
+
+
+def _compute_logits(self, student: Any, teacher: Any, student_loss: Any, loss_reduction_fn: Any) -> Any:
+    """Replace deferred logits by logits for a loss reduction that needs the loss of every token.
+
+    Later steps do not defer them any more.
+
+    Returns:
+        The reduced language-model loss of the student.
+
+    Raises:
+        ModelOptConfigError: If the settings demand the fused loss.
+    """
+    if self._distillation.settings.fused_logits == "on":
+        name = getattr(loss_reduction_fn, "__qualname__", loss_reduction_fn)
+        raise ModelOptConfigError(
+            "fused_logits='on' needs the loss reduction of DistillationGPTModel, which sums the losses of the tokens; "
+            f"{name} takes the loss of every token. Use 'auto'."
+        )
+    logging.info(
+        "Distillation: output layers and logits loss are not fused: the loss reduction is not that of "
+        "DistillationGPTModel and takes the loss of every token."
+    )
+    self._distillation.fused = False
+    with torch.no_grad():
+        of_teacher = teacher.compute()
+    logits = student.compute()
+    self.output_layer._intermediate_output = (logits, None)
+    self.teacher_model.output_layer._intermediate_output = (of_teacher, None)
+    if student.labels is None:
+        return student_loss
+    # A copy, because cross entropies work in place.
+    lm_loss = type(self).compute_language_model_loss(self, student.labels, logits.clone())
+    return lm_loss if loss_reduction_fn is None else loss_reduction_fn((lm_loss, False, False))
 
 
 def _observed(self, student: Any, teacher: Any) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from .._batches import Shown
 from .._parallel import gather_over_stages
 from .._saved_keys import strip_module_prefix
 from ._config import DistillationConfig
-from ._deferred_logits import SummedLoss
+from ._deferred_logits import SummedLoss, sums_tokens
 from ._pipeline_checks import check_student_layers, refuse_virtual_pipeline
 from ._plan import make_plan
 from ._reduction import DistillationValidation, Metrics
@@ -114,6 +114,7 @@ class _DistillationLossReduction(MaskedTokenLossReduction):
         sums, self._sums = self._sums, None
         return sums
 
+    @sums_tokens
     def _masked_token_loss(self, loss_output: Tensor, mask: Tensor):
         """Return the mean of a token loss over the unmasked tokens, a scalar with the same value on all ranks.
 
