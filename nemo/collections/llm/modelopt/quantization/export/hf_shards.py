@@ -163,7 +163,7 @@ class Writer:
             module = name.removesuffix(".weight")
             all_rows = len(index) == shape[0] and torch.equal(index, torch.arange(shape[0]))
             rows = layer if all_rows else layer.rows(index)
-            self.formats[module] = rows.algorithm, rows.facts
+            self.formats[module] = rows.format
             for leaf, value in self._layout.tensors(rows, self._dtype).items():
                 yield f"{module}.{leaf}", _own_memory(value)
 

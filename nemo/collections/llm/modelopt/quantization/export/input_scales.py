@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from .. import quant_cfg_choices as choices
 from . import hf_encoding
+from .layouts.layer import INT4
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def add_missing(core: torch.nn.Module, layers: dict[int, hf_encoding.Layer]) -> 
     fused = {id(fold.linear) for fold in folds(core)}
     for module in core.modules():
         layer = layers.get(id(module))
-        if layer is None or not layer.algorithm.startswith("W4"):
+        if layer is None or layer.algorithm not in INT4:
             continue
         layer.facts["pre_quant_scale"] = True
         if layer.pre_quant_scale is None and id(module) not in fused:

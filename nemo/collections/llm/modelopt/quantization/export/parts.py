@@ -19,7 +19,7 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 
 from ... import _parallel
 from ..._staging import ExportError
-from .layouts.layer import Layer, codes_of
+from .layouts.layer import BLOCK_2D, Layer, codes_of
 
 _EXPERTS = ".experts."
 _LOCAL_EXPERT = re.compile(r"(\.experts\.local_experts\.)(\d+)")
@@ -319,6 +319,10 @@ def _whole_layer(parts: list[Layer], axis: int | None, gated: bool) -> Layer:
         ExportError: If a scale that must be equal on all ranks differs.
     """
     first = parts[0]
+    if gated and axis == 0 and first.algorithm == "FP8_PB_WO" and _present(first.codes).shape[0] % (2 * BLOCK_2D):
+        raise ExportError(
+            f"Tensor-parallel ranks cut blocks of {BLOCK_2D} rows of a gate or up projection: export with fewer ranks."
+        )
     # Rows have one scale each; ranks that split the inputs hold the same ones. Blocks have their own.
     scale_axis = axis if first.scale.dim() == 2 and (axis == 0 or has_blocks(first)) else None
     return replace(
@@ -335,7 +339,9 @@ def _whole_layer(parts: list[Layer], axis: int | None, gated: bool) -> Layer:
 
 def has_blocks(layer: Layer) -> bool:
     """Return whether the scales of a layer's weight belong to blocks of its inputs."""
-    return layer.scale.dim() == 2 and (layer.scale.shape[1] > 1 or "group_size" in layer.facts)
+    return layer.scale.dim() == 2 and (
+        layer.scale.shape[1] > 1 or "group_size" in layer.facts or layer.algorithm == "FP8_PB_WO"
+    )
 
 
 def _present(value: torch.Tensor | None) -> torch.Tensor:

@@ -12,13 +12,23 @@ from typing import Any
 
 import torch
 
-from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 
-_E4M3 = (4, 3)
+from ...._staging import ExportError
+from . import blocks
+
+# Formats by the kind of their codes.
+FP4 = frozenset({"NVFP4", "NVFP4_AWQ", "W4A16_NVFP4"})
+FP8 = frozenset({"FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "FP8_WO", "MXFP8"})
+INT8 = frozenset({"W8A8_SQ_PER_CHANNEL", "W8A16"})
+INT4 = frozenset({"W4A16_AWQ", "W4A8_AWQ"})
+# Formats with one scale for each output.
+BY_CHANNEL = INT8 | {"FP8_PER_CHANNEL_PER_TOKEN", "FP8_WO"}
+# Rows and columns that share a scale in FP8_PB_WO.
+BLOCK_2D = 128
+
+_E2M1, _E4M3, _E8M0 = (2, 1), (4, 3), (8, 0)
 _E4M3_MAX = 448.0
-# The largest value of each format's codes, by which modelopt's fake quantizers divide amax.
-MAXBOUND = {"FP8": _E4M3_MAX, "W8": 127.0, "W4": 7.0}
 # modelopt's quantizers treat an amax up to this value as zero.
 _ZERO_AMAX = 2.0**-24
 # Readers divide by scales, and a GPU flushes smaller numbers to zero.
@@ -30,9 +40,9 @@ class Layer:
     """What is stored for one linear layer of this rank.
 
     Attributes:
-        algorithm: Name of the format in `HF_FORMATS`, modelopt's ``quant_algo``.
-        scale: Scale of the weight: a scalar, `[o, 1]` or `[o, n]`.
-        scale_2: Scale of the second step of W4A8, a scalar.
+        algorithm: Name of the format in `HF_FORMATS`.
+        scale: Scale of the weight in the dtype that is stored: a scalar, `[o, 1]`, `[o, n]`, or `[o/128, i/128]`.
+        scale_2: Scale of the tensor for NVFP4, of the second step for W4A8, a scalar.
         input_scale: Scale of the input, a scalar.
         pre_quant_scale: Factors `[i]` of the input.
         facts: Further entries of the quantization configuration.
@@ -47,6 +57,16 @@ class Layer:
     facts: dict[str, Any] = field(default_factory=dict)
     codes: torch.Tensor | None = None
 
+    @property
+    def format(self) -> tuple[str, dict[str, Any]]:
+        """The format and the further facts, for the configuration.
+
+        NVFP4 with AWQ is plain NVFP4 if the factors of the input are stored elsewhere.
+        """
+        if self.algorithm == "NVFP4_AWQ" and self.pre_quant_scale is None:
+            return "NVFP4", {"group_size": self.facts["group_size"]}
+        return self.algorithm, dict(self.facts)
+
     def rows(self, index: torch.Tensor) -> Layer:
         """Return what is stored for some of the output rows, in the order of the index.
 
@@ -55,43 +75,115 @@ class Layer:
 
         Returns:
             A layer with the same input; its scales of whole tensors are shared.
+
+        Raises:
+            ExportError: If the rows cut a block of rows that share a scale.
         """
-        codes = None if self.codes is None else _rows(self.codes, index)
-        scale = self.scale if self.scale.dim() == 0 else _rows(self.scale, index)
+        codes = None if self.codes is None else _select(self.codes, index)
+        scale = self.scale
+        if self.algorithm == "FP8_PB_WO":
+            scale = _select(scale, _blocks_of_rows(index))
+        elif scale.dim() > 0:
+            scale = _select(scale, index)
         return replace(self, codes=codes, scale=scale, facts=dict(self.facts))
 
 
-def _rows(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def _select(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     # Not all devices can select rows of FP8, so its bytes are selected.
     found = tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
     return found[index.to(tensor.device)].view(tensor.dtype)
 
 
-def algorithm_of(weight: list[dict[str, Any]], has_input: bool, has_pre_quant_scale: bool) -> str | None:
+def _blocks_of_rows(index: torch.Tensor) -> torch.Tensor:
+    """Return the numbers of the blocks that some rows consist of.
+
+    Raises:
+        ExportError: If the rows are not whole blocks.
+    """
+    index = index.cpu()
+    starts = index[::BLOCK_2D]
+    whole = (starts[:, None] + torch.arange(BLOCK_2D)).flatten()
+    if not torch.equal(whole, index) or bool((starts % BLOCK_2D != 0).any()):
+        raise ExportError(
+            f"A block of {BLOCK_2D} x {BLOCK_2D} weights shares a scale, and the rows of one Hugging Face tensor are "
+            f"not whole blocks of {BLOCK_2D} rows of the Megatron layer. Export the nemo format, or quantize with fp8."
+        )
+    return starts // BLOCK_2D
+
+
+def algorithm_of(
+    weight: list[dict[str, Any]], has_input: bool, has_pre_quant_scale: bool, inputs: dict[str, Any] | None = None
+) -> str | None:
     """Return the format of a layer that can be stored, or None for all others.
 
     Args:
         weight: ``num_bits``, ``axis`` and ``block_sizes`` of each step of the weight quantizer.
         has_input: Whether the input is quantized.
         has_pre_quant_scale: Whether the input is scaled first.
+        inputs: ``num_bits``, ``block_sizes`` and ``type`` of the input quantizer; None if they were not looked up.
     """
-    bits = [tuple(b) if isinstance(b := step["num_bits"], (tuple, list)) else b for step in weight]
-    blocks = weight[0].get("block_sizes") or {}
-    dynamic = any((step.get("block_sizes") or {}).get("type") == "dynamic" for step in weight)
-    if dynamic or set(blocks) - {-1, "type", "scale_bits"}:
+    bits = [_plain(step["num_bits"]) for step in weight]
+    sizes = dict(weight[0].get("block_sizes") or {})
+    scale_bits, kind = _plain(sizes.pop("scale_bits", None)), sizes.pop("type", None) or "static"
+    if bits == [_E2M1]:
+        found = _fp4(sizes, scale_bits, has_input, has_pre_quant_scale)
+    elif bits == [_E4M3]:
+        found = _fp8(sizes, scale_bits, kind, weight[0].get("axis"), has_input)
+        found = None if has_pre_quant_scale else found
+    elif kind == "dynamic" or set(sizes) - {-1}:
+        found = None
+    else:
+        found = _integer(bits, bool(sizes), has_input)
+    return found if inputs is None or not has_input or _is_expected_input(found, inputs) else None
+
+
+def _plain(bits: Any) -> Any:
+    return tuple(bits) if isinstance(bits, (tuple, list)) else bits
+
+
+def _fp4(sizes: dict, scale_bits: Any, has_input: bool, has_pre_quant_scale: bool) -> str | None:
+    if set(sizes) != {-1} or scale_bits != _E4M3:
         return None
-    if bits == [4, _E4M3] and blocks:
+    if has_input:
+        return "NVFP4_AWQ" if has_pre_quant_scale else "NVFP4"
+    return None if has_pre_quant_scale else "W4A16_NVFP4"
+
+
+def _fp8(sizes: dict, scale_bits: Any, kind: str, axis: Any, has_input: bool) -> str | None:
+    if sizes == {-1: 32} and scale_bits == _E8M0 and kind == "dynamic":
+        return "MXFP8" if has_input else None
+    if sizes == {-1: BLOCK_2D, -2: BLOCK_2D} and scale_bits is None and kind == "static":
+        return None if has_input else "FP8_PB_WO"
+    if sizes:
+        return None
+    if axis in (0, (0,)):
+        return "FP8_PER_CHANNEL_PER_TOKEN" if has_input else "FP8_WO"
+    return None if axis is not None else "FP8" if has_input else "FP8_WO"
+
+
+def _integer(bits: list[Any], has_blocks: bool, has_input: bool) -> str | None:
+    if bits == [4, _E4M3] and has_blocks:
         return "W4A8_AWQ"
-    if bits == [4] and blocks and not has_input:
+    if bits == [4] and has_blocks and not has_input:
         return "W4A16_AWQ"
-    if bits == [8] and not blocks:
+    if bits == [8] and not has_blocks:
         return "W8A8_SQ_PER_CHANNEL" if has_input else "W8A16"
-    if bits == [_E4M3] and not blocks and weight[0].get("axis") is None and has_input and not has_pre_quant_scale:
-        return "FP8"
     return None
 
 
-def settings_of(module: torch.nn.Module) -> tuple[list[dict[str, Any]], bool, bool] | None:
+def _is_expected_input(algorithm: str | None, inputs: dict[str, Any]) -> bool:
+    """Return whether an input quantizer is the one that a format implies."""
+    bits, sizes = _plain(inputs["num_bits"]), dict(inputs.get("block_sizes") or {})
+    is_dynamic = inputs.get("type") == "dynamic" or sizes.get("type") == "dynamic"
+    if algorithm in FP4 or algorithm == "MXFP8":
+        expected = (_E2M1, _E4M3) if algorithm in FP4 else (_E4M3, _E8M0)
+        return (bits, _plain(sizes.get("scale_bits"))) == expected and bool(sizes.get(-1))
+    if algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
+        return bits == _E4M3 and is_dynamic and -1 in sizes
+    return bits == (8 if algorithm in INT8 else _E4M3) and not sizes and not is_dynamic
+
+
+def settings_of(module: torch.nn.Module) -> tuple[list[dict[str, Any]], bool, bool, dict[str, Any] | None] | None:
     """Return the arguments of `algorithm_of` for a layer, or None if its weight is not quantized."""
     quantizer = getattr(module, "weight_quantizer", None)
     if not isinstance(quantizer, (TensorQuantizer, SequentialQuantizer)):
@@ -99,58 +191,104 @@ def settings_of(module: torch.nn.Module) -> tuple[list[dict[str, Any]], bool, bo
     steps = [step for step in _steps(quantizer) if step.is_enabled]
     if not steps:
         return None
-    inputs = getattr(module, "input_quantizer", None)
+    inputs: Any = getattr(module, "input_quantizer", None)
     has_input = isinstance(inputs, TensorQuantizer) and inputs.is_enabled
     settings = [{"num_bits": s.num_bits, "axis": s.axis, "block_sizes": s.block_sizes} for s in steps]
-    return settings, has_input, getattr(inputs, "pre_quant_scale", None) is not None
+    of_input = None
+    if has_input:
+        kind = "dynamic" if getattr(inputs, "_dynamic", False) else "static"
+        of_input = {"num_bits": inputs.num_bits, "block_sizes": inputs.block_sizes, "type": kind}
+    return settings, has_input, getattr(inputs, "pre_quant_scale", None) is not None, of_input
 
 
 def read(module: torch.nn.Module) -> Layer | None:
-    """Return what is stored for a converted layer, or None if its format cannot be stored."""
+    """Return what is stored for a converted layer, or None if its format cannot be stored.
+
+    The codes are not computed; see `codes_of`.
+    """
     settings = settings_of(module)
     algorithm = algorithm_of(*settings) if settings else None
     if settings is None or algorithm is None:
         return None
-    steps = [step for step in _steps(module.weight_quantizer) if step.is_enabled]
-    if steps[0].amax is None:
+    steps = _enabled_steps(module)
+    if steps[0].amax is None and algorithm != "MXFP8":
         return None
     inputs: Any = getattr(module, "input_quantizer", None)
-    has_input = settings[1]
     pre = getattr(inputs, "pre_quant_scale", None)
-    scale = positive_scale(steps[0].amax, steps[0].maxbound)
-    facts: dict[str, Any] = {}
-    if algorithm.startswith("W4"):
-        facts = {
-            "group_size": int(steps[0].block_sizes[-1]),
-            "has_zero_point": False,
-            "pre_quant_scale": pre is not None,
-        }
-    rows = module.weight.shape[0]
-    if algorithm.startswith("W8"):
-        scale = scale.reshape(-1, 1).expand(rows, 1)
+    scale, scale_2 = _scales(algorithm, module, steps)
+    has_input_scale = settings[1] and algorithm not in ("MXFP8", "FP8_PER_CHANNEL_PER_TOKEN")
     return Layer(
         algorithm,
-        scale.reshape(rows, -1) if scale.numel() > 1 else scale.reshape(()),
-        scale_2=_scalar(steps[1], steps[1].amax) if len(steps) > 1 else None,
-        input_scale=_scalar(inputs, _input_amax(inputs)) if has_input and inputs.amax is not None else None,
+        scale,
+        scale_2,
+        input_scale=_input_scale(inputs) if has_input_scale and inputs.amax is not None else None,
         pre_quant_scale=None if pre is None else pre.detach().float().reshape(-1),
-        facts=facts,
+        facts=_facts(algorithm, steps[0].block_sizes, pre is not None),
     )
+
+
+def _scales(algorithm: str, module: torch.nn.Module, steps: list[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the scale of a layer's weight and that of the tensor or the second step, if there is one."""
+    weight: Any = module.weight
+    rows, step = weight.shape[0], steps[0]
+    if algorithm == "MXFP8":
+        return blocks.mxfp8_scale(blocks.largest(weight, step.block_sizes[-1])), None
+    if algorithm in FP4:
+        scale_2 = positive_scale(_nvfp4_amax(step), blocks.NVFP4_MAXBOUND).amax().reshape(())
+        return blocks.nvfp4_scale(_nvfp4_block_amax(weight, step), scale_2), scale_2
+    scale = positive_scale(step.amax, step.maxbound)
+    if algorithm == "FP8_PB_WO":
+        if any(length % BLOCK_2D for length in weight.shape):
+            raise ExportError(
+                f"A weight of {list(weight.shape)} does not consist of whole blocks of {BLOCK_2D} x {BLOCK_2D}."
+            )
+        return scale.reshape(rows // BLOCK_2D, -1), None
+    if algorithm in BY_CHANNEL:
+        return scale.reshape(-1, 1).expand(rows, 1), None
+    scale_2 = positive_scale(steps[1].amax, steps[1].maxbound).amax().reshape(()) if len(steps) > 1 else None
+    return scale.reshape(rows, -1) if scale.numel() > 1 else scale.reshape(()), scale_2
+
+
+def _nvfp4_amax(quantizer: Any) -> torch.Tensor:
+    """Return the amax of the tensor; a quantizer with static blocks holds it separately."""
+    found = getattr(quantizer, "global_amax", None)
+    return quantizer.amax if found is None else found
+
+
+def _nvfp4_block_amax(weight: torch.Tensor, quantizer: Any) -> torch.Tensor:
+    """Return the amax `[o, n]` of blocks, from the calibration if the blocks are static."""
+    if getattr(quantizer, "global_amax", None) is not None:
+        return quantizer.amax.detach().float().reshape(weight.shape[0], -1)
+    return blocks.largest(weight, quantizer.block_sizes[-1])
+
+
+def _facts(algorithm: str, sizes: Any, has_pre_quant_scale: bool) -> dict[str, Any]:
+    """Return the entries of modelopt's configuration besides the name of the format."""
+    if algorithm in INT4 or algorithm == "NVFP4_AWQ":
+        return {"group_size": int(sizes[-1]), "has_zero_point": False, "pre_quant_scale": has_pre_quant_scale}
+    return {"group_size": int(sizes[-1])} if algorithm in FP4 or algorithm == "MXFP8" else {}
 
 
 def _steps(quantizer: Any) -> list[Any]:
     return list(quantizer) if isinstance(quantizer, SequentialQuantizer) else [quantizer]
 
 
-def _scalar(quantizer: Any, amax: torch.Tensor) -> torch.Tensor:
-    return positive_scale(amax, quantizer.maxbound).amax().reshape(())
+def _enabled_steps(module: torch.nn.Module) -> list[Any]:
+    return [step for step in _steps(module.weight_quantizer) if step.is_enabled]
+
+
+def _input_scale(quantizer: Any) -> torch.Tensor:
+    maxbound = quantizer.maxbound
+    if _plain(quantizer.num_bits) == _E2M1:
+        maxbound = blocks.NVFP4_MAXBOUND
+    return positive_scale(_input_amax(quantizer), maxbound).amax().reshape(())
 
 
 def _input_amax(quantizer: Any) -> torch.Tensor:
     """Return the amax that an input quantizer applies; for FP8, modelopt replaces zero by one."""
     amax = quantizer.amax.detach().float()
-    is_float = not isinstance(quantizer.num_bits, int)
-    return torch.where(amax <= _ZERO_AMAX, torch.ones_like(amax), amax) if is_float else amax
+    is_fp8 = _plain(quantizer.num_bits) == _E4M3
+    return torch.where(amax <= _ZERO_AMAX, torch.ones_like(amax), amax) if is_fp8 else amax
 
 
 def positive_scale(amax: torch.Tensor, maxbound: float) -> torch.Tensor:
@@ -159,49 +297,68 @@ def positive_scale(amax: torch.Tensor, maxbound: float) -> torch.Tensor:
 
 
 def codes_of(module: torch.nn.Module, layer: Layer) -> torch.Tensor:
-    """Return the codes `[o, i]` to which a layer's weight quantizer rounds its weight; INT4 codes are one int8 each.
+    """Return the codes `[o, i]` to which a layer's weight quantizer rounds its weight, one in each element.
 
     The quantizer returns code times scale. Dividing by the scale restores the code exactly, for any arithmetic that the
     quantizer uses on this device. Rounding the weight here could break ties differently, and bf16 weights have many.
+    On a CPU, NVFP4 and MXFP8 are rounded here, because modelopt has only CUDA kernels for them.
 
     Args:
         module: The converted layer, with the weight of this rank.
         layer: The result of `read` for it.
+
+    Returns:
+        INT8 and INT4 codes as int8, FP8 codes as FP8 E4M3, FP4 codes as uint8 numbers from 0 to 15.
     """
-    weight: Any = module.weight
-    quantizer = next(step for step in _steps(module.weight_quantizer) if step.is_enabled)
-    on_grid = quantizer(weight.detach().float())
-    return nearest_codes(layer.algorithm, on_grid / per_element(layer.scale.to(on_grid.device), on_grid.shape[-1]))
+    weight: Any = module.weight.detach()
+    step = _enabled_steps(module)[0]
+    on_grid = step(weight.float()) if weight.is_cuda or layer.algorithm not in FP4 | {"MXFP8"} else None
+    if layer.algorithm in FP4:
+        assert layer.scale_2 is not None
+        block_amax = _nvfp4_block_amax(weight, step)
+        return blocks.nvfp4_codes(weight, block_amax, layer.scale, layer.scale_2, on_grid)
+    if layer.algorithm == "MXFP8":
+        return blocks.mxfp8_codes(weight if on_grid is None else on_grid, layer.scale)
+    assert on_grid is not None
+    return nearest_codes(layer.algorithm, on_grid / per_element(layer.scale.to(on_grid.device), on_grid.shape))
 
 
-def values_of(layer: Layer, codes: torch.Tensor) -> torch.Tensor:
-    """Return the fp32 weight `[o, i]` for codes; encoding it results into the same codes."""
-    return codes.float() * per_element(layer.scale.to(codes.device), codes.shape[-1])
+def values_of(layer: Layer, codes: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the fp32 weight `[o, i]` of a layer, without the second step of W4A8 and without ``pre_quant_scale``.
+
+    Args:
+        layer: The layer.
+        codes: Codes in the place of the layer's.
+    """
+    codes = layer.codes if codes is None else codes
+    assert codes is not None
+    values, scale = codes.float(), layer.scale.to(codes.device).float()
+    if layer.algorithm in FP4:
+        assert layer.scale_2 is not None
+        values, scale = blocks.e2m1_values(codes), scale * layer.scale_2.to(codes.device).float()
+    elif layer.algorithm == "MXFP8":
+        scale = blocks.e8m0_values(scale)
+    return values * per_element(scale, values.shape)
 
 
 def nearest_codes(algorithm: str, scaled: torch.Tensor) -> torch.Tensor:
-    """Return the codes nearest to a weight in units of its scale."""
-    if algorithm == "FP8":
+    """Return the codes nearest to a weight in units of its scale, for formats other than NVFP4."""
+    if algorithm in FP8:
         return scaled.clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
-    lowest, highest = (-128, 127) if algorithm.startswith("W8") else (-8, 7)
+    lowest, highest = (-128, 127) if algorithm in INT8 else (-8, 7)
     return scaled.round().clamp(lowest, highest).to(torch.int8)
 
 
-def per_element(scale: torch.Tensor, width: int) -> torch.Tensor:
-    """Return a scale that broadcasts against `[o, i]`; those of blocks `[o, n]` are repeated to the width."""
-    if scale.dim() < 2 or scale.shape[-1] == 1:
-        return scale
-    return scale.repeat_interleave(width // scale.shape[-1], dim=-1)
-
-
-def static_quantizer(algorithm: str, scale: torch.Tensor) -> TensorQuantizer:
-    """Return modelopt's quantizer for a stored scale, so that ties are rounded as in modelopt.
+def per_element(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Return a scale that broadcasts against a weight `[o, i]`; those of blocks are repeated.
 
     Args:
-        algorithm: ``quant_algo``, or "FP8" for a second step.
-        scale: The scale of the input or of the second step, a scalar.
+        scale: A scalar, `[o, 1]`, `[o, n]`, or one number for each block of rows and columns.
+        shape: Shape of the weight.
     """
-    is_integer = algorithm.startswith("W8")
-    settings = QuantizerAttributeConfig(num_bits=8 if is_integer else _E4M3)
-    maxbound = MAXBOUND["W8" if is_integer else "FP8"]
-    return TensorQuantizer(settings, amax=scale.detach().float().reshape(()) * maxbound)
+    if scale.dim() < 2:
+        return scale
+    for axis, length in enumerate(shape):
+        if scale.shape[axis] not in (1, length):
+            scale = scale.repeat_interleave(-(-length // scale.shape[axis]), dim=axis).narrow(axis, 0, length)
+    return scale

@@ -8,6 +8,7 @@ Axes: o output, i input features, n blocks of the input.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,34 +16,24 @@ import torch
 
 from nemo_modelopt_dropin.preflight.algorithms import HF_FORMATS
 
-from .layer import MAXBOUND, Layer, nearest_codes, per_element, static_quantizer
+from .inputs import static_quantizer
+from .layer import BLOCK_2D, BY_CHANNEL, FP4, INT4, INT8, Layer, nearest_codes, per_element, values_of
 
-# The sixteen values of FP4 E2M1 by their code.
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-
+NAME = "modelopt"
+# Formats that this layout has a name for.
+ALGORITHMS = frozenset({"FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MXFP8"} | FP4 | INT4 | INT8)
+# The last parts of the names of a quantized layer's tensors; the first is that of the codes.
+LEAVES = ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale")
 # Values of ``quant_algo`` that `decode` supports.
-DECODABLE = frozenset(HF_FORMATS)
+DECODABLE = ALGORITHMS
+# modelopt writes this name in lower case, and TensorRT-LLM expects it so; vLLM accepts both.
+_WRITTEN_AS = {"FP8_PB_WO": "fp8_pb_wo"}
+_MIXED = "MIXED_PRECISION"
+
+Formats = Mapping[str, tuple[str, dict[str, Any]]]
 
 
-def is_encoded_here(algorithm: str) -> bool:
-    """Return whether `encode`, and not modelopt's writer, makes the codes of a ``quant_algo``."""
-    return algorithm in HF_FORMATS and HF_FORMATS[algorithm].encoded_here
-
-
-def encode(algorithm: str, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return the codes of a weight `[o, i]` as they are stored; the scale is a scalar, `[o, 1]` or `[o, n]`."""
-    maxbound = next(bound for prefix, bound in MAXBOUND.items() if algorithm.startswith(prefix))
-    # modelopt's quantizers multiply by the reciprocal; `w / (amax / maxbound)` would break ties differently.
-    reciprocal = maxbound / (scale.float() * maxbound)
-    return pack(algorithm, nearest_codes(algorithm, weight.float() * per_element(reciprocal, weight.shape[-1])))
-
-
-def pack(algorithm: str, codes: torch.Tensor) -> torch.Tensor:
-    """Return codes `[o, i]`, one in each element, as they are stored."""
-    if not algorithm.startswith("W4"):
-        return codes.contiguous()
-    # Two neighbouring output rows share a byte, the lower one in the lower half.
-    return ((codes[0::2] & 0x0F) | (codes[1::2] << 4)).view(torch.uint8).contiguous()
+# --- tensors ----------------------------------------------------------------------------------------------------------
 
 
 def tensors(layer: Layer, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -57,62 +48,108 @@ def tensors(layer: Layer, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """
     if layer.codes is None:
         raise RuntimeError("The layer has no codes.")
-    scale = layer.scale.squeeze(-1) if layer.algorithm.startswith("W8") else layer.scale
+    scale = layer.scale
+    if layer.algorithm in BY_CHANNEL:
+        scale = scale.squeeze(-1)
+    elif layer.algorithm == "FP8_PB_WO":
+        scale = scale[:, None, :, None]
+    pre = layer.pre_quant_scale
     found = {
         "weight": pack(layer.algorithm, layer.codes),
         "weight_scale": scale,
         "weight_scale_2": layer.scale_2,
         "input_scale": layer.input_scale,
-        "pre_quant_scale": None if layer.pre_quant_scale is None else layer.pre_quant_scale.to(dtype),
+        "pre_quant_scale": None if pre is None else pre.to(dtype),
     }
     return {leaf: value.cpu().contiguous() for leaf, value in found.items() if value is not None}
 
 
+def layer_of(algorithm: str, facts: dict[str, Any], stored: Mapping[str, torch.Tensor]) -> Layer:
+    """Return the layer that stored tensors belong to; the inverse of `tensors`.
+
+    Args:
+        algorithm: Name of the format in `HF_FORMATS`.
+        facts: Further entries of the configuration.
+        stored: The layer's tensors by the last part of their names.
+    """
+    scale = stored["weight_scale"]
+    if algorithm in BY_CHANNEL:
+        scale = scale.reshape(-1, 1)
+    elif algorithm == "FP8_PB_WO":
+        scale = scale.reshape(scale.shape[0], -1)
+    return Layer(
+        algorithm,
+        scale,
+        scale_2=stored.get("weight_scale_2"),
+        input_scale=stored.get("input_scale"),
+        pre_quant_scale=stored.get("pre_quant_scale"),
+        facts=dict(facts),
+        codes=unpack(algorithm, stored["weight"]),
+    )
+
+
+def pack(algorithm: str, codes: torch.Tensor) -> torch.Tensor:
+    """Return codes `[o, i]`, one in each element, as they are stored."""
+    if algorithm in FP4:
+        # Two neighbouring inputs share a byte, the lower one in the lower half.
+        return (codes[:, 0::2] | (codes[:, 1::2] << 4)).contiguous()
+    if algorithm in INT4:
+        # Two neighbouring output rows share a byte, the lower one in the lower half.
+        return ((codes[0::2] & 0x0F) | (codes[1::2] << 4)).view(torch.uint8).contiguous()
+    return codes.contiguous()
+
+
 def unpack(algorithm: str, stored: torch.Tensor) -> torch.Tensor:
-    """Return stored codes, one in each element, as `codes_of` does."""
-    if not algorithm.startswith("W4"):
+    """Return stored codes, one in each element, as in `Layer.codes`."""
+    if algorithm in FP4:
+        return torch.stack((stored & 0x0F, stored >> 4), dim=-1).flatten(-2)
+    if algorithm not in INT4:
         return stored
     signed = stored.view(torch.int8)
     # Shifting an int8 right keeps the sign; the lower half is shifted to the left first.
     return torch.stack(((signed << 4) >> 4, signed >> 4), dim=1).flatten(0, 1)
 
 
-def decode(algorithm: str, tensors: dict[str, torch.Tensor], second_step: bool = True) -> torch.Tensor:
+def decode(
+    algorithm: str, stored: Mapping[str, torch.Tensor], second_step: bool = True, facts: dict[str, Any] | None = None
+) -> torch.Tensor:
     """Return the dequantized fp32 weight `[o, i]` of a layer's stored tensors, without ``pre_quant_scale``.
 
     Args:
-        algorithm: ``quant_algo``.
-        tensors: The layer's tensors by the last part of their names.
+        algorithm: Name of the format in `HF_FORMATS`.
+        stored: The layer's tensors by the last part of their names.
         second_step: Round to FP8 after INT4 if there is a ``weight_scale_2`` for it (W4A8).
+        facts: Further entries of the configuration.
 
     Raises:
-        KeyError: For an algorithm that is not in `DECODABLE`.
+        KeyError: For a format that this layout does not have.
     """
-    codes, scale = tensors["weight"], tensors["weight_scale"].float()
-    if algorithm == "FP8":
-        return codes.float() * scale
-    if algorithm.startswith("W8"):
-        return codes.float() * _column(scale)
-    if algorithm.startswith("NVFP4"):
-        table = torch.tensor(_E2M1)
-        values = table[torch.stack((codes & 0x0F, codes >> 4), dim=-1).long()].flatten(-2)
-        return values * per_element(scale * tensors["weight_scale_2"].float(), values.shape[-1])
-    if not algorithm.startswith("W4A16") and not algorithm.startswith("W4A8_AWQ"):
+    if algorithm not in ALGORITHMS:
         raise KeyError(algorithm)
-    values = unpack(algorithm, codes).float()
-    weight = values * per_element(scale, values.shape[-1])
-    if not second_step or "weight_scale_2" not in tensors:
+    layer = layer_of(algorithm, facts or {}, stored)
+    weight = values_of(layer)
+    if not second_step or algorithm not in INT4 or layer.scale_2 is None:
         return weight
-    return static_quantizer("FP8", tensors["weight_scale_2"])(weight)
+    return static_quantizer("FP8", layer.scale_2)(weight)
 
 
-def _column(scale: torch.Tensor) -> torch.Tensor:
-    return scale[:, None] if scale.dim() == 1 else scale
+def is_encoded_here(algorithm: str) -> bool:
+    """Return whether `encode`, and not modelopt's writer, makes the codes of a ``quant_algo``."""
+    return algorithm in HF_FORMATS and HF_FORMATS[algorithm].encoded_here
 
 
-def quant_config(
-    formats: Mapping[str, tuple[str, dict[str, Any]]], excluded: list[str], kv_cache: str | None
-) -> dict[str, Any]:
+def encode(algorithm: str, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return the codes of a weight `[o, i]` as they are stored; the scale is a scalar, `[o, 1]` or `[o, n]`."""
+    maxbound = 448.0 if algorithm == "FP8" else 127.0 if algorithm in INT8 else 7.0
+    # modelopt's quantizers multiply by the reciprocal; `w / (amax / maxbound)` would break ties differently.
+    reciprocal = maxbound / (scale.float() * maxbound)
+    return pack(algorithm, nearest_codes(algorithm, weight.float() * per_element(reciprocal, weight.shape)))
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+
+def quant_config(formats: Formats, excluded: list[str], kv_cache: str | None) -> dict[str, Any]:
     """Return the content of ``hf_quant_config.json``.
 
     Args:
@@ -120,13 +157,15 @@ def quant_config(
         excluded: Names of the linear layers in 16 bits.
         kv_cache: ``kv_cache_quant_algo``.
     """
-    algorithm, facts = next(iter(formats.values()), (None, {}))
-    return configuration(algorithm, facts, excluded, kv_cache)
+    different = [entry for number, entry in enumerate(formats.values()) if entry not in list(formats.values())[:number]]
+    if len(different) <= 1:
+        algorithm, facts = next(iter(different), (None, {}))
+        return configuration(algorithm, facts, excluded, kv_cache)
+    layers = {name: {"quant_algo": _written(algorithm), **facts} for name, (algorithm, facts) in formats.items()}
+    return configuration(_MIXED, {"quantized_layers": layers}, excluded, kv_cache)
 
 
-def section(
-    formats: Mapping[str, tuple[str, dict[str, Any]]], excluded: list[str], kv_cache: str | None
-) -> dict[str, Any]:
+def section(formats: Formats, excluded: list[str], kv_cache: str | None) -> dict[str, Any]:
     """Return ``quantization_config`` of ``config.json``; the arguments are those of `quant_config`."""
     return config_section(quant_config(formats, excluded, kv_cache))
 
@@ -137,10 +176,34 @@ def configuration(
     """Return the content of ``hf_quant_config.json``; the algorithm is None if only the KV cache is quantized."""
     import modelopt
 
-    quantization = {"quant_algo": algorithm, "exclude_modules": sorted(excluded), **facts}
+    quantization = {"quant_algo": _written(algorithm), "exclude_modules": sorted(excluded), **facts}
     if kv_cache:
         quantization["kv_cache_quant_algo"] = kv_cache
     return {"producer": {"name": "modelopt", "version": modelopt.__version__}, "quantization": quantization}
+
+
+def _written(algorithm: str | None) -> str | None:
+    return None if algorithm is None else _WRITTEN_AS.get(algorithm, algorithm)
+
+
+def formats_of(section: Mapping[str, Any]) -> dict[str | None, tuple[str, dict[str, Any]]]:
+    """Return the formats in a ``quantization_config`` by the layer's name; None is the name for all layers.
+
+    Args:
+        section: The result of `section`, or the part ``quantization`` of ``hf_quant_config.json``.
+    """
+    layers = section.get("quantized_layers")
+    if layers is not None:
+        return {name: _format(entry) for name, entry in layers.items()}
+    return {None: _format(section)} if section.get("quant_algo") else {}
+
+
+def _format(entry: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    algorithm = str(entry["quant_algo"]).upper()
+    facts = {key: entry[key] for key in ("group_size", "has_zero_point", "pre_quant_scale") if key in entry}
+    if algorithm in FP4 | {"MXFP8"}:
+        facts.setdefault("group_size", 32 if algorithm == "MXFP8" else 16)
+    return algorithm, facts
 
 
 def config_section(quant_config: dict[str, Any]) -> dict[str, Any]:
@@ -148,8 +211,14 @@ def config_section(quant_config: dict[str, Any]) -> dict[str, Any]:
     details = dict(quant_config["quantization"])
     section: dict[str, Any] = {"ignore": details.pop("exclude_modules")}
     cache = details.pop("kv_cache_quant_algo", None)
-    if details["quant_algo"] is not None:
-        section["config_groups"] = {"group_0": _config_group(details)}
+    algorithm = details["quant_algo"]
+    if algorithm == _MIXED:
+        section["config_groups"] = _mixed_groups(details["quantized_layers"])
+    elif algorithm is not None:
+        section["config_groups"] = {"group_0": {**_config_group(details), "targets": ["Linear"]}}
+    if algorithm == "NVFP4":
+        # modelopt names the size in the groups only.
+        details.pop("group_size", None)
     if cache:
         section["kv_cache_scheme"] = kv_cache_scheme(cache)
     return {**section, **details, "producer": quant_config["producer"], "quant_method": "modelopt"}
@@ -160,19 +229,35 @@ def kv_cache_scheme(cache: str) -> dict[str, Any] | str:
     return {"dynamic": False, "num_bits": 8, "type": "float"} if cache == "FP8" else cache
 
 
+def _mixed_groups(layers: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return one group for each different entry, with the names of its layers."""
+    targets: dict[tuple, list[str]] = defaultdict(list)
+    for name, entry in layers.items():
+        targets[tuple(sorted(entry.items()))].append(name)
+    return {
+        f"group_{number}": {**_config_group(dict(entry)), "targets": sorted(names)}
+        for number, (entry, names) in enumerate(targets.items())
+    }
+
+
 def _config_group(details: dict[str, Any]) -> dict[str, Any]:
     """Return how weights and inputs are quantized, from the entries of ``hf_quant_config.json``."""
-    is_fp8 = details["quant_algo"] == "FP8"
-    bits = 4 if details["quant_algo"].startswith("W4") else 8
-    weights = {"dynamic": False, "num_bits": bits, "type": "float" if is_fp8 else "int"}
-    group: dict[str, Any] = {"weights": weights, "targets": ["Linear"]}
-    if is_fp8:
-        group["input_activations"] = dict(weights)
+    algorithm = details["quant_algo"].upper()
+    is_float = algorithm not in INT4 | INT8
+    weights: dict[str, Any] = {
+        "dynamic": False,
+        "num_bits": 4 if algorithm in FP4 | INT4 else 8,
+        "type": "float" if is_float else "int",
+    }
+    group: dict[str, Any] = {"weights": weights}
+    if algorithm == "FP8_PB_WO":
+        weights |= {"strategy": "block", "block_structure": [BLOCK_2D, BLOCK_2D]}
+    elif algorithm in BY_CHANNEL:
+        weights["strategy"] = "channel"
     elif "group_size" in details:
-        group["weights"]["group_size"] = details["group_size"]
-    else:
-        group["weights"]["strategy"] = "channel"
-    if "A8" in details["quant_algo"]:
-        kind = "float" if bits == 4 else "int"
-        group["input_activations"] = {"dynamic": False, "num_bits": 8, "type": kind}
+        weights["group_size"] = details["group_size"]
+    if algorithm in ("FP8", "NVFP4", "NVFP4_AWQ", "MXFP8", "FP8_PER_CHANNEL_PER_TOKEN"):
+        group["input_activations"] = {key: value for key, value in weights.items() if key != "strategy"}
+    elif "A8" in algorithm:
+        group["input_activations"] = {"dynamic": False, "num_bits": 8, "type": "float" if algorithm in INT4 else "int"}
     return group
