@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from . import hf_files
-
-
-def corrected(hf_config: Any, core: Any) -> Any:
-    """Return the configuration of NeMo's exporter with the class of ``transformers`` and whether the output is tied.
-
-    NeMo's exporters name no class for Nemotron, and the dense class for Qwen3 with experts. The exporter of Qwen2
-    writes that the output layer is not tied.
-
-    Args:
-        hf_config: The configuration.
-        core: The Megatron-Core model.
-    """
-    hf_config = copy.copy(hf_config)
-    classes = AutoModelForCausalLM._model_mapping
-    if type(hf_config) in classes:
-        hf_config.architectures = [classes[type(hf_config)].__name__]
-    tied = getattr(core, "share_embeddings_and_output_weights", None)
-    if isinstance(tied, bool):
-        hf_config.tie_word_embeddings = tied
-    return hf_config
 
 
 def write_generation_config(model: Any, folder: Path) -> None:

@@ -190,6 +190,12 @@ def skeleton(hf_config: Any) -> torch.nn.Module:
         return AutoModelForCausalLM.from_config(hf_config)
 
 
+def rows_of_embedding(shapes: Mapping[str, Sequence[int]]) -> int | None:
+    """Return how many rows the embedding has, padding included, or None if there is none."""
+    shape = shapes.get(_PADDED[0])
+    return None if shape is None else shape[0]
+
+
 def of(core: Any, exporter: Any, hf_config: Any, shapes: Mapping[str, Sequence[int]]) -> Names:
     """Return the rules for a model.
 
@@ -349,7 +355,7 @@ def _corrected(
             found.append(Rule((str(pairs[0]),), targets, _of_vector(rule), (rule.key, "bias")))
     for number, rule in enumerate(found):
         # Some exporters copy the embedding and the output layer without removing the rows that pad the vocabulary.
-        if rule.sources[0] in _PADDED and rule.function is _unchanged:
+        if rule.sources[0] in _PADDED and rule.key[0] is _unchanged:
             rows = expected[rule.targets[0]][0]
             if rows < shapes[rule.sources[0]][0]:
                 found[number] = dataclasses.replace(rule, function=_first_rows(rows), key=("first rows", rows))

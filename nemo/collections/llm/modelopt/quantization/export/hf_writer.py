@@ -12,7 +12,7 @@ import torch
 from nemo.utils.get_rank import is_global_rank_zero
 
 from ... import _parallel, _staging
-from . import hf_describe, hf_files, hf_kv_cache, hf_names, hf_shards, input_scales, parts
+from . import hf_configs, hf_describe, hf_files, hf_kv_cache, hf_names, hf_shards, input_scales, parts
 from .layouts import layer as layers_
 from .layouts import modelopt as modelopt_layout
 
@@ -44,7 +44,6 @@ def write(
         NamesError: If NeMo's exporter does not define the whole checkpoint.
         ExportError: If a layer cannot be stored.
     """
-    hf_config = hf_describe.corrected(exporter.config, model)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         with _staging.fail_together("Reading the quantized layers"):
@@ -53,7 +52,9 @@ def write(
         input_scales.add_missing(model, layers)
         stack.enter_context(input_scales.folded(model, layers, dtype))
         directory = parts.Directory(model, layers)
-        names = hf_names.of(model, exporter, hf_config, directory.shapes())
+        shapes = directory.shapes()
+        hf_config = hf_configs.of(exporter, model, tokenizer, hf_names.rows_of_embedding(shapes))
+        names = hf_names.of(model, exporter, hf_config, shapes)
         writer = hf_shards.Writer(names, directory, layout, dtype)
         writer.write(Path(target), max_shard_bytes, _cache_scales(model, names) if cache else {})
     formats = {name: found for part in _parallel.gather_objects(writer.formats) for name, found in part.items()}
@@ -120,7 +121,7 @@ def write_with(write: Callable, model: Any, hf_config: Any, tokenizer: Any, targ
         target: The checkpoint's folder.
         **kwargs: Further arguments of the function.
     """
-    hf_config = hf_describe.corrected(hf_config, model)
+    hf_config = hf_configs.corrected(hf_config, model)
     with torch.inference_mode(), tempfile.TemporaryDirectory() as source:
         hf_config.save_pretrained(source)
         hf_files.name_dtype(Path(source), kwargs.get("dtype", torch.bfloat16))

@@ -14,7 +14,7 @@ from ...errors import ModelOptConfigError
 from .. import _decoders, _transformers_models
 from .. import quant_cfg_choices as choices
 from ..insert import row_blocks
-from . import hf_encoding, hf_kv_cache, input_scales, layout_choice
+from . import hf_early, hf_encoding, hf_kv_cache, hf_names, input_scales, layout_choice
 
 _REMEDY = 'Use export_format="nemo" (any algorithm, any parallel layout) or "trtllm"'
 
@@ -234,15 +234,17 @@ def hf_architecture(model: Any) -> str | None:
     return None
 
 
-def check_architecture(export_format: str, model: Any) -> None:
-    """Check that NeMo and modelopt support exporting the class of a model to Hugging Face.
+def check_architecture(export_format: str, model: Any, core: Any = None, quant_cfg: Any = None) -> None:
+    """Check that NeMo's exporter defines the Hugging Face checkpoint of a model.
 
     Args:
         export_format: The requested format.
         model: The ``llm.GPTModel``.
+        core: Its Megatron-Core model; None checks the class only. All ranks must call with it.
+        quant_cfg: How it will be quantized; None for a plain model.
 
     Raises:
-        ModelOptConfigError: If NeMo has no exporter for the model or modelopt no mapping for its architecture.
+        ModelOptConfigError: If NeMo has no exporter for the model, or one that does not define all of it.
     """
     if export_format != "hf":
         return
@@ -252,20 +254,12 @@ def check_architecture(export_format: str, model: Any) -> None:
             f'export_format="hf": NeMo has no Hugging Face exporter for {type(model).__name__}; use a model class that '
             f"has one, such as llm.LlamaModel. {_REMEDY}."
         )
-    architecture = hf_architecture(model)
-    known = known_architectures()
-    if architecture and architecture not in known:
-        raise ModelOptConfigError(
-            f'export_format="hf": modelopt cannot write a quantized {architecture}; it can write {sorted(known)}. '
-            f"{_REMEDY}."
-        )
-
-
-def known_architectures() -> set[str]:
-    """Return the transformers classes that modelopt can write from Megatron-Core models."""
-    from modelopt.torch.export.plugins.mcore_common import all_mcore_hf_export_mapping
-
-    return {name for name in all_mcore_hf_export_mapping if "Eagle" not in name}
+    if core is None:
+        return
+    try:
+        hf_early.check(model, core, quant_cfg, hf_tokenizer(model))
+    except hf_names.NamesError as error:
+        raise ModelOptConfigError(f'export_format="hf": {error} {_REMEDY}.') from error
 
 
 def check_planned(planned: dict[str, dict[str, Any]], export_config: Any) -> None:
@@ -316,7 +310,7 @@ def check_model(
     if export_config is not None:
         check_planned(planned, export_config)
         check_layout(export_config.export_format, inner.config, inner.config.tensor_model_parallel_size)
-        check_architecture(export_config.export_format, inner)
+        check_architecture(export_config.export_format, inner, unwrap_model(model), quant_cfg)
         row_blocks.check(export_config.export_format, quant_cfg, inner)
         core = unwrap_model(model)
         hf_kv_cache.check_or_disable(export_config.export_format, quant_cfg, core, enable_kv_cache)

@@ -13,6 +13,7 @@ from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
 
 from nemo_modelopt_dropin import files
+from nemo_modelopt_dropin.preflight import shard_sizes
 
 from ... import _real, _staging
 from .. import _checks, _transformers_models
@@ -130,17 +131,18 @@ def _write_hf(tools: Collaborators, quantizer: Any, model, model_dir: str, folde
         if _transformers_models.is_wrapped(model):
             _transformers_models.write_plain_hf(model, folder, quantizer.torch_dtype)
             return
-        _write_plain_hf(tools, model, model_dir, folder, quantizer.torch_dtype, level)
+        size = shard_sizes.parse(values["max_shard_size"])
+        _write_plain_hf(tools, model, model_dir, folder, level, dtype=quantizer.torch_dtype, max_shard_bytes=size)
 
 
-def _write_plain_hf(tools: Collaborators, model, model_dir: str, folder: Path, dtype: torch.dtype, level: str) -> None:
+def _write_plain_hf(tools: Collaborators, model, model_dir: str, folder: Path, level: str, **kwargs: Any) -> None:
     """Write a plain model from memory, or with NeMo's exporter if that does not define names for all parameters."""
     exporter = tools.load_connector_from_trainer_ckpt(model_dir, "hf")
     core = tools.unwrap_for_modelopt_operations(model)
     try:
         if _real.holds_core(core):
-            _write_core(tools, model, core, exporter, folder, dtype=dtype)
-            _finish_hf(tools, model, core, folder, level, dtype)
+            _write_core(tools, model, core, exporter, folder, **kwargs)
+            _finish_hf(tools, model, core, folder, level, kwargs["dtype"])
             return
     except hf_names.NamesError as error:
         if tools.is_global_rank_zero():
@@ -224,7 +226,8 @@ def write_converted_hf(
         return _write_stand_in_hf(tools, core, exporter, export_dir, **kwargs)
     support.check_converted(core)
     with _staging.staged(Path(export_dir), files.checkpoint("hf")) as folder:
-        _write_core(tools, model, core, exporter, folder, **kwargs)
+        size = shard_sizes.parse(max_shard_size)
+        _write_core(tools, model, core, exporter, folder, max_shard_bytes=size, **kwargs)
         _finish_hf(tools, model, core, folder, verify, kwargs.get("dtype", torch.bfloat16))
     return Path(export_dir)
 

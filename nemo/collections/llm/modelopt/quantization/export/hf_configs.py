@@ -1,0 +1,106 @@
+"""Take the ``transformers`` configuration of a model from NeMo's exporter, and correct it.
+
+The corrections are here, in one place, because NeMo's exporters leave out entries or take them from the tokenizer:
+
+- the class (none for Nemotron, the dense class for Qwen3 with experts), and whether the output layer is tied (Qwen2),
+- the size of the vocabulary, which is that of the tokenizer, in some exporters without its added tokens,
+- the sizes that Starcoder and DeepSeek have beyond those of a Llama.
+"""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+from nemo.lightning import io
+from transformers import AutoModelForCausalLM
+
+from .hf_names import NamesError
+
+
+def of(exporter: Any, core: Any, tokenizer: Any = None, rows: int | None = None) -> Any:
+    """Return the configuration.
+
+    Args:
+        exporter: NeMo's exporter for the class of the model.
+        core: The Megatron-Core model.
+        tokenizer: The ``transformers`` tokenizer of the model, or None.
+        rows: Rows of the embedding, padding included; None corrects no vocabulary.
+
+    Raises:
+        NamesError: If NeMo's exporter cannot derive a configuration.
+    """
+    try:
+        found = copy.copy(exporter.config)
+    except (ValueError, AttributeError, OSError) as error:
+        raise NamesError(f"{type(exporter).__name__} of NeMo cannot derive a configuration: {error}") from error
+    return corrected(found, core, tokenizer, rows)
+
+
+def corrected(hf_config: Any, core: Any, tokenizer: Any = None, rows: int | None = None) -> Any:
+    """Return a corrected copy of the configuration of NeMo's exporter; see `of` for the arguments."""
+    hf_config = copy.copy(hf_config)
+    classes = AutoModelForCausalLM._model_mapping
+    if type(hf_config) in classes:
+        hf_config.architectures = [classes[type(hf_config)].__name__]
+    tied = getattr(core, "share_embeddings_and_output_weights", None)
+    if isinstance(tied, bool):
+        hf_config.tie_word_embeddings = tied
+    config = getattr(core, "config", None)
+    entries = _ENTRIES.get(getattr(hf_config, "model_type", ""), lambda _: {})(config)
+    vocabulary = _vocabulary(config, tokenizer)
+    if rows is not None and vocabulary is not None:
+        entries["vocab_size"] = min(rows, vocabulary)
+    for name, value in entries.items():
+        setattr(hf_config, name, value)
+    return hf_config
+
+
+def _vocabulary(config: Any, tokenizer: Any) -> int | None:
+    """Return the size of the vocabulary, of the model if it names one, or of its tokenizer; None if unknown."""
+    named = getattr(config, "vocab_size", None)
+    if isinstance(named, int):
+        return named
+    return None if tokenizer is None else len(tokenizer)
+
+
+def _starcoder(config: Any) -> dict[str, Any]:
+    return {"n_inner": config.ffn_hidden_size}
+
+
+def _deepseek(config: Any) -> dict[str, Any]:
+    found = {
+        "num_key_value_heads": config.num_attention_heads,
+        "n_shared_experts": (config.moe_shared_expert_intermediate_size or 0) // config.moe_ffn_hidden_size or None,
+        "rope_theta": config.rotary_base,
+        "rms_norm_eps": config.layernorm_epsilon,
+        "norm_topk_prob": config.moe_router_score_function == "sigmoid",
+    }
+    if config.rope_type == "yarn" and config.rotary_scaling_factor != 1:
+        names = ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+        scaling = {name: getattr(config, name) for name in names}
+        found["rope_scaling"] = {"rope_type": "yarn", "factor": float(config.rotary_scaling_factor), **scaling}
+    return found
+
+
+# Entries of a configuration by ``model_type``, from NeMo's configuration.
+_ENTRIES = {"gpt_bigcode": _starcoder, "deepseek_v3": _deepseek}
+
+
+def exporter_of(model: Any) -> Any:
+    """Return NeMo's exporter for a model in memory; it reads no checkpoint inside `in_memory`."""
+    return type(model).exporter("hf", "model in memory")
+
+
+def in_memory(model: Any) -> Any:
+    """Return a context in which NeMo's exporters read a model in memory instead of a checkpoint's context."""
+
+    def load_context(path: Any, subpath: str | None = None, **_: Any) -> Any:
+        found: Any = SimpleNamespace(model=model)
+        for part in subpath.split(".") if subpath else ():
+            found = getattr(found, part)
+        return found
+
+    return mock.patch.object(io, "load_context", load_context)
