@@ -201,6 +201,37 @@ def sharded_kl(all_sizes, tp):
     return results
 
 
+def extreme_logits():
+    """Return logits [n, 4] of student and teacher up to the largest fp32 numbers."""
+    largest = torch.finfo(torch.float32).max
+    numbers = [largest, -largest, 3e38, 1e38, -1e38, 1.0, 0.0, -1e30, -torch.inf]
+    rows = torch.tensor(list(itertools.product(numbers, repeat=3)))
+    rows = torch.cat([rows, torch.ones(len(rows), 1)], dim=-1)
+    pairs = itertools.islice(itertools.product(range(len(rows)), repeat=2), None, None, 41)
+    student, teacher = torch.tensor(list(pairs)).unbind(-1)
+    return rows[student], rows[teacher]
+
+
+def sharded_extremes():
+    """Return value and gradient over two shards and on one rank, by direction, temperature and top-k."""
+    from nemo.collections.llm.modelopt._divergence.vocab_parallel import DIRECTIONS, kl_divergence
+
+    tiny.init_parallel(tp=2)
+    group, rank = torch.distributed.group.WORLD, torch.distributed.get_rank()
+    found = {}
+    for direction, temperature, topk in itertools.product(DIRECTIONS, (0.25, 1.0, 4.0), (None, 2)):
+        student, teacher = extreme_logits()
+        part = slice(2 * rank, 2 * rank + 2)
+        own, whole = student[:, part].clone().requires_grad_(), student.clone().requires_grad_()
+        value = kl_divergence(own, teacher[:, part].contiguous(), temperature, direction, group, topk=topk)
+        value.sum().backward()
+        expected = kl_divergence(whole, teacher, temperature, direction, topk=topk)
+        expected.sum().backward()
+        key = f"{direction} temperature={temperature} topk={topk}"
+        found[key] = value.detach(), own.grad, expected.detach(), whole.grad[:, part]
+    return found
+
+
 def collectives_of_kl() -> dict[str, tuple[int, int]]:
     """Return how many collectives a divergence over two ranks takes in its forward and backward pass."""
     from unittest import mock

@@ -13,8 +13,9 @@ and d/d(student) = (d/dz) / T. Each row's maximum over the shard is subtracted f
 offset keep their precision. The rest of the vocabulary enters as two numbers per token, L_z and L_y: the logarithms of
 the whole vocabulary's sums of exponentials relative to this shard's maxima. Then p = exp(z - max - L_z).
 
--inf logits (masked entries) count as a very low finite number. An entry that both models mask contributes nothing. If
-only the model that weighs less masks it, the divergence is huge instead of infinite, so that no NaN can arise.
+A logit more than 1e30 below its row's maximum, -inf included (a masked entry), counts as 1e30 below it. So no
+difference overflows, up to the largest fp32 numbers, and no NaN can arise. An entry that both models mask contributes
+nothing. If only the model that weighs less masks it, the divergence is huge instead of infinite.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ FORWARD, REVERSE, JSD = "forward", "reverse", "jsd"
 DIRECTIONS = (FORWARD, REVERSE, JSD)
 
 LOWEST = -1.0e30
+HIGHEST = -LOWEST
 # The sum of a row without any finite logit; its logarithm is negligible compared with LOWEST.
 TINY = 1.0e-37
 _LOG_2 = math.log(2.0)
@@ -73,17 +75,17 @@ class Chunk:
         known = (None, None) if maxima is None else maxima.unsqueeze(-1)
         self.max_z = shifted(student, self.temperature, self.exp_z, known[0])
         self.max_y = shifted(teacher, self.temperature, self.exp_y, known[1])
+        both = self._buffers[:2, : student.shape[0]]
         if difference:
+            both.clamp_(min=LOWEST)
             torch.sub(self.exp_y, self.exp_z, out=self.difference)
-            self.difference.nan_to_num_(nan=0.0, posinf=-LOWEST, neginf=LOWEST)
-        both = self._buffers[:2, : student.shape[0]].exp_()
-        self.sums = both.sum(-1).clamp_(min=TINY)
+        self.sums = both.exp_().sum(-1).clamp_(min=TINY)
         self.sum_z, self.sum_y = self.sums
 
-    def shard_statistics(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return this shard's log-sum-exp of student and teacher, and max_y - max_z, in fp64, [c] each."""
-        max_z, max_y = (m.squeeze(-1).double() / self.temperature for m in (self.max_z, self.max_y))
-        return max_z + self.sum_z.double().log(), max_y + self.sum_y.double().log(), max_y - max_z
+    def shard_statistics(self) -> Tensor:
+        """Return [4, c] in fp64: this shard's maxima of student and teacher, and the logarithms of their sums."""
+        maxima = torch.cat([self.max_z, self.max_y], dim=-1).t().double() / self.temperature
+        return torch.cat([maxima, self.sums.double().log()])
 
     def mean_difference(self, direction: str) -> Tensor:
         """Return this shard's E_q[y - z] (forward) or E_p[z - y] (reverse) without the rows' maxima [c]."""
@@ -168,7 +170,7 @@ def divergence_of_buckets(student: Tensor, teacher: Tensor, direction: str) -> t
 
     For small sets of logits; the formulas are those above, without buffers.
     """
-    log_p, log_q = (x.double().clamp(min=LOWEST).log_softmax(-1) for x in (student, teacher))
+    log_p, log_q = (x.double().clamp(min=LOWEST).log_softmax(-1).clamp(min=LOWEST) for x in (student, teacher))
     p, q = log_p.exp(), log_q.exp()
     if direction == FORWARD:
         return (q * (log_q - log_p)).sum(-1), p - q

@@ -30,7 +30,7 @@ from torch import Tensor
 from nemo_modelopt_dropin.preflight import loss_memory
 
 from .._parallel import gather_tensors
-from .chunk import FORWARD, autocast_dtype, shifted, without_autocast
+from .chunk import FORWARD, HIGHEST, autocast_dtype, shifted, without_autocast
 from .vocab_parallel import default_chunk_rows, divergence_with_gradient, scale_rows, token_chunks
 
 
@@ -287,7 +287,7 @@ def cross_entropy(
             shifted(logits[part], 1.0, probability, lse[part].float().unsqueeze(-1))
             gradient[part] += probability.exp_().mul_(factors[part].unsqueeze(-1))
         gradient.scatter_add_(-1, position, torch.where(own, -factors, 0.0).unsqueeze(-1).to(gradient.dtype))
-    return (lse - picked).float()
+    return (lse - picked).clamp_(max=HIGHEST).float()
 
 
 def _agreement(z: Tensor, y: Tensor, group=None) -> Tensor:

@@ -5,7 +5,8 @@ Shapes: n tokens, v vocabulary entries held by this rank (shards may be uneven),
 
 A whole vocabulary needs one pass, because the sums of a chunk are final at once. With a split one, three numbers per
 shard determine the rest: its log-sum-exp of the teacher, that of the student, and its expectation E_k. With the weight
-w_k = exp(lse_k - lse) of shard k, lse = logsumexp_k(lse_k) and E = sum_k w_k E_k. So one all-gather of [3, n] makes
+w_k = exp(lse_k - lse) of shard k, lse = logsumexp_k(lse_k) and E = sum_k w_k E_k. A log-sum-exp is sent as a maximum
+and a logarithm, so that maxima are subtracted before anything is rounded. One all-gather of [5, n] makes
 value and gradient global on every rank (JSD needs a second collective, because its expectation depends on the global
 sums), and the backward pass needs no communication. Numbers of several ranks are combined in fp64.
 
@@ -27,7 +28,7 @@ from torch import Tensor
 from nemo_modelopt_dropin.preflight import loss_memory
 
 from .._parallel import gather_tensors
-from .chunk import DIRECTIONS, FORWARD, JSD, REVERSE, Chunk, without_autocast
+from .chunk import DIRECTIONS, FORWARD, JSD, LOWEST, REVERSE, Chunk, without_autocast
 from .topk import topk_divergence
 
 __all__ = ["DIRECTIONS", "FORWARD", "JSD", "REVERSE", "kl_divergence"]
@@ -140,22 +141,25 @@ def _sharded_vocabulary(chunk: Chunk, student, teacher, direction, rows, gradien
     """
     n = student.shape[0]
     maxima = torch.empty(2, n, dtype=torch.float32, device=student.device)
-    local = torch.empty(3, n, dtype=torch.float64, device=student.device)
+    local = torch.empty(5, n, dtype=torch.float64, device=student.device)
     for part in token_chunks(student, rows):
         chunk.load(student[part], teacher[part])
         maxima[0, part], maxima[1, part] = chunk.max_z.squeeze(-1), chunk.max_y.squeeze(-1)
-        local[0, part], local[1, part], offset = chunk.shard_statistics()
+        local[:4, part] = chunk.shard_statistics()
         if direction != JSD:
-            sign = 1.0 if direction == FORWARD else -1.0
-            local[2, part] = chunk.mean_difference(direction) + sign * offset
-    shards = gather_tensors(local if direction != JSD else local[:2], group)
-    lse = shards[:, :2].logsumexp(0)
-    log_z, log_y = (lse - maxima.double() / chunk.temperature).float()
+            local[4, part] = chunk.mean_difference(direction)
+    shards = gather_tensors(local if direction != JSD else local[:4], group)
+    # This shard's maxima relative to those of the whole vocabulary, bounded like the logits themselves.
+    lower = (shards[:, :2] - shards[:, :2].amax(0)).clamp_(min=LOWEST)
+    sums = shards[:, 2:4] + lower
+    lse = sums.logsumexp(0)
+    log_z, log_y = (lse - lower[torch.distributed.get_rank(group)]).float()
     if direction == JSD:
         return _sharded_jsd(chunk, student, teacher, rows, gradient, group, maxima, log_z, log_y)
-    weighed_by = 1 if direction == FORWARD else 0
-    expectation = ((shards[:, weighed_by] - lse[weighed_by]).exp() * shards[:, 2]).sum(0)
-    loss = (expectation + (lse[0] - lse[1]) * (1.0 if direction == FORWARD else -1.0)).float()
+    weighed_by, sign = (1, 1.0) if direction == FORWARD else (0, -1.0)
+    means = shards[:, 4] + sign * (lower[:, 1] - lower[:, 0])
+    expectation = ((sums[:, weighed_by] - lse[weighed_by]).exp() * means).sum(0)
+    loss = (expectation + sign * (lse[0] - lse[1])).float()
     if gradient is not None:
         for part in token_chunks(student, rows):
             chunk.load(student[part], teacher[part], maxima[:, part], difference=direction != FORWARD)
