@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from test_code.support import installed, jobs_auto, jobs_hf, jobs_quant, jobs_state
+from test_code.support import installed, jobs_auto, jobs_hf, jobs_quant, jobs_scales, jobs_state
 
 # Formats that calibrate by a maximum, which is equal on the ranks of any layout.
 PLAIN = {"auto_quantize_formats": ["int4", "fp8"], "enable_kv_cache": False}
@@ -156,6 +156,39 @@ def test_a_mixed_model_of_a_gpt_decoder_is_clamped_by_the_format_of_each_layer(r
         raised |= {fmt} if after[name] > amax else set()
         low |= {fmt} if amax < 4.48 else set()
     assert raised == {"fp8"} and low == set(by_format)
+
+
+@needs_search
+def test_layers_that_readers_fuse_share_a_format(ranks, work):
+    """Q, k and v are one layer of Megatron, gate and up another; the experts of a layer are chosen together."""
+    checkpoint, data = str(work / "moe"), str(work / "text.jsonl")
+    ranks(1).run(jobs_scales.make_moe, checkpoint)
+    settings = {"auto_quantize_formats": ["nvfp4", "fp8"], "enable_kv_cache": False, "auto_quantize_bits": 9.0}
+    settings["auto_quantize_checkpoint"] = str(work / "moe-search")
+    first, again = ranks(1).run(jobs_auto.searches, checkpoint, data, 1, 1, [settings, settings], timeout=300)[0]
+    found = first["report"]["formats"]
+    by_layer: dict[str, set[str]] = {}
+    for name, chosen in found.items():
+        if ".experts." in name:
+            by_layer.setdefault(name.partition(".local_experts.")[0], set()).add(chosen)
+    # 2 layers, each with 4 experts of 2 linear layers.
+    assert len(by_layer) == 2 and all(len(formats) == 1 for formats in by_layer.values()), by_layer
+    assert sum(".experts." in name for name in found) == 2 * 4 * 2
+    assert len(set(found.values())) > 1
+    kinds = {name.rpartition(".")[2] for name in found if ".layers." in name}
+    assert kinds == {"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"}
+    assert again["report"]["formats"] == found and again["counts"] == {"_calibrate": 0, "_score": 0}
+
+
+@needs_search
+def test_experts_on_several_ranks_are_not_searched(monkeypatch, cpu_backend):
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+    from nemo.collections.llm.modelopt.quantization.insert import searcher
+
+    monkeypatch.setattr(searcher.parallel_state, "model_parallel_is_initialized", lambda: True)
+    monkeypatch.setattr(searcher.parallel_state, "get_expert_model_parallel_world_size", lambda: 2)
+    with pytest.raises(ModelOptConfigError, match=r'algorithm="auto" needs expert parallel size 1, not 2'):
+        searcher.check_supported()
 
 
 @needs_search

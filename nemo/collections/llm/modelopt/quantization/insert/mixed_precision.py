@@ -105,7 +105,7 @@ def quantize(
             f"auto_quantize_bits={bits}: the search found no formats within this budget (its best choice takes "
             f"{searcher.effective_bits:.2f} bits)."
         )
-    chosen = {name.removesuffix(".quant_recipe"): recipe for name, recipe in best["recipe"].items()}
+    chosen = {layer: recipe for name, recipe in best["recipe"].items() for layer in searcher.layers_of(name)}
     layers = {global_name(core, name): recipes.get(str(recipe), UNQUANTIZED) for name, recipe in chosen.items()}
     stages = gather_objects(layers, parallel_state.get_pipeline_model_parallel_group())
     return {
@@ -226,7 +226,9 @@ def _loss_step(data_iterator, model):
 def _identity(core: torch.nn.Module, formats: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return what must be equal for a stored search to resume: formats, layout, layers and weights."""
     weights = [module.weight for module in linear_layers(core).values()]
+    has_experts = any(".local_experts." in name for name in linear_layers(core))
     return {
+        **({"experts": "one format for each layer"} if has_experts else {}),
         "formats": repr(formats),
         "ranks": (
             torch.distributed.get_world_size(),

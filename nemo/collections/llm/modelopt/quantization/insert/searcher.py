@@ -27,6 +27,8 @@ from ..._parallel import gather_objects
 from ...errors import ModelOptConfigError
 
 _Base: Any = getattr(algorithms, "AutoQuantizeGradientSearcher", object)
+# The experts of a layer share a format, because readers of Hugging Face files have one kernel for all of them.
+_EXPERTS = r"^(.*\.experts)\.local_experts\.\d+\.linear_fc[12]$"
 # Hooks of data-parallel training that Megatron's schedule would call around a backward pass.
 _TRAINING_HOOKS = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func", "param_sync_func", "grad_scale_func")
 
@@ -37,6 +39,12 @@ def check_supported() -> None:
     Raises:
         ModelOptConfigError: With the reason.
     """
+    if parallel_state.model_parallel_is_initialized() and parallel_state.get_expert_model_parallel_world_size() > 1:
+        raise ModelOptConfigError(
+            'algorithm="auto" needs expert parallel size 1, not '
+            f"{parallel_state.get_expert_model_parallel_world_size()}: the search of modelopt does not add up the "
+            "scores of experts on several ranks. Use tensor or pipeline parallelism."
+        )
     if not hasattr(_Base, "run_search_with_stats"):
         raise ModelOptConfigError(
             'algorithm="auto" needs nvidia-modelopt 0.43: the search of this version does not support a budget over '
@@ -45,7 +53,16 @@ def check_supported() -> None:
 
 
 class Searcher(_Base):
-    """modelopt's gradient searcher, with one budget over all tensor- and pipeline-parallel ranks."""
+    """modelopt's gradient searcher, with one budget over all tensor- and pipeline-parallel ranks.
+
+    Megatron fuses q, k and v, and gate and up, so each of these groups is one layer with one format.
+    """
+
+    quant_grouping_rules = (_EXPERTS, *getattr(_Base, "quant_grouping_rules", ()))
+
+    def layers_of(self, name: str) -> list[str]:
+        """Return the layers that share the format of an entry of the result."""
+        return list(self.candidate_stats.get(name, {}).get("module_names") or [name.removesuffix(".quant_recipe")])
 
     @property
     def default_search_config(self):
