@@ -11,12 +11,15 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 from ... import _parallel
 from ..._staging import ExportError, fail_together
-from . import hf_encoding, hf_files, parts
+from . import hf_files, hf_stored, parts
+from .layouts import layer as layers_
+from .layouts import modelopt
 
 _SINGLE_SCALES = ("weight_scale", "weight_scale_2", "input_scale")
 
@@ -53,6 +56,12 @@ class Contents:
         else:
             self.scale_bits += int(scale.float().contiguous().view(torch.int32).sum(dtype=torch.int64))
 
+    def add_singles(self, layer: layers_.Layer) -> None:
+        """Add the scales of whole tensors of a layer other than that of its codes."""
+        for leaf, scale in (("weight_scale_2", layer.scale_2), ("input_scale", layer.input_scale)):
+            if scale is not None:
+                self.add_scale(leaf, scale)
+
     def difference(self, stored: Contents) -> str | None:
         """Return how stored contents differ from these, or None."""
         if not torch.equal(self.codes, stored.codes):
@@ -65,43 +74,43 @@ class Contents:
         return None
 
 
-def of_model(core: torch.nn.Module) -> dict[str, Contents]:
+def of_model(core: torch.nn.Module, layout: ModuleType = modelopt) -> dict[str, Contents]:
     """Return the contents by layer number, of those weights that this rank counts; all ranks must call.
 
     Of several ranks that hold the same weight, the lowest counts it.
+
+    Args:
+        core: This rank's Megatron-Core model.
+        layout: A module of `layouts`.
     """
-    layers = {id(m): layer for m in core.modules() if hasattr(m, "weight_quantizer") and (layer := hf_encoding.read(m))}
+    layers = {id(m): layer for m in core.modules() if hasattr(m, "weight_quantizer") and (layer := layers_.read(m))}
     found: dict[str, Contents] = defaultdict(Contents)
     for name, own in parts.Directory(core, layers).counted():
         number, layer = _layer_number(name), own.layer
         if layer is None or number is None:
             continue
-        part = found[number]
-        part.add_codes(hf_encoding.codes_of(own.module, layer))
+        part, layer = found[number], layout.as_read(layer)
+        part.add_codes(layers_.codes_of(own.module, layer))
         # Ranks that split the inputs share the scales of rows, but each has the scales of its own blocks.
         if own.axis == 0 or own.index == 0 or parts.has_blocks(layer):
             part.add_scale("weight_scale", layer.scale)
-        for leaf, scale in (("weight_scale_2", layer.scale_2), ("input_scale", layer.input_scale)):
-            if scale is not None:
-                part.add_scale(leaf, scale)
+        part.add_singles(layer)
     return found
 
 
 def of_files(folder: Path) -> dict[str, Contents]:
-    """Return the contents of a checkpoint by layer number; none for formats that modelopt's writer encodes."""
-    algorithm = hf_files.algorithm_of(folder) or ""
+    """Return the contents of a checkpoint by layer number; none for formats that cannot be decoded."""
+    formats = hf_stored.formats(folder)
     found: dict[str, Contents] = defaultdict(Contents)
-    if not hf_encoding.is_encoded_here(algorithm):
+    if formats.layout is None or formats.obstacle():
         return found
-    names = set(hf_files.stored_shapes(folder))
-    for name, tensor in hf_files.read_tensors(folder):
-        number, leaf = _layer_number(name), name.rpartition(".")[2]
-        if number is None:
-            continue
-        if leaf == "weight" and f"{name}_scale" in names:
-            found[number].add_codes(hf_encoding.unpack(algorithm, tensor))
-        elif leaf in _SINGLE_SCALES:
-            found[number].add_scale(leaf, tensor)
+    names = hf_files.stored_shapes(folder)
+    for name, layer in hf_stored.layers(formats, names, hf_files.read_tensors(folder)):
+        number = _layer_number(f"{name}.")
+        if number is not None and layer.codes is not None:
+            found[number].add_codes(layer.codes)
+            found[number].add_scale("weight_scale", layer.scale)
+            found[number].add_singles(layer)
     return found
 
 
@@ -110,17 +119,20 @@ def _layer_number(name: str) -> str | None:
     return match[1] if match else None
 
 
-def check(core: torch.nn.Module, folder: Path) -> None:
+def check(core: torch.nn.Module, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Compare a checkpoint's codes and scales with those of the model in memory; all ranks must call.
 
     Args:
         core: This rank's Megatron-Core model.
         folder: The checkpoint.
+        dtype: The dtype of the checkpoint's tensors that are not quantized.
 
     Raises:
         ExportError: If they differ.
     """
-    gathered = _parallel.gather_objects(dict(of_model(core)))
+    layout = hf_stored.layout(folder)
+    with layout.scales_as_stored(core, dtype):
+        gathered = _parallel.gather_objects(dict(of_model(core, layout)))
     with fail_together("The check of the codes"):
         if torch.distributed.get_rank() == 0:
             expected: dict[str, Contents] = defaultdict(Contents)

@@ -10,9 +10,20 @@ from typing import Any
 import torch
 
 from ..._staging import ExportError
-from . import hf_encoding, hf_kv_cache
+from . import hf_kv_cache, hf_stored
+from .layouts import modelopt
 
-SCALES = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "k_scale", "v_scale", "weight_scale_inv")
+SCALES = (
+    "weight_scale",
+    "weight_scale_2",
+    "input_scale",
+    "pre_quant_scale",
+    "weight_global_scale",
+    "input_global_scale",
+    "k_scale",
+    "v_scale",
+    "weight_scale_inv",
+)
 
 
 def verify(folder: Path) -> None:
@@ -22,6 +33,10 @@ def verify(folder: Path) -> None:
         ExportError: With a list of the problems.
     """
     tensors = dict(read_tensors(folder))
+    formats = hf_stored.formats(folder)
+    has_rows = formats.layout is not None and formats.layout.NAME == modelopt.NAME
+    if formats.layout is not None and not has_rows:
+        tensors = _unpacked(tensors, formats)
     problems = [problem for name, value in tensors.items() if (problem := _value_problem(name, value))]
     expected = expected_shapes(folder)
     for name, shape in expected.items():
@@ -29,7 +44,7 @@ def verify(folder: Path) -> None:
             problems.append(f"{name} is missing")
         elif _logical_shape(tensors[name]) not in (list(shape), None):
             problems.append(f"{name} has shape {list(tensors[name].shape)}, not {list(shape)}")
-        problems += _scale_problems(name, tensors)
+        problems += _scale_problems(name, tensors, has_rows)
     if expected:
         problems += [f"{name} is unexpected" for name in tensors if name not in expected and not is_scale(name)]
     problems += [f"{name} belongs to no weight" for name in tensors if _is_orphan(name, tensors)]
@@ -38,20 +53,41 @@ def verify(folder: Path) -> None:
         raise ExportError(f"The checkpoint that was written is wrong: {'; '.join(sorted(problems)[:10])}")
 
 
+def _unpacked(tensors: dict[str, torch.Tensor], formats: hf_stored.Formats) -> dict[str, torch.Tensor]:
+    """Return the tensors of a checkpoint with the codes of packed layers, one in each element, as ``weight``."""
+    found = dict(tensors)
+    for name in hf_stored.quantized_names(tensors):
+        parts = {leaf: value for leaf in formats.leaves() if (value := tensors.get(f"{name}.{leaf}")) is not None}
+        if "weight_packed" in parts:
+            for leaf in ("weight_packed", "weight_shape"):
+                found.pop(f"{name}.{leaf}", None)
+            codes = formats.layer(name, parts).codes
+            assert codes is not None
+            found[f"{name}.weight"] = codes.view(torch.int8)
+    return found
+
+
 def _logical_shape(tensor: torch.Tensor) -> list[int] | None:
     """Return a tensor's shape, or None if each byte holds several values."""
     return None if tensor.dtype == torch.uint8 else list(tensor.shape)
 
 
-def _scale_problems(name: str, tensors: dict[str, torch.Tensor]) -> list[str]:
-    """Return what is wrong with the dtype of a weight and the shape of its scale."""
+def _scale_problems(name: str, tensors: dict[str, torch.Tensor], has_rows: bool) -> list[str]:
+    """Return what is wrong with the dtype of a weight and the shape of its scale.
+
+    Args:
+        name: Name of the weight.
+        tensors: All tensors.
+        has_rows: Whether integers have one scale for each row, as in modelopt's layout.
+    """
     weight, scale = tensors.get(name), tensors.get(f"{name}_scale")
     if weight is None or not name.endswith(".weight"):
         return []
     if scale is None:
         plain = weight.dtype in (torch.bfloat16, torch.float16, torch.float32)
         return [] if plain else [f"{name}_scale is missing for {weight.dtype} codes"]
-    if weight.dtype == torch.int8 and list(scale.shape) != [weight.shape[0]]:
+    found = list(scale.shape) if has_rows else list(scale.shape[:1])
+    if weight.dtype == torch.int8 and found != [weight.shape[0]]:
         return [f"{name}_scale has shape {list(scale.shape)}, not [{weight.shape[0]}]"]
     if weight.dtype in (torch.bfloat16, torch.float16, torch.float32):
         return [f"{name} has dtype {weight.dtype}, but also a scale"]
@@ -60,7 +96,7 @@ def _scale_problems(name: str, tensors: dict[str, torch.Tensor]) -> list[str]:
 
 def _is_orphan(name: str, tensors: dict[str, torch.Tensor]) -> bool:
     prefix, _, leaf = name.rpartition(".")
-    return leaf in SCALES[:4] and f"{prefix}.weight" not in tensors
+    return leaf in SCALES[:6] and f"{prefix}.weight" not in tensors
 
 
 def is_scale(name: str) -> bool:
@@ -167,10 +203,7 @@ def obstacle(folder: Path) -> str | None:
     # The tensors are read once more while the fp32 model is in memory.
     if 1.5 * needed > psutil.virtual_memory().available:
         return f"the model in fp32 needs {needed / 2**30:.0f} GiB of host memory, more than is available"
-    algorithm = algorithm_of(folder)
-    if algorithm is not None and algorithm not in hf_encoding.DECODABLE:
-        return f"decoding {algorithm} is not supported"
-    return None
+    return hf_stored.formats(folder).obstacle()
 
 
 def algorithm_of(folder: Path) -> str | None:
@@ -182,4 +215,7 @@ def algorithm_of(folder: Path) -> str | None:
 def kv_cache_of(folder: Path) -> str | None:
     """Return ``kv_cache_quant_algo`` of a checkpoint, or None if its KV cache is not quantized."""
     path = folder / "hf_quant_config.json"
-    return json.loads(path.read_text())["quantization"].get("kv_cache_quant_algo") if path.exists() else None
+    if path.exists():
+        return json.loads(path.read_text())["quantization"].get("kv_cache_quant_algo")
+    scheme = hf_stored.section(folder).get("kv_cache_scheme")
+    return "FP8" if isinstance(scheme, dict) else scheme

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,9 @@ from nemo_modelopt_dropin.console import screen
 from ... import _parallel
 from ..._staging import ExportError
 from ..calibration import batching
-from . import hf_contents, hf_encoding, hf_files, hf_kv_cache, input_scales, tensor_parallel
+from . import hf_contents, hf_files, hf_kv_cache, hf_stored, input_scales, tensor_parallel
+from .layouts import inputs
+from .layouts.layer import INT4, Layer
 
 # Sequence of the comparison: long enough for rotary embeddings and masks to matter.
 _CHECKED_TOKENS = 32
@@ -58,40 +61,37 @@ def load(folder: Path) -> torch.nn.Module:
     """
     from transformers import AutoModelForCausalLM
 
-    algorithm = hf_files.algorithm_of(folder) or ""
+    formats = hf_stored.formats(folder)
     tensors = dict(hf_files.read_tensors(folder))
     model = AutoModelForCausalLM.from_config(hf_files.plain_config(folder), torch_dtype=torch.float32).eval()
     weights, quantized = {}, {}
-    for name in [name for name in tensors if not hf_files.is_scale(name)]:
-        prefix = name.removesuffix("weight")
-        if name.endswith(".weight") and f"{name}_scale" in tensors:
-            leaves = ("weight", *hf_files.SCALES)
-            parts = {leaf: tensors[prefix + leaf] for leaf in leaves if prefix + leaf in tensors}
-            weights[name] = hf_encoding.decode(algorithm, parts, second_step=False)
-            quantized[prefix.removesuffix(".")] = parts
-        else:
-            weights[name] = tensors[name].float()
+    for name in hf_stored.quantized_names(tensors):
+        parts = {leaf: value for leaf in formats.leaves() if (value := tensors.get(f"{name}.{leaf}")) is not None}
+        weights[f"{name}.weight"] = formats.decode(name, parts)
+        # The codes are not needed any more.
+        quantized[name] = replace(formats.layer(name, parts), codes=None)
+    for name, value in tensors.items():
+        if not hf_files.is_scale(name) and hf_stored.split(name)[0] not in quantized or name.endswith(".bias"):
+            weights[name] = value.float()
     model.load_state_dict(weights, strict=False)
-    for name, parts in quantized.items():
-        _quantize_like(model.get_submodule(name), algorithm, parts)
+    for name, layer in quantized.items():
+        _quantize_like(model.get_submodule(name), layer)
     hf_kv_cache.attach(model, tensors, hf_files.kv_cache_of(folder))
     return model
 
 
-def _quantize_like(module: torch.nn.Module, algorithm: str, parts: dict[str, torch.Tensor]) -> None:
-    """Make a layer scale and quantize its input, and round INT4 weights to FP8, by its stored tensors."""
-    pre, scale, second = (parts.get(leaf) for leaf in ("pre_quant_scale", "input_scale", "weight_scale_2"))
-    if pre is not None:
-        module.register_forward_pre_hook(lambda _, args: (args[0] * pre.float(),))
-    if algorithm.startswith("NVFP4"):
-        return
-    if scale is not None:
-        module.input_quantizer = hf_encoding.static_quantizer(algorithm, scale)
+def _quantize_like(module: torch.nn.Module, layer: Layer) -> None:
+    """Make a layer scale and quantize its input, and round INT4 weights to FP8, as what is stored for it implies."""
+    if layer.pre_quant_scale is not None:
+        pre = layer.pre_quant_scale.float()
+        module.register_forward_pre_hook(lambda _, args: (args[0] * pre,))
+    quantizer = inputs.input_quantizer(layer)
+    if quantizer is not None:
+        module.input_quantizer = quantizer
         module.register_forward_pre_hook(lambda module, args: (module.input_quantizer(args[0]),))
-    if second is not None:
-        torch.nn.utils.parametrize.register_parametrization(
-            module, "weight", hf_encoding.static_quantizer("FP8", second)
-        )
+    if layer.algorithm in INT4 and layer.scale_2 is not None:
+        second = inputs.static_quantizer("FP8", layer.scale_2)
+        torch.nn.utils.parametrize.register_parametrization(module, "weight", second)
 
 
 def tokens(vocabulary: int) -> torch.Tensor:
@@ -178,14 +178,12 @@ def _rounds_on_the_way(name: str, quantizer: TensorQuantizer) -> bool:
 
 
 def _not_stored_disabled(core) -> contextlib.AbstractContextManager[None]:
-    """Disable the quantizers that `load` does not reproduce, inside the context: NVFP4 caches and dynamic inputs."""
+    """Disable the quantizers that `load` does not reproduce, those of NVFP4 caches, inside the context."""
     return switched_off(core, _is_not_imitated)
 
 
 def _is_not_imitated(name: str, quantizer: TensorQuantizer) -> bool:
-    if "bmm_quantizer" in name:
-        return not hf_kv_cache.is_imitated(name, quantizer)
-    return name.endswith("input_quantizer") and bool(quantizer.block_sizes)
+    return "bmm_quantizer" in name and not hf_kv_cache.is_imitated(name, quantizer)
 
 
 @contextlib.contextmanager
@@ -248,14 +246,14 @@ def compare(folder: Path, expected: Logits, limit: float) -> float:
     found = stored_logits(folder, expected.exact.shape[-1])
     error = _difference(found.exact, expected.exact)
     flips = max(limit, _FLIPS * _difference(expected.rounded, expected.exact))
-    for value, bound, inputs in [
+    for value, bound, how in [
         (error, limit, "without quantizing inputs"),
         (_difference(found.rounded, expected.rounded), flips, "with quantized inputs"),
     ]:
         if not value <= bound:
             raise ExportError(
                 f"The checkpoint's logits differ from those of the model in memory: relative error {value:.3g} "
-                f"{inputs}, but rounding causes at most {bound:.3g}. The checkpoint was deleted. Please report this "
+                f"{how}, but rounding causes at most {bound:.3g}. The checkpoint was deleted. Please report this "
                 "with the model's class and the algorithm. To export without this comparison, use "
                 "ExportConfig(verify='files')."
             )
@@ -279,7 +277,7 @@ def check_logits(core, folder: Path, dtype: torch.dtype) -> None:
     Raises:
         ExportError: On rank zero, if they differ by more than rounding can cause.
     """
-    hf_contents.check(core, folder)
+    hf_contents.check(core, folder, dtype)
     facts: list[Any] = [None, 0]
     if is_global_rank_zero():
         facts[0] = hf_files.obstacle(folder)
@@ -288,7 +286,7 @@ def check_logits(core, folder: Path, dtype: torch.dtype) -> None:
     if reason is not None:
         logging.warning(f"The logits of the written checkpoint were not compared: {reason}")
         return
-    with rounded(core, dtype):
+    with hf_stored.layout(folder).scales_as_stored(core, dtype), rounded(core, dtype):
         expected = quantized_logits(core, vocabulary)
     if is_global_rank_zero():
         compare(folder, expected, tolerance(next(core.parameters()).dtype))

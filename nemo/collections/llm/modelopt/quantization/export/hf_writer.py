@@ -46,6 +46,7 @@ def write(
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
+        stack.enter_context(layout.scales_as_stored(model, dtype))
         with _staging.fail_together("Reading the quantized layers"):
             layers = _layers(model)
         cache = _kv_cache(model)

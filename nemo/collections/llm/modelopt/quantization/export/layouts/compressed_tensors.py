@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from .layer import BLOCK_2D, FP4, Layer, positive_scale, read
+from .layer import BLOCK_2D, FP4, Layer, algorithm_of, positive_scale, settings_of
 
 NAME = "compressed-tensors"
 # The last parts of the names of a quantized layer's tensors; the first two are those of the codes.
@@ -159,6 +160,17 @@ def layer_of(algorithm: str, facts: dict[str, Any], stored: Mapping[str, torch.T
     )
 
 
+def as_read(layer: Layer) -> Layer:
+    """Return a layer with the scales that readers compute from what is stored: NVFP4 stores rounded reciprocals."""
+    if layer.algorithm not in FP4:
+        return layer
+    return replace(layer, scale_2=_twice_inverted(layer.scale_2), input_scale=_twice_inverted(layer.input_scale))
+
+
+def _twice_inverted(scale: torch.Tensor | None) -> torch.Tensor | None:
+    return None if scale is None else scale.float().reciprocal().reciprocal()
+
+
 def unpack(algorithm: str, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return the stored codes of a layer, one in each element, as in `Layer.codes`."""
     if algorithm in FP4:
@@ -231,10 +243,10 @@ def scales_as_stored(core: torch.nn.Module, dtype: torch.dtype) -> Iterator[None
     kept: list[tuple[Any, torch.Tensor]] = []
     try:
         for module in core.modules():
-            layer = read(module) if hasattr(module, "weight_quantizer") else None
-            if layer is None or layer.algorithm not in _PACKED_INT:
+            settings = settings_of(module)
+            quantizer: Any = getattr(module, "weight_quantizer", None)
+            if settings is None or algorithm_of(*settings) not in _PACKED_INT or quantizer.amax is None:
                 continue
-            quantizer: Any = module.weight_quantizer
             scale = positive_scale(quantizer._amax, quantizer.maxbound)
             kept.append((quantizer, quantizer._amax))
             # Products of a scale in 16 bits and the largest code are exact in fp32.

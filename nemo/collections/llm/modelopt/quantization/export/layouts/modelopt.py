@@ -8,6 +8,7 @@ Axes: o output, i input features, n blocks of the input.
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -86,6 +87,16 @@ def layer_of(algorithm: str, facts: dict[str, Any], stored: Mapping[str, torch.T
         facts=dict(facts),
         codes=unpack(algorithm, stored["weight"]),
     )
+
+
+def as_read(layer: Layer) -> Layer:
+    """Return a layer with the scales that readers compute from what is stored; here they are the same."""
+    return layer
+
+
+def scales_as_stored(core: torch.nn.Module, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which quantizers have the scales that are stored; here they always have."""
+    return contextlib.nullcontext()
 
 
 def pack(algorithm: str, codes: torch.Tensor) -> torch.Tensor:
