@@ -59,7 +59,7 @@ class Formats:
 
 
 def section(folder: Path) -> dict[str, Any]:
-    """Return ``quantization_config`` of a checkpoint, or what ``hf_quant_config.json`` implies; empty if there is none."""
+    """Return ``quantization_config`` of a checkpoint, or what ``hf_quant_config.json`` implies; empty if none."""
     path, older = folder / "config.json", folder / "hf_quant_config.json"
     found = json.loads(path.read_text(encoding="utf-8")).get("quantization_config") if path.exists() else None
     if not found and older.exists():
