@@ -7,9 +7,11 @@ have the same parameters under the same names in a checkpoint.
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -20,7 +22,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from nemo.collections.llm.gpt.model import gemma2, gemma3
-from torch import nn
+from torch import Tensor, nn
 
 # Names of the separate norms in a checkpoint, where Transformer Engine's fused layers hold them.
 _SAVED_AS = {
@@ -48,13 +50,33 @@ def _normalise(module: nn.Module, args: tuple, output: tuple) -> tuple:
     return (linear.post_layernorm(output[0]), *output[1:])
 
 
-class Gemma2Attention(gemma2.Gemma2DotProductAttention):
-    """Apply the window to the first of every two layers, as the released models do; NeMo applies it to the second."""
+class CappedSoftmax(FusedScaleMaskSoftmax):
+    """Cap attention scores smoothly before the mask and the softmax."""
+
+    cap: float | None = None
+
+    def forward(self, input: Tensor, mask: Tensor | None, softmax_offset: Tensor | None = None) -> Tensor:
+        """Return the attention probabilities `[b, n, s, s]`; see `FusedScaleMaskSoftmax`."""
+        return super().forward(gemma2.logit_softcapping(input, self.cap), mask, softmax_offset)
+
+
+class Gemma2Attention(DotProductAttention):
+    """Cap the scores, and apply the window to the first of every two layers.
+
+    The released models have the window there; NeMo's class applies it to the second. modelopt prunes subclasses of
+    Megatron's class only.
+    """
 
     def __init__(self, config: Any, layer_number: int, *args: Any, **kwargs: Any):
-        """Build the attention; see `Gemma2DotProductAttention`."""
-        super().__init__(config, layer_number, *args, **kwargs)
-        self.window_size = config.window_size if self.layer_number % 2 else None
+        """Build the attention; see `DotProductAttention`."""
+        local = copy.copy(config)
+        local.window_size = config.window_size if layer_number % 2 else None
+        super().__init__(
+            local, layer_number, *args, **kwargs | {"softmax_scale": 1 / math.sqrt(config.query_pre_attn_scalar)}
+        )
+        self.config = config
+        self.scale_mask_softmax.__class__ = CappedSoftmax
+        self.scale_mask_softmax.cap = config.attn_logit_softcapping
 
 
 class Gemma3SelfAttention(SelfAttention):
@@ -81,12 +103,13 @@ class Gemma3Attention(DotProductAttention):
 
     def __init__(self, config: Any, layer_number: int, attn_mask_type: AttnMaskType, *args: Any, **kwargs: Any):
         """Build the attention; see `DotProductAttention`."""
-        config = copy.copy(config)
-        local = gemma3._is_local_attn_layer(layer_number, config.interleaved_attn_pattern)
-        config.window_size = (config.window_size, 0) if local else None
+        local = copy.copy(config)
+        is_local = gemma3._is_local_attn_layer(layer_number, config.interleaved_attn_pattern)
+        local.window_size = (config.window_size, 0) if is_local else None
         if config.is_vision_language:
             attn_mask_type = AttnMaskType.arbitrary
-        super().__init__(config, layer_number, attn_mask_type, *args, **kwargs)
+        super().__init__(local, layer_number, attn_mask_type, *args, **kwargs)
+        self.config = config
 
 
 def gemma2_spec(config: Any) -> ModuleSpec:

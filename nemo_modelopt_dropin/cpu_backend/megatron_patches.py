@@ -142,3 +142,26 @@ def patch_moe_router() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def patch_expert_bias() -> None:
+    """Copy the output of experts' second layer, to which Megatron adds the bias in place.
+
+    Without tensor parallelism a local layer returns a view, whose gradient such an addition would spoil.
+    """
+    from megatron.core.transformer.mlp import MLP
+
+    construct = MLP.__init__
+
+    @functools.wraps(construct)
+    def __init__(self, config, *args, is_expert=False, **kwargs):
+        construct(self, config, *args, is_expert=is_expert, **kwargs)
+        if is_expert and self.config.add_bias_linear:
+            self.linear_fc2.register_forward_hook(_copied)
+
+    MLP.__init__ = __init__
+
+
+def _copied(module: torch.nn.Module, args: tuple, output: tuple) -> tuple:
+    """Return a layer's output with its first tensor copied."""
+    return (output[0].clone(), *output[1:])

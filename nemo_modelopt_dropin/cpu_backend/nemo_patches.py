@@ -134,6 +134,20 @@ def _cast_positions(target: Any) -> None:
             positions.to(dtype)
 
 
+def patch_extended_modules() -> None:
+    """Extend a module of Gemma once: each training or validation of a restored model asks for it again, and failed."""
+    import nemo.collections.common.parts.utils as parts
+
+    extend = parts.extend_instance
+
+    @functools.wraps(extend)
+    def extend_instance(obj, mixin):
+        if not isinstance(obj, mixin):
+            extend(obj, mixin)
+
+    parts.extend_instance = extend_instance
+
+
 def patch_gemma_layers() -> None:
     """Build the layers of Gemma 2 and 3 without Transformer Engine, whose classes their specs name.
 
