@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -466,3 +467,27 @@ def test_the_cap_of_gemma_is_found(cpu_backend, cap, expected):
     torch.nn.Module.__init__(layer)
     layer.config = gemma2.Gemma2Config2B(final_logit_softcapping=cap)
     assert softcap(layer) == expected
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (SimpleNamespace(data_sampler=SimpleNamespace(seq_len=32), seq_length=64), 32),
+        (SimpleNamespace(seq_length=64), 64),
+        (SimpleNamespace(seq_length=None), None),
+        (None, None),
+    ],
+)
+def test_the_estimate_takes_the_length_of_the_samples(cpu_backend, data, expected):
+    """A model's own ``seq_length`` is the most that it can process; models from Mistral's importer have None."""
+    from nemo.collections.llm.modelopt.distill import _fusion
+
+    length = _fusion.sample_length(data)
+    assert length == expected
+    layer = SimpleNamespace(weight=torch.zeros(8, 4), output_size_per_partition=8)
+    fields = {"context_parallel_size": 1, "hidden_size": 4, "params_dtype": torch.float32}
+    model = SimpleNamespace(
+        config=SimpleNamespace(seq_length=None, tensor_model_parallel_size=1, **fields), output_layer=layer
+    )
+    sizes = _fusion._sizes(model, model, SimpleNamespace(sample_length=length, skip_lm_loss=True))
+    assert (None if sizes is None else sizes.tokens) == expected

@@ -57,6 +57,7 @@ class DistillationConfig:
             micro-batch. ``auto``: if that is exact for the model; ``on``: raise an error if it is not; ``off``: never.
         validation_metrics: run the teacher in validation as well, and log the metrics of training as ``val_...``.
         allow_other_tokenizer: distill from a teacher with a tokenizer that differs from the student's.
+        sample_length: tokens of a sample, set by the model when it is built; not a setting.
 
     Raises:
         ModelOptConfigError: If a setting cannot be used.
@@ -77,6 +78,7 @@ class DistillationConfig:
     fused_logits: str = "auto"
     validation_metrics: bool = False
     allow_other_tokenizer: bool = False
+    sample_length: int | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def logit_pair(self) -> tuple[str, str]:
@@ -325,7 +327,7 @@ def _integer(model: Any, name: str) -> int | None:
 
 
 def _known_settings(settings: dict, where: str) -> None:
-    known = [f.name for f in fields(DistillationConfig)]
+    known = [f.name for f in fields(DistillationConfig) if f.init]
     for name in settings:
         if name not in known:
             hint = suggestion(name, known)

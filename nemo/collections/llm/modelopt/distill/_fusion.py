@@ -91,6 +91,16 @@ def slower_by(settings: Any) -> str | None:
     return "with a language-model loss the logits are computed a second time in the backward pass"
 
 
+def sample_length(data: Any) -> int | None:
+    """Return the number of tokens in a sample of a data module, None if it is unknown."""
+    sampler = getattr(data, "data_sampler", None)
+    for holder, name in ((sampler, "seq_len"), (data, "seq_length")):
+        length = getattr(holder, name, None)
+        if isinstance(length, int) and length > 0:
+            return length
+    return None
+
+
 def choose_fused(student: Any, teacher: Any, settings: Any) -> bool:
     """Return whether the logits loss is fused, and log the reason.
 
@@ -148,7 +158,9 @@ def _sizes(student: Any, teacher: Any, settings: Any) -> loss_memory.Sizes | Non
         sequences = get_micro_batch_size()
     except AttributeError:  # not set up
         sequences = 1
-    tokens = getattr(config, "seq_length", 0) * sequences // config.context_parallel_size
+    # The length of the samples; a model's own is the most that it can process, and some have none.
+    length = getattr(settings, "sample_length", None) or getattr(config, "seq_length", None) or 0
+    tokens = length * sequences // config.context_parallel_size
     if not tokens:
         return None
     weight = layer.weight if layer.weight is not None else student.shared_embedding_or_output_weight()

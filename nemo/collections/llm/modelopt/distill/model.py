@@ -25,8 +25,10 @@ from nemo_modelopt_dropin import moved
 from .._batches import Shown
 from .._parallel import gather_over_stages
 from .._saved_keys import strip_module_prefix
+from ._completed import completed
 from ._config import DistillationConfig
 from ._deferred_logits import SummedLoss, sums_tokens
+from ._fusion import sample_length
 from ._pipeline_checks import check_student_layers, refuse_virtual_pipeline
 from ._plan import make_plan
 from ._reduction import DistillationValidation, Metrics
@@ -218,6 +220,8 @@ class DistillationGPTModel(llm.GPTModel):
             return
         plan = make_plan(self)
         student = self.config.configure_model(self.tokenizer)
+        if plan.is_real:
+            student = completed(student, self.config)
         settings = load_distillation_config(plan.settings, self.config, plan.teacher_config)
         if plan.is_real:
             check_student_layers(student, settings.criterion or {})
@@ -236,6 +240,8 @@ class DistillationGPTModel(llm.GPTModel):
             "criterion": settings.criterion,
             "loss_balancer": settings.loss_balancer,
         }
+        if plan.is_real:
+            settings.sample_length = sample_length(getattr(self.trainer, "datamodule", None))
         distillation_model = mtd.convert(student, mode=[("kd_loss", kd_config)])
         adjust_distillation_model_for_mcore(distillation_model, distill_cfg=settings)
         self.module = distillation_model

@@ -33,6 +33,7 @@ from nemo_modelopt_dropin.preflight.loss_file import LAYER_INDEX
 from .._saved_keys import saved_keys, saved_prefix, strip_module_prefix
 from ..errors import ModelOptConfigError
 from ..model_utils import restore_modelopt_state
+from ._completed import completed
 from ._config import (
     INTERMEDIATE_LOSSES,
     DistillationConfig,
@@ -168,7 +169,7 @@ def teacher_provider(
     strict = strategy.ckpt_load_strictness
     strict_flag = is_strict(strict, parse_strict_flag)
     logging.info("Distillation: Loading teacher weights...")
-    model = config.configure_model(tokenizer)
+    model = completed(config.configure_model(tokenizer), config)
     if has_modelopt_state(ckpt_path):
         restore_modelopt_state(model, ckpt_path)
         # The quantizers stay; modelopt does not support a model with its own state inside the student.
