@@ -39,6 +39,7 @@ from nemo_modelopt_dropin.preflight import budget, model_sizes, output_checks, p
 from nemo_modelopt_dropin.preflight.model_checks import (
     budget_problems,
     drop_problems,
+    family_problems,
     split_problems,
     target_problems,
 )
@@ -110,6 +111,7 @@ def model_problems(arguments: argparse.Namespace, sizes: dict[str, int | float])
     shape = model_sizes.known(arguments.restore_path)
     found = split_problems(arguments.restore_path, arguments.tp_size if arguments.drop_layers else 1, arguments.pp_size)
     found += target_problems(shape, sizes, arguments.target_params is not None)
+    found += family_problems(arguments.restore_path, sizes, arguments.target_params is not None)
     found += drop_problems(model_sizes.layers(arguments.restore_path), arguments.drop_layers)
     if not found:
         found += budget_problems(shape, arguments.target_params, sizes)

@@ -281,6 +281,7 @@ class Job:
         pruning = self.pruning
         targets = {name: getattr(pruning, name) for name in TARGETS}
         unfit = model_checks.target_problems(shape, targets, pruning.target_params is not None)
+        unfit += model_checks.family_problems(self.teacher, targets, pruning.target_params is not None)
         unfit += model_checks.drop_problems(layers, pruning.drop_layers)
         unfit += (
             []

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nemo_modelopt_dropin.preflight import budget, loss_file, model_sizes
+from nemo_modelopt_dropin.preflight import budget, families, loss_file, model_sizes
 from nemo_modelopt_dropin.preflight.model_sizes import Shape
 
 # Widths that GPU kernels compute fastest at a multiple of `TENSOR_CORE_MULTIPLE`.
@@ -41,7 +41,10 @@ def target_problems(shape: Shape | None, targets: Targets, budget_too: bool = Fa
         budget_too: Whether a search chooses other sizes to reach a number of parameters.
     """
     asked = {name: size for name, size in targets.items() if size is not None}
-    own: dict[str, Any] = {name: getattr(shape, name.removeprefix("target_"), None) for name in asked}
+    if shape is not None and shape.experts and "target_ffn_hidden_size" in asked:
+        return ["target_ffn_hidden_size: all layers of this model have experts; set target_moe_ffn_hidden_size"]
+    # A shape without experts has zero of them: the library reports a size that the model lacks.
+    own: dict[str, Any] = {name: getattr(shape, model_sizes.field_of(name), None) or None for name in asked}
     given = {name: size for name, size in asked.items() if own[name] is not None}
     found = [f"{name} {size} is above the model's {own[name]}" for name, size in given.items() if size > own[name]]
     heads, groups = targets.get("target_num_attention_heads"), targets.get("target_num_query_groups")
@@ -57,6 +60,18 @@ def target_problems(shape: Shape | None, targets: Targets, budget_too: bool = Fa
     if asked and kept and not budget_too:
         found.append(f"{', '.join(given)}: all are the model's own sizes, there is nothing to prune")
     return found
+
+
+def family_problems(checkpoint: str | Path | None, targets: Targets, budget_too: bool = False) -> list[str]:
+    """Return one sentence for each reason why a model of this family cannot be pruned to the targets.
+
+    Args:
+        checkpoint: The model; only its configuration is read.
+        targets: Sizes or fractions of the model's sizes; None for those that are not set.
+        budget_too: Whether a search chooses other sizes to reach a number of parameters.
+    """
+    asked = [name for name, size in targets.items() if size is not None]
+    return families.prune_problems(model_sizes.config_of(checkpoint), asked, budget_too)
 
 
 def drop_problems(layers: int | None, dropped: Sequence[int] | None) -> list[str]:
@@ -130,7 +145,7 @@ def smallest(shape: Shape, targets: Targets, multiples: Mapping[str, int] | None
         "experts": min(1, shape.experts),
         "shared_expert_size": 0,
     }
-    fixed = {name.removeprefix("target_") for name, size in targets.items() if size is not None}
+    fixed = {model_sizes.field_of(name) for name, size in targets.items() if size is not None}
     wanted = shape.pruned(targets)
     return replace(shape, **{name: getattr(wanted, name) if name in fixed else size for name, size in least.items()})
 

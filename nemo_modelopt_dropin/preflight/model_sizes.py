@@ -21,6 +21,20 @@ class UnknownModel(ValueError):
     """The sizes of a model cannot be computed from its configuration; the message contains the reason."""
 
 
+# Fields of `Shape` for sizes with another name; a model with experts has no other inner size.
+_FIELDS = {
+    "moe_ffn_hidden_size": "ffn_hidden_size",
+    "num_moe_experts": "experts",
+    "moe_shared_expert_intermediate_size": "shared_expert_size",
+}
+
+
+def field_of(target: str) -> str:
+    """Return the field of `Shape` that a flag such as ``target_num_moe_experts`` sets."""
+    name = target.removeprefix("target_")
+    return _FIELDS.get(name, name)
+
+
 @dataclass(frozen=True)
 class Shape:
     """The sizes of a GPT that determine its number of parameters."""
@@ -52,7 +66,7 @@ class Shape:
             targets: Sizes or fractions by the names of the flags; None keeps the size.
             drop_layers: Numbers of the layers to drop.
         """
-        sizes = {name.removeprefix("target_"): size for name, size in targets.items() if size is not None}
+        sizes = {field_of(name): size for name, size in targets.items() if size is not None}
         # A size below one is a fraction of the original size; pruning rounds it to the nearest valid size.
         known: dict[str, Any] = {
             name: size if size >= 1 else max(1, round(size * getattr(self, name)))
@@ -142,10 +156,15 @@ def _context(folder: Path) -> Any:
     return found if isinstance(found, dict) else None
 
 
+def config_of(checkpoint: str | Path | None) -> dict[str, Any]:
+    """Return the configuration in a NeMo 2 checkpoint as its file has it, {} if there is none."""
+    config = (_context(Path(checkpoint)) or {}).get("config") if checkpoint else None
+    return config if isinstance(config, dict) else {}
+
+
 def layers(checkpoint: str | Path | None) -> int | None:
     """Return the number of layers of any NeMo 2 checkpoint, None if its configuration does not contain it."""
-    config = (_context(Path(checkpoint)) or {}).get("config") if checkpoint else None
-    number = config.get("num_layers") if isinstance(config, dict) else None
+    number = config_of(checkpoint).get("num_layers")
     return number if isinstance(number, int) else None
 
 

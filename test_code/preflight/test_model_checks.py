@@ -151,3 +151,39 @@ def test_texts_are_looked_at_up_to_their_first_row(tmp_path, content, column, pr
     (tmp_path / "a.jsonl").write_text(content)
     found = data_files.problem(str(tmp_path / "a.jsonl"), column)
     assert (problem in (found or "")) if problem else found is None
+
+
+NEMO = "nemo.collections.llm.gpt.model"
+
+
+@pytest.mark.parametrize(
+    ("config", "targets", "budget", "expected"),
+    [
+        ({"multi_latent_attention": True}, {"target_hidden_size": 8, "target_ffn_hidden_size": 8}, False, "latent"),
+        ({"_target_": f"{NEMO}.deepseek.DeepSeekV3Config"}, {}, True, "target_params cannot"),
+        (
+            {"_target_": f"{NEMO}.gemma2.Gemma2Config2B"},
+            {"target_hidden_size": 8},
+            False,
+            "norms",
+        ),
+        ({"_target_": f"{NEMO}.gemma2.Gemma2Config2B"}, {"target_num_layers": 1}, False, None),
+        ({"_target_": f"{NEMO}.gemma.GemmaConfig2B"}, {"target_hidden_size": 8}, False, None),
+    ],
+)
+def test_limits_of_a_family_are_found_in_the_file(tmp_path, config, targets, budget, expected):
+    import yaml
+
+    (tmp_path / "context").mkdir()
+    (tmp_path / "context" / "model.yaml").write_text(yaml.safe_dump({"config": config}))
+    found = model_checks.family_problems(tmp_path, {**targets, "target_num_query_groups": None}, budget)
+    assert len(found) == (expected is not None)
+    assert expected is None or expected in found[0]
+
+
+def test_a_size_of_the_dense_mlp_is_refused_if_all_layers_have_experts():
+    experts = replace(MODEL, experts=4)
+    (found,) = model_checks.target_problems(experts, {"target_ffn_hidden_size": 8})
+    assert "set target_moe_ffn_hidden_size" in found
+    pruned = experts.pruned({"target_moe_ffn_hidden_size": 32, "target_num_moe_experts": 2})
+    assert (pruned.ffn_hidden_size, pruned.experts) == (32, 2)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..errors import ModelOptConfigError
-from . import _checks, _search
+from . import _checks, _layer_kinds, _search
 
 
 def check_checkpoint(pruning_config: Any, checkpoint: str, tp_size: int = 1) -> None:
@@ -31,6 +31,7 @@ def check_checkpoint(pruning_config: Any, checkpoint: str, tp_size: int = 1) -> 
     config = nl.io.load_context(ckpt_to_context_subdir(checkpoint), subpath="model.config")
     if pruning_config.drop_layers:
         _checks.check_drop_layers(pruning_config.drop_layers, config.num_layers)
+        _layer_kinds.check_drop(pruning_config.drop_layers, config)
         return
     if tp_size > 1:
         raise ModelOptConfigError(
@@ -44,3 +45,5 @@ def check_checkpoint(pruning_config: Any, checkpoint: str, tp_size: int = 1) -> 
     by_budget = pruner._budget_of(pruning_config) is not None
     _checks.check_prunes_experts(resolved, config, by_budget, _search.prunes_experts())
     _checks.check_experts(resolved, config)
+    _checks.check_multi_token_prediction(resolved, config, by_budget)
+    _layer_kinds.check_targets(resolved, config, by_budget)

@@ -11,6 +11,7 @@ from nemo.utils import logging
 from nemo_modelopt_dropin.preflight.model_checks import ROUNDED, TENSOR_CORE_MULTIPLE, legal_heads, size_step
 
 from ..errors import ModelOptConfigError
+from . import _layer_kinds
 
 MOE_SIZES = ("num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
 
@@ -92,6 +93,8 @@ def check_drop_layers(drop_layers: Sequence[int], num_layers: int) -> None:
 def model_sizes(core: Any) -> dict[str, int]:
     """Return the prunable sizes that a model has.
 
+    A model whose layers all have experts has no ``ffn_hidden_size``: that field of its configuration sizes nothing.
+
     Args:
         core: the Megatron-Core model.
     """
@@ -106,6 +109,8 @@ def model_sizes(core: Any) -> dict[str, int]:
     mixer = next((layer.mixer for layer in core.decoder.layers if hasattr(layer, "mixer")), None)
     if mixer is not None:
         sizes["mamba_num_heads"], sizes["mamba_head_dim"] = mixer.nheads, mixer.headdim
+    elif _layer_kinds.all_have_experts(config):
+        del sizes["ffn_hidden_size"]
     return {name: size for name, size in sizes.items() if isinstance(size, int)}
 
 

@@ -7,11 +7,15 @@ from typing import Any
 
 from torch import nn
 
+from nemo_modelopt_dropin.cpu_backend import zero_centred
+
 from ..errors import ModelOptConfigError
+
+_EXTENDED = "extended "
 
 
 def register_torch_norms() -> None:
-    """Make ``nn.LayerNorm`` and ``nn.RMSNorm`` known to modelopt's registry of dynamic modules.
+    """Make torch's norms, and the zero-centred ones of the CPU backend, known to modelopt's registry.
 
     modelopt prunes no ``nn.RMSNorm``, and from 0.41 on passes the shared hidden size to a norm's set-up, which its own
     ``nn.LayerNorm`` class does not take. Called when a model is pruned, not at import; a second call does nothing.
@@ -29,13 +33,37 @@ def register_torch_norms() -> None:
                 self._register_dynamic_attribute(name, self._cut_to_active_features)
         self._register_dynamic_attribute("normalized_shape", self._get_normalized_shape)
 
-    for norm in (nn.LayerNorm, nn.RMSNorm):
+    for norm in (nn.LayerNorm, nn.RMSNorm, zero_centred.ZeroCentredLayerNorm, zero_centred.ZeroCentredRMSNorm):
         if norm in DMRegistry:
             if "num_features" in inspect.signature(DMRegistry[norm]._setup).parameters:
                 continue
             DMRegistry.unregister(norm)
         dynamic = type(f"_Dynamic{norm.__name__}", (_DynamicLayerNorm,), {"_setup": setup})
         DMRegistry.register({norm: f"nn.{norm.__name__}"})(dynamic)
+
+
+def register_extended(core: nn.Module) -> None:
+    """Make the embedding and the output layer of a model known to modelopt if their class extends a known one.
+
+    Those of Gemma scale or cap what their parent returns, which depends on no size that is cut.
+
+    Args:
+        core: a Megatron-Core ``GPTModel`` or ``MambaModel``.
+    """
+    from modelopt.torch.nas.registry import DMRegistry
+
+    # NeMo extends each model by a class of its own. Those of earlier models have the same name, which must be unique.
+    for kind in [kind for kind, key in DMRegistry._key_registry.items() if key.startswith(_EXTENDED)]:
+        DMRegistry.unregister(kind)
+    for name in ("embedding", "output_layer"):
+        kind = type(getattr(core, name, None))
+        if not issubclass(kind, nn.Module) or kind in DMRegistry:
+            continue
+        for parent in kind.__mro__:
+            if issubclass(parent, nn.Module) and parent in DMRegistry:
+                dynamic = DMRegistry._registry[DMRegistry._get_registered_nn_class(parent)]
+                DMRegistry.register({kind: f"{_EXTENDED}{kind.__module__}.{kind.__qualname__}"})(dynamic)
+                break
 
 
 def check_norms(core: nn.Module) -> None:

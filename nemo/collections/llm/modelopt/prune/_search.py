@@ -13,7 +13,7 @@ from torch.distributed import all_reduce
 
 from .. import _batches
 from ..errors import ModelOptConfigError
-from . import _checks, _groups, _norms, _scores, _snapshot, _weights
+from . import _checks, _groups, _layer_kinds, _norms, _scores, _snapshot, _weights
 
 # A layer that changes nothing has a score of zero, which modelopt reads as "not measured".
 _LOWEST_SCORE = 1e-30
@@ -90,8 +90,10 @@ def check(
     _checks.check_prunes_experts(resolved, model.config, may_be_empty, prunes_experts())
     _checks.check_experts(resolved, model.config)
     _checks.check_multi_token_prediction(resolved, model.config, may_be_empty)
+    _layer_kinds.check_targets(resolved, model.config, may_be_empty)
     _checks.check_batches(data_module, trainer)
     _norms.register_torch_norms()
+    _norms.register_extended(core)
     _norms.check_norms(core)
     return resolved
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelOptConfigError
-from . import _hybrid
+from . import _hybrid, _layer_kinds
 from ._checks import MOE_SIZES
 
 _TRAINER_LIMITS = (
@@ -138,6 +138,22 @@ def kept(model: nn.Module, core: nn.Module, trainer: Any) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def stays_configured(model: Any) -> Iterator[None]:
+    """Let ``configure_model`` do nothing inside, which validation calls on a model that is built.
+
+    NeMo's Gemma would extend its embedding a second time, and fails.
+    """
+    if not isinstance(model, nn.Module) or "configure_model" in vars(model) or not hasattr(model, "module"):
+        yield
+        return
+    model.configure_model = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del model.configure_model
+
+
 def find_core(model: nn.Module) -> nn.Module:
     """Return the Megatron-Core language model inside NeMo's and DDP's wrappers.
 
@@ -187,6 +203,7 @@ def write_sizes(saved: Any, live: Any, names: Iterable[str]) -> None:
             setattr(saved, name, getattr(live, name))
     if isinstance(frequency := getattr(live, "moe_layer_freq", None), list):
         saved.moe_layer_freq = frequency
+    _layer_kinds.write(saved, live)
     if layers_before != live.num_layers:
         # Splits over pipeline stages that were chosen for the old number of layers.
         for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):

@@ -23,7 +23,7 @@ from nemo_modelopt_dropin.console import progress, screen
 
 from .. import _batches, _parallel, _real
 from ..errors import ModelOptConfigError
-from . import _budget, _checks, _cost, _hybrid, _report, _scores, _search, _state
+from . import _budget, _checks, _cost, _hybrid, _layer_kinds, _report, _scores, _search, _state
 
 SUPPORTED_PRUNING_HPARAMS = {
     # width
@@ -181,6 +181,7 @@ def prune_language_model(
     if drop_layers:
         _checks.check_layout(core.config, by_importance=False)
         _checks.check_drop_layers(drop_layers, core.config.num_layers)
+        _layer_kinds.check_drop(drop_layers, core.config)
     else:
         targets = _search.check(core, targets, data_module, trainer, may_be_empty=budget is not None)
     with _reported(model, core, trainer) as report:
@@ -299,7 +300,8 @@ def _validate_on_training_data(model: Any, data_module: Any, trainer: Any, conve
     # modelopt calls this without gradients, but setting a trainer up may build Megatron's DDP, which needs them;
     # the validation loop switches them off again by itself.
     shown = progress.validation_shown(trainer, "importance")
-    with torch.enable_grad(), _training_data_for_validation(data_module), shown, _own_callbacks(trainer):
+    data, callbacks = _training_data_for_validation(data_module), _own_callbacks(trainer)
+    with torch.enable_grad(), data, shown, callbacks, _state.stays_configured(model):
         llm.validate(model, data=data_module, trainer=trainer, tokenizer="model")
 
 
@@ -309,7 +311,8 @@ def _validate_on_heldout_data(model: Any, data_module: Any, trainer: Any, batche
     wanted = batches * _micro_batches(data_module)  # NeMo counts micro-batches here
     trainer.limit_val_batches = min(limit, wanted) if type(limit) is int else wanted
     try:
-        with torch.enable_grad(), _batches.own_data(data_module), _own_callbacks(trainer):
+        callbacks = _own_callbacks(trainer)
+        with torch.enable_grad(), _batches.own_data(data_module), callbacks, _state.stays_configured(model):
             llm.validate(model, data=data_module, trainer=trainer, tokenizer="model")
     finally:
         trainer.limit_val_batches = limit
@@ -361,6 +364,7 @@ def _reported(model: Any, core: Any, trainer: Any) -> Iterator[dict[str, Any]]:
             "longer usable, restore it again."
         )
     _report.keep_layer_patterns(core, kept, before["num_layers"])
+    _layer_kinds.follow(core.config, kept, before)
     after = _report.measure(core)
     cost["after"] = _cost.describe(core, after["parameters"])
     model.pruning_report = {"before": before, "after": after, "cost": cost, "kept_layers": kept, **more}
