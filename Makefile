@@ -1,6 +1,7 @@
 # make demo   watch a GPT being pruned, distilled, quantized and exported on this machine's CPU
 # make test   lint, types, the documentation and every CPU test
 # make test-slow   the tests that take minutes: interruptions at random moments, many random models, an older processor's arithmetic
+# make test-families   every step with a small model of every family; prints the table. FAMILY="mixtral gemma" for some
 # make docs   the documentation as a site, build/site/index.html
 # make test-compat   the tests on the other supported versions; ROW=nemo-2.6.2 TESTS="test_code/test_pruner.py" for a part
 PYTHON ?= python3
@@ -17,7 +18,7 @@ PROSE := $(PAGES) $(SOURCES)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-slow test-compat lint types docs bench clean
+.PHONY: setup demo test test-slow test-families test-compat lint types docs bench clean
 
 setup: $(READY)
 
@@ -59,6 +60,9 @@ test: lint types docs
 SLOW_TIMEOUT ?= 3600
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'slow and not gpu' --timeout $(SLOW_TIMEOUT)
+
+test-families: $(READY)
+	$(BIN)/python -m test_code.families.matrix $(FAMILY)
 
 test-compat: $(READY)
 	$(BIN)/python scripts/test_compat.py $(if $(ROW),--row $(ROW)) $(if $(TESTS),-- $(TESTS))

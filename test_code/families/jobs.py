@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 
 from test_code.families import models
+
+
+class AtStart(pl.Callback):
+    """Keep the logits of student and teacher when training starts."""
+
+    def __init__(self):
+        self.found: list[torch.Tensor] = []
+
+    def on_train_start(self, trainer, pl_module):
+        from test_code.support import tiny
+
+        core = tiny.core(pl_module)
+        with core.hide_teacher_model() if hasattr(core, "hide_teacher_model") else contextlib.nullcontext():
+            self.found = [core_logits(core)]
+        self.found.append(core_logits(core._teacher_model))
+        core.train()
 
 
 def import_hf(name: str, folder: str | Path, entries: Mapping[str, Any] | None = None) -> Path:
@@ -68,3 +86,134 @@ def import_and_compare(name: str, folder: str | Path, entries: Mapping[str, Any]
         return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
     finally:
         ranks.reset()
+
+
+def quantize(checkpoint: str | Path, folder: str | Path, algorithm: str) -> dict[str, Any]:
+    """Quantize a checkpoint; return how much the restored logits differ from the original, and the layers left out."""
+    from nemo.collections.llm.modelopt import setup_trainer_and_restore_model_with_modelopt_spec
+    from test_code.support import jobs_quant, ranks, tiny
+
+    folder = Path(folder)
+    data = jobs_quant.corpus(folder / "text.jsonl")
+    settings = {"calibration_dataset": data, "calibration_dataset_size": 8, "enable_kv_cache": False}
+    seen = jobs_quant.ptq(checkpoint, folder / algorithm, algorithm, "nemo", quant=settings)
+    ranks.reset()
+    original = nemo_logits(checkpoint)
+    ranks.reset()
+    model, _ = setup_trainer_and_restore_model_with_modelopt_spec(str(folder / algorithm))
+    core = tiny.core(model)
+    linears = {name for name, part in core.named_modules() if re.search(r"layers\..*linear_\w+$", name)}
+    quantized = {name.removesuffix(".weight_quantizer") for name in jobs_quant.amax_of(model) if "weight_q" in name}
+    assert set(seen["amax"]) == set(jobs_quant.amax_of(model))
+    return {"difference": difference(core_logits(core), original), "left": sorted(linears - quantized)}
+
+
+def prune(checkpoint: str | Path, target: str | Path, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Prune a checkpoint as ``llm.prune`` does; return how much the restored logits differ from those in memory."""
+    from nemo.collections.llm.modelopt import PruningConfig, prune_language_model
+    from nemo.collections.llm.modelopt import setup_trainer_and_restore_model_with_modelopt_spec as restore
+    from nemo.collections.llm.modelopt.prune import _checkpoint_checks, save_pruned_model
+    from test_code.support import ranks, tiny
+
+    config = PruningConfig(**request)
+    _checkpoint_checks.check_checkpoint(config, str(checkpoint))
+    model, trainer = restore(
+        str(checkpoint),
+        strategy_kwargs={"sequence_parallel": False, "replace_progress_bar": False},
+        trainer_kwargs={"max_steps": 2, "limit_val_batches": 2, "val_check_interval": 2},
+    )
+    before = core_logits(tiny.core(model))
+    prune_language_model(model, config, tiny.data(global_batch_size=2, micro_batch_size=2), trainer)
+    memory, report = core_logits(tiny.core(model)), model.pruning_report
+    save_pruned_model(trainer, str(target))
+    ranks.reset()
+    return {
+        "difference": difference(nemo_logits(target), memory),
+        "changed": difference(memory, before),
+        "parameters": (report["before"]["parameters"], report["after"]["parameters"]),
+    }
+
+
+def distill(
+    student: str | Path, teacher: str | Path, folder: str | Path, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Distill for two steps; return the losses, and how much both models in memory differ from their checkpoints."""
+    import yaml
+
+    from nemo import lightning as nl
+    from nemo.collections import llm
+    from test_code.support import ranks, tiny
+    from test_code.support.jobs_distill import Metrics
+
+    expected = [nemo_logits(path) for path in (student, teacher) if ranks.reset() is None]
+    ranks.reset()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "distill.yaml"
+    path.write_text(yaml.safe_dump(dict(settings)))
+    recorder, logits = Metrics(), AtStart()
+    # As the commands do on a CPU: the imported weights are in bf16.
+    plugin = nl.MegatronMixedPrecision(precision="32", params_dtype=torch.float32, autocast_enabled=False)
+    llm.distill(
+        student_model_path=str(student),
+        teacher_model_path=str(teacher),
+        data=tiny.data(),
+        trainer=tiny.trainer(max_steps=2, callbacks=[recorder, logits], plugins=plugin),
+        distillation_config_path=str(path),
+        log=nl.NeMoLogger(log_dir=str(folder / "logs"), use_datetime_version=False, ckpt=None),
+        optim=tiny.optim(),
+    )
+    found = [difference(ours, theirs) for ours, theirs in zip(logits.found, expected, strict=True)]
+    return {"difference": max(found), "losses": recorder.steps}
+
+
+# Steps after the import, and what of `models.Family` they take.
+STEPS = ("fp8", "int8", "int4_awq", "width", "depth", "logits", "pair")
+
+
+def take_steps(name: str, folder: str | Path, steps: Sequence[str] = STEPS) -> dict[str, dict[str, Any]]:
+    """Import a family and take each step from the imported checkpoint; return what each found, or its error."""
+    from test_code.support import ranks
+
+    folder, family = Path(folder), models.FAMILIES[name]
+    checkpoint = import_hf(name, folder)
+    ranks.reset()
+    pair = {"intermediate_layer_pairs": [["decoder.layers.0", "decoder.layers.1"]]}
+    todo = {
+        **{
+            algorithm: lambda algorithm=algorithm: quantize(checkpoint, folder, algorithm)
+            for algorithm in ("fp8", "int8", "int4_awq")
+        },
+        "width": lambda: prune(checkpoint, folder / "width", family.request("width")),
+        "depth": lambda: prune(checkpoint, folder / "depth", family.request("depth")),
+        "logits": lambda: distill(_first(folder, "width", "depth", "nemo"), checkpoint, folder / "logits", {}),
+        "pair": lambda: distill(_first(folder, "width", "depth", "nemo"), checkpoint, folder / "pair", pair),
+    }
+    found: dict[str, dict[str, Any]] = {}
+    for step in steps:
+        try:
+            found[step] = todo[step]()
+        except Exception as error:
+            found[step] = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        ranks.reset()
+    return found
+
+
+def _first(folder: Path, *names: str) -> Path:
+    """Return the first of some checkpoints that exists."""
+    return next(folder / name for name in names if (folder / name / "context").exists())
+
+
+def refused_requests(name: str, folder: str | Path, requests: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Import a family and return the error of each pruning request, from the checkpoint's configuration alone."""
+    from nemo.collections.llm.modelopt import ModelOptConfigError, PruningConfig
+    from nemo.collections.llm.modelopt.prune import _checkpoint_checks
+
+    checkpoint, messages = import_hf(name, folder), []
+    for request in requests:
+        try:
+            _checkpoint_checks.check_checkpoint(PruningConfig(**request), str(checkpoint))
+            messages.append("accepted")
+        except ModelOptConfigError as error:
+            messages.append(str(error))
+    return messages

@@ -28,7 +28,7 @@ class Family:
         nemo: Names of NeMo's model and configuration class in ``nemo.collections.llm``.
         settings: Entries of the configuration that differ from `_SMALL`; None removes an entry of it.
         width: Width targets of pruning.
-        layers: Depth target of pruning.
+        depth: Settings of a pruning of whole layers.
         experts: Whether the family has experts.
     """
 
@@ -36,8 +36,14 @@ class Family:
     nemo: tuple[str, str]
     settings: Mapping[str, Any] = field(default_factory=dict)
     width: Mapping[str, int] = field(default_factory=lambda: {"hidden_size": 96, "ffn_hidden_size": 192})
-    layers: int = 1
+    depth: Mapping[str, Any] = field(default_factory=lambda: {"target_num_layers": 1})
     experts: bool = False
+
+    def request(self, kind: str) -> dict[str, Any]:
+        """Return the settings of a pruning of ``width`` or ``depth``."""
+        if kind == "depth":
+            return dict(self.depth)
+        return {f"target_{name}": size for name, size in self.width.items()}
 
 
 _SMALL: dict[str, Any] = {
@@ -131,13 +137,14 @@ FAMILIES: dict[str, Family] = {
         ("Gemma2Model", "Gemma2Config2B"),
         {**_GEMMA, "query_pre_attn_scalar": 224, "sliding_window": WINDOW},
         width=_HEADS,
+        depth={"drop_layers": [2]},
     ),
     "gemma-3": Family(
         "Gemma3TextConfig",
         ("Gemma3Model", "Gemma3Config1B"),
         {**_GEMMA, "query_pre_attn_scalar": 256, "sliding_window": WINDOW, "num_hidden_layers": 7},
         width=_HEADS,
-        layers=6,
+        depth={"drop_layers": [7]},
     ),
     "phi-3": Family("Phi3Config", ("Phi3Model", "Phi3ConfigMini"), {"vocab_size": PADDED, "num_key_value_heads": 4}),
     "nemotron": Family("NemotronConfig", ("NemotronModel", "Nemotron3Config4B"), {"head_dim": 32}),
@@ -165,7 +172,7 @@ FAMILIES: dict[str, Family] = {
         "DeepseekV2Config",
         ("DeepSeekModel", "DeepSeekV2Config"),
         {**_MLA, "topk_method": "greedy", "scoring_func": "softmax", "n_group": 1, "topk_group": 1},
-        width={"ffn_hidden_size": 192, "moe_ffn_hidden_size": 32},
+        width={"ffn_hidden_size": 192, "moe_ffn_hidden_size": 32, "num_moe_experts": 2},
         experts=True,
     ),
     "deepseek-3": Family(
@@ -179,7 +186,7 @@ FAMILIES: dict[str, Family] = {
             "norm_topk_prob": True,
             "rope_scaling": _YARN,
         },
-        width={"ffn_hidden_size": 192, "moe_ffn_hidden_size": 32},
+        width={"ffn_hidden_size": 192, "moe_ffn_hidden_size": 32, "num_moe_experts": 2},
         experts=True,
     ),
     "gpt-oss": Family(

@@ -1,0 +1,52 @@
+"""Imported families are quantized, pruned and distilled: a few steps here, all in ``make test-families``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_modelopt_dropin.preflight import families
+from test_code.families import jobs, matrix, models
+
+# Steps that failed because of something that only this family has.
+OWN = {
+    "mistral": ["pair"],  # no `seq_length`
+    "mixtral": ["width", "logits"],  # one size for experts and MLP
+    "gemma": ["width", "logits"],  # zero-centred norms, scaled embedding
+    "gemma-2": ["width", "logits"],  # capped scores and logits
+    "gemma-3": ["fp8", "width"],  # two kinds of layers
+    "nemotron": ["int8", "width"],  # zero-centred norms with biases
+    "deepseek-3": ["width", "depth"],  # multi-latent attention, a dense layer
+    "gpt-oss": ["depth", "logits"],  # windows by layer, biases of experts
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_steps_of_its_own(ranks, tmp_path, name):
+    (found,) = ranks(1).run(jobs.take_steps, name, str(tmp_path), OWN[name])
+    assert {step: matrix.problem(step, result) for step, result in found.items()} == dict.fromkeys(OWN[name]), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_all_steps(ranks, tmp_path, name):
+    (found,) = ranks(1).run(jobs.take_steps, name, str(tmp_path), timeout=600)
+    assert {step: matrix.problem(step, result) for step, result in found.items()} == dict.fromkeys(jobs.STEPS), found
+
+
+def test_each_family_has_a_row():
+    assert list(models.FAMILIES) == list(families.FAMILIES)
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    shown = page.partition("preflight.families -->\n")[2].partition("<!-- families: end")[0]
+    assert shown == families.table() + "\n", "paste the output of python -m nemo_modelopt_dropin.preflight.families"
+
+
+@pytest.mark.parametrize("name", [name for name, family in families.FAMILIES.items() if family.limit])
+def test_what_cannot_be_pruned_is_said_before_the_weights_are_read(ranks, tmp_path, name):
+    limit = families.FAMILIES[name].limit
+    requests = [{f"target_{size}": 2} for size in limit.targets if size != "num_query_groups"]
+    for message in ranks(1).run(jobs.refused_requests, name, str(tmp_path), [*requests, {"target_params": "60%"}])[0]:
+        assert message.startswith("target_")
+        assert f"cannot be pruned in a model with {limit.name}" in message
+        assert "; set target_ffn_hidden_size" in message
