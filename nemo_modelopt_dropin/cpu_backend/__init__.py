@@ -38,6 +38,7 @@ PATCHES: tuple[Callable[[], None], ...] = (
     megatron_patches.patch_torch_norms,
     megatron_patches.patch_moe_router,
     megatron_patches.patch_expert_bias,
+    megatron_patches.patch_expert_dispatch,
     attention_patches.patch_local_attention,
     attention_patches.patch_attention_backend,
     attention_patches.patch_saved_norms,

@@ -165,3 +165,21 @@ def patch_expert_bias() -> None:
 def _copied(module: torch.nn.Module, args: tuple, output: tuple) -> tuple:
     """Return a layer's output with its first tensor copied."""
     return (output[0].clone(), *output[1:])
+
+
+def patch_expert_dispatch() -> None:
+    """Pass the numbers of tokens that go to each rank as arrays, also if they are on the CPU already.
+
+    Megatron converts them when it copies them from a GPU; torch accepts no tensors, so expert parallelism failed.
+    """
+    from megatron.core.transformer.moe import token_dispatcher
+
+    move = getattr(token_dispatcher, "maybe_move_tensor_to_cpu", None)
+    if move is None:
+        return
+
+    @functools.wraps(move)
+    def maybe_move_tensor_to_cpu(tensor, as_numpy=False, record_stream=False):
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
