@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import traceback
 from collections.abc import Mapping, Sequence
@@ -41,23 +42,33 @@ def import_hf(name: str, folder: str | Path, entries: Mapping[str, Any] | None =
     return target
 
 
-def nemo_logits(checkpoint: str | Path) -> torch.Tensor:
-    """Return the logits `[rows, length, 256]` of a NeMo checkpoint in fp32."""
+def nemo_logits(checkpoint: str | Path, tp: int = 1, ep: int = 1) -> torch.Tensor:
+    """Return the logits `[rows, length, 256]` of a NeMo checkpoint in fp32, on ``tp`` or ``ep`` ranks."""
     from nemo.collections.llm.modelopt import setup_trainer_and_restore_model_with_modelopt_spec
     from test_code.support import tiny
 
-    model, _ = setup_trainer_and_restore_model_with_modelopt_spec(str(checkpoint))
+    model, _ = setup_trainer_and_restore_model_with_modelopt_spec(
+        str(checkpoint),
+        tensor_model_parallel_size=tp,
+        expert_model_parallel_size=ep,
+        devices=int(os.environ["WORLD_SIZE"]),
+    )
     core = tiny.core(model)
     return core_logits(core)
 
 
 def core_logits(core: Any) -> torch.Tensor:
     """Return the logits `[rows, length, 256]` of a Megatron model in memory."""
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
     ids = models.tokens()
     mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
     core.eval()
     with torch.no_grad():
-        return core(ids, torch.arange(ids.shape[1])[None].expand_as(ids), mask)[..., :256].float()
+        logits = core(ids, torch.arange(ids.shape[1])[None].expand_as(ids), mask)
+        if core.parallel_output:
+            logits = gather_from_tensor_model_parallel_region(logits)
+        return logits[..., :256].float()
 
 
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -217,3 +228,13 @@ def refused_requests(name: str, folder: str | Path, requests: Sequence[Mapping[s
         except ModelOptConfigError as error:
             messages.append(str(error))
     return messages
+
+
+def import_only(name: str, folder: str | Path) -> str:
+    """Import a family and return the checkpoint's path."""
+    return str(import_hf(name, folder))
+
+
+def compare_layout(checkpoint: str, folder: str | Path, tp: int = 1, ep: int = 1) -> float:
+    """Return the relative difference of a checkpoint's logits on several ranks from those of `transformers`."""
+    return difference(nemo_logits(checkpoint, tp, ep), models.hf_logits(Path(folder) / "hf"))

@@ -185,8 +185,9 @@ FAMILIES: dict[str, Family] = {
             "topk_group": 1,
             "norm_topk_prob": True,
             "rope_scaling": _YARN,
+            "n_routed_experts": 8,
         },
-        width={"ffn_hidden_size": 192, "moe_ffn_hidden_size": 32, "num_moe_experts": 2},
+        width={"ffn_hidden_size": 192, "moe_ffn_hidden_size": 32, "num_moe_experts": 6},
         experts=True,
     ),
     "gpt-oss": Family(

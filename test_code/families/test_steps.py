@@ -35,6 +35,22 @@ def test_all_steps(ranks, tmp_path, name):
     assert {step: matrix.problem(step, result) for step, result in found.items()} == dict.fromkeys(jobs.STEPS), found
 
 
+# One query group cannot be split, and neither can experts with biases.
+LAYOUTS = [(name, {"tp": 2}) for name in models.FAMILIES if name not in ("gemma", "starcoder", "gpt-oss")]
+LAYOUTS += [(name, {"ep": 2}) for name, family in models.FAMILIES.items() if family.experts]
+QUICK = ("gemma-2", "deepseek-3", "gpt-oss")
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [pytest.param(*case, marks=[] if case[0] in QUICK else pytest.mark.slow) for case in LAYOUTS],
+)
+def test_logits_on_two_ranks(ranks, tmp_path, name, layout):
+    (checkpoint,) = ranks(1).run(jobs.import_only, name, str(tmp_path))
+    for found in ranks(2).run(jobs.compare_layout, checkpoint, str(tmp_path), **layout):
+        assert found < matrix.SAME
+
+
 def test_each_family_has_a_row():
     assert list(models.FAMILIES) == list(families.FAMILIES)
     page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")

@@ -97,3 +97,10 @@ def test_importance_does_not_choose_layers_of_kinds(fields, resolved, by_budget)
         _layer_kinds.check_targets(resolved, config(**fields), by_budget)
     _layer_kinds.check_targets({"num_layers": 6}, config(**fields), by_budget)
     _layer_kinds.check_targets({"hidden_size": 4}, config(**fields), False)
+
+
+def test_chosen_groups_have_as_many_experts_as_a_token_is_sent_to():
+    grouped = config(num_moe_experts=8, moe_router_topk=4, moe_router_num_groups=4, moe_router_group_topk=2)
+    _checks.check_experts({"num_moe_experts": 8}, grouped)
+    with pytest.raises(ModelOptConfigError, match=r"4 experts in 2 of 4 groups; allowed: \[8\]"):
+        _checks.check_experts({"num_moe_experts": 4}, grouped)

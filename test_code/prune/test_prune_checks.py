@@ -210,6 +210,27 @@ class TestOnAModel:
 
 
 class TestPureFunctions:
+    def test_attention_that_modelopt_does_not_know_is_refused_by_name(self, cpu_backend):
+        from megatron.core.transformer.attention import SelfAttention
+
+        from nemo.collections.llm.modelopt.prune import _norms
+
+        class Capped(torch.nn.Identity):
+            pass
+
+        class Rotated(SelfAttention):
+            def forward(self, x):
+                return x
+
+        attention = Rotated.__new__(Rotated)
+        torch.nn.Module.__init__(attention)
+        attention.core_attention = Capped()
+        layers = [SimpleNamespace(self_attention=attention), SimpleNamespace(self_attention=torch.nn.Identity())]
+        with pytest.raises(
+            ValueError, match=r"class \['Capped', 'Rotated'\] cannot be pruned by importance.*drop_layers"
+        ):
+            _norms.check_attention(SimpleNamespace(decoder=SimpleNamespace(layers=layers)))
+
     def test_norms_that_cannot_be_sliced_are_refused_by_name(self, cpu_backend):
         from nemo.collections.llm.modelopt.prune import _norms
 

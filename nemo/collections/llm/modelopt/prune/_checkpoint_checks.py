@@ -41,8 +41,9 @@ def check_checkpoint(pruning_config: Any, checkpoint: str, tp_size: int = 1) -> 
     # Sizes of a Mamba mixer are known from its modules only.
     sizes = _checks.model_sizes(SimpleNamespace(config=config, decoder=SimpleNamespace(layers=[])))
     targets = {name: size for name, size in pruner._requested(pruning_config).items() if "mamba" not in name}
-    resolved = _checks.resolve_targets(targets, sizes, may_be_empty=True)
     by_budget = pruner._budget_of(pruning_config) is not None
+    _layer_kinds.check_family(targets, config, by_budget)
+    resolved = _checks.resolve_targets(targets, sizes, may_be_empty=True)
     _checks.check_prunes_experts(resolved, config, by_budget, _search.prunes_experts())
     _checks.check_experts(resolved, config)
     _checks.check_multi_token_prediction(resolved, config, by_budget)

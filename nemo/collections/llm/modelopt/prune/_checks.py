@@ -204,16 +204,19 @@ def check_experts(resolved: Mapping[str, int], config: Any) -> None:
     """Raise an error for a number of experts that a token cannot be sent to.
 
     Raises:
-        ModelOptConfigError: if there are fewer than the router chooses, or they do not divide into its groups.
+        ModelOptConfigError: if there are fewer than the router chooses, or they do not divide into its groups, of which
+            it chooses some.
     """
     experts = resolved.get("num_moe_experts")
     if experts is None:
         return
     topk, groups = getattr(config, "moe_router_topk", 1) or 1, getattr(config, "moe_router_num_groups", None) or 1
-    if experts < topk or experts % groups:
+    chosen = getattr(config, "moe_router_group_topk", None) or groups
+    allowed = [n for n in range(1, config.num_moe_experts + 1) if n % groups == 0 and n // groups * chosen >= topk]
+    if experts not in allowed:
+        some = f"{chosen} of {groups}" if chosen != groups else f"{groups}"
         raise ModelOptConfigError(
-            f"target_num_moe_experts={experts}: a token is sent to {topk} experts in {groups} groups; allowed: "
-            f"{[n for n in range(1, config.num_moe_experts + 1) if n >= topk and n % groups == 0]}."
+            f"target_num_moe_experts={experts}: a token is sent to {topk} experts in {some} groups; allowed: {allowed}."
         )
 
 

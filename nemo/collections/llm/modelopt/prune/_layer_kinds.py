@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from nemo_modelopt_dropin.preflight import families
@@ -35,10 +35,23 @@ def local_layers(config: Any) -> list[bool] | None:
     return None
 
 
-def check_targets(resolved: Mapping[str, int], config: Any, by_budget: bool) -> None:
-    """Raise an error for sizes that modelopt does not prune of this family, and a depth that would change layers.
+def check_family(targets: Collection[str], config: Any, by_budget: bool) -> None:
+    """Raise an error for sizes that modelopt does not prune in models of this family.
 
-    If importance chose the layers that remain, others could change their kind of attention.
+    Args:
+        targets: names of the requested sizes.
+        config: the model's ``TransformerConfig``.
+        by_budget: whether further sizes will be chosen to keep a number of parameters.
+
+    Raises:
+        ModelOptConfigError: naming what to set instead.
+    """
+    for problem in families.prune_problems(config, targets, by_budget):
+        raise ModelOptConfigError(f"{problem}.")
+
+
+def check_targets(resolved: Mapping[str, int], config: Any, by_budget: bool) -> None:
+    """Raise an error for a depth chosen by importance, if the remaining layers could change their kind.
 
     Args:
         resolved: hparam -> requested size.
@@ -48,8 +61,6 @@ def check_targets(resolved: Mapping[str, int], config: Any, by_budget: bool) -> 
     Raises:
         ModelOptConfigError: naming what to set instead.
     """
-    for problem in families.prune_problems(config, resolved, by_budget):
-        raise ModelOptConfigError(f"{problem}.")
     layers = config.num_layers
     if local_layers(config) is None or resolved.get("num_layers", None if by_budget else layers) == layers:
         return

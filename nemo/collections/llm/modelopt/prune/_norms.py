@@ -93,3 +93,33 @@ def check_norms(core: nn.Module) -> None:
             "restore the model with modelopt's layer spec or Megatron's local spec, in which norms are "
             "LayerNorm or RMSNorm modules of their own."
         )
+
+
+def check_attention(core: nn.Module) -> None:
+    """Raise an error for a model whose attention modelopt cannot convert, as NeMo's own classes for Gemma 2 and 3.
+
+    Args:
+        core: a Megatron-Core ``GPTModel`` or ``MambaModel``.
+
+    Raises:
+        ModelOptConfigError: naming the classes, and what can be pruned.
+    """
+    from megatron.core.transformer.attention import SelfAttention
+
+    from modelopt.torch.nas.registry import DMRegistry
+
+    decoder: Any = core.decoder
+    unknown = set()
+    for attention in (getattr(layer, "self_attention", None) for layer in decoder.layers):
+        if not isinstance(attention, SelfAttention):
+            continue
+        inner = type(attention.core_attention)
+        if not any(kind.__name__ in ("DotProductAttention", "TEDotProductAttention") for kind in inner.__mro__):
+            unknown.add(inner.__name__)
+        if type(attention) not in DMRegistry:
+            unknown.add(type(attention).__name__)
+    if unknown:
+        raise ModelOptConfigError(
+            f"Attention of class {sorted(unknown)} cannot be pruned by importance, because modelopt knows Megatron's "
+            "classes only; set drop_layers."
+        )

@@ -86,6 +86,7 @@ def check(
     model: Any = core
     _checks.check_layout(model.config, by_importance=True)
     check_positions(model)
+    _layer_kinds.check_family(targets, model.config, may_be_empty)
     resolved = _checks.resolve_targets(targets, _checks.model_sizes(core), may_be_empty)
     _checks.check_prunes_experts(resolved, model.config, may_be_empty, prunes_experts())
     _checks.check_experts(resolved, model.config)
@@ -95,6 +96,7 @@ def check(
     _norms.register_torch_norms()
     _norms.register_extended(core)
     _norms.check_norms(core)
+    _norms.check_attention(core)
     return resolved
 
 
