@@ -2,6 +2,7 @@
 # make test   lint, types, the documentation and every CPU test
 # make test-slow   the tests that take minutes: interruptions at random moments, many random models, an older processor's arithmetic
 # make test-families   every step with a small model of every family; prints the table. FAMILY="mixtral gemma" for some
+# make test-serving   vLLM on this machine's CPU serves what is exported; builds build/serving (3.4 GB) when it is missing
 # make docs   the documentation as a site, build/site/index.html
 # make test-compat   the tests on the other supported versions; ROW=nemo-2.6.2 TESTS="test_code/test_pruner.py" for a part
 PYTHON ?= python3
@@ -18,7 +19,7 @@ PROSE := $(PAGES) $(SOURCES)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-slow test-families test-compat lint types docs bench clean
+.PHONY: setup demo test test-slow test-families test-serving test-compat lint types docs bench clean
 
 setup: $(READY)
 
@@ -63,6 +64,16 @@ test-slow: $(READY)
 
 test-families: $(READY)
 	$(BIN)/python -m test_code.families.matrix $(FAMILY)
+
+# An environment of its own: vLLM and NeMo pin different versions of PyTorch. TESTS chooses tests: TESTS="-k mixtral".
+SERVING ?= build/serving
+$(SERVING)/.ready: test_code/serving/requirements.txt
+	$(PYTHON) -m venv --clear $(SERVING)
+	$(SERVING)/bin/pip install --quiet --disable-pip-version-check -r test_code/serving/requirements.txt
+	@touch $@
+
+test-serving: $(READY) $(SERVING)/.ready
+	SERVING_PYTHON=$(SERVING)/bin/python $(BIN)/python -m pytest test_code/serving -m serving $(TESTS)
 
 test-compat: $(READY)
 	$(BIN)/python scripts/test_compat.py $(if $(ROW),--row $(ROW)) $(if $(TESTS),-- $(TESTS))

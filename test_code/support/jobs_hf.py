@@ -30,9 +30,9 @@ def hf_model(family: str, seed: int, **sizes):
         seed: Of the weights.
         **sizes: Entries of the configuration that differ.
     """
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+    from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen2Config, Qwen3Config
 
-    classes = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+    classes = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "mixtral": MixtralConfig}
     settings = {
         "hidden_size": 128,
         "intermediate_size": 256,
@@ -45,7 +45,8 @@ def hf_model(family: str, seed: int, **sizes):
         "tie_word_embeddings": family.endswith("-tied"),
     }
     # NeMo's Qwen3 has heads of this size.
-    settings |= {"head_dim": 128} if family == "qwen3" else {}
+    settings |= {"head_dim": 128} if family.startswith("qwen3") else {}
+    settings |= {"num_local_experts": 4, "sliding_window": None} if family == "mixtral" else {}
     config = classes[family.partition("-")[0]](**settings | sizes)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
@@ -68,6 +69,7 @@ def import_hf(model, folder) -> str:
         "LlamaForCausalLM": (llm.LlamaModel, llm.Llama32Config1B),
         "Qwen2ForCausalLM": (llm.Qwen2Model, llm.Qwen2Config500M),
         "Qwen3ForCausalLM": (llm.Qwen3Model, llm.Qwen3Config600M),
+        "MixtralForCausalLM": (llm.MixtralModel, llm.MixtralConfig8x7B),
     }
     # Sizes come from the files, whatever the configuration says.
     model_class, config_class = kinds[type(model).__name__]

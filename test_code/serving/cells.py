@@ -1,0 +1,70 @@
+"""What is exported for the tests of readers: algorithms, layouts and families of models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_modelopt_dropin.preflight import algorithms
+
+MODELOPT, COMPRESSED = "modelopt", "compressed-tensors"
+DENSE = ("llama", "llama-tied", "qwen2-tied", "qwen3-tied")
+EXPERTS = ("mixtral",)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One algorithm in one layout.
+
+    Attributes:
+        algorithm: Of ``QuantizationConfig``.
+        layout: Of ``ExportConfig.hf_layout``.
+        rounds_inputs: Whether the inputs of layers are quantized.
+        experts: Whether vLLM serves models with experts in this format.
+    """
+
+    algorithm: str
+    layout: str
+    rounds_inputs: bool
+    experts: bool = True
+
+    @property
+    def name(self) -> str:
+        """Return the cell's name in ids of tests and names of folders."""
+        return f"{self.algorithm}-{self.layout}"
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Return the families that vLLM serves in this format."""
+        return DENSE + EXPERTS if self.experts else DENSE
+
+
+# What vLLM serves. `test_rules.py` compares it with the table of readers.
+_SERVED = (
+    Cell("fp8", MODELOPT, True),
+    Cell("fp8_pc_pt", MODELOPT, True, experts=False),
+    Cell("block_fp8", MODELOPT, False, experts=False),
+    Cell("nvfp4", MODELOPT, True),
+    Cell("w4a16_nvfp4", MODELOPT, False),
+    Cell("mxfp8", MODELOPT, True),
+    Cell("fp8", COMPRESSED, True),
+    Cell("fp8_pc_pt", COMPRESSED, True),
+    Cell("fp8_wo", COMPRESSED, False, experts=False),
+    Cell("block_fp8", COMPRESSED, False),
+    Cell("int8", COMPRESSED, True, experts=False),
+    Cell("int8_sq", COMPRESSED, True, experts=False),
+    Cell("int8_wo", COMPRESSED, False),
+    Cell("int4", COMPRESSED, False),
+    Cell("int4_awq", COMPRESSED, False),
+    Cell("nvfp4", COMPRESSED, True),
+    Cell("w4a16_nvfp4", COMPRESSED, False),
+    Cell("mxfp8", COMPRESSED, True),
+)
+
+
+def writable(algorithm: str, layout: str) -> bool:
+    """Return whether an algorithm has files in a layout."""
+    entry = algorithms.get(algorithm)
+    return entry.hf_format is not None and layout in algorithms.HF_FORMATS[entry.hf_format].layouts
+
+
+VLLM = tuple(cell for cell in _SERVED if writable(cell.algorithm, cell.layout))

@@ -1,0 +1,145 @@
+"""The process that serves folders with vLLM, and the comparison of log probabilities."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from test_code.support import jobs_serving
+
+ROOT = Path(__file__).parents[2]
+# Built by `make test-serving`; the variable is for an environment elsewhere.
+PYTHON = Path(os.environ.get("SERVING_PYTHON") or ROOT / "build" / "serving" / "bin" / "python")
+RESULTS = ROOT / "build" / "serving" / "results.json"
+
+
+class Engine:
+    """One process of vLLM that serves folders one after the other, because importing vLLM takes long."""
+
+    def __init__(self, log: Path):
+        """Start the process; its log is the file."""
+        self.log = log
+        self.logprobs = log.with_suffix(".pt")
+        command = [str(PYTHON), str(Path(__file__).parent / "engine.py")]
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True
+            )
+
+    def serve(self, folder: Path, new_tokens: int = 4) -> dict:
+        """Return the engine's answer for a folder; `logprobs` is `[p, s - 1, v]`.
+
+        Raises:
+            ServingError: If vLLM raised an error.
+        """
+        request = {
+            "folder": str(folder),
+            "tokens": jobs_serving.prompts().tolist(),
+            "logprobs": str(self.logprobs),
+            "new_tokens": new_tokens,
+        }
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise ServingError(f"vLLM's process ended; the end of its log:\n{self.log.read_text()[-3000:]}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise ServingError(answer["error"])
+        return answer | {"logprobs": torch.load(self.logprobs)}
+
+    def close(self) -> None:
+        """End the process."""
+        with self.process:
+            self.process.stdin.close()
+            self.process.wait(60)
+
+
+class ServingError(RuntimeError):
+    """vLLM could not serve a folder."""
+
+
+def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
+    """Return the mean KL divergence of log probabilities `[..., v]`, in nats."""
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def bound(plain: float, quantization: float, roundings: int) -> float:
+    """Return the largest mean KL divergence of vLLM from the model in memory that arithmetic can cause.
+
+    vLLM computes in bf16, the model in memory in fp32. If only weights are quantized, the difference is that of the
+    model before quantization: 4 times that, and a tenth of what quantization changes, because weights are decoded to
+    bf16. If inputs are rounded too, a difference of 2^-9 moves some of them across the edge between two codes. The
+    variance of that is the product of the difference and the step. If all roundings were independent, it would be
+    twice the variance of the rounding of inputs, about what quantization changes in all; 0.42 to 0.48 of that was
+    measured for FP8 and NVFP4. A wrong scale or a wrong tensor must exceed the bound.
+
+    Args:
+        plain: Divergence of vLLM from the model in memory, before quantization.
+        quantization: Divergence of the quantized model in memory from the original.
+        roundings: How many kinds of computed values are rounded: inputs of layers, and the KV cache.
+    """
+    return 4 * plain + max(0.1, 0.75 * roundings) * quantization
+
+
+# --- wrong folders ----------------------------------------------------------------------------------------------------
+
+
+def double_scale(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Double the scale of the last layer's ``down_proj``; of its experts' ``w2`` if there are experts."""
+    last = max(name.split(".")[2] for name in tensors if name.startswith("model.layers."))
+    layers = [
+        name.removesuffix("weight_scale")
+        for name in tensors
+        if name.startswith(f"model.layers.{last}.") and name.endswith(("down_proj.weight_scale", "w2.weight_scale"))
+    ]
+    assert layers, "no scale to double"
+    return tensors | dict(_doubled(layer, tensors) for layer in layers)
+
+
+def _doubled(layer: str, tensors: dict[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
+    """Return the name of a scale of a layer, and its value for weights that are twice as large."""
+    # The scale of a whole layer in NVFP4; compressed-tensors stores its reciprocal.
+    for leaf, factor in (("weight_scale_2", 2.0), ("weight_global_scale", 0.5)):
+        if layer + leaf in tensors:
+            return layer + leaf, tensors[layer + leaf] * factor
+    scale = tensors[f"{layer}weight_scale"]
+    # E8M0 is an exponent.
+    return f"{layer}weight_scale", scale + 1 if scale.dtype == torch.uint8 else scale * 2
+
+
+def swap(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Exchange ``k_proj`` and ``v_proj`` of the first layer, or two of its experts."""
+    experts = any(".experts." in name for name in tensors)
+    a, b = (".0.block_sparse_moe.experts.0.", ".0.block_sparse_moe.experts.1.") if experts else (
+        ".0.self_attn.k_proj.", ".0.self_attn.v_proj.",
+    )  # fmt: skip
+    return {
+        name.replace(a, b) if a in name else name.replace(b, a) if b in name else name: value
+        for name, value in tensors.items()
+    }
+
+
+def changed(folder: Path, target: Path, change) -> Path:
+    """Copy a folder with other tensors, in one file.
+
+    Args:
+        folder: The folder.
+        target: The copy.
+        change: Returns the tensors by name from those of the folder.
+    """
+    shutil.copytree(folder, target)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in target.glob("*.safetensors"):
+        tensors |= load_file(file)
+        file.unlink()
+    (target / "model.safetensors.index.json").unlink(missing_ok=True)
+    result = {name: value.contiguous().clone() for name, value in change(tensors).items()}
+    save_file(result, target / "model.safetensors", metadata={"format": "pt"})
+    return target

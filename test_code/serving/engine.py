@@ -1,0 +1,94 @@
+"""Serve folders with vLLM on the CPU, one after the other, in a process of its own. It imports nothing of this project.
+
+Each line of the standard input is a request, a JSON object: `folder`, `tokens` (a list of prompts, each a list of token
+ids), `logprobs` (the file to write) and `new_tokens`. Each answer is one line of the standard output: `error`, or the
+`tokens` that were generated, the `kernels` that computed and the `scheme` of the first layer. The file holds the log
+probabilities of the whole vocabulary at each position of each prompt, `[p, s - 1, v]` in fp32: entry i belongs to token
+i + 1. Everything that vLLM prints goes to the standard error.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import traceback
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    # Without a second process for the engine, so that `references` also applies there.
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_NO_USAGE_STATS="1",
+    # A function is sent to the engine, which is in this process.
+    VLLM_ALLOW_INSECURE_SERIALIZATION="1",
+)
+
+
+def serve(request: dict) -> dict:
+    """Load a folder, generate, and write the log probabilities of the prompts.
+
+    Args:
+        request: See the module.
+
+    Returns:
+        The answer.
+    """
+    import torch
+    from references import kernels_of
+    from vllm import LLM, SamplingParams
+
+    model = LLM(
+        model=request["folder"],
+        enforce_eager=True,
+        max_model_len=128,
+        max_logprobs=-1,
+        max_num_seqs=4,
+        skip_tokenizer_init=True,
+        disable_log_stats=True,
+        kv_cache_memory_bytes=64 << 20,
+        enable_prefix_caching=False,
+    )
+    prompts = [{"prompt_token_ids": tokens} for tokens in request["tokens"]]
+    settings = SamplingParams(
+        max_tokens=request["new_tokens"], temperature=0, prompt_logprobs=-1, ignore_eos=True, detokenize=False
+    )
+    outputs = model.generate(prompts, settings, use_tqdm=False)
+    rows = []
+    for output in outputs:
+        # The first position has no log probabilities, because nothing predicts it.
+        for entries in output.prompt_logprobs[1:]:
+            rows.append([entries[token].logprob for token in range(len(entries))])
+    torch.save(torch.tensor(rows).reshape(len(outputs), -1, len(rows[0])), request["logprobs"])
+    (kernels,) = model.apply_model(kernels_of)
+    answer = {"tokens": [list(output.outputs[0].token_ids) for output in outputs], "kernels": kernels}
+    del model
+    return answer
+
+
+def main() -> None:
+    """Answer requests until the input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    import references
+
+    references.enable()
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    for line in sys.stdin:
+        try:
+            answer = serve(json.loads(line))
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        cleanup_dist_env_and_memory()
+        gc.collect()
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""What ranks execute for the tests of exports that other programs read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from test_code.support import jobs_hf, jobs_quant, ranks, tiny
+
+# Sizes that the kernels of servers accept: widths and heads are multiples of 32, and a block of 128 fits.
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 256}
+
+
+def prompts(count: int = 2, length: int = 48) -> torch.Tensor:
+    """Return the token ids `[p, s]` of the comparison."""
+    return torch.randint(3, tiny.VOCABULARY, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+def make(family: str, folder, **sizes) -> tuple[str, torch.Tensor]:
+    """Write a model of ``transformers`` and a NeMo checkpoint with its weights.
+
+    Args:
+        family: See `jobs_hf.hf_model`.
+        folder: Gets ``original`` and ``nemo``.
+        **sizes: Entries of the configuration other than `SIZES`.
+
+    Returns:
+        The NeMo checkpoint, and the log probabilities `[p, s - 1, v]` of the model in fp32.
+    """
+    model = jobs_hf.hf_model(family, 0, **SIZES | sizes)
+    checkpoint = jobs_hf.import_hf(model, folder)
+    with torch.no_grad():
+        logits = model.float()(prompts()).logits
+    ranks.reset()
+    return checkpoint, logits.log_softmax(-1)[:, :-1]
+
+
+def export(checkpoint, target, algorithm, **settings) -> torch.Tensor:
+    """Quantize a checkpoint and write a Hugging Face folder.
+
+    Args:
+        checkpoint: The NeMo checkpoint.
+        target: The folder.
+        algorithm: Of ``QuantizationConfig``.
+        **settings: ``quant`` and ``export``, of both configurations.
+
+    Returns:
+        The log probabilities `[p, s - 1, v]` of the quantized model in memory.
+    """
+    from nemo.collections.llm.modelopt.quantization import quantizer as module
+    from nemo.collections.llm.modelopt.quantization.export import hf_kv_cache
+
+    found = []
+    quantize = module.Quantizer.quantize
+
+    def keep(self, model, forward_loop=None):
+        quantized = quantize(self, model, forward_loop)
+        # Scales of the KV cache are stored as at least one.
+        with hf_kv_cache.as_stored(tiny.core(quantized)):
+            found.append(log_probabilities(tiny.core(quantized)))
+        return quantized
+
+    module.Quantizer.quantize = keep
+    data = jobs_quant.corpus(Path(target).parent / "text.jsonl")
+    quant = {"calibration_dataset": data, "calibration_dataset_size": 16, "enable_kv_cache": False}
+    try:
+        jobs_quant.ptq(
+            checkpoint,
+            target,
+            algorithm,
+            "hf",
+            quant=quant | settings.get("quant", {}),
+            export={"verify": "files"} | settings.get("export", {}),
+        )
+    finally:
+        module.Quantizer.quantize = quantize
+        ranks.reset()
+    return found[0]
+
+
+def log_probabilities(core) -> torch.Tensor:
+    """Return the log probabilities `[p, s - 1, v]` of the prompts; entry i belongs to token i + 1."""
+    tokens = prompts()
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    was_training = core.training
+    core.eval()
+    with torch.no_grad():
+        logits = core(tokens, positions, None).float()
+    core.train(was_training)
+    return logits[..., : tiny.VOCABULARY].log_softmax(-1)[:, :-1]
+
+
+def modelopts_own(original, target, preset: str) -> None:
+    """Quantize a model of ``transformers`` with modelopt, and write it with modelopt's own exporter.
+
+    Args:
+        original: The folder of the model.
+        target: The folder that is written.
+        preset: Name of a quant_cfg of modelopt.
+    """
+    import copy
+
+    from modelopt.torch import quantization as mtq
+    from modelopt.torch.export import export_hf_checkpoint
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(original, torch_dtype=torch.bfloat16)
+    # Each expert sees tokens: modelopt cannot export one without calibrated inputs.
+    tokens = torch.randint(3, tiny.VOCABULARY, (16, 48), generator=torch.Generator().manual_seed(1))
+    mtq.quantize(model, copy.deepcopy(getattr(mtq, preset)), lambda model: model(tokens))
+    export_hf_checkpoint(model, export_dir=target)
+
+
+def transformers_logits(folder, dtype=torch.float32) -> torch.Tensor:
+    """Return the log probabilities `[p, s - 1, v]` of a folder that ``transformers`` loads."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=dtype).eval()
+    with torch.no_grad():
+        logits = model(prompts()).logits.float()
+    return logits.log_softmax(-1)[:, :-1]
