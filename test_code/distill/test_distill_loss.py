@@ -143,7 +143,7 @@ def test_logits_near_the_end_of_fp32_on_shards(ranks):
         for label, (value, gradient, whole, whole_gradient) in found.items():
             assert value.isfinite().all() and gradient.isfinite().all(), label
             ordinary = whole < 1e6
-            if "topk=None" in label:  # the tail of a top-k is added up in fp64, which has no room for it here
+            if "topk=None" in label:  # the tail of a top-k is added up in fp64, which cannot represent it here
                 torch.testing.assert_close(value[ordinary], whole[ordinary], rtol=1e-5, atol=1e-5)
                 torch.testing.assert_close(gradient[ordinary], whole_gradient[ordinary], rtol=1e-5, atol=1e-5)
                 assert (value[~ordinary] > 1e6).all(), label

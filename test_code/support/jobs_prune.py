@@ -116,7 +116,7 @@ def refusal(request: dict, **settings) -> str:
 
 
 def multi_token_prediction(folder: str, requests: dict, tp: int = 1) -> dict:
-    """Return for each request its error, or the losses of a training that goes on from the pruned checkpoint."""
+    """Return for each request its error, or the losses of a training that continues from the pruned checkpoint."""
     from unittest import mock
 
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError

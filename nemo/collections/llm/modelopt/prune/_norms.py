@@ -120,6 +120,6 @@ def check_attention(core: nn.Module) -> None:
             unknown.add(type(attention).__name__)
     if unknown:
         raise ModelOptConfigError(
-            f"Attention of class {sorted(unknown)} cannot be pruned by importance, because modelopt knows Megatron's "
+            f"Attention of class {sorted(unknown)} cannot be pruned by importance, because modelopt prunes Megatron's "
             "classes only; set drop_layers."
         )

@@ -328,7 +328,7 @@ def values_of(layer: Layer, codes: torch.Tensor | None = None) -> torch.Tensor:
 
     Args:
         layer: The layer.
-        codes: Codes in the place of the layer's.
+        codes: Codes to use instead of the layer's.
     """
     codes = layer.codes if codes is None else codes
     assert codes is not None
