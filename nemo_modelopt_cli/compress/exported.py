@@ -1,4 +1,4 @@
-"""Held-out loss of an exported Hugging Face checkpoint, computed from the files as they were written."""
+"""An exported Hugging Face checkpoint: its held-out loss, computed from the files, and its model card."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from nemo_modelopt_cli.compress import facts, stages
+from nemo_modelopt_cli.compress.settings import Job
 from nemo_modelopt_cli.tokens import Windows
+from nemo_modelopt_dropin.report import model_card
 
 
 def heldout_loss(folder: Path, ids: np.ndarray, seq_length: int, batch_size: int) -> float | None:
@@ -49,3 +52,30 @@ def heldout_loss(folder: Path, ids: np.ndarray, seq_length: int, batch_size: int
             total += float(_heldout.weighted_sum(losses))
             tokens += labels.numel()
     return total / tokens
+
+
+def describe(folder: Path, job: Job, root: Path) -> None:
+    """Add how the model was pruned, distilled and quantized, and the held-out losses, to the model card.
+
+    Args:
+        folder: the Hugging Face checkpoint.
+        job: the settings.
+        root: the run's folder, with the records of the steps before.
+    """
+    found = {name: stages.read_record(root / name) for name in facts.MODELS}
+    records = {name: record for name, record in found.items() if record is not None}
+    teacher, quantization = Path(job.teacher).name, job.quantization
+    model_card.retitle(folder, f"{teacher}, compressed to {Path(quantization.algorithm).name}")
+    calibrated = model_card.calibration_data(
+        job.train_text, f"at most {quantization.calibration_size}", quantization.calibration_seq_len
+    )
+    steps = [f"- {sentence}" for sentence in facts.done(records, job)]
+    lines = [f"- Original model: `{teacher}`", *steps, model_card.method(quantization.algorithm), calibrated]
+    model_card.add(folder, "Compression", lines)
+    rows = [
+        f"| {facts.MODELS[name]} | {record.result['heldout_loss']:.4f} | {record.result['parameters']:,} |"
+        for name, record in records.items()
+        if "heldout_loss" in record.result
+    ]
+    table = ["| model | held-out loss (nats per token) | parameters |", "|---|---|---|", *rows]
+    model_card.add(folder, "Measured quality", table if rows else [])

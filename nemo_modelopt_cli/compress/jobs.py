@@ -231,10 +231,17 @@ def quantize(folder: Path, job: Job, student: Path, token_folder: Path) -> dict[
     return measure(folder / _CHECKPOINT, token_folder, job)
 
 
-def export(folder: Path, job: Job, quantized: Path, token_folder: Path) -> dict[str, Any]:
+def export(folder: Path, job: Job, quantized: Path, token_folder: Path, root: Path) -> dict[str, Any]:
     """Write the quantized model in the other formats, and measure the held-out loss of Hugging Face files.
 
     Only rank zero exports, because NeMo's exporters load the whole model in one process; the others wait.
+
+    Args:
+        folder: the step's folder.
+        job: the settings.
+        quantized: the quantized NeMo checkpoint.
+        token_folder: folder of the held-out tokens.
+        root: the run's folder, with the records of the steps before.
     """
     training.release()
     result: dict[str, Any] = {}
@@ -253,6 +260,8 @@ def export(folder: Path, job: Job, quantized: Path, token_folder: Path) -> dict[
                         name: getattr(job.quantization, name) for name in ("verify", "hf_layout", "max_shard_size")
                     },
                 )
+                if target == "hf":
+                    exported.describe(beside, job, root)
         result[target] = {"path": str(path), "bytes": comparison.bytes_on_disk(path)}
         if target == "hf":
             ids = np.load(token_folder / "heldout.npy")

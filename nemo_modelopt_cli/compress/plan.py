@@ -8,17 +8,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nemo_modelopt_cli.compress.digests import Digests
+from nemo_modelopt_cli.compress.facts import MODELS as MODELS
 from nemo_modelopt_cli.compress.settings import Job, Quantization, Training
 from nemo_modelopt_cli.compress.stages import Record, Stage
 
-# Steps that measure a held-out loss, in the order of the job -> the name of the model in the report.
-MODELS = {
-    "teacher": "teacher",
-    "prune": "pruned",
-    "distill": "distilled",
-    "scratch": "from scratch",
-    "quantize": "quantized",
-}
 _STEPS = ("tokens", "teacher", "prune", "distill", "scratch", "quantize", "export")
 # Settings of quantization that only the export step depends on, those that it always records first.
 _OF_EXPORT = ("formats", "verify", "hf_layout", "max_shard_size")
@@ -93,7 +86,12 @@ def compression_stages(job: Job, root: Path, before: str | None = None, digests:
             quantization,
             ("distill",),
         ),
-        _step("export", lambda jobs, folder, out: jobs.export(folder, job, quantized, tokens), formats, ("quantize",)),
+        _step(
+            "export",
+            lambda jobs, folder, out: jobs.export(folder, job, quantized, tokens, root),
+            formats,
+            ("quantize",),
+        ),
     ]
     return [step for step in steps if step.name in step_names(job)]
 

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from nemo_modelopt_cli.compress.plan import MODELS
+from nemo_modelopt_cli.compress.facts import MODELS, done
 from nemo_modelopt_cli.compress.settings import Job
 from nemo_modelopt_cli.compress.stages import Record
 
@@ -87,29 +87,6 @@ def recovery(records: Mapping[str, Record], job: Job) -> list[dict[str, Any]]:
         }
         for step, loss in sorted(points.items())
     ]
-
-
-def done(records: Mapping[str, Record], job: Job) -> list[str]:
-    """Return one sentence for each finished job step."""
-    found = []
-    shapes = {name: records[name].result.get("shape", {}) for name in ("teacher", "prune") if name in records}
-    if "prune" in records:
-        before, after = shapes.get("teacher", {}), shapes["prune"]
-        changed = [
-            f"{name.replace('_', ' ')} {before[name]} to {after[name]}"
-            for name in before
-            if before[name] != after.get(name)
-        ]
-        found.append(f"Pruned: {', '.join(changed) or 'the shape stayed'}.")
-    if "distill" in records:
-        training = job.distillation
-        tokens = training.steps * training.global_batch_size * job.seq_length
-        found.append(f"Distilled: {training.steps} steps, {tokens:,} tokens, peak learning rate {training.lr:g}.")
-    if "quantize" in records:
-        found.append(f"Quantized: {job.quantization.algorithm}.")
-    if "export" in records:
-        found.append(f"Exported: {', '.join(job.quantization.formats)}.")
-    return found
 
 
 def _model(label: str, result: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from nemo_modelopt_dropin.preflight import shard_sizes
 from ... import _real, _staging
 from .. import _checks, _transformers_models
 from .._collaborators import Collaborators
-from . import hf_describe, hf_files, hf_names, hf_verify, hf_writer, support
+from . import hf_card, hf_describe, hf_files, hf_names, hf_verify, hf_writer, support
 
 _OWN_ARGUMENTS = frozenset({"dtype", "layout", "max_shard_bytes"})
 
@@ -42,6 +42,8 @@ def write(tools: Collaborators, quantizer: Any, model, model_dir: str, trainer, 
         _write_nemo(tools, quantizer, model, trainer, folder)
     elif fmt == "hf":
         _write_hf(tools, quantizer, model, model_dir, folder)
+        if tools.is_global_rank_zero():
+            hf_card.add_measurements(folder, quantizer)
     else:
         write_trtllm(tools, quantizer, model, folder)
 
@@ -130,6 +132,8 @@ def _write_hf(tools: Collaborators, quantizer: Any, model, model_dir: str, folde
         # The model is not quantized.
         if _transformers_models.is_wrapped(model):
             _transformers_models.write_plain_hf(model, folder, quantizer.torch_dtype)
+            if tools.is_global_rank_zero():
+                hf_card.write(folder, model_dir, model)
             return
         size = shard_sizes.parse(values["max_shard_size"])
         _write_plain_hf(tools, model, model_dir, folder, level, dtype=quantizer.torch_dtype, max_shard_bytes=size)
@@ -142,7 +146,7 @@ def _write_plain_hf(tools: Collaborators, model, model_dir: str, folder: Path, l
     try:
         if _real.holds_core(core):
             _write_core(tools, model, core, exporter, folder, **kwargs)
-            _finish_hf(tools, model, core, folder, level, kwargs["dtype"])
+            _finish_hf(tools, model, model_dir, core, folder, level, kwargs["dtype"])
             return
     except hf_names.NamesError as error:
         if tools.is_global_rank_zero():
@@ -150,6 +154,7 @@ def _write_plain_hf(tools: Collaborators, model, model_dir: str, folder: Path, l
     exporter(output_path=Path(folder), overwrite=True)
     if tools.is_global_rank_zero():
         hf_files.name_dtype(folder)
+        hf_card.write(folder, model_dir, model)
 
 
 def _write_core(tools: Collaborators, model, core, exporter, folder: Path, **kwargs: Any) -> None:
@@ -165,12 +170,13 @@ def _write_core(tools: Collaborators, model, core, exporter, folder: Path, **kwa
         hf_writer.write_with(write, core, exporter.config, tokenizer, folder, **theirs)
 
 
-def _finish_hf(tools: Collaborators, model, core, folder: Path, level: str, dtype: torch.dtype) -> None:
+def _finish_hf(tools: Collaborators, model, model_dir: Any, core, folder: Path, level: str, dtype: torch.dtype) -> None:
     """Write the files that go with the weights, and verify the checkpoint at the requested level."""
     with _staging.fail_together("The check of the checkpoint"):
         if tools.is_global_rank_zero():
             hf_files.name_dtype(folder, dtype)
             hf_describe.write_generation_config(model, folder)
+            hf_card.write(folder, model_dir, model)
             if level != "none":
                 hf_files.verify(folder)
     if level == "full":
@@ -215,7 +221,10 @@ def write_converted_hf(
     """Write a converted model as a Hugging Face checkpoint and verify it; see ``quantizer.export_hf_checkpoint``."""
     _checks.check_files(hf_layout, max_shard_size)
     if _transformers_models.is_wrapped(model):
-        return _transformers_models.write_hf(tools, model, Path(export_dir), **kwargs)
+        written = _transformers_models.write_hf(tools, model, Path(export_dir), **kwargs)
+        if written is not None and tools.is_global_rank_zero():
+            hf_card.write(written, model_dir, model)
+        return written
     exporter = tools.load_connector_from_trainer_ckpt(model_dir, "hf")
     if model is None:
         model, _ = exporter.nemo_load(model_dir)
@@ -228,7 +237,7 @@ def write_converted_hf(
     with _staging.staged(Path(export_dir), files.checkpoint("hf")) as folder:
         size = shard_sizes.parse(max_shard_size)
         _write_core(tools, model, core, exporter, folder, max_shard_bytes=size, **kwargs)
-        _finish_hf(tools, model, core, folder, verify, kwargs.get("dtype", torch.bfloat16))
+        _finish_hf(tools, model, model_dir, core, folder, verify, kwargs.get("dtype", torch.bfloat16))
     return Path(export_dir)
 
 
