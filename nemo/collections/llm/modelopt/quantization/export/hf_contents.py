@@ -89,8 +89,10 @@ def of_model(core: torch.nn.Module, layout: ModuleType = modelopt) -> dict[str, 
         number, layer = _layer_number(name), own.layer
         if layer is None or number is None:
             continue
-        part, layer = found[number], layout.as_read(layer)
+        part = found[number]
+        # The codes belong to the scales in memory, of which a layout may store rounded reciprocals.
         part.add_codes(layers_.codes_of(own.module, layer))
+        layer = layout.as_read(layer)
         # Ranks that split the inputs share the scales of rows, but each has the scales of its own blocks.
         if own.axis == 0 or own.index == 0 or parts.has_blocks(layer):
             part.add_scale("weight_scale", layer.scale)
