@@ -51,6 +51,7 @@ from ._kd_loss import captured_layers, compute_kd_loss, copy_captured, forget_ca
 from ._mtp import forget_head, number_of_heads, skip_block
 from ._peft import stay_as_loaded
 from ._pipeline_losses import message, set_input_tensor, set_student_input_tensor_shape
+from ._router_bias import keep_from_update
 from ._state import DistillationState, state_of
 from ._teacher import drop_missing_extra_state, has_modelopt_state, is_strict, load_weights, merge_in_place
 from .loss import HiddenStateCosineLoss, LogitsAndIntermediatesLossBalancer, LogitsKLLoss, ProjectionLayer
@@ -184,6 +185,7 @@ def teacher_provider(
     weights = {strip_module_prefix(key): value for key, value in checkpoint["state_dict"].items()}
     load_weights(model, weights, strict_flag)
     check_weights(model, ckpt_path)
+    keep_from_update(model)
 
     # The caching allocator keeps the memory that only loading needed until it is emptied.
     del sharded, checkpoint, weights
