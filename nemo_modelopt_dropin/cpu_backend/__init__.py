@@ -47,6 +47,7 @@ PATCHES: tuple[Callable[[], None], ...] = (
     nemo_patches.patch_local_checkpoint_callback,
     nemo_patches.patch_mock_attention_mask,
     nemo_patches.patch_converters,
+    nemo_patches.patch_tokenizer_files,
     nemo_patches.patch_extended_modules,
     nemo_patches.patch_gemma_layers,
     importer_patches.patch_importers,

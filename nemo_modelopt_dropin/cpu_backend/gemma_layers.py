@@ -55,9 +55,9 @@ class CappedSoftmax(FusedScaleMaskSoftmax):
 
     cap: float | None = None
 
-    def forward(self, input: Tensor, mask: Tensor | None, softmax_offset: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the attention probabilities `[b, n, s, s]`; see `FusedScaleMaskSoftmax`."""
-        return super().forward(gemma2.logit_softcapping(input, self.cap), mask, softmax_offset)
+        return super().forward(gemma2.logit_softcapping(input, self.cap), *args, **kwargs)
 
 
 class Gemma2Attention(DotProductAttention):

@@ -19,8 +19,13 @@ _GEMMAS = ("GemmaModel", "Gemma2Model")
 
 
 def _change(config: Any, **values: Any) -> None:
-    """Set fields of a configuration, also in the record from which NeMo writes a checkpoint's context."""
+    """Set fields of a configuration, also in the record from which NeMo writes a checkpoint's context.
+
+    Fields that this version of Megatron lacks are left out.
+    """
     for name, value in values.items():
+        if not hasattr(config, name):
+            continue
         setattr(config, name, value)
         if hasattr(config, "__io__"):
             setattr(config.__io__, name, value)
@@ -45,10 +50,18 @@ def _head_size(config: Any, source: Any) -> None:
 
 
 def _window(config: Any, source: Any) -> None:
-    """Let a window have as many tokens as the checkpoint says: Megatron counts them without the token itself."""
-    window = getattr(source, "sliding_window", None)
-    if window is not None and config.window_size is not None:
-        _change(config, window_size=type(config.window_size)((window - 1, 0)))
+    """Take the window from the checkpoint; NeMo reads it for Mistral only.
+
+    Megatron counts the tokens of a window without the token itself, `transformers` with it.
+    """
+    window, kinds = getattr(source, "sliding_window", None), getattr(source, "layer_types", None)
+    local = [int(kind == "sliding_attention") for kind in kinds or ()]
+    if window is None or (local and not any(local)):
+        _change(config, window_size=None)
+        return
+    _change(config, window_size=type(config.window_size or [])((window - 1, 0)))
+    if local and not all(local):
+        _change(config, window_attn_skip_freq=local)
 
 
 def _length(config: Any, source: Any) -> None:
@@ -121,7 +134,6 @@ def _deepseek(config: Any, source: Any) -> None:
 def _gpt_oss(config: Any, source: Any) -> None:
     """Take all sizes from the checkpoint; NeMo reads the numbers of layers and experts only."""
     scaling = source.rope_scaling or {}
-    pattern = [int(kind == "sliding_attention") for kind in source.layer_types]
     _change(
         config,
         hidden_size=source.hidden_size,
@@ -140,19 +152,18 @@ def _gpt_oss(config: Any, source: Any) -> None:
         yarn_mscale=scaling.get("mscale") or 1.0,
         yarn_mscale_all_dim=(scaling.get("mscale") and scaling.get("mscale_all_dim")) or 0.0,
         yarn_correction_range_round_to_int=scaling.get("truncate", True),
-        window_attn_skip_freq=pattern,
     )
 
 
 _EDITS: dict[str, tuple[Callable[[Any, Any], None], ...]] = {
     "LlamaModel": (_llama,),
-    "Qwen2Model": (_vocabulary,),
-    "Qwen3Model": (_vocabulary, _head_size, _qwen3),
+    "Qwen2Model": (_vocabulary, _window),
+    "Qwen3Model": (_vocabulary, _head_size, _window, _qwen3),
     "MistralModel": (_vocabulary, _window, _length),
-    "MixtralModel": (_vocabulary,),
+    "MixtralModel": (_vocabulary, _window),
     "GemmaModel": (_vocabulary, _head_size, _length),
     "Gemma2Model": (_vocabulary, _head_size, _length, _gemma2),
-    "Phi3Model": (_vocabulary, _length, _phi3),
+    "Phi3Model": (_vocabulary, _length, _window, _phi3),
     "NemotronModel": (_vocabulary,),
     "StarcoderModel": (_vocabulary,),
     "Starcoder2Model": (_vocabulary, _window),
@@ -191,17 +202,27 @@ def _patch_loading(gpt_oss: Any) -> None:
 
 
 def patch_exporters() -> None:
-    """Write windows as the importers read them: with the token itself, which Megatron does not count."""
+    """Write windows as the importers read them; NeMo's exporters leave them out, or are one token short."""
     from nemo.collections import llm
 
-    def widen(config: Any, source: Any) -> None:
-        if getattr(config, "sliding_window", None) is not None:
-            config.sliding_window += 1
-
-    for name in ("MistralModel", "Starcoder2Model", "Gemma3Model"):
+    for name in ("MistralModel", "MixtralModel", "Phi3Model", "Starcoder2Model", "Gemma2Model", "Gemma3Model"):
         if hasattr(llm, name):
             exporter = type(getattr(llm, name).exporter("hf", "unused"))
-            _wrap_config(exporter, (widen,), read=lambda connector: None)
+            _wrap_config(exporter, (_exported_window,), read=_saved_config)
+
+
+def _exported_window(config: Any, saved: Any) -> None:
+    """Set the window of a configuration of `transformers` from NeMo's."""
+    window = getattr(saved, "window_size", None)
+    if window is not None:
+        config.sliding_window = (window if isinstance(window, int) else window[0]) + 1
+
+
+def _saved_config(exporter: Any) -> Any:
+    """Return the configuration of the checkpoint that an exporter reads."""
+    from nemo.lightning import io
+
+    return io.load_context(str(exporter), subpath="model.config")
 
 
 def _hf_config(importer: Any) -> Any:

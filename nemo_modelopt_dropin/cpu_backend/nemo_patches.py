@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import fnmatch
 import functools
 import re
+import shutil
 import sys
+import tempfile
 import types
 from typing import Any
 from unittest import mock
@@ -132,6 +135,28 @@ def _cast_positions(target: Any) -> None:
         dtype = getattr(getattr(module, "config", None), "params_dtype", None)
         if isinstance(positions, torch.nn.Embedding) and isinstance(dtype, torch.dtype):
             positions.to(dtype)
+
+
+def patch_tokenizer_files() -> None:
+    """Let each import keep the tokenizer's files in a folder of its own, which is removed when the process ends.
+
+    NeMo's importers write them to one folder of the machine, so imports at the same time exchange tokenizers or read
+    half-written files.
+    """
+    from nemo.lightning.io.connector import ModelConnector
+
+    save = getattr(ModelConnector, "save_hf_tokenizer_assets", None)
+    if save is None:
+        return
+
+    @functools.wraps(save)
+    def save_hf_tokenizer_assets(self, tokenizer_name_or_path, save_path=None):
+        if save_path is None:
+            save_path = tempfile.mkdtemp(prefix="nemo_tokenizer-")
+            atexit.register(shutil.rmtree, save_path, ignore_errors=True)
+        return save(self, tokenizer_name_or_path, save_path)
+
+    ModelConnector.save_hf_tokenizer_assets = save_hf_tokenizer_assets
 
 
 def patch_extended_modules() -> None:

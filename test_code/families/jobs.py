@@ -238,3 +238,30 @@ def import_only(name: str, folder: str | Path) -> str:
 def compare_layout(checkpoint: str, folder: str | Path, tp: int = 1, ep: int = 1) -> float:
     """Return the relative difference of a checkpoint's logits on several ranks from those of `transformers`."""
     return difference(nemo_logits(checkpoint, tp, ep), models.hf_logits(Path(folder) / "hf"))
+
+
+def exported_window(name: str, folder: str | Path) -> int | None:
+    """Import a family and return the window in the configuration that NeMo's exporter derives."""
+    from nemo.lightning import io
+    from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
+
+    checkpoint = import_hf(name, folder)
+    model = io.load_context(ckpt_to_context_subdir(checkpoint), subpath="model")
+    return model.exporter("hf", checkpoint).config.sliding_window
+
+
+def two_tokenizers(name: str, folder: str | Path) -> tuple[int, int]:
+    """Start an import, take another tokenizer's files, and return the sizes of both tokenizers."""
+    from transformers import AutoTokenizer
+
+    from nemo.collections import llm
+
+    model = getattr(llm, models.FAMILIES[name].nemo[0])
+    first = models.save_hf(name, Path(folder) / "first")
+    second = models.save_hf(name, Path(folder) / "second")
+    larger = AutoTokenizer.from_pretrained(second)
+    larger.add_tokens(["<another>"])
+    larger.save_pretrained(second)
+    paths = [model.importer(f"hf://{source}").save_hf_tokenizer_assets(str(source)) for source in (first, second)]
+    one, other = (len(AutoTokenizer.from_pretrained(path)) for path in paths)
+    return one, other

@@ -146,7 +146,11 @@ FAMILIES: dict[str, Family] = {
         width=_HEADS,
         depth={"drop_layers": [7]},
     ),
-    "phi-3": Family("Phi3Config", ("Phi3Model", "Phi3ConfigMini"), {"vocab_size": PADDED, "num_key_value_heads": 4}),
+    "phi-3": Family(
+        "Phi3Config",
+        ("Phi3Model", "Phi3ConfigMini"),
+        {"vocab_size": PADDED, "num_key_value_heads": 4, "sliding_window": WINDOW},
+    ),
     "nemotron": Family("NemotronConfig", ("NemotronModel", "Nemotron3Config4B"), {"head_dim": 32}),
     "starcoder": Family(
         "GPTBigCodeConfig",
@@ -166,7 +170,7 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "starcoder-2": Family(
-        "Starcoder2Config", ("Starcoder2Model", "Starcoder2Config3B"), {"sliding_window": None, "use_bias": True}
+        "Starcoder2Config", ("Starcoder2Model", "Starcoder2Config3B"), {"sliding_window": WINDOW, "use_bias": True}
     ),
     "deepseek-2": Family(
         "DeepseekV2Config",

@@ -34,6 +34,31 @@ def test_logits_after_import_are_those_of_transformers(ranks, tmp_path, name):
 
 
 @pytest.mark.parametrize(
+    ("name", "entries"),
+    [
+        ("qwen2.5", {"use_sliding_window": True, "sliding_window": models.WINDOW, "max_window_layers": 1}),
+        ("qwen3-moe", {"norm_topk_prob": False}),
+        ("mixtral", {"sliding_window": models.WINDOW}),
+        ("gemma", {"head_dim": 32}),
+        ("deepseek-3", {"q_lora_rank": None}),
+    ],
+)
+def test_entries_that_nemo_ignores_are_read(ranks, tmp_path, name, entries):
+    (found,) = ranks(1).run(jobs.import_and_compare, name, str(tmp_path), entries)
+    assert found.get("traceback") is None
+    assert found["difference"] < TOLERANCE
+
+
+def test_imports_at_the_same_time_keep_their_tokenizers(ranks, tmp_path):
+    assert ranks(1).run(jobs.two_tokenizers, "llama-2", str(tmp_path)) == [(256, 257)]
+
+
+@pytest.mark.parametrize("name", ["mistral-window", "starcoder-2", "phi-3", "gemma-2", "gemma-3"])
+def test_windows_are_exported_as_they_were(ranks, tmp_path, name):
+    assert ranks(1).run(jobs.exported_window, name, str(tmp_path)) == [models.WINDOW]
+
+
+@pytest.mark.parametrize(
     ("name", "entries", "message"),
     [
         (

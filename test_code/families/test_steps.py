@@ -17,7 +17,7 @@ OWN = {
     "gemma-2": ["width", "logits"],  # capped scores and logits
     "gemma-3": ["fp8", "width"],  # two kinds of layers
     "nemotron": ["int8", "width"],  # zero-centred norms with biases
-    "deepseek-3": ["width", "depth"],  # multi-latent attention, a dense layer
+    "deepseek-3": ["width", "depth", "logits"],  # multi-latent attention, a dense layer, biases of routers
     "gpt-oss": ["depth", "logits"],  # windows by layer, biases of experts
 }
 
