@@ -159,3 +159,43 @@ def test_losses_are_token_means_over_context_parallel_ranks(ranks, per_token):
 def test_the_settings_are_read_once(ranks, teacher_path, settings):
     path = settings("logit_kl_temperature: 2.0\nskip_lm_loss: false\n")
     assert ranks(1).run(settings_of_training, teacher_path, path)[0] == (1, True, 2.0, False)
+
+
+@pytest.mark.parametrize("fused", ["on", "off"])
+def test_the_first_loss_that_is_not_finite_ends_the_training(ranks, teacher_path, tmp_path, fused):
+    """It names what is broken, and comes before the weights are updated."""
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(f"fused_logits: {fused}\nskip_lm_loss: false\n")
+    cases = [("student", 3), ("teacher", 2), ("data", 3)]
+    reasons = {
+        "student": "lower learning rate",
+        "teacher": "teacher's outputs hold NaN",
+        "data": "loss mask of the batch",
+    }
+    for found in ranks(2).run(jobs.not_finite, teacher_path, cases, str(settings), tp=2):
+        for what, step in cases:
+            message, unchanged = found[what]
+            assert f"The loss of step {step} is not finite (kd_loss=nan" in message, message
+            assert reasons[what] in message and "the same command resumes from it" in message
+            assert unchanged
+
+
+@pytest.mark.parametrize(
+    ("losses", "warned"),
+    [
+        ([1.0] * 20, False),
+        ([2.0, *[1.0] * 9, 9.0], True),
+        ([1.0] * 5 + [1.2] * 20, False),
+        ([0.5] * 5 + [1.0] * 9, True),
+    ],
+)
+def test_a_rising_loss_is_warned_about_once(losses, warned):
+    from nemo.collections.llm.modelopt.distill import _finite
+
+    watch = _finite.LossWatch()
+    with mock.patch.object(_finite, "logging") as logging:
+        for step, loss in enumerate(losses):
+            watch.see(loss, step)
+    assert logging.warning.call_count == warned
+    if warned:
+        assert "the logits loss rises" in logging.warning.call_args.args[0]

@@ -28,6 +28,7 @@ from .._saved_keys import strip_module_prefix
 from ._completed import completed
 from ._config import DistillationConfig
 from ._deferred_logits import SummedLoss, sums_tokens
+from ._finite import LossWatch, check_loss
 from ._fusion import sample_length
 from ._pipeline_checks import check_student_layers, refuse_virtual_pipeline
 from ._plan import make_plan
@@ -91,6 +92,7 @@ class _DistillationLossReduction(MaskedTokenLossReduction):
         if isinstance(losses, Tensor):  # a balancer that returns the total alone
             losses = {"kd_loss": losses}
         total = losses["kd_loss"]
+        check_loss(losses, mask, state_of(getattr(self._distillation_loss_fn, "__self__", None)))
 
         tokens = mask.sum().float()
         report = {
@@ -202,6 +204,7 @@ class DistillationGPTModel(llm.GPTModel):
         self._settings = DistillationConfig()
         self._fused_logits: bool | None = None
         self._started = 0.0
+        self._watch = LossWatch()
         self._validation: DistillationValidation | None = None
         if not all(isinstance(c, llm.GPTConfig) for c in (config, teacher_config)):
             logging.warning(
@@ -356,7 +359,9 @@ class DistillationGPTModel(llm.GPTModel):
     def on_train_batch_start(self, batch, batch_idx) -> None:
         """Compute the expensive metrics only on logging steps."""
         every = getattr(self.trainer, "log_every_n_steps", 1) or 1
-        state_of(self.core_module).observing = (self.trainer.global_step + 1) % every == 0
+        state = state_of(self.core_module)
+        state.step = self.trainer.global_step + 1
+        state.observing = state.step % every == 0
         self._started = time.perf_counter()
 
     def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
@@ -372,9 +377,12 @@ class DistillationGPTModel(llm.GPTModel):
             left_out.add("teacher_lm_loss")
         metrics = self._metrics
         sums = self._sums_of_last_stage(metrics)
-        for name, value in metrics.means(sums).items():
+        means = metrics.means(sums)
+        for name, value in means.items():
             if name not in left_out:
                 self.log(name, value, batch_size=1)
+        if state.observing:
+            self._watch.see(float(means["kd_logits_loss"]), state.step)
         self.log("tokens_per_second", sums[-1] / (time.perf_counter() - self._started), batch_size=1)
 
     def _sums_of_last_stage(self, metrics: Metrics) -> Tensor:
