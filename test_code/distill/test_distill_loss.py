@@ -196,6 +196,33 @@ def test_equal_models_have_no_divergence_and_no_gradient():
     assert (value.abs() < 1e-6).all() and (student.grad.abs() < 1e-7).all()
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("topk", [None, 5])
+def test_inputs_need_not_be_contiguous(direction, topk):
+    student, teacher = (logits(6, 2, 80, seed=seed)[..., ::2] for seed in (0, 1))
+    check(student, teacher, 1.5, direction, topk=topk)
+    check(student.transpose(0, 1), teacher.transpose(0, 1), 1.5, direction, topk=topk)
+    expanded = logits(6, 1, 40).expand(6, 2, 40)
+    check(expanded, teacher, 1.5, direction, topk=topk)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("topk", [None, 5])
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+def test_reruns_and_compiled_callers_get_the_same_bits(direction, topk, backend):
+    def step(student, teacher):
+        return (kl_divergence(student * 2.0, teacher, 1.5, direction, topk=topk) * 3.0).sum()
+
+    results = []
+    for function in (step, step if backend is None else torch.compile(step, backend=backend)):
+        leaf = logits(6, 2, 50).requires_grad_()
+        value = function(leaf, logits(6, 2, 50, seed=1))
+        value.backward()
+        results.append((value.detach(), leaf.grad))
+    torch._dynamo.reset()
+    assert all(map(torch.equal, *results))
+
+
 def test_a_second_backward_pass_is_refused():
     student = logits(2, 1, 5).requires_grad_()
     value = kl_divergence(student, logits(2, 1, 5, seed=1)).sum()

@@ -284,6 +284,35 @@ def test_autocast_computes_what_an_output_layer_would(dtype, with_lm, cap, insid
 
 
 @pytest.mark.parametrize("with_lm", [False, True])
+def test_inputs_need_not_be_contiguous(with_lm):
+    *tensors, labels = problem()
+    tensors[:4] = [x.repeat(1, 2)[:, ::2] for x in tensors[:4]]
+    assert not tensors[0].is_contiguous()
+    compare(tensors, labels if with_lm else None, Objective(chunk_rows=4))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("with_lm", [False, True])
+def test_a_compiled_caller_gets_the_same_bits(backend, with_lm):
+    *tensors, labels = problem()
+
+    def step(hidden, weight):
+        losses = fused_linear_losses(
+            hidden * 1.5, weight, *tensors[2:], Objective(chunk_rows=4), labels if with_lm else None
+        )
+        return 0.5 * losses.divergence + 3.0 * losses.lm
+
+    results = []
+    for function in (step, torch.compile(step, backend=backend)):
+        leaves = [x.clone().requires_grad_() for x in tensors[:2]]
+        value = function(*leaves)
+        value.backward()
+        results.append((value.detach(), *(x.grad for x in leaves)))
+    torch._dynamo.reset()
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("with_lm", [False, True])
 def test_a_frozen_output_layer_gets_no_gradient(with_lm):
     *tensors, labels = problem()
     student = tensors[0].clone().requires_grad_()

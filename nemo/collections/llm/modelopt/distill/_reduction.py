@@ -23,6 +23,18 @@ _METRICS = {
 }
 
 
+def without_ignored(mask: Tensor, labels: Any) -> Tensor:
+    """Return the loss mask with zeros for tokens whose label is negative, such as the ignore index -100.
+
+    Args:
+        mask: [b, s].
+        labels: next tokens [b, s]; anything else leaves the mask as it is.
+    """
+    if not isinstance(labels, Tensor) or labels.shape != mask.shape:
+        return mask
+    return mask * (labels >= 0)
+
+
 class Metrics:
     """The names of the metrics, and one tensor that holds all of their sums, for one collective.
 

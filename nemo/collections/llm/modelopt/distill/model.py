@@ -32,7 +32,7 @@ from ._finite import LossWatch, check_loss
 from ._fusion import sample_length
 from ._pipeline_checks import check_student_layers, refuse_virtual_pipeline
 from ._plan import make_plan
-from ._reduction import DistillationValidation, Metrics
+from ._reduction import DistillationValidation, Metrics, without_ignored
 from ._state import state_of
 from .loss import sum_value_over
 from .recorded.teacher import RecordedTeacher, is_recorded, recorded_teacher
@@ -84,7 +84,7 @@ class _DistillationLossReduction(MaskedTokenLossReduction):
         """
         if isinstance(forward_out, tuple):
             forward_out, batch["loss_mask"] = forward_out
-        mask = batch["loss_mask"]
+        mask = without_ignored(batch["loss_mask"], batch.get("labels"))
         lm_loss = self._masked_token_loss(forward_out, mask)
         losses = self._distillation_loss_fn(
             student_loss=lm_loss, loss_reduction_fn=partial(self._masked_token_loss, mask=mask)
