@@ -10,6 +10,7 @@ The corrections are here, in one place, because NeMo's exporters leave out entri
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -36,11 +37,20 @@ def of(exporter: Any, core: Any, tokenizer: Any = None, rows: int | None = None)
         found = copy.copy(exporter.config)
     except (ValueError, AttributeError, OSError) as error:
         raise NamesError(f"{type(exporter).__name__} of NeMo cannot derive a configuration: {error}") from error
-    return corrected(found, core, tokenizer, rows)
+    found = corrected(found, core)
+    vocabulary = _vocabulary(exporter, tokenizer)
+    if rows is not None and vocabulary is not None:
+        found.vocab_size = min(rows, vocabulary)
+    return found
 
 
-def corrected(hf_config: Any, core: Any, tokenizer: Any = None, rows: int | None = None) -> Any:
-    """Return a corrected copy of the configuration of NeMo's exporter; see `of` for the arguments."""
+def corrected(hf_config: Any, core: Any) -> Any:
+    """Return a copy of the configuration of NeMo's exporter with its class, ties and further entries.
+
+    Args:
+        hf_config: The configuration.
+        core: The Megatron-Core model.
+    """
     hf_config = copy.copy(hf_config)
     classes = AutoModelForCausalLM._model_mapping
     if type(hf_config) in classes:
@@ -50,17 +60,17 @@ def corrected(hf_config: Any, core: Any, tokenizer: Any = None, rows: int | None
         hf_config.tie_word_embeddings = tied
     config = getattr(core, "config", None)
     entries = _ENTRIES.get(getattr(hf_config, "model_type", ""), lambda _: {})(config)
-    vocabulary = _vocabulary(config, tokenizer)
-    if rows is not None and vocabulary is not None:
-        entries["vocab_size"] = min(rows, vocabulary)
     for name, value in entries.items():
         setattr(hf_config, name, value)
     return hf_config
 
 
-def _vocabulary(config: Any, tokenizer: Any) -> int | None:
-    """Return the size of the vocabulary, of the model if it names one, or of its tokenizer; None if unknown."""
-    named = getattr(config, "vocab_size", None)
+def _vocabulary(exporter: Any, tokenizer: Any) -> int | None:
+    """Return the size of the vocabulary, of the checkpoint if it names one, or of its tokenizer; None if unknown.
+
+    The configuration of the model in memory has the tokenizer's, which the quantizer sets for other exporters.
+    """
+    named = getattr(io.load_context(Path(exporter), subpath="model.config"), "vocab_size", None)
     if isinstance(named, int):
         return named
     return None if tokenizer is None else len(tokenizer)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
 from modelopt.torch.quantization.nn import TensorQuantizer
 
@@ -97,7 +98,7 @@ def own(core: torch.nn.Module, layers: dict[int, Layer]) -> dict[str, Part]:
         gated = gated_model and prefix.endswith(".linear_fc1.")
         for leaf, value in _values(module):
             index, count = _place(prefix)
-            axis = int(value.partition_dim) if getattr(value, "tensor_model_parallel", False) else None
+            axis = _axis(module, leaf, value)
             if axis is None or count == 1:
                 axis, index, count = None, 0, 1
             layer = layers.get(id(module)) if leaf == "weight" else None
@@ -112,6 +113,16 @@ def _values(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, value in module.named_buffers(recurse=False):
         if name not in module._non_persistent_buffers_set and value.numel():
             yield name, value
+
+
+def _axis(module: torch.nn.Module, leaf: str, value: Any) -> int | None:
+    """Return the axis along which tensor-parallel ranks split a parameter, or None if all have the whole one."""
+    if getattr(value, "tensor_model_parallel", False):
+        return int(value.partition_dim)
+    # Megatron sets the attribute only if it initializes the weights, which some configurations of NeMo disable.
+    if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)) and leaf in ("weight", "bias"):
+        return 0
+    return 1 if isinstance(module, RowParallelLinear) and leaf == "weight" else None
 
 
 def _place(prefix: str) -> tuple[int, int]:

@@ -1,0 +1,132 @@
+"""Families that NeMo exports are written as Hugging Face checkpoints, plain and quantized, in any layout of ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from test_code.families import jobs, models
+from test_code.support import jobs_quant
+from test_code.support.hf_folders import tensors_of
+
+# NeMo's exporters of the others: DeepSeek-V2 has no configuration, GPT-OSS one of the released size.
+NOT_EXPORTED = ("deepseek-2", "gpt-oss")
+FAMILIES = tuple(name for name in models.FAMILIES if name not in NOT_EXPORTED)
+EXPERTS = ("mixtral", "qwen3-moe")
+
+
+def settings(folder: Path) -> dict:
+    data = {"calibration_dataset": str(folder / "text.jsonl"), "calibration_dataset_size": 8}
+    return {**data, "enable_kv_cache": False}
+
+
+def import_and_export(name: str, folder: str, algorithms: list[str | None]) -> None:
+    """Import the random model of a family, and export it with each algorithm into a folder of its name."""
+    from test_code.support import ranks
+
+    checkpoint = jobs.import_hf(name, folder)
+    jobs_quant.corpus(Path(folder) / "text.jsonl")
+    for algorithm in algorithms:
+        ranks.reset()
+        quant = settings(Path(folder))
+        jobs_quant.ptq(str(checkpoint), str(Path(folder) / str(algorithm)), algorithm, "hf", quant=quant)
+
+
+def calibrate(name: str, folder: str, algorithms: list[str]) -> None:
+    """Import the random model of a family, calibrate it once with each algorithm and export it to NeMo and HF."""
+    from test_code.support import ranks
+
+    checkpoint = jobs.import_hf(name, folder)
+    jobs_quant.corpus(Path(folder) / "text.jsonl")
+    for algorithm in algorithms:
+        ranks.reset()
+        nemo, hf = (str(Path(folder) / f"{algorithm}-{fmt}") for fmt in ("nemo", "hf"))
+        jobs_quant.ptq_twice(str(checkpoint), nemo, hf, algorithm, settings(Path(folder)))
+
+
+def export_loaded(checkpoint: str, target: str, max_shard_size: str = "5GB", **sizes: int) -> None:
+    """Restore a quantized NeMo checkpoint in a layout of ranks and write it as a Hugging Face checkpoint."""
+    from nemo.collections.llm.modelopt import setup_trainer_and_restore_model_with_modelopt_spec
+    from nemo.collections.llm.modelopt.quantization.quantizer import export_hf_checkpoint
+
+    model, _ = setup_trainer_and_restore_model_with_modelopt_spec(checkpoint, devices=2, **sizes)
+    assert export_hf_checkpoint(checkpoint, target, model=model, max_shard_size=max_shard_size) == Path(target)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_imported_model_is_exported_as_it_was(ranks, tmp_path, name):
+    """The export also compares codes, scales and logits with the model in memory."""
+    ranks(1).run(import_and_export, name, str(tmp_path), [None, "fp8"])
+    before, after = tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "None")
+    # Some importers of NeMo untie the output layer.
+    untied = {"lm_head.weight"} if name in ("qwen2.5-tied", "starcoder") else set()
+    assert set(before) ^ set(after) == untied
+    assert [key for key in before if not torch.equal(before[key], after[key])] == []
+    entries = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("hf", "None")]
+    for key in ("architectures", "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "rope_scaling"):
+        assert entries[0].get(key) == entries[1].get(key), key
+    quantized = tensors_of(tmp_path / "fp8")
+    assert set(after) <= set(quantized)
+    codes = {key for key, value in quantized.items() if value.dtype == torch.float8_e4m3fn}
+    assert codes and {f"{key}_scale" for key in codes} <= set(quantized)
+    excluded = json.loads((tmp_path / "fp8" / "hf_quant_config.json").read_text())["quantization"]["exclude_modules"]
+    assert not {key.removesuffix(".weight") for key in codes} & set(excluded)
+    assert [key for key in after if key not in codes and not torch.equal(after[key], quantized[key])] == []
+
+
+@pytest.fixture(scope="module")
+def calibrated(ranks_factory, tmp_path_factory):
+    """Return a function that returns the folder of a calibrated family."""
+    done: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in done:
+            done[name] = tmp_path_factory.mktemp(name)
+            ranks_factory(1).run(calibrate, name, str(done[name]), ["fp8", "int8"])
+        return done[name]
+
+    return make
+
+
+LAYOUTS = {
+    "tp2": {"tensor_model_parallel_size": 2},
+    "pp2": {"pipeline_model_parallel_size": 2},
+    "ep2": {"expert_model_parallel_size": 2},
+    "dp2": {},
+}
+
+
+@pytest.mark.parametrize("algorithm", ["fp8", "int8"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_are_gathered_from_every_layout(ranks, calibrated, tmp_path, name, layout, algorithm):
+    folder = calibrated(name)
+    ranks(2).run(export_loaded, str(folder / f"{algorithm}-nemo"), str(tmp_path / "hf"), **LAYOUTS[layout])
+    one, two = folder / f"{algorithm}-hf", tmp_path / "hf"
+    assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+    for file in ("config.json", "hf_quant_config.json"):
+        assert (one / file).read_text() == (two / file).read_text()
+    gates = json.loads((two / "hf_quant_config.json").read_text())["quantization"]["exclude_modules"]
+    assert [name.rpartition(".")[2] for name in gates] == ["lm_head", "gate", "gate"]
+
+
+def test_files_have_the_requested_size(ranks, calibrated, tmp_path):
+    folder = calibrated("mixtral")
+    ranks(2).run(export_loaded, str(folder / "fp8-nemo"), str(tmp_path / "hf"), "100KB", pipeline_model_parallel_size=2)
+    one, many = tensors_of(folder / "fp8-hf"), tensors_of(tmp_path / "hf")
+    assert set(one) == set(many)
+    assert [key for key in one if not torch.equal(one[key].float(), many[key].float())] == []
+    files = sorted((tmp_path / "hf").glob("*.safetensors"))
+    assert [file.name for file in files] == [
+        f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)
+    ]
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(many) and set(index["weight_map"].values()) == {file.name for file in files}
+    assert index["metadata"]["total_size"] == sum(value.numel() * value.element_size() for value in many.values())
+    # The header of a file is not counted.
+    assert max(file.stat().st_size for file in files) < 100_000 + 10_000
+    assert len(files) < 2 * index["metadata"]["total_size"] / 100_000 + 2
