@@ -66,7 +66,7 @@ def test_an_imported_model_is_exported_as_it_was(ranks, tmp_path, name):
     assert set(before) ^ set(after) == untied
     assert [key for key in before if not torch.equal(before[key], after[key])] == []
     entries = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("hf", "None")]
-    for key in ("architectures", "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "rope_scaling"):
+    for key in ("architectures", "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "sliding_window"):
         assert entries[0].get(key) == entries[1].get(key), key
     quantized = tensors_of(tmp_path / "fp8")
     assert set(after) <= set(quantized)

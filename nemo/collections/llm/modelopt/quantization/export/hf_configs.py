@@ -4,7 +4,7 @@ The corrections are here, in one place, because NeMo's exporters leave out entri
 
 - the class (none for Nemotron, the dense class for Qwen3 with experts), and whether the output layer is tied (Qwen2),
 - the size of the vocabulary, which is that of the tokenizer, in some exporters without its added tokens,
-- the sizes that Starcoder and DeepSeek have beyond those of a Llama.
+- the sizes that Starcoder and DeepSeek have beyond those of a Llama, and the window of Gemma 2.
 """
 
 from __future__ import annotations
@@ -80,6 +80,15 @@ def _starcoder(config: Any) -> dict[str, Any]:
     return {"n_inner": config.ffn_hidden_size}
 
 
+def _gemma2(config: Any) -> dict[str, Any]:
+    if config.window_size is None:
+        return {}
+    # The windows of released models are even. A model imported with the CPU backend has one token less, because
+    # Megatron does not count the token itself.
+    window = config.window_size[0]
+    return {"sliding_window": window + window % 2}
+
+
 def _deepseek(config: Any) -> dict[str, Any]:
     found = {
         "num_key_value_heads": config.num_attention_heads,
@@ -96,7 +105,7 @@ def _deepseek(config: Any) -> dict[str, Any]:
 
 
 # Entries of a configuration by ``model_type``, from NeMo's configuration.
-_ENTRIES = {"gpt_bigcode": _starcoder, "deepseek_v3": _deepseek}
+_ENTRIES = {"gpt_bigcode": _starcoder, "deepseek_v3": _deepseek, "gemma2": _gemma2}
 
 
 def exporter_of(model: Any) -> Any:
