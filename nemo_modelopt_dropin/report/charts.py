@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,12 @@ _TRADEOFF = (
     "Size against held-out loss. Models count 2 bytes per parameter (bf16); exported: the measured size of the Hugging "
     "Face files, tokenizer included."
 )
+_SPIKES = " Triangles mark spikes: losses of more than twice the median of the five points before."
 _FRONT = " The line joins the models that no other model beats in both."
 _PNG_WIDTH = 640
 _LABEL_LIMIT = 220
+# A loss is marked as a spike if it is this many times the median of this many points before it.
+_SPIKE, _BEFORE = 2.0, 5
 # Entries of a legend in one line of a PNG; on the page, the script computes them from the width of the figure.
 _PNG_LEGEND_COLUMNS = 5
 
@@ -42,12 +46,12 @@ def charts(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         ),
         "training_curves": (
             "Training loss",
-            "Next-token cross entropy of each batch, in nats per token.",
+            "Next-token cross entropy of each batch, in nats per token." + _SPIKES,
             lambda report: _training_curves(report, {"teacher", "from scratch"}, "cross entropy"),
         ),
         "distillation_curve": (
             "Distillation loss",
-            "KL divergence from teacher to student on each batch, in nats per token.",
+            "KL divergence from teacher to student on each batch, in nats per token." + _SPIKES,
             lambda report: _training_curves(report, {"distilled"}, "KL divergence"),
         ),
         "tradeoff": ("Size and loss", _TRADEOFF + _FRONT, lambda report: report_figures.tradeoff([("", report)])),
@@ -199,7 +203,7 @@ def _by_model(content: Mapping[str, Any]) -> alt.LayerChart | None:
     return points + numbers
 
 
-def _training_curves(content: Mapping[str, Any], models: set[str], title: str) -> alt.Chart | None:
+def _training_curves(content: Mapping[str, Any], models: set[str], title: str) -> alt.TopLevelMixin | None:
     import altair as alt
 
     values = [
@@ -211,19 +215,34 @@ def _training_curves(content: Mapping[str, Any], models: set[str], title: str) -
     ]
     if not values:
         return None
+    marked = _with_spikes(values)
     chosen = alt.selection_point(fields=["model"], bind="legend")  # by a click on a name in the legend
-    return (
-        alt.Chart(report_figures.inline(values))
-        .mark_line(strokeWidth=1.5)
-        .encode(
-            x=report_figures.steps(),
-            y=alt.Y("loss:Q", title=title, scale=alt.Scale(zero=False)),
-            color=report_figures.model_colour(list(dict.fromkeys(value["model"] for value in values))),
-            opacity=alt.when(chosen).then(alt.value(1)).otherwise(alt.value(0.15)),
-            tooltip=["model:N", "step:Q", alt.Tooltip("loss:Q", format=".4f")],
-        )
-        .add_params(chosen)
+    base = alt.Chart(report_figures.inline(marked)).encode(
+        x=report_figures.steps(),
+        y=alt.Y("loss:Q", title=title, scale=alt.Scale(zero=False)),
+        color=report_figures.model_colour(list(dict.fromkeys(value["model"] for value in values))),
+        opacity=alt.when(chosen).then(alt.value(1)).otherwise(alt.value(0.15)),
+        tooltip=["model:N", "step:Q", alt.Tooltip("loss:Q", format=".4f")],
     )
+    line = base.mark_line(strokeWidth=1.5).add_params(chosen)
+    if marked is values:
+        return line
+    return line + base.transform_filter("datum.spike").mark_point(shape="triangle-up", size=70, filled=True)
+
+
+def _with_spikes(values: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the points of curves with a mark ``spike``; the same list if there is none.
+
+    A spike is a loss of more than twice the median of the points before it, at most `_BEFORE` of them.
+    """
+    marked, before = [], dict[str, list[float]]()
+    for value in values:
+        losses = before.setdefault(value["model"], [])
+        recent = losses[-_BEFORE:]
+        spike = len(recent) == _BEFORE and value["loss"] > _SPIKE * statistics.median(recent)
+        marked.append({**value, "spike": spike})
+        losses.append(value["loss"])
+    return marked if any(value["spike"] for value in marked) else values
 
 
 def _sizes(content: Mapping[str, Any]) -> alt.Chart | None:

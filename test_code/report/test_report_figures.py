@@ -149,3 +149,17 @@ def test_finished_job_steps_are_described_in_sentences():
     found = summary.build(records, "t", Job("t", "a", "b"))["done"]
     assert found[0] == "Pruned: num layers 4 to 3."
     assert found[1].startswith("Distilled: 1000 steps, 2,048,000 tokens")
+
+
+def test_spikes_of_a_loss_are_marked(content):  # noqa: F811
+    smooth = [{"step": step, "loss": 1.0 + 0.1 * (step % 3)} for step in range(12)]
+    jump = [{**point, "loss": 4.0} if point["step"] in (2, 8) else point for point in smooth]
+    made = {}
+    for name, points in {"smooth": smooth, "jump": jump}.items():
+        curves = [{"model": "distilled", "points": points, "unit": "step"}]
+        made[name] = report_charts.charts({**content, "curves": curves})["distillation_curve"]
+    marked = [row["step"] for row in report_charts.shown_rows(made["jump"]["spec"]) if row["spike"]]
+    assert marked == [8], "before the sixth point nothing is known to compare with"
+    assert made["jump"]["spec"]["layer"][1]["mark"]["type"] == "point"
+    assert made["jump"]["csv"].splitlines()[0] == "model,step,loss,spike"
+    assert "layer" not in made["smooth"]["spec"] and made["smooth"]["csv"].splitlines()[0] == "model,step,loss"
