@@ -38,12 +38,18 @@ class HfFormat:
 
 
 HF_FORMATS: dict[str, HfFormat] = {
-    "FP8": HfFormat(),
-    "W8A8_SQ_PER_CHANNEL": HfFormat(),
-    "W8A16": HfFormat(),
-    "W4A16_AWQ": HfFormat(),
+    "FP8": HfFormat(layouts=readers.LAYOUTS),
+    "FP8_PER_CHANNEL_PER_TOKEN": HfFormat(layouts=readers.LAYOUTS),
+    "FP8_WO": HfFormat(layouts=(readers.COMPRESSED_TENSORS,)),
+    "FP8_PB_WO": HfFormat(layouts=readers.LAYOUTS),
+    "MXFP8": HfFormat(layouts=readers.LAYOUTS),
+    "W8A8_SQ_PER_CHANNEL": HfFormat(layouts=readers.LAYOUTS),
+    "W8A16": HfFormat(layouts=readers.LAYOUTS),
+    "W4A16_AWQ": HfFormat(layouts=readers.LAYOUTS),
     "W4A8_AWQ": HfFormat(),
     "NVFP4": HfFormat(encoded_here=False),
+    "NVFP4_AWQ": HfFormat(),
+    "W4A16_NVFP4": HfFormat(),
 }
 
 
@@ -89,7 +95,7 @@ TABLE: dict[str, Algorithm] = {
         remark="SmoothQuant, `sq_alpha`",
     ),
     "fp8": Algorithm("FP8_DEFAULT_CFG", "FP8 E4M3", "FP8", 8, "FP8", remark="the default"),
-    "block_fp8": Algorithm("FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", "FP8 by block of 128 x 128", "none", 8, None),
+    "block_fp8": Algorithm("FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", "FP8 by block of 128 x 128", "none", 8, "FP8_PB_WO"),
     "int4_awq": Algorithm(
         "INT4_AWQ_CFG",
         "INT4 by block of `awq_block_size`",
@@ -112,14 +118,16 @@ TABLE: dict[str, Algorithm] = {
     ),
     "int4": Algorithm("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "INT4 by block of 128", "none", 4.125, "W4A16_AWQ", block=128),
     "nvfp4": Algorithm("NVFP4_DEFAULT_CFG", "NVFP4", "NVFP4", 4.5, "NVFP4"),
-    "fp8_pc_pt": Algorithm("FP8_PER_CHANNEL_PER_TOKEN_CFG", "FP8 by channel", "FP8 by token", 8, None),
-    "fp8_wo": Algorithm(None, "FP8 by channel", "none", 8, None),
-    "int8_wo": Algorithm("INT8_WEIGHT_ONLY_CFG", "INT8 by channel", "none", 8, "W8A16"),
-    "mxfp8": Algorithm("MXFP8_DEFAULT_CFG", "MXFP8", "MXFP8", 8.25, None),
-    "nvfp4_awq": Algorithm(
-        "NVFP4_AWQ_LITE_CFG", "NVFP4", "NVFP4", 4.5, None, remark="AWQ's search over the calibration data"
+    "fp8_pc_pt": Algorithm(
+        "FP8_PER_CHANNEL_PER_TOKEN_CFG", "FP8 by channel", "FP8 by token", 8, "FP8_PER_CHANNEL_PER_TOKEN"
     ),
-    "w4a16_nvfp4": Algorithm(None, "NVFP4", "none", 4.5, None),
+    "fp8_wo": Algorithm(None, "FP8 by channel", "none", 8, "FP8_WO"),
+    "int8_wo": Algorithm("INT8_WEIGHT_ONLY_CFG", "INT8 by channel", "none", 8, "W8A16"),
+    "mxfp8": Algorithm("MXFP8_DEFAULT_CFG", "MXFP8", "MXFP8", 8.25, "MXFP8"),
+    "nvfp4_awq": Algorithm(
+        "NVFP4_AWQ_LITE_CFG", "NVFP4", "NVFP4", 4.5, "NVFP4_AWQ", remark="AWQ's search over the calibration data"
+    ),
+    "w4a16_nvfp4": Algorithm(None, "NVFP4", "none", 4.5, "W4A16_NVFP4"),
 }
 
 
@@ -214,6 +222,27 @@ def layout_of(hf_format: str, layout: str = AUTO) -> str:
         layout: One of `LAYOUT_CHOICES`.
     """
     return layout if layout in readers.LAYOUTS else readers.best(hf_format, HF_FORMATS[hf_format].layouts)
+
+
+def common_layout(hf_formats: Iterable[str], layout: str = AUTO) -> str:
+    """Return the layout in which layers of several formats are written.
+
+    Args:
+        hf_formats: Names in `HF_FORMATS`; none if no layer is quantized.
+        layout: One of `LAYOUT_CHOICES`.
+
+    Raises:
+        ModelOptConfigError: If no layout, or not the requested one, can hold all formats.
+    """
+    names = sorted(set(hf_formats))
+    for name in names:
+        if problem := layout_problem(name, layout):
+            raise ModelOptConfigError(f"hf_layout={layout!r}: {problem}.")
+    allowed = readers.LAYOUTS if layout == AUTO else (layout,)
+    possible = [one for one in allowed if all(one in HF_FORMATS[name].layouts for name in names)]
+    if not possible:
+        raise ModelOptConfigError(f"No layout of Hugging Face files can hold {' and '.join(names)} together.")
+    return max(possible, key=lambda one: len(readers.of_all(names, one)))
 
 
 def layout_problem(hf_format: str, layout: str) -> str | None:

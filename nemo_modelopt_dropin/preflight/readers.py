@@ -6,6 +6,7 @@ documentation are made from it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -117,6 +118,14 @@ def cells(hf_format: str, layout: str) -> MappingProxyType[str, Cell]:
 def of(hf_format: str, layout: str) -> list[str]:
     """Return the names of the programs that read a format in a layout correctly."""
     return [name for name, cell in cells(hf_format, layout).items() if cell.reads]
+
+
+def of_all(hf_formats: Iterable[str], layout: str) -> list[str]:
+    """Return the names of the servers that read all of some formats in a layout."""
+    found = list(SERVERS)
+    for hf_format in hf_formats:
+        found = [name for name in found if name in of(hf_format, layout)]
+    return found
 
 
 def text(hf_format: str, layout: str) -> str:

@@ -123,7 +123,7 @@ def test_the_table_agrees_with_modelopts_presets(cpu_backend, name):
     import modelopt.torch.quantization as mtq
 
     from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
-    from nemo.collections.llm.modelopt.quantization.export import hf_encoding
+    from nemo.collections.llm.modelopt.quantization.export.layouts import layer
 
     entry = algorithms.get(name)
     # modelopt 0.37 has fewer presets.
@@ -140,6 +140,4 @@ def test_the_table_agrees_with_modelopts_presets(cpu_backend, name):
     assert has_input is (entry.activations != "none")
     if entry.block is not None:
         assert weight[0]["block_sizes"][-1] == entry.block
-    # modelopt writes the other formats, if any.
-    written = entry.hf_format if entry.hf_format and algorithms.HF_FORMATS[entry.hf_format].encoded_here else None
-    assert hf_encoding.algorithm_of(weight, has_input, scaled) == written
+    assert layer.algorithm_of(weight, has_input, scaled) == entry.hf_format

@@ -43,9 +43,8 @@ def export_with_nemo(checkpoint, target) -> str:
     """Export with NeMo's ``export_ckpt``, in fp32."""
     from nemo.lightning import io
 
-    return str(
-        io.api.export_ckpt(Path(checkpoint), "hf", Path(target), modelopt_export_kwargs={"dtype": torch.float32})
-    )
+    ours = {"dtype": torch.float32, "hf_layout": "modelopt"}
+    return str(io.api.export_ckpt(Path(checkpoint), "hf", Path(target), modelopt_export_kwargs=ours))
 
 
 @pytest.fixture(scope="module")

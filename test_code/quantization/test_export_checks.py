@@ -32,9 +32,7 @@ def stage_on_two_ranks(target) -> str:
 # --- what can be exported ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "algorithm", ["block_fp8", "FP8_PER_CHANNEL_PER_TOKEN_CFG", "NVFP4_AWQ_LITE_CFG", "MXFP8_DEFAULT_CFG"]
-)
+@pytest.mark.parametrize("algorithm", ["MXFP4_DEFAULT_CFG", "MXINT8_DEFAULT_CFG", "W4A8_MXFP4_FP8_CFG"])
 def test_hf_raises_an_error_for_what_it_cannot_write(cpu_backend, algorithm):
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
     from nemo.collections.llm.modelopt.quantization import _transformers_models
@@ -58,7 +56,16 @@ def test_hf_raises_an_error_for_what_it_cannot_write(cpu_backend, algorithm):
 
 
 @pytest.mark.parametrize(
-    "algorithm", ["fp8", "int8", "int8_sq", "int4_awq", "w4a8_awq", "int4", "nvfp4", "INT8_WEIGHT_ONLY_CFG", None]
+    "algorithm",
+    ["fp8", "int8", "int8_sq", "int4_awq", "w4a8_awq", "int4", "nvfp4", "INT8_WEIGHT_ONLY_CFG", None]
+    + [
+        "block_fp8",
+        "FP8_PER_CHANNEL_PER_TOKEN_CFG",
+        "NVFP4_AWQ_LITE_CFG",
+        "MXFP8_DEFAULT_CFG",
+        "fp8_wo",
+        "w4a16_nvfp4",
+    ],
 )
 def test_hf_takes_the_algorithms_it_can_write(algorithm):
     import modelopt.torch.quantization as mtq
@@ -117,10 +124,10 @@ def test_converted_models_are_checked_by_their_quantizers():
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
     from nemo.collections.llm.modelopt.quantization.export import support
 
-    def linear(**weight):
+    def linear(inputs=(4, 3), **weight):
         layer = torch.nn.Linear(2, 2)
         layer.weight_quantizer = TensorQuantizer(QuantizerAttributeConfig(**weight))
-        layer.input_quantizer = TensorQuantizer(QuantizerAttributeConfig(num_bits=(4, 3)))
+        layer.input_quantizer = TensorQuantizer(QuantizerAttributeConfig(num_bits=inputs))
         return layer
 
     support.check_converted(linear(num_bits=(4, 3)))
@@ -128,7 +135,7 @@ def test_converted_models_are_checked_by_their_quantizers():
     with pytest.raises(ModelOptConfigError, match=message):
         support.check_converted(linear(num_bits=(4, 3), axis=0))
     with pytest.raises(ModelOptConfigError, match="all layers must have the same format"):
-        support.check_converted(torch.nn.Sequential(linear(num_bits=(4, 3)), linear(num_bits=8, axis=0)))
+        support.check_converted(torch.nn.Sequential(linear(num_bits=(4, 3)), linear(8, num_bits=8, axis=0)))
 
 
 def test_trainer_is_needed_for_nemo():

@@ -23,9 +23,9 @@ def work(ranks_factory, tmp_path_factory):
     return folder
 
 
-def _export(ranks, work, name, algorithm):
+def _export(ranks, work, name, algorithm, **export):
     data = {"calibration_dataset": str(work / "text.jsonl"), "calibration_dataset_size": 16}
-    ranks(1).run(jobs.ptq, str(work / "llama"), str(work / name), algorithm, "hf", quant=data)
+    ranks(1).run(jobs.ptq, str(work / "llama"), str(work / name), algorithm, "hf", quant=data, export=export)
     return work / name
 
 
@@ -61,3 +61,22 @@ def test_a_readme_of_the_user_stays(ranks, work):
         _export(ranks, work, "theirs", None)
     assert (folder / "README.md").read_text() == "mine"
     assert [path.name for path in Path(folder).iterdir()] == ["README.md"]
+
+
+def test_auto_writes_the_layout_that_most_servers_read_in_files_of_the_requested_size(ranks, work):
+    folder = _export(ranks, work, "int8", "int8", hf_layout="auto", max_shard_size="200kB")
+    section = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert (section["quant_method"], section["format"]) == ("compressed-tensors", "int-quantized")
+    assert not (folder / "hf_quant_config.json").exists()
+    text = (folder / "README.md").read_text()
+    assert "library_name: transformers" in text and "- Layout: compressed-tensors" in text
+    assert "vllm serve" in text and "AutoModelForCausalLM" in text and "trtllm-serve" not in text
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 1 and all(path.stat().st_size < 220_000 for path in shards)
+    assert (folder / "model.safetensors.index.json").is_file()
+
+
+def test_a_layout_that_cannot_hold_the_algorithm_raises_an_error_before_the_calibration(ranks, work):
+    with pytest.raises(RankError, match=r"algorithm='w4a8_awq' cannot be exported with hf_layout='compressed-tensors'"):
+        _export(ranks, work, "never", "w4a8_awq", hf_layout="compressed-tensors")
+    assert not (work / "never").exists()

@@ -27,7 +27,9 @@ def check_corrupted(folder, algorithm: str) -> dict[str, str]:
     ranks.reset()
     target = Path(folder) / "hf"
     settings = {"algorithm": algorithm, "enable_kv_cache": False}
-    quantizer = jobs_state.quantizer_for(data, export={"path": str(target), "export_format": "hf"}, **settings)
+    quantizer = jobs_state.quantizer_for(
+        data, export={"path": str(target), "export_format": "hf", "hf_layout": "modelopt"}, **settings
+    )
     model, trainer = jobs_state.restored(checkpoint)
     quantizer.quantize(model)
     quantizer.export(model, checkpoint, trainer)

@@ -72,7 +72,7 @@ def fp32_export_and_logits(nemo: str, target: str) -> tuple[torch.Tensor, torch.
     from test_code.support import tiny
 
     model, _ = setup_trainer_and_restore_model_with_modelopt_spec(nemo)
-    export_hf_checkpoint(nemo, target, model=model, dtype=torch.float32)
+    export_hf_checkpoint(nemo, target, model=model, dtype=torch.float32, hf_layout="modelopt")
     tokens = torch.arange(3, 35).unsqueeze(0)
     with torch.no_grad():
         ours = tiny.core(model).eval()(tokens, torch.arange(32).unsqueeze(0), None)

@@ -98,7 +98,13 @@ def save_and_load(checkpoint, data, work, tp, pp, runs) -> list[dict]:
             if found or seen:
                 ranks.reset()
             target = f"{work}/hf-tp{tp}-pp{pp}-{index}-{step}"
-            export = {"path": target, "export_format": "hf", "verify": "files", "dtype": "bf16"}
+            export = {
+                "path": target,
+                "export_format": "hf",
+                "hf_layout": "modelopt",
+                "verify": "files",
+                "dtype": "bf16",
+            }
             quantizer = jobs_state.quantizer_for(data, export=export if run.get("hf") else None, **settings)
             model, trainer = jobs_state.restored(checkpoint, tp, pp)
             with counted() as counts:

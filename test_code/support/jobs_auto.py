@@ -125,7 +125,7 @@ def auto_to_hf(checkpoint, data, out, **settings) -> dict:
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
     from test_code.support import tiny
 
-    export = {"path": str(out), "export_format": "hf"}
+    export = {"path": str(out), "export_format": "hf", "hf_layout": "modelopt"}
     quantizer = jobs_state.quantizer_for(data, export=export, algorithm="auto", **settings)
     model, trainer = jobs_state.restored(checkpoint)
     quantizer.quantize(model)

@@ -37,7 +37,10 @@ def make_checkpoint(path, llama: bool = False, steps: int = 3, **overrides) -> s
 
 
 def ptq(checkpoint, out, algorithm="fp8", fmt="nemo", tp=1, pp=1, quant=None, export=None) -> dict:
-    """Run NeMo's own ``llm.ptq`` and return what the model and the report hold afterwards."""
+    """Run NeMo's own ``llm.ptq`` and return what the model and the report hold afterwards.
+
+    Without a layout in ``export``, Hugging Face files have modelopt's.
+    """
     from nemo.collections import llm
     from nemo.collections.llm.modelopt.quantization import quantizer as module
 
@@ -54,7 +57,7 @@ def ptq(checkpoint, out, algorithm="fp8", fmt="nemo", tp=1, pp=1, quant=None, ex
         config = llm.QuantizationConfig if hasattr(llm, "QuantizationConfig") else module.QuantizationConfig
         llm.ptq(
             str(checkpoint),
-            module.ExportConfig(path=str(out), export_format=fmt, **(export or {})),
+            module.ExportConfig(path=str(out), export_format=fmt, **{"hf_layout": "modelopt", **(export or {})}),
             calibration_tp=tp,
             calibration_pp=pp,
             devices=tp * pp,
@@ -189,7 +192,8 @@ def export_loaded(checkpoint, target, tp: int = 1, pp: int = 1) -> None:
     model, _ = setup_trainer_and_restore_model_with_modelopt_spec(
         str(checkpoint), tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, devices=tp * pp
     )
-    assert export_hf_checkpoint(str(checkpoint), str(target), model=model) == Path(target)
+    layout = {"hf_layout": "modelopt"}
+    assert export_hf_checkpoint(str(checkpoint), str(target), model=model, **layout) == Path(target)
 
 
 def spec_after(name: str) -> str:

@@ -11,6 +11,8 @@ from nemo.lightning.base import NEMO_MODELS_CACHE
 
 from nemo_modelopt_dropin.report import model_card
 
+from . import layouts
+
 
 def write(folder: Path, model_dir: Any, model: Any) -> None:
     """Write ``README.md``, without calibration and measurements; nothing is written without a ``config.json``.
@@ -31,8 +33,8 @@ def stored(folder: Path) -> tuple[set[str], str | None]:
     section = config.get("quantization_config")
     if not section:
         return set(), None
-    entries = (section.get("quantized_layers") or {None: section}).values()
-    return {str(entry["quant_algo"]).upper() for entry in entries if entry.get("quant_algo")}, section["quant_method"]
+    found = layouts.LAYOUTS[section["quant_method"]].formats_of(section)
+    return {name for name, _ in found.values()}, section["quant_method"]
 
 
 def base_model(model_dir: Any, model: Any) -> str:

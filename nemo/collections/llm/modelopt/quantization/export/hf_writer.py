@@ -50,7 +50,8 @@ def write(
         with _staging.fail_together("Reading the quantized layers"):
             layers = _layers(model)
         cache = _kv_cache(model)
-        input_scales.add_missing(model, layers)
+        if layout is modelopt_layout:
+            input_scales.add_missing(model, layers)
         stack.enter_context(input_scales.folded(model, layers, dtype))
         directory = parts.Directory(model, layers)
         shapes = directory.shapes()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
 
 from nemo_modelopt_dropin.console import screen
 from nemo_modelopt_dropin.preflight import algorithms, readers
 
+from ... import _parallel
 from ...errors import ModelOptConfigError
 from .. import quant_cfg_choices as choices
-from . import hf_encoding
+from . import input_scales
+from .layouts import layer as layers
 
 
 def format_of(quant_cfg: dict[str, Any]) -> str | None:
@@ -23,12 +26,37 @@ def format_of(quant_cfg: dict[str, Any]) -> str | None:
     has_input = any("input_quantizer" in pattern for pattern in settings)
     scales_input = choices.is_awq(quant_cfg) or choices.is_smoothquant(quant_cfg)
     weight = next((steps for pattern, steps in settings.items() if "weight_quantizer" in pattern), [])
-    return hf_encoding.algorithm_of(weight, has_input, scales_input) if weight else None
+    return layers.algorithm_of(weight, has_input, scales_input) if weight else None
 
 
 def requested(export_config: Any) -> str:
     """Return the layout that a configuration asks for; stand-ins for it may lack the field."""
     return getattr(export_config, "hf_layout", algorithms.AUTO)
+
+
+def of_model(core: torch.nn.Module, layout: str) -> str:
+    """Return the name of the layout in which a converted model is written; all ranks must call.
+
+    Args:
+        core: The Megatron-Core model on this rank.
+        layout: The requested layout, one of `algorithms.LAYOUT_CHOICES`.
+
+    Raises:
+        ModelOptConfigError: If no layout, or not the requested one, can hold all formats of the layers.
+    """
+    own = {found.format[0] for module in core.modules() if (found := layers.read(module)) is not None}
+    scaled = any(input_scales.scale_of(module) is not None for module in core.modules())
+    parts = _parallel.gather_objects((own, scaled))
+    formats = {name for part, _ in parts for name in part}
+    # Scales of inputs that the Quantizer did not move into other layers, as for a NeMo checkpoint.
+    if any(found for _, found in parts):
+        if layout == readers.COMPRESSED_TENSORS:
+            raise ModelOptConfigError(
+                f"hf_layout={layout!r} has no scales of inputs, and AWQ or SmoothQuant left some in this model. "
+                f'Quantize with export_format="hf" and this layout, or use hf_layout={readers.MODELOPT!r}.'
+            )
+        layout = readers.MODELOPT
+    return algorithms.common_layout(formats, layout)
 
 
 def check(quant_cfg: dict[str, Any] | None, algorithm: str | None, export_config: Any) -> None:

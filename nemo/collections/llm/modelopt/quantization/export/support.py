@@ -14,7 +14,8 @@ from ...errors import ModelOptConfigError
 from .. import _decoders, _transformers_models
 from .. import quant_cfg_choices as choices
 from ..insert import row_blocks
-from . import hf_early, hf_encoding, hf_kv_cache, hf_names, input_scales, layout_choice
+from . import hf_early, hf_kv_cache, hf_names, input_scales, layout_choice
+from .layouts import layer as layers
 
 _REMEDY = 'Use export_format="nemo" (any algorithm, any parallel layout) or "trtllm"'
 
@@ -36,14 +37,13 @@ def hf_obstacle(quant_cfg: dict[str, Any] | None) -> str | None:
     return None
 
 
-def _weight_obstacle(steps: list[dict[str, Any]], has_input: bool, scales_input: bool) -> str | None:
+def _weight_obstacle(
+    steps: list[dict[str, Any]], has_input: bool, scales_input: bool, input_settings: dict[str, Any] | None = None
+) -> str | None:
     """Return why weights with these quantizer settings cannot be stored correctly, or None."""
-    if hf_encoding.algorithm_of(steps, has_input, scales_input):
+    if layers.algorithm_of(steps, has_input, scales_input, input_settings):
         return None
     bits, blocks = steps[0]["num_bits"], steps[0].get("block_sizes") or {}
-    # modelopt's writer stores plain NVFP4 correctly.
-    if bits not in (8, 4) and tuple(bits) == (2, 1) and tuple(blocks.get("scale_bits", ())) == (4, 3):
-        return "the scales that AWQ applies to the inputs of NVFP4 layers cannot be written" if scales_input else None
     inputs = "quantized" if has_input else "unquantized"
     return (
         f"weights with num_bits={bits}, axis={steps[0].get('axis')}, block_sizes={blocks} and {inputs} inputs cannot "
@@ -60,10 +60,10 @@ def hf_obstacle_of(model: torch.nn.Module) -> str | None:
     """Return why a converted model cannot be stored correctly in Hugging Face format, or None."""
     formats = set()
     for name, module in model.named_modules():
-        settings = hf_encoding.settings_of(module)
+        settings = layers.settings_of(module)
         if settings is None:
             continue
-        formats.add(hf_encoding.algorithm_of(*settings))
+        formats.add(layers.algorithm_of(*settings))
         obstacle = _weight_obstacle(*settings) or row_blocks.uneven(name, module, row_blocks.int4_block(settings[0]))
         if obstacle:
             return obstacle
@@ -84,7 +84,7 @@ def _tied_head(core: torch.nn.Module, quant_cfg: dict[str, Any] | None) -> str |
     if head is None or not getattr(core, "share_embeddings_and_output_weights", False):
         return None
     if quant_cfg is None:
-        enabled = hf_encoding.settings_of(head) is not None
+        enabled = layers.settings_of(head) is not None
     else:
         enabled = bool(choices.enabled_quantizers(quant_cfg, "output_layer", ("weight_quantizer",)))
     return "the output layer shares the embedding's weight, so it cannot be stored quantized" if enabled else None

@@ -18,7 +18,7 @@ from nemo_modelopt_dropin.preflight import shard_sizes
 from ... import _real, _staging
 from .. import _checks, _transformers_models
 from .._collaborators import Collaborators
-from . import hf_card, hf_describe, hf_files, hf_names, hf_verify, hf_writer, support
+from . import hf_card, hf_describe, hf_files, hf_names, hf_verify, hf_writer, layout_choice, layouts, support
 
 _OWN_ARGUMENTS = frozenset({"dtype", "layout", "max_shard_bytes"})
 
@@ -236,7 +236,8 @@ def write_converted_hf(
     support.check_converted(core)
     with _staging.staged(Path(export_dir), files.checkpoint("hf")) as folder:
         size = shard_sizes.parse(max_shard_size)
-        _write_core(tools, model, core, exporter, folder, max_shard_bytes=size, **kwargs)
+        layout = layouts.LAYOUTS[layout_choice.of_model(core, hf_layout)]
+        _write_core(tools, model, core, exporter, folder, layout=layout, max_shard_bytes=size, **kwargs)
         _finish_hf(tools, model, model_dir, core, folder, verify, kwargs.get("dtype", torch.bfloat16))
     return Path(export_dir)
 

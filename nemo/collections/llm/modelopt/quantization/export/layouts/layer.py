@@ -179,7 +179,8 @@ def _is_expected_input(algorithm: str | None, inputs: dict[str, Any]) -> bool:
         expected = (_E2M1, _E4M3) if algorithm in FP4 else (_E4M3, _E8M0)
         return (bits, _plain(sizes.get("scale_bits"))) == expected and bool(sizes.get(-1))
     if algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
-        return bits == _E4M3 and is_dynamic and -1 in sizes
+        # With its first input, modelopt turns blocks of whole rows into an axis.
+        return bits == _E4M3 and is_dynamic and (-1 in sizes or inputs.get("axis") is not None)
     return bits == (8 if algorithm in INT8 else _E4M3) and not sizes and not is_dynamic
 
 
@@ -197,7 +198,7 @@ def settings_of(module: torch.nn.Module) -> tuple[list[dict[str, Any]], bool, bo
     of_input = None
     if has_input:
         kind = "dynamic" if getattr(inputs, "_dynamic", False) else "static"
-        of_input = {"num_bits": inputs.num_bits, "block_sizes": inputs.block_sizes, "type": kind}
+        of_input = {"num_bits": inputs.num_bits, "block_sizes": inputs.block_sizes, "type": kind, "axis": inputs.axis}
     return settings, has_input, getattr(inputs, "pre_quant_scale", None) is not None, of_input
 
 
