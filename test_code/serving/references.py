@@ -271,6 +271,16 @@ def enable_experts() -> None:
             getattr(module, method).apply = apply
 
 
+def enable_requantization() -> None:
+    """Let vLLM quantize the parts of a fused layer with their largest scale, for which it has kernels on GPUs only."""
+    from vllm import _custom_ops
+
+    def scaled_fp8_quant(x, scale, *args, **kwargs):
+        return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+
+    _custom_ops.scaled_fp8_quant = scaled_fp8_quant
+
+
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
@@ -280,6 +290,7 @@ def enable() -> None:
 
     # Before the models are imported, which bind the function.
     fused_act_quant.maybe_fused_act_quant = lambda activation, x, linear: activation(x)
+    enable_requantization()
     enable_linear()
     enable_experts()
 

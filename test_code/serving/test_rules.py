@@ -10,6 +10,10 @@ from test_code.serving import cells, rules
 FAMILIES = ("llama", "qwen2-tied", "mixtral")
 
 
+# The router reads the norm before the experts, which can therefore not hold factors of their inputs.
+UNWRITABLE = {("mixtral", name, readers.COMPRESSED_TENSORS) for name in ("int4_awq", "int8_sq")}
+
+
 def written() -> list[tuple[str, str]]:
     """Return each algorithm with each layout that can hold its format."""
     return [
@@ -20,8 +24,15 @@ def written() -> list[tuple[str, str]]:
     ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("algorithm", "layout"), written())
+CASES = [
+    (family, algorithm, layout)
+    for algorithm, layout in written()
+    for family in FAMILIES
+    if (family, algorithm, layout) not in UNWRITABLE
+]
+
+
+@pytest.mark.parametrize(("family", "algorithm", "layout"), CASES)
 def test_a_folder_keeps_to_the_rules_of_its_readers(made, exported, family, algorithm, layout):
     name = algorithms.get(algorithm).hf_format
     cells = {reader: cell for reader, cell in readers.cells(name, layout).items() if cell.reads}

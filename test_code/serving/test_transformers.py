@@ -24,4 +24,4 @@ def test_transformers_computes_what_is_in_memory(ranks, made, exported, family, 
     (found,) = ranks(1).run(jobs_serving.transformers_logits, str(folder))
     changed = client.divergence(expected, original)
     # Both compute in fp32; only the decoded weights, and norms with factors of inputs, are rounded to bf16.
-    assert client.divergence(expected, found) <= client.bound(0.0, changed, int(cell.rounds_inputs))
+    assert client.divergence(expected, found) <= client.bound(0.0, changed, cell.allowed)

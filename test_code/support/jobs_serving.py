@@ -8,8 +8,15 @@ import torch
 
 from test_code.support import jobs_hf, jobs_quant, ranks, tiny
 
-# Sizes that the kernels of servers accept: widths and heads are multiples of 32, and a block of 128 fits.
-SIZES = {"hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 256}
+# Sizes that the kernels of servers accept: widths are multiples of 128, and heads have 128 rows, so that blocks of 128
+# rows of the fused q, k and v are rows of one of them.
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "max_position_embeddings": 256,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 
 
 def prompts(count: int = 2, length: int = 48) -> torch.Tensor:
