@@ -224,16 +224,21 @@ def test_bad_quantization_settings_are_refused_at_construction(quantization, gpu
         ),
         ({"max_shard_size": "5 apples"}, "max_shard_size 5 apples is not a size of a file; use .* such as '5GB'"),
         ({"max_shard_size": 5}, "max_shard_size 5 is not a size of a file"),
-        (
-            {"export_format": "hf", "hf_layout": "compressed-tensors"},
-            "algorithm='fp8' cannot be exported with hf_layout='compressed-tensors': .* cannot hold FP8 weights",
-        ),
     ],
 )
 def test_bad_export_settings_are_refused_at_construction(quantization, gpu, settings, message):
     with pytest.raises(AssertionError, match=message):
         quantization.Quantizer(
             quantization.QuantizationConfig(), quantization.ExportConfig(**{"path": "out", **settings})
+        )
+
+
+def test_a_layout_that_cannot_hold_the_algorithm_is_refused_at_construction(quantization, gpu):
+    message = "algorithm='w4a8_awq' cannot be exported with hf_layout='compressed-tensors': .* cannot hold W4A8_AWQ"
+    with pytest.raises(AssertionError, match=message):
+        quantization.Quantizer(
+            quantization.QuantizationConfig(algorithm="w4a8_awq"),
+            quantization.ExportConfig("out", export_format="hf", hf_layout="compressed-tensors"),
         )
 
 

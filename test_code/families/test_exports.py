@@ -53,7 +53,8 @@ def export_loaded(checkpoint: str, target: str, max_shard_size: str = "5GB", **s
     from nemo.collections.llm.modelopt.quantization.quantizer import export_hf_checkpoint
 
     model, _ = setup_trainer_and_restore_model_with_modelopt_spec(checkpoint, devices=2, **sizes)
-    assert export_hf_checkpoint(checkpoint, target, model=model, max_shard_size=max_shard_size) == Path(target)
+    settings = {"max_shard_size": max_shard_size, "hf_layout": "modelopt"}
+    assert export_hf_checkpoint(checkpoint, target, model=model, **settings) == Path(target)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
