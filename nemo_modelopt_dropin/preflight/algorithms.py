@@ -314,7 +314,7 @@ def markdown() -> str:
         cells = (f"`{name}`", entry.weights, entry.activations, read, "; ".join(remarks), layout)
         lines.append(_line(cells))
     lines += [
-        f"| `{AUTO}` | mixed | mixed | only if one format is chosen | chosen layer by layer | |",
+        f"| `{AUTO}` | mixed | mixed | if one layout holds all formats | chosen layer by layer | |",
         f"| None (`-algo {NO_QUANT}`) | unchanged | | as any model | exports the model without quantizing it | |",
     ]
     return "\n".join(lines) + "\n"

@@ -221,8 +221,9 @@ def test_formats_that_one_hugging_face_checkpoint_cannot_describe_are_refused_be
         )
         return q.Quantizer(config, q.ExportConfig(path="out", export_format=fmt))
 
-    with pytest.raises(ModelOptConfigError, match=r"auto_quantize_formats=\['int4_awq', 'fp8'\].*one format"):
-        build(["int4_awq", "fp8"], "hf")
+    with pytest.raises(ModelOptConfigError, match=r"auto_quantize_formats=\['w4a8_awq', 'fp8_wo'\].*together"):
+        build(["w4a8_awq", "fp8_wo"], "hf")
+    build(["int4_awq", "fp8"], "hf")
     build(["int4_awq", "fp8"], "nemo")
     build(["int8", "int8_sq"], "hf")
 

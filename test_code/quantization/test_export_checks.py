@@ -119,7 +119,7 @@ def test_hf_with_tensor_parallel_raises_an_error_if_parts_cannot_be_joined():
 
 def test_converted_models_are_checked_by_their_quantizers():
     from modelopt.torch.quantization.config import QuantizerAttributeConfig
-    from modelopt.torch.quantization.nn import TensorQuantizer
+    from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
     from nemo.collections.llm.modelopt.quantization.export import support
@@ -130,12 +130,22 @@ def test_converted_models_are_checked_by_their_quantizers():
         layer.input_quantizer = TensorQuantizer(QuantizerAttributeConfig(num_bits=inputs))
         return layer
 
+    def weight_only(**weight):
+        layer = linear(**(weight or {"num_bits": (4, 3)}))
+        layer.input_quantizer.disable()
+        return layer
+
     support.check_converted(linear(num_bits=(4, 3)))
     message = r"axis=0, .* quantized inputs cannot be written; .*readers: FP8 \(vLLM, .*W4A8_AWQ \(TensorRT-LLM\)"
     with pytest.raises(ModelOptConfigError, match=message):
         support.check_converted(linear(num_bits=(4, 3), axis=0))
-    with pytest.raises(ModelOptConfigError, match="all layers must have the same format"):
-        support.check_converted(torch.nn.Sequential(linear(num_bits=(4, 3)), linear(8, num_bits=8, axis=0)))
+    support.check_converted(torch.nn.Sequential(linear(num_bits=(4, 3)), linear(8, num_bits=8, axis=0)))
+    support.check_converted(torch.nn.Sequential(linear(num_bits=(4, 3)), weight_only(num_bits=8, axis=0)))
+    # W4A8 is a format of modelopt's layout only, FP8 weights with inputs in 16 bits of the other.
+    two_steps = linear(num_bits=4, block_sizes={-1: 2})
+    two_steps.weight_quantizer = SequentialQuantizer(two_steps.weight_quantizer, weight_only().weight_quantizer)
+    with pytest.raises(ModelOptConfigError, match="No layout of Hugging Face files can hold FP8_WO and W4A8_AWQ"):
+        support.check_converted(torch.nn.Sequential(two_steps, weight_only(num_bits=(4, 3), axis=0)))
 
 
 def test_trainer_is_needed_for_nemo():

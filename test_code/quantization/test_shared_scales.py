@@ -54,7 +54,6 @@ def both(checkpoint: str, data: str, algorithm: str, tp: int = 1, spread: float 
 def quantized(checkpoint: str, data: str, algorithm: str, tp: int = 1, spread: float = 0.0, **quant) -> dict:
     """Quantize a checkpoint and return what the model holds and computes."""
     from nemo.collections.llm.modelopt.quantization.export import hf_verify, input_scales
-    from nemo.collections.llm.modelopt.quantization.insert import shared_scales
     from test_code.support import tiny
 
     model, quantizer = restored(checkpoint, data, algorithm, tp, **quant)
@@ -71,10 +70,21 @@ def quantized(checkpoint: str, data: str, algorithm: str, tp: int = 1, spread: f
         # Without rounding, scales and their inverses cancel.
         "unrounded": unrounded,
         "scaled": [name for name, module in core.named_modules() if input_scales.scale_of(module) is not None],
-        "problem": shared_scales.problem_of_converted(core),
+        "layouts": [layout_of(core, layout) for layout in ("auto", "compressed-tensors")],
         "amax": jobs_quant.amax_of(model),
         "largest": largest_cached(core, lambda: quantizer._get_forward_loop(model)(core)),
     }
+
+
+def layout_of(core, layout: str) -> str:
+    """Return the layout in which a model is written, or the error."""
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+    from nemo.collections.llm.modelopt.quantization.export import layout_choice
+
+    try:
+        return layout_choice.of_model(core, layout)
+    except ModelOptConfigError as error:
+        return str(error)
 
 
 def restored(checkpoint: str, data: str, algorithm: str, tp: int = 1, **quant):
@@ -214,7 +224,10 @@ def test_the_model_computes_the_same_without_input_scales(ranks, source, algorit
     found = ranks(1).run(both, source[family], source["data"], algorithm, spread=1.0)[0]
     kept, now = found["kept"], found["moved"]
     assert len(kept["scaled"]) == 8 and now["scaled"] == []
-    assert now["problem"] is None and "scales the inputs of 8 layers" in kept["problem"]
+    # A model with input scales is written in the layout that has them, and another one is not possible.
+    assert kept["layouts"][0] == "modelopt"
+    assert now["layouts"][1] == "compressed-tensors" or algorithm == "nvfp4_awq"
+    assert "has no scales of inputs" in kept["layouts"][1]
     assert kept["amax"].keys() == now["amax"].keys()
     # Sums of fp32.
     assert error(now["unrounded"], kept["original"]) < 5e-6

@@ -77,6 +77,37 @@ def check(quant_cfg: dict[str, Any] | None, algorithm: str | None, export_config
         raise ModelOptConfigError(f"algorithm={algorithm!r} cannot be exported with hf_layout={layout!r}: {problem}.")
 
 
+def planned_layout(export_config: Any, planned: dict[str, dict[str, Any]]) -> str | None:
+    """Return the layout in which all layers are written, or None if no Hugging Face files of known formats are planned.
+
+    Args:
+        export_config: The ``ExportConfig``.
+        planned: Name to quant_cfg of the algorithms, see `support.check_planned`.
+
+    Raises:
+        ModelOptConfigError: If no layout can hold all formats that mixed precision chooses from.
+    """
+    found = {name: format_of(quant_cfg) for name, quant_cfg in planned.items()}
+    formats = {one for one in found.values() if one in algorithms.HF_FORMATS}
+    if export_config.export_format != "hf" or not formats or formats != set(found.values()):
+        return None
+    try:
+        return algorithms.common_layout([*map(str, formats)], requested(export_config))
+    except ModelOptConfigError as error:
+        layouts = {name: algorithms.HF_FORMATS[str(one)].layouts for name, one in found.items()}
+        held = [f"{one} holds {[name for name in found if one in layouts[name]]}" for one in readers.LAYOUTS]
+        raise ModelOptConfigError(
+            f"auto_quantize_formats={list(found)} cannot be exported together. {error} Layouts: {'; '.join(held)}. "
+            'Use formats of one layout, or export_format="nemo".'
+        ) from None
+
+
+def check_mixture(export_config: Any, planned: dict[str, dict[str, Any]]) -> None:
+    """Check that one layout can hold all formats that mixed precision chooses from; see `planned_layout`."""
+    if len(planned) > 1:
+        planned_layout(export_config, planned)
+
+
 def log(export_config: Any, planned: dict[str, dict[str, Any]]) -> None:
     """Log on rank zero which layout a Hugging Face checkpoint will have, and which programs read it.
 

@@ -67,8 +67,10 @@ def hf_obstacle_of(model: torch.nn.Module) -> str | None:
         obstacle = _weight_obstacle(*settings) or row_blocks.uneven(name, module, row_blocks.int4_block(settings[0]))
         if obstacle:
             return obstacle
-    if len(formats) > 1:
-        return f"all layers must have the same format, but they have {sorted(map(str, formats))}"
+    try:
+        algorithms.common_layout([*map(str, formats)])
+    except ModelOptConfigError as error:
+        return str(error).removesuffix(".")
     scaled = any(input_scales.scale_of(module) is not None for module in model.modules())
     return (
         (scaled and input_scales.obstacle(model))
@@ -158,24 +160,6 @@ def check_format(quant_cfg: dict[str, Any] | None, algorithm: str | None, export
     if obstacle:
         raise ModelOptConfigError(
             f'algorithm={algorithm!r} cannot be exported with export_format="hf": {obstacle}. {_REMEDY}.'
-        )
-
-
-def check_mixture(formats: dict[str, dict[str, Any]], export_format: str) -> None:
-    """Check that one Hugging Face checkpoint can describe all formats of a search.
-
-    Args:
-        formats: The offered formats, name to quant_cfg.
-        export_format: The requested format.
-
-    Raises:
-        ModelOptConfigError: With the reason and what to do.
-    """
-    found = {name: layout_choice.format_of(quant_cfg) for name, quant_cfg in formats.items()}
-    if export_format == "hf" and len(set(found.values())) > 1:
-        raise ModelOptConfigError(
-            f'auto_quantize_formats={list(found)}: export_format="hf" describes all layers by one format. Use '
-            f"one of them (layers may still stay in 16 bits). {_REMEDY}."
         )
 
 
@@ -275,7 +259,7 @@ def check_planned(planned: dict[str, dict[str, Any]], export_config: Any) -> Non
     for name, quant_cfg in planned.items():
         check_format(quant_cfg, name, export_config.export_format)
         layout_choice.check(quant_cfg, name, export_config)
-    check_mixture(planned, export_config.export_format)
+    layout_choice.check_mixture(export_config, planned)
 
 
 def check_model(

@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from modelopt.torch.quantization.model_calib import max_calibrate
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
-from nemo_modelopt_dropin.preflight import algorithms, readers
+from nemo_modelopt_dropin.preflight import readers
 
 from ... import _parallel
 from ...errors import ModelOptConfigError
@@ -63,22 +63,17 @@ def decide(core: Any, export_config: Any, planned: dict[str, dict[str, Any]]) ->
     """
     if export_config is None or export_config.export_format != "hf" or not isinstance(core, torch.nn.Module):
         return False
-    moves = False
+    layout = layout_choice.planned_layout(export_config, planned)
+    needed, moves = layout == readers.COMPRESSED_TENSORS, False
     for name, quant_cfg in planned.items():
-        if not input_scales.scales_inputs(quant_cfg):
-            continue
         hf_format = layout_choice.format_of(quant_cfg)
-        if hf_format is None or hf_format not in algorithms.HF_FORMATS:
-            continue
-        layout = algorithms.layout_of(hf_format, layout_choice.requested(export_config))
-        needed = layout == readers.COMPRESSED_TENSORS
-        if not needed and hf_format != "NVFP4_AWQ":
+        if not input_scales.scales_inputs(quant_cfg) or not (needed or hf_format == "NVFP4_AWQ"):
             continue
         problems = [text for text in _parallel.gather_objects(obstacle(core, quant_cfg)) if text]
         if problems and needed:
             raise ModelOptConfigError(
                 f"algorithm={name!r} cannot be exported with hf_layout={layout!r}, which has no input scales: "
-                f"{problems[0]}. {_way_out(name, hf_format)}"
+                f"{problems[0]}. {_way_out(name, str(hf_format))}"
             )
         moves = moves or not problems
     return moves
@@ -139,18 +134,6 @@ def move(core: torch.nn.Module) -> bool:
             _drop_scale(module)
             changes_values |= names[id(module)].endswith("linear_proj")
     return changes_values
-
-
-def problem_of_converted(core: torch.nn.Module) -> str | None:
-    """Return why a converted model cannot be written in a layout without input scales, or None if it can."""
-    names = [name for name, module in core.named_modules() if input_scales.scale_of(module) is not None]
-    if not names:
-        return None
-    return (
-        f"AWQ or SmoothQuant scales the inputs of {len(names)} layers (such as {names[0]}), and this layout has no "
-        "input scales. Quantize the original checkpoint with the same ExportConfig, which moves them into other "
-        f"layers, or use hf_layout={readers.MODELOPT!r}"
-    )
 
 
 def _drop_scale(linear: Any) -> None:
