@@ -209,10 +209,13 @@ def test_a_weight_that_is_not_whole_blocks_raises_an_error():
 
 
 @pytest.mark.parametrize("algorithm", modules.SETTINGS)
-def test_formats_are_recognized(algorithm):
+def test_formats_are_recognized(algorithm, cpu_backend):
     from nemo.collections.llm.modelopt.quantization.export.layouts import layer
 
     module = modules.linear(algorithm, modules.weights(algorithm, 0))
+    assert layer.algorithm_of(*layer.settings_of(module)) == algorithm
+    # The first forward pass changes the settings of a quantizer by token.
+    module.input_quantizer(torch.randn(2, 3, module.in_features))
     assert layer.algorithm_of(*layer.settings_of(module)) == algorithm
     # Before calibration only the settings of the weight are known.
     assert layer.algorithm_of(*layer.settings_of(module)[:3]) == algorithm
