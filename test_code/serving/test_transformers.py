@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from test_code.serving import cells, client
 from test_code.support import jobs_serving
 
 FAMILIES = ("llama", "qwen2-tied", "mixtral")
+# Part of what quantization changes that transformers may differ by: it also rounds the inputs of FP8 by block, and the
+# scales of INT8 weights, which are stored in bf16, change as much as the codes do.
+SHARES = {"block_fp8": 1.0, "int8_wo": 1.0}
 PAIRS = [
     (family, cell)
     for cell in cells.VLLM
@@ -21,7 +25,9 @@ PAIRS = [
 def test_transformers_computes_what_is_in_memory(ranks, made, exported, family, cell):
     _, _, original = made(family)
     folder, expected = exported(family, cell.algorithm, cell.layout)
-    (found,) = ranks(1).run(jobs_serving.transformers_logits, str(folder))
+    # The library decodes MXFP8 to bf16, whatever the dtype of the model is.
+    dtype = torch.bfloat16 if cell.algorithm == "mxfp8" else torch.float32
+    (found,) = ranks(1).run(jobs_serving.transformers_logits, str(folder), dtype)
     changed = client.divergence(expected, original)
-    # Both compute in fp32; only the decoded weights, and norms with factors of inputs, are rounded to bf16.
-    assert client.divergence(expected, found) <= client.bound(0.0, changed, cell.allowed)
+    # Both compute in fp32; the decoded weights, and norms with factors of inputs, are rounded to bf16.
+    assert client.divergence(expected, found) <= client.bound(0.0, changed, SHARES.get(cell.algorithm, cell.allowed))
