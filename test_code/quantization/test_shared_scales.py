@@ -189,7 +189,7 @@ def refusals(folder: str) -> dict[str, str | bool]:
         checkpoint = make(f"{folder}/{family}")
         ranks.reset()
         model, _ = setup_trainer_and_restore_model_with_modelopt_spec(checkpoint)
-        for layout in ("compressed-tensors", "modelopt"):
+        for layout in ("compressed-tensors", "modelopt", "auto"):
             for name in ("int4_awq", "int8_sq", "int4"):
                 export = ExportConfig(path="unused", export_format="hf", hf_layout=layout)
                 try:
@@ -297,6 +297,7 @@ def test_what_cannot_move_raises_an_error_before_the_calibration(ranks, tmp_path
             assert text.startswith(f"algorithm={name!r} cannot be exported with hf_layout='compressed-tensors'")
             assert reason in text and f"Use {plain!r} instead of {name!r}, hf_layout='modelopt'" in text
             assert found[f"{family} modelopt {name}"] is False
+            assert found[f"{family} auto {name}"] is False, "written in modelopt's layout, with a warning"
         assert found[f"{family} compressed-tensors int4"] is False
 
 

@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from nemo.utils import logging
+from nemo.utils.get_rank import is_global_rank_zero
 
 from modelopt.torch.quantization.model_calib import max_calibrate
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
-from nemo_modelopt_dropin.preflight import readers
+from nemo_modelopt_dropin.preflight import algorithms, readers
 
 from ... import _parallel
 from ...errors import ModelOptConfigError
@@ -70,6 +72,14 @@ def decide(core: Any, export_config: Any, planned: dict[str, dict[str, Any]]) ->
         if not input_scales.scales_inputs(quant_cfg) or not (needed or hf_format == "NVFP4_AWQ"):
             continue
         problems = [text for text in _parallel.gather_objects(obstacle(core, quant_cfg)) if text]
+        if problems and needed and falls_back(export_config, str(hf_format)):
+            if is_global_rank_zero():
+                read = readers.text(str(hf_format), readers.MODELOPT)
+                logging.warning(
+                    f"{name} is written in the layout {readers.MODELOPT} (read by: {read}), because {layout} "
+                    f"has no input scales: {problems[0]}. To write {layout}, use {_plain(str(hf_format))!r}."
+                )
+            return False
         if problems and needed:
             raise ModelOptConfigError(
                 f"algorithm={name!r} cannot be exported with hf_layout={layout!r}, which has no input scales: "
@@ -79,9 +89,22 @@ def decide(core: Any, export_config: Any, planned: dict[str, dict[str, Any]]) ->
     return moves
 
 
+def falls_back(export_config: Any, hf_format: str) -> bool:
+    """Return whether modelopt's layout, which has input scales, may be written instead: the layout was not set."""
+    return (
+        layout_choice.requested(export_config) == algorithms.AUTO
+        and readers.MODELOPT in algorithms.HF_FORMATS[hf_format].layouts
+    )
+
+
 def _way_out(name: str, hf_format: str) -> str:
-    plain = {"W4A16_AWQ": "int4", "W8A8_SQ_PER_CHANNEL": "int8", "NVFP4_AWQ": "nvfp4"}.get(hf_format, "fp8")
+    plain = _plain(hf_format)
     return f"Use {plain!r} instead of {name!r}, hf_layout={readers.MODELOPT!r}, or export_format='nemo'."
+
+
+def _plain(hf_format: str) -> str:
+    """Return the algorithm that quantizes as a format does, without scales of the inputs."""
+    return {"W4A16_AWQ": "int4", "W8A8_SQ_PER_CHANNEL": "int8", "NVFP4_AWQ": "nvfp4"}.get(hf_format, "fp8")
 
 
 def obstacle(core: torch.nn.Module, quant_cfg: dict[str, Any]) -> str | None:
