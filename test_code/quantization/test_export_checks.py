@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock, patch
 
 import pytest
@@ -53,6 +54,42 @@ def test_hf_raises_an_error_for_what_it_cannot_write(cpu_backend, algorithm):
                 q.Quantizer(*config)
         for fmt in ("nemo", "trtllm"):
             q.Quantizer(q.QuantizationConfig(algorithm=algorithm), q.ExportConfig(path="out", export_format=fmt))
+
+
+def _layer_of(name: str, rows: int, inputs: int, **config) -> torch.nn.Module:
+    linear = torch.nn.Linear(inputs, rows, bias=False)
+    linear.config = SimpleNamespace(**config)  # type: ignore[assignment]
+    return torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({name: linear})})
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "layer", "problem"),
+    [
+        ("block_fp8", ("linear_qkv", 512, 256, {"kv_channels": 64}), "128 weights do not divide the 64 rows of a head"),
+        ("block_fp8", ("linear_fc1", 384, 256, {"gated_linear_unit": True}), "divide the 192 rows of one half"),
+        ("block_fp8", ("linear_fc1", 384, 256, {"gated_linear_unit": False}), None),
+        ("block_fp8", ("linear_proj", 256, 320, {}), "divide the 320 inputs"),
+        ("block_fp8", ("linear_qkv", 512, 256, {"kv_channels": 128}), None),
+        ("mxfp8", ("linear_proj", 256, 80, {}), "blocks of 32 weights do not divide the 80 inputs"),
+        ("nvfp4", ("linear_proj", 256, 80, {}), None),
+        ("nvfp4", ("linear_proj", 256, 72, {}), "blocks of 16 weights do not divide the 72 inputs"),
+        ("fp8", ("linear_proj", 255, 77, {}), None),
+    ],
+)
+def test_blocks_that_a_hugging_face_tensor_would_cut_raise_an_error_early(cpu_backend, algorithm, layer, problem):
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+    from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
+    from nemo.collections.llm.modelopt.quantization.insert import row_blocks
+
+    name, rows, inputs, config = layer
+    model = _layer_of(name, rows, inputs, **config)
+    quant_cfg = choices.get_quant_cfg_choices()[algorithm]
+    row_blocks.check("nemo", quant_cfg, model)
+    if problem is None:
+        row_blocks.check("hf", quant_cfg, model)
+    else:
+        with pytest.raises(ModelOptConfigError, match=problem):
+            row_blocks.check("hf", quant_cfg, model)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,43 @@ def check(export_format: str, quant_cfg: dict[str, Any], model: torch.nn.Module)
             problem = uneven(name, module, int4_block(steps))
             if problem:
                 raise ModelOptConfigError(f'export_format="{export_format}": {problem}.')
+            enabled = choices.enabled_quantizers(quant_cfg, name, ("weight_quantizer",))
+            problem = cut_blocks(name, module, [*enabled.values()]) if export_format == "hf" else None
+            if problem:
+                raise ModelOptConfigError(f'export_format="hf": {problem}.')
+
+
+def cut_blocks(name: str, module: torch.nn.Module, steps: list[dict[str, Any]]) -> str | None:
+    """Return a problem if the blocks of a format are not whole in each Hugging Face tensor of a layer, or None.
+
+    Args:
+        name: The layer's name.
+        module: The layer, one of Megatron's.
+        steps: Settings of its weight quantizer.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+        return None
+    rows, inputs = (_largest_block(steps, axis) for axis in (-2, -1))
+    # A Hugging Face tensor has whole heads of q, k or v, or one half of a gated layer.
+    config, leaf = getattr(module, "config", None), name.rpartition(".")[2]
+    part, what = int(weight.shape[0]), "rows"
+    if leaf == "linear_qkv":
+        part, what = int(getattr(config, "kv_channels", None) or part), "rows of a head"
+    elif leaf == "linear_fc1" and getattr(config, "gated_linear_unit", False):
+        part, what = part // 2, "rows of one half"
+    for size, length, kind in ((rows, part, what), (inputs, int(weight.shape[1]), "inputs")):
+        if size and length % size:
+            return (
+                f"blocks of {size} weights do not divide the {length} {kind} of {name} on each rank. Use a format "
+                'without such blocks (algorithm="fp8" or "fp8_pc_pt"), or export_format="nemo"'
+            )
+    return None
+
+
+def _largest_block(steps: list[dict[str, Any]], axis: int) -> int:
+    """Return the largest size of blocks along an axis, 0 if there are none."""
+    return max(((step.get("block_sizes") or {}).get(axis) or 0 for step in steps), default=0)
 
 
 def _is_cut(module: torch.nn.Module) -> bool:
