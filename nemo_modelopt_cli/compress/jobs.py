@@ -18,7 +18,7 @@ from nemo_modelopt_cli.compress import exported, heldout, training
 from nemo_modelopt_cli.compress.settings import TARGETS, Job, Layout, Training
 from nemo_modelopt_dropin import files, ranks
 from nemo_modelopt_dropin.console import screen
-from nemo_modelopt_dropin.preflight import model_sizes, pair_checks, prune_layout
+from nemo_modelopt_dropin.preflight import algorithms, model_sizes, pair_checks, prune_layout
 from nemo_modelopt_dropin.report import importance
 
 _CHECKPOINT = "checkpoint"
@@ -212,7 +212,12 @@ def quantize(folder: Path, job: Job, student: Path, token_folder: Path) -> dict[
     training.release()
     llm.ptq(
         model_path=str(student),
-        export_config=ExportConfig(path=str(folder / _CHECKPOINT), export_format="nemo", dtype="bf16"),
+        export_config=ExportConfig(
+            path=str(folder / _CHECKPOINT),
+            export_format="nemo",
+            dtype="bf16",
+            hf_layout=settings.layout_of_scales or algorithms.AUTO,
+        ),
         calibration_tp=layout.tp,
         calibration_pp=layout.pp,
         **model_sizes.unequal_stages(student, layout.pp),

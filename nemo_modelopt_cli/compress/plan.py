@@ -47,6 +47,8 @@ def compression_stages(job: Job, root: Path, before: str | None = None, digests:
     multiples = job.size_multiples() if before is None else {}
     pruned_to = asdict(job.pruning) | ({"size_multiples": multiples} if multiples else {})
     quantization = {k: v for k, v in asdict(job.quantization).items() if k not in _OF_EXPORT}
+    if job.quantization.layout_of_scales:
+        quantization["hf_layout"] = job.quantization.layout_of_scales
     # The newer settings are omitted at their defaults, so that results of earlier versions stay valid.
     usual = Quantization()
     formats = {

@@ -18,6 +18,7 @@ from nemo_modelopt_dropin.preflight import (
     model_sizes,
     pair_checks,
     prune_layout,
+    readers,
     shard_sizes,
 )
 from nemo_modelopt_dropin.preflight.model_sizes import Shape
@@ -203,6 +204,15 @@ class Quantization:
     max_shard_size: str = field(
         default="5GB", metadata=option("largest size of a weight file of Hugging Face files", metavar="SIZE")
     )
+
+    @property
+    def layout_of_scales(self) -> str | None:
+        """The layout for which the calibration's input scales are moved, None if there are none or it holds them."""
+        found = algorithms.hf_format_of(self.algorithm)
+        if "hf" not in self.formats or found is None or not algorithms.scales_inputs(self.algorithm):
+            return None
+        layout = algorithms.layout_of(found, self.hf_layout)
+        return layout if layout == readers.COMPRESSED_TENSORS else None
 
     def problems(self) -> list[str]:
         """Return what is wrong with the quantization settings."""

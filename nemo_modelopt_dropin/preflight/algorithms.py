@@ -245,6 +245,12 @@ def common_layout(hf_formats: Iterable[str], layout: str = AUTO) -> str:
     return max(possible, key=lambda one: len(readers.of_all(names, one)))
 
 
+def scales_inputs(algorithm: str) -> bool:
+    """Return whether the calibration of an algorithm adds scales to the inputs of layers (AWQ, SmoothQuant)."""
+    preset = (TABLE[algorithm].preset or "") if algorithm in TABLE else algorithm
+    return "AWQ" in preset or "SMOOTHQUANT" in preset
+
+
 def layout_problem(hf_format: str, layout: str) -> str | None:
     """Return why a layout cannot hold a format of `HF_FORMATS`, and what to do; None if it can.
 

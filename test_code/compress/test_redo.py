@@ -55,3 +55,27 @@ def test_a_redo_without_effect_is_reported_in_one_line(finished, monkeypatch, ca
     monkeypatch.setenv("NEMO_MODELOPT_LOCAL_RANKS", "2")  # a rank that this command started
     assert main([*finished, "--redo", "distill"]) == 0
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--algorithm int8_sq --formats nemo hf", "compressed-tensors"),
+        ("--algorithm int8_sq --formats nemo hf --hf-layout modelopt", None),
+        ("--algorithm int8_sq --formats nemo", None),
+        ("--algorithm int8 --formats nemo hf", None),
+        ("--algorithm fp8 --formats nemo hf --hf-layout compressed-tensors", None),
+    ],
+)
+def test_scales_of_inputs_are_moved_for_the_layout_that_lacks_them(tmp_path, monkeypatch, flags, expected):
+    """The quantized NeMo checkpoint depends on it, and so does whether the step must run again."""
+    for name in ("model", "teacher"):
+        command_lines.checkpoint(tmp_path / name)
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "heldout.jsonl").write_text('{"text": "b"}\n')
+    monkeypatch.chdir(tmp_path)
+    command = [*command_lines.COMPRESS.split(), "--output", "out", "--cpu", *flags.split()]
+    job, output, _ = command_lines.script_of("compress").resolve(command)
+    settings = {stage.name: stage.settings for stage in plan.compression_stages(job, output)}
+    assert job.quantization.layout_of_scales == expected
+    assert settings["quantize"].get("quantization", settings["quantize"]).get("hf_layout") == expected

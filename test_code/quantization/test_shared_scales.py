@@ -200,6 +200,21 @@ def refusals(folder: str) -> dict[str, str | bool]:
     return found
 
 
+def decisions_for_nemo(checkpoint: str) -> dict[str, bool]:
+    """Return by layout whether the scales of int4_awq are moved for a NeMo checkpoint."""
+    from nemo.collections.llm.modelopt import ExportConfig, setup_trainer_and_restore_model_with_modelopt_spec
+    from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
+    from nemo.collections.llm.modelopt.quantization.insert import shared_scales
+    from test_code.support import tiny
+
+    planned = {"int4_awq": choices.get_quant_cfg_choices()["int4_awq"]}
+    core = tiny.core(setup_trainer_and_restore_model_with_modelopt_spec(checkpoint)[0])
+    return {
+        layout: shared_scales.decide(core, ExportConfig("unused", "nemo", hf_layout=layout), planned)
+        for layout in ("compressed-tensors", "modelopt", "auto")
+    }
+
+
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the relative error."""
     return float((found - expected).norm() / expected.norm())
@@ -283,6 +298,11 @@ def test_a_stored_state_with_moved_scales_is_used_again(ranks, source, tmp_path)
     first, again, message = ranks(1).run(reused, source["llama"], source["data"], str(tmp_path / "state"))[0]
     assert torch.equal(first, again)
     assert "input_scales" in message
+
+
+def test_scales_move_in_a_nemo_checkpoint_if_its_later_layout_is_set(ranks, source):
+    found = ranks(1).run(decisions_for_nemo, source["llama"])[0]
+    assert found == {"compressed-tensors": True, "modelopt": False, "auto": False}
 
 
 def test_what_cannot_move_raises_an_error_before_the_calibration(ranks, tmp_path):

@@ -74,8 +74,9 @@ class ExportConfig:
     neither. It is not the checkpoint's folder, which holds only the files of its format.
 
     ``hf_layout`` is the layout of a Hugging Face checkpoint: "modelopt", "compressed-tensors", or "auto", the one that
-    most servers read for the algorithm (modelopt's if both are read equally). ``max_shard_size`` limits the size
-    of each weight file ("5GB", "500MB", "4GiB").
+    most servers read for the algorithm (modelopt's if both are read equally). With ``export_format="nemo"``,
+    "compressed-tensors" moves the input scales of AWQ and SmoothQuant into other layers, so that the checkpoint can be
+    exported to that layout later. ``max_shard_size`` limits the size of each weight file ("5GB", "500MB", "4GiB").
     """
 
     path: str

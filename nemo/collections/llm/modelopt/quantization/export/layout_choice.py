@@ -53,7 +53,7 @@ def of_model(core: torch.nn.Module, layout: str) -> str:
         if layout == readers.COMPRESSED_TENSORS:
             raise ModelOptConfigError(
                 f"hf_layout={layout!r} has no scales of inputs, and AWQ or SmoothQuant left some in this model. "
-                f'Quantize with export_format="hf" and this layout, or use hf_layout={readers.MODELOPT!r}.'
+                f'Quantize with this hf_layout (export_format="hf" or "nemo"), or use hf_layout={readers.MODELOPT!r}.'
             )
         layout = readers.MODELOPT
     return algorithms.common_layout(formats, layout)

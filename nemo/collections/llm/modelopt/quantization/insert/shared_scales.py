@@ -54,6 +54,7 @@ def decide(core: Any, export_config: Any, planned: dict[str, dict[str, Any]]) ->
     """Return whether the input scales of a model are moved for its export; all ranks must call it.
 
     The compressed-tensors layout needs it. modelopt's layout has input scales, but more programs read NVFP4 without.
+    With ``export_format="nemo"`` they are moved if ``hf_layout`` is set, for a later export to that layout.
 
     Args:
         core: This rank's Megatron-Core model, not yet quantized.
@@ -63,16 +64,20 @@ def decide(core: Any, export_config: Any, planned: dict[str, dict[str, Any]]) ->
     Raises:
         ModelOptConfigError: If the layout needs it and a scale has nowhere to go, with the reason and what to do.
     """
-    if export_config is None or export_config.export_format != "hf" or not isinstance(core, torch.nn.Module):
+    if export_config is None or not isinstance(core, torch.nn.Module):
         return False
-    layout = layout_choice.planned_layout(export_config, planned)
+    # A NeMo checkpoint from which Hugging Face files are written later.
+    later = export_config.export_format == "nemo" and layout_choice.requested(export_config) != algorithms.AUTO
+    if export_config.export_format != "hf" and not later:
+        return False
+    layout = layout_choice.requested(export_config) if later else layout_choice.planned_layout(export_config, planned)
     needed, moves = layout == readers.COMPRESSED_TENSORS, False
     for name, quant_cfg in planned.items():
         hf_format = layout_choice.format_of(quant_cfg)
         if not input_scales.scales_inputs(quant_cfg) or not (needed or hf_format == "NVFP4_AWQ"):
             continue
         problems = [text for text in _parallel.gather_objects(obstacle(core, quant_cfg)) if text]
-        if problems and needed and falls_back(export_config, str(hf_format)):
+        if problems and needed and (later or falls_back(export_config, str(hf_format))):
             if is_global_rank_zero():
                 read = readers.text(str(hf_format), readers.MODELOPT)
                 logging.warning(
