@@ -114,9 +114,10 @@ def test_memory_is_shared_by_the_ranks(tmp_path):
 
 PLANS = {
     "ptq": [
-        "quantize  fp8; matrices in 8 bits",
-        "data      at most 512 rows of cnn_dailymail",
-        "ranks     2 x 1 nodes (CPU over gloo): tp 2 x pp 1 x dp 1",
+        "quantize   fp8; matrices in 8 bits",
+        "hf layout  modelopt, read by vLLM (run), SGLang",
+        "data       at most 512 rows of cnn_dailymail",
+        "ranks      2 x 1 nodes (CPU over gloo): tp 2 x pp 1 x dp 1",
         "run.yaml",
     ],
     "prune": ["after   1 layers, hidden 32", "of the parameters", "ranks   2 x 1", "run.yaml"],
@@ -127,7 +128,7 @@ PLANS = {
         "optimizer",
         "checkpoints/",
     ],
-    "compress": ["prune     would run", "pruned    1 layers", "report.html", "export/hf"],
+    "compress": ["prune      would run", "pruned     1 layers", "report.html", "export/hf"],
 }
 
 

@@ -302,6 +302,7 @@ def reset() -> None:
     import torch.distributed as dist
     from megatron.core import num_microbatches_calculator, parallel_state, tensor_parallel
     from megatron.core.dist_checkpointing.strategies import async_utils, base
+    from megatron.core.transformer.moe import moe_utils
     from nemo.constants import NEMO_ENV_VARNAME_VERSION
     from nemo.utils import AppState
     from nemo.utils.metaclasses import Singleton
@@ -315,6 +316,8 @@ def reset() -> None:
     os.environ.pop(NEMO_ENV_VARNAME_VERSION, None)
     # Megatron 0.14 counts a process's saves. The ranks must agree, but a job may have saved on some of them only.
     base.async_calls = async_utils.AsyncCallsQueue()
+    # Megatron keeps a loss for each layer of the first mixture of experts, and adds those of others to them.
+    moe_utils.get_moe_layer_wise_logging_tracker().clear()
     gc.collect()
     if dist.is_initialized():
         dist.barrier()

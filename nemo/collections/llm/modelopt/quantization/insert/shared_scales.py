@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
@@ -64,7 +65,7 @@ def decide(core: Any, export_config: Any, planned: dict[str, dict[str, Any]]) ->
     Raises:
         ModelOptConfigError: If the layout needs it and a scale has nowhere to go, with the reason and what to do.
     """
-    if export_config is None or not isinstance(core, torch.nn.Module):
+    if export_config is None or not issubclass(type(core), MegatronModule):
         return False
     # A NeMo checkpoint from which Hugging Face files are written later.
     later = export_config.export_format == "nemo" and layout_choice.requested(export_config) != algorithms.AUTO
