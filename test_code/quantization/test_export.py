@@ -145,7 +145,7 @@ def test_hf_files_are_the_same_in_every_layout(ranks, exported, tmp_path, algori
 def test_hf_configuration_says_the_format(exported, algorithm):
     from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 
-    from nemo.collections.llm.modelopt.quantization.export import hf_encoding
+    from nemo.collections.llm.modelopt.quantization.export.layouts import modelopt
 
     _, hf = exported(algorithm)
     assert [path.name for path in hf.glob("*.safetensors*")] == ["model.safetensors"]
@@ -157,7 +157,7 @@ def test_hf_configuration_says_the_format(exported, algorithm):
     assert section["quant_algo"] == stored["quantization"]["quant_algo"] and section["ignore"] == ["lm_head"]
     if algorithm == "fp8":
         # modelopt's converter supports this one of our formats, and must make the same section.
-        assert section == hf_encoding.config_section(stored) == convert_hf_quant_config_format(stored)
+        assert section == modelopt.config_section(stored) == convert_hf_quant_config_format(stored)
 
 
 def test_calibrating_and_exporting_with_tensor_parallel(ranks, work, exported):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unittest.mock import patch
+import dataclasses
 
 import pytest
 import torch
@@ -83,7 +83,7 @@ ALGORITHMS = ["FP8", "W8A16", "W8A8_SQ_PER_CHANNEL", "W4A16_AWQ", "W4A8_AWQ"]
     factor=st.sampled_from([1.0, 1.0, 0.75, 0.5, 1.5]),
 )
 def test_codes_are_those_of_the_quantizer_bit_for_bit(algorithm, seed, kind, exponent, factor):
-    from nemo.collections.llm.modelopt.quantization.export import hf_encoding
+    from nemo.collections.llm.modelopt.quantization.export.layouts import modelopt
 
     weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
     if kind != "fp32":
@@ -97,7 +97,7 @@ def test_codes_are_those_of_the_quantizer_bit_for_bit(algorithm, seed, kind, exp
     first = module.weight_quantizer[0] if algorithm == "W4A8_AWQ" else module.weight_quantizer
     with torch.no_grad():
         in_memory = first(weight.float())
-    from_file = hf_encoding.decode(algorithm, tensors, second_step=False)
+    from_file = modelopt.decode(algorithm, tensors, second_step=False)
     # A neighbouring code differs by at least 1/16 of the value, a scale and its reciprocal by one bit in 24.
     torch.testing.assert_close(from_file, in_memory, rtol=1e-6, atol=0)
     # For a weight in bf16, the quantizer computes in fp32 and rounds the result.
@@ -117,7 +117,7 @@ def test_a_tie_of_bf16_numbers_falls_as_in_memory(value, amax):
 @pytest.mark.parametrize("what", ["matrix", "row", "block", "almost zero"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_zeros_have_positive_scales_and_codes_of_zero(algorithm, what):
-    from nemo.collections.llm.modelopt.quantization.export import hf_encoding
+    from nemo.collections.llm.modelopt.quantization.export.layouts import modelopt
 
     weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
     part = {"row": (slice(2, 3),), "block": (slice(2, 3), slice(8, 16))}.get(what, (slice(None),))
@@ -128,14 +128,14 @@ def test_zeros_have_positive_scales_and_codes_of_zero(algorithm, what):
     for name in ("weight_scale", "weight_scale_2", "input_scale"):
         if name in tensors:
             assert bool(torch.isfinite(tensors[name]).all() and (tensors[name] > 0).all()), name
-    codes = hf_encoding.unpack(algorithm, tensors["weight"]).float()
+    codes = modelopt.unpack(algorithm, tensors["weight"]).float()
     assert bool((codes[part] == 0).all()) and (what in ("matrix", "almost zero") or bool(codes.any()))
-    assert bool(torch.isfinite(hf_encoding.decode(algorithm, tensors)).all())
+    assert bool(torch.isfinite(modelopt.decode(algorithm, tensors)).all())
 
 
 @pytest.mark.parametrize("num_bits", [E4M3, 8])
 def test_an_input_that_was_always_zero_is_quantized_as_in_memory(num_bits):
-    from nemo.collections.llm.modelopt.quantization.export import hf_encoding
+    from nemo.collections.llm.modelopt.quantization.export.layouts import inputs
 
     algorithm = "FP8" if num_bits == E4M3 else "W8A8_SQ_PER_CHANNEL"
     module = layer(algorithm, torch.randn(6, 32))
@@ -144,7 +144,7 @@ def test_an_input_that_was_always_zero_is_quantized_as_in_memory(num_bits):
     scale = tensors["input_scale"]
     assert scale.dim() == 0 and 0 < float(scale) < 1
     value = torch.randn(4, 32)
-    torch.testing.assert_close(hf_encoding.static_quantizer(algorithm, scale)(value), module.input_quantizer(value))
+    torch.testing.assert_close(inputs.static_quantizer(algorithm, scale)(value), module.input_quantizer(value))
 
 
 # --- what modelopt's own writer encodes ------------------------------------------------------------------------------
@@ -175,29 +175,13 @@ def nvfp4(weight: torch.Tensor) -> torch.nn.Linear:
 
 
 def stored_nvfp4(module, dtype) -> dict[str, torch.Tensor]:
-    """Return what modelopt's writer and `hf_blocks` store for a layer."""
-    import types
+    """Return what is stored for a layer."""
+    from nemo.collections.llm.modelopt.quantization.export.layouts import layer as layers
+    from nemo.collections.llm.modelopt.quantization.export.layouts import modelopt
 
-    from modelopt.torch.export import unified_export_megatron as writer
-
-    from nemo.collections.llm.modelopt.quantization.export import hf_blocks
-
-    if hasattr(writer, "get_quantized_state"):
-        state, algorithm, block = hf_blocks.state_of(writer.get_quantized_state, module, dtype)
-    else:
-        exporter = types.SimpleNamespace(exclude_modules=[], _get_quantization_format=writer.get_quantization_format)
-        write = writer.GPTModelExporter._get_quantized_state
-        state, algorithm, block = hf_blocks.state_of(write, exporter, module, dtype)
-    scales = state["weight_scale"], state["weight_scale_2"]
-    assert state["bias"].dtype == dtype
-    # The writer checks which kernels the GPU supports.
-    with patch("modelopt.torch.quantization.qtensor.nvfp4_tensor.fp4_compatible", return_value=False):
-        codes = writer.to_quantized_weight(state["weight"], scales[0], algorithm, scales[1], block)
-    return {
-        "weight": codes,
-        "weight_scale": scales[0],
-        "weight_scale_2": scales[1],
-    }
+    found = layers.read(module)
+    assert found is not None and found.algorithm == "W4A16_NVFP4"  # its inputs are not quantized
+    return modelopt.tensors(dataclasses.replace(found, codes=layers.codes_of(module, found)), dtype)
 
 
 def nvfp4_in_memory(weight: torch.Tensor) -> torch.Tensor:
@@ -218,17 +202,17 @@ def nvfp4_in_memory(weight: torch.Tensor) -> torch.Tensor:
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**31), rounded=st.booleans(), dtype=st.sampled_from([torch.bfloat16, torch.float32]))
 def test_nvfp4_codes_are_those_of_the_quantizer(seed, rounded, dtype):
-    from nemo.collections.llm.modelopt.quantization.export import hf_encoding
+    from nemo.collections.llm.modelopt.quantization.export.layouts import modelopt
 
     weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(seed))
     weight = weight.bfloat16().float() if rounded else weight
     tensors = stored_nvfp4(nvfp4(weight), dtype)
-    torch.testing.assert_close(hf_encoding.decode("NVFP4", tensors), nvfp4_in_memory(weight), rtol=1e-6, atol=0)
+    torch.testing.assert_close(modelopt.decode("NVFP4", tensors), nvfp4_in_memory(weight), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("what", ["matrix", "block", "almost zero block"])
 def test_nvfp4_of_zeros_has_positive_scales(what):
-    from nemo.collections.llm.modelopt.quantization.export import hf_encoding
+    from nemo.collections.llm.modelopt.quantization.export.layouts import modelopt
 
     weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     part = (slice(None),) if what == "matrix" else (slice(1, 2), slice(16, 32))
@@ -240,7 +224,7 @@ def test_nvfp4_of_zeros_has_positive_scales(what):
     for name in ("weight_scale", "weight_scale_2"):
         value = tensors[name].float()
         assert bool(torch.isfinite(value).all() and (value > 0).all()), name
-    decoded = hf_encoding.decode("NVFP4", tensors)
+    decoded = modelopt.decode("NVFP4", tensors)
     assert bool((decoded[part] == 0).all()) and (what == "matrix" or bool(decoded.any()))
     assert torch.equal(module.weight_quantizer.amax, before)
 

@@ -82,7 +82,8 @@ def test_a_norm_with_bias_is_folded_in_any_form(cpu_backend, zero_centred, fused
     """The norm is a module or a part of the linear layer, and adds one to its weight or not."""
     from megatron.core.transformer.identity_op import IdentityOp
 
-    from nemo.collections.llm.modelopt.quantization.export import hf_encoding, input_scales
+    from nemo.collections.llm.modelopt.quantization.export import input_scales
+    from nemo.collections.llm.modelopt.quantization.export.layouts import layer as layers
 
     core, linear, scale = scaled_layer(zero_centred, fused)
     norm = core.input_layernorm
@@ -97,7 +98,7 @@ def test_a_norm_with_bias_is_folded_in_any_form(cpu_backend, zero_centred, fused
         return plain * (weight + (1.0 if zero_centred else 0.0)) + bias
 
     expected = output() * scale
-    layer = hf_encoding.Layer("W4A16_AWQ", torch.ones(()), pre_quant_scale=scale)
+    layer = layers.Layer("W4A16_AWQ", torch.ones(()), pre_quant_scale=scale)
     with input_scales.folded(core, {id(linear): layer}, torch.float32):
         torch.testing.assert_close(output(), expected)
     assert layer.pre_quant_scale is None

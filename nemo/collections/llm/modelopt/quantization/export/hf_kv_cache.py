@@ -22,7 +22,7 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 
 from ...errors import ModelOptConfigError
 from .. import quant_cfg_choices as choices
-from . import hf_encoding
+from .layouts.inputs import static_quantizer
 
 # modelopt divides amax by this number, for a cache in either format.
 _MAXBOUND = 448.0
@@ -206,7 +206,7 @@ def attach(model: torch.nn.Module, tensors: dict[str, torch.Tensor], cache: str 
     scales = {f"{match[2]}{match[1]}": value for name, value in tensors.items() if (match := _NAME.search(name))}
     if cache != "FP8" or not scales:
         return
-    quantizers = torch.nn.ModuleDict({n: hf_encoding.static_quantizer("FP8", scale) for n, scale in scales.items()})
+    quantizers = torch.nn.ModuleDict({n: static_quantizer("FP8", scale) for n, scale in scales.items()})
     model.kv_cache_quantizers = quantizers
 
     def use(module, args, keywords):

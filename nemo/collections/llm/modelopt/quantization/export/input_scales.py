@@ -21,8 +21,7 @@ from megatron.core.transformer.multi_latent_attention import MultiLatentAttentio
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from .. import quant_cfg_choices as choices
-from . import hf_encoding
-from .layouts.layer import INT4
+from .layouts.layer import INT4, Layer
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def scale_of(linear: torch.nn.Module) -> torch.Tensor | None:
 
 
 @contextlib.contextmanager
-def folded(core: torch.nn.Module, layers: dict[int, hf_encoding.Layer], dtype: torch.dtype) -> Iterator[None]:
+def folded(core: torch.nn.Module, layers: dict[int, Layer], dtype: torch.dtype) -> Iterator[None]:
     """Multiply input scales into the norms that store them, inside the context.
 
     Args:
@@ -114,7 +113,7 @@ def folded(core: torch.nn.Module, layers: dict[int, hf_encoding.Layer], dtype: t
             parameter.data = data
 
 
-def add_missing(core: torch.nn.Module, layers: dict[int, hf_encoding.Layer]) -> None:
+def add_missing(core: torch.nn.Module, layers: dict[int, Layer]) -> None:
     """Add scales of ones to this rank's INT4 layers that readers load one by one and expect a scale for."""
     fused = {id(fold.linear) for fold in folds(core)}
     for module in core.modules():

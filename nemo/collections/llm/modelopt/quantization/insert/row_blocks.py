@@ -12,7 +12,7 @@ import torch
 
 from ...errors import ModelOptConfigError
 from .. import quant_cfg_choices as choices
-from ..export import hf_encoding
+from ..export.layouts import layer as layers
 
 
 def check(export_format: str, quant_cfg: dict[str, Any], model: torch.nn.Module) -> None:
@@ -114,7 +114,7 @@ def check_restorable(core: torch.nn.Module, weights: Path) -> None:
     if written in (None, size):
         return
     for name, module in core.named_modules():
-        settings = hf_encoding.settings_of(module)
+        settings = layers.settings_of(module)
         block = int4_block(settings[0]) if settings and _holds_parts(module) else 0
         if block:
             weight: Any = module.weight
