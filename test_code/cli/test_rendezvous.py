@@ -27,7 +27,11 @@ _RANK = """
     make = rendezvous.store if sys.argv[2] == "ours" else torch.distributed.TCPStore
     own = make("127.0.0.1", port + 1, 2, is_master=os.environ["RANK"] == "0", timeout=timedelta(seconds=60))
     found = set()
-    for _ in range(2):
+    for turn in range(2):
+        if turn:
+            # Rank one would otherwise join the store of the group that rank zero is about to close.
+            own.set(f"closed/{os.environ['RANK']}", "yes")
+            own.wait(["closed/0", "closed/1"])
         torch.distributed.init_process_group("gloo")
         one = torch.ones(1)
         torch.distributed.all_reduce(one)
@@ -35,7 +39,6 @@ _RANK = """
         found |= {c.laddr.ip for c in psutil.Process().net_connections("tcp") if c.status == "LISTEN"}
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    own.set("ready", "yes")
     with open(f"{sys.argv[1]}/rank{os.environ['RANK']}.json", "w") as file:
         json.dump(sorted(found), file)
 """
