@@ -269,13 +269,14 @@ def test_the_newer_objectives_are_reachable_from_yaml(one_rank, write):
         """
         skip_lm_loss: false
         logit_kl_direction: jsd
+        logit_kl_beta: 1e-1
         logit_kl_topk: 20
         loss_weights: {kd_logits: 0.5, lm: 2}
         """
     )
     config = load_distillation_config(path, model_config(), model_config())
     (logits,) = config.criterion.values()
-    assert (logits._direction, logits._topk, logits._in_place) == ("jsd", 20, False)
+    assert (logits._direction, logits._beta, logits._topk, logits._in_place) == ("jsd", 0.1, 20, False)
     parts = {"LogitsKLLoss_0": torch.tensor(3.0), "MSELoss_1": torch.tensor(5.0), "student_loss": torch.tensor(7.0)}
     assert config.loss_balancer(parts)["kd_loss"].item() == 0.5 * 3 + 5 + 2 * 7
     in_place = load_distillation_config(write("logit_kl_in_place: true"), model_config(), model_config())
@@ -308,6 +309,10 @@ def test_earlier_stages_have_no_losses(stage):
         ("logit_kl_temperature: 0", "logit_kl_temperature=0"),
         ("logit_kl_temperature: .inf", "logit_kl_temperature=inf"),
         ("logit_kl_direction: backward", "logit_kl_direction='backward'"),
+        ("logit_kl_direction: jsd\nlogit_kl_beta: 1.5", "logit_kl_beta=1.5 must be a number between 0 and 1"),
+        ("logit_kl_direction: jsd\nlogit_kl_beta: half", "logit_kl_beta='half' must be a number"),
+        ("logit_kl_direction: jsd\nlogit_kl_beta: true", "logit_kl_beta=True must be a number"),
+        ("logit_kl_beta: 0.5", "logit_kl_beta=0.5 belongs to logit_kl_direction='jsd'.*'forward'"),
         ("logit_kl_topk: 0", "logit_kl_topk=0 must be a positive integer"),
         ("logit_kl_topk: 2.5", "logit_kl_topk=2.5 must be"),
         ("logit_kl_topk: true", "logit_kl_topk=True must be"),

@@ -27,6 +27,7 @@ SETTINGS = (
     "fused_logits",
     "validation_metrics",
     "allow_other_tokenizer",
+    "logit_kl_beta",
 )
 # Index of the layer in a module path: the first component that is a number.
 LAYER_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -67,14 +68,20 @@ def problems(path: str | None) -> list[str]:
         legal, what = _VALUES.get(name, (None, ""))
         if legal is not None and not legal(value):
             found.append(f"{path}: {name} must be {what}, got {value!r}")
+    if settings.get("logit_kl_beta") is not None and settings.get("logit_kl_direction") != "jsd":
+        found.append(f"{path}: logit_kl_beta needs logit_kl_direction: jsd")
     return found
 
 
 def _is_positive(value: Any) -> bool:
+    return 0 < _number(value) < math.inf
+
+
+def _number(value: Any) -> float:
     try:  # YAML 1.1 reads 1e-1 as text
-        return not isinstance(value, bool) and 0 < float(value) < math.inf
+        return math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
-        return False
+        return math.nan
 
 
 def _is_switch(value: Any) -> bool:
@@ -99,6 +106,7 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "validation_metrics": _SWITCH,
     "allow_other_tokenizer": _SWITCH,
     "logit_kl_direction": (lambda value: value in [*_DIVERGENCES], f"one of {', '.join(_DIVERGENCES)}"),
+    "logit_kl_beta": (lambda value: value is None or 0 <= _number(value) <= 1, "a number between 0 and 1"),
     "logit_kl_topk": (lambda value: value is None or (type(value) is int and value > 0), "a positive whole number"),
     "fused_logits": (lambda value: value in ("auto", "on", "off", True, False), "auto, on or off"),
     "intermediate_layer_pairs": (
@@ -115,6 +123,8 @@ def describe(path: str | None) -> str:
     except ValueError as error:
         return f"unknown: {error}"
     kind = _DIVERGENCES.get(asked["logit_kl_direction"], asked["logit_kl_direction"])
+    if asked.get("logit_kl_beta") is not None:
+        kind += f" with beta {asked['logit_kl_beta']}"
     parts = [f"{kind} of the logits at temperature {asked['logit_kl_temperature']}"]
     if asked.get("logit_kl_topk"):
         parts[0] += f", the teacher's top {asked['logit_kl_topk']}"

@@ -256,6 +256,7 @@ def test_names_and_paths_are_told_apart(tmp_path, monkeypatch):
             "Jensen-Shannon of the logits at temperature 1.0, the teacher's top 50; cosine of a to b; mse of c to d; "
             "LM loss",
         ),
+        ("logit_kl_direction: jsd\nlogit_kl_beta: 0.1\n", "Jensen-Shannon with beta 0.1 of the logits at"),
         ("[1]", "unknown"),
         ("a: [", "cannot be read"),
     ],

@@ -159,6 +159,16 @@ def test_what_is_no_checkpoint_is_said_before_nemo_is_loaded(
         ),
         (
             "distill",
+            command_lines.RUNS["distill"] + " --distillation_config beta.yaml",
+            "logit_kl_beta must be a number between 0 and 1, got 2",
+        ),
+        (
+            "distill",
+            command_lines.RUNS["distill"] + " --distillation_config beta.yaml",
+            "logit_kl_beta needs logit_kl_direction: jsd",
+        ),
+        (
+            "distill",
             command_lines.RUNS["distill"] + " --distillation_config lists.yaml",
             "logit_kl_direction must be one of forward, reverse, jsd, got ['forward']",
         ),
@@ -206,6 +216,7 @@ def test_what_does_not_fit_the_model_is_said_before_nemo_is_loaded(
     (tmp_path / "kd.yaml").write_text("logit_kl_temprature: 2\n")
     (tmp_path / "pairs.yaml").write_text("intermediate_layer_pairs: [[decoder.layers.1, decoder.layers.2]]\n")
     (tmp_path / "values.yaml").write_text("fused_logits: maybe\nlogit_kl_direction: backward\n")
+    (tmp_path / "beta.yaml").write_text("logit_kl_beta: 2\n")
     (tmp_path / "lists.yaml").write_text("logit_kl_direction: [forward]\n")
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "logs" / "checkpoints" / "b-last").mkdir(parents=True)

@@ -3,15 +3,19 @@
 Shapes: c tokens of a chunk, v vocabulary entries (a whole vocabulary, or the shard that this rank holds).
 
 With temperature T let z = student / T and y = teacher / T, p = softmax(z), q = softmax(y) over the whole vocabulary and
-m = (p + q) / 2::
+m = beta q + (1 - beta) p, with beta = 1/2 by default::
 
     forward   KL(q || p)                         d/dz = p - q
     reverse   KL(p || q)                         d/dz = p * (log p - log q - KL(p || q))
-    jsd       (KL(p || m) + KL(q || m)) / 2      d/dz = p * (log(p / m) - KL(p || m)) / 2
+    jsd       beta KL(q || m) + (1 - beta) KL(p || m)
+                                                 d/dz = (1 - beta) p * (log(p / m) - KL(p || m))
 
-and d/d(student) = (d/dz) / T. Each row's maximum over the shard is subtracted first, so that logits with a large common
-offset keep their precision. The rest of the vocabulary enters as two numbers per token, L_z and L_y: the logarithms of
-the whole vocabulary's sums of exponentials relative to this shard's maxima. Then p = exp(z - max - L_z).
+(the generalized Jensen-Shannon divergence of arXiv 2306.13649, which defines its ends beta = 0 and 1 as the forward and
+the reverse KL) and d/d(student) = (d/dz) / T.
+
+Each row's maximum over the shard is subtracted first, so that logits with a large common offset keep their precision.
+The rest of the vocabulary enters as two numbers per token, L_z and L_y: the logarithms of the whole vocabulary's sums
+of exponentials relative to this shard's maxima. Then p = exp(z - max - L_z).
 
 A logit more than 1e30 below its row's maximum, -inf included (a masked entry), counts as 1e30 below it. So no
 difference overflows, up to the largest fp32 numbers, and no NaN can arise. An entry that both models mask contributes
@@ -34,11 +38,10 @@ LOWEST = -1.0e30
 HIGHEST = -LOWEST
 # The sum of a row without any finite logit; its logarithm is negligible compared with LOWEST.
 TINY = 1.0e-37
-_LOG_2 = math.log(2.0)
 
 
 class Chunk:
-    """Reused fp32 buffers of [c, v] for a chunk of tokens.
+    """Reused buffers of [c, v] for a chunk of tokens, in fp32 (fp64 for logits in fp64).
 
     Attributes:
         exp_z: student's exponentials relative to the row's maximum [c, v].
@@ -49,17 +52,17 @@ class Chunk:
         max_y: those of the teacher.
     """
 
-    def __init__(self, rows: int, width: int, device: torch.device, temperature: float = 1.0):
+    def __init__(self, rows: int, logits: Tensor, temperature: float = 1.0, beta: float = 0.5):
         """Allocate the buffers.
 
         Args:
             rows: largest c.
-            width: v.
-            device: device of the logits.
+            logits: [n, v] of the student.
             temperature: divides the logits.
+            beta: weight of the teacher in the mixture m of the JSD, between 0 and 1.
         """
-        self.temperature = temperature
-        self._buffers = torch.empty(3, rows, width, dtype=torch.float32, device=device)
+        self.temperature, self.beta = temperature, beta
+        self._buffers = logits.new_empty(3, rows, logits.shape[1], dtype=wide(logits.dtype))
         self._spare: Tensor | None = None
 
     def load(self, student: Tensor, teacher: Tensor, maxima: Tensor | None = None, difference: bool = True) -> None:
@@ -103,11 +106,15 @@ class Chunk:
         if self._spare is None:
             self._spare = torch.empty_like(self._buffers[:2])
         common, with_q_ratio = self._spare[:, : len(self.difference)]
-        d = self.difference.add_((log_z - log_y).unsqueeze(-1))  # log q - log p
-        # log(p / m) = log 2 - softplus(d) and log(q / m) = log 2 - softplus(-d), each without the other's large part.
+        log_q, log_p = math.log(self.beta), math.log1p(-self.beta)  # of the models' weights in m
+        # The logarithm of the ratio of both summands of m.
+        d = self.difference.add_((log_z - log_y + (log_q - log_p)).unsqueeze(-1))
+        # log(p / m) = -log_p - softplus(d) and log(q / m) = -log_q - softplus(-d), each without the other's large part.
         torch.abs(d, out=common).neg_()
-        torch.ops.aten.softplus.out(common, out=common).neg_().add_(_LOG_2)
+        torch.ops.aten.softplus.out(common, out=common).neg_().sub_(log_p)
         torch.clamp(d, max=0.0, out=with_q_ratio).add_(common)
+        if log_p != log_q:
+            with_q_ratio.add_(log_p - log_q)
         self.log_ratio = common.sub_(d.clamp_(min=0.0))
         with_p = torch.linalg.vecdot(self.exp_z, self.log_ratio)
         with_q = torch.linalg.vecdot(self.exp_y, with_q_ratio)
@@ -134,9 +141,19 @@ class Chunk:
             factor = self.difference
         else:
             factor = self.log_ratio.sub_(mean.unsqueeze(-1))
-            scale *= 0.5
+            scale *= 1.0 - self.beta
         self.exp_z.mul_((-log_z).exp().mul_(scale).unsqueeze(-1))
         torch.mul(self.exp_z, factor, out=out)
+
+
+def resolved(direction: str, beta: float) -> str:
+    """Return the direction in which the JSD with a ``beta`` of 0 or 1 is one of the KL divergences."""
+    return {0.0: FORWARD, 1.0: REVERSE}.get(beta, JSD) if direction == JSD else direction
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which numbers of a floating type are summed: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -154,8 +171,8 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 
 
 def shifted(source: Tensor, temperature: float, out: Tensor, maximum: Tensor | None = None) -> Tensor:
-    """Write (source - maximum) / temperature [c, v] to ``out`` in fp32 and return the rows' maxima [c, 1]."""
-    if source.dtype != torch.float32:
+    """Write (source - maximum) / temperature [c, v] to ``out`` in its type and return the rows' maxima [c, 1]."""
+    if source.dtype != out.dtype:
         source = out.copy_(source)
     if maximum is None:
         maximum = source.amax(-1, keepdim=True).clamp_(min=LOWEST)
@@ -165,19 +182,20 @@ def shifted(source: Tensor, temperature: float, out: Tensor, maximum: Tensor | N
     return maximum
 
 
-def divergence_of_buckets(student: Tensor, teacher: Tensor, direction: str) -> tuple[Tensor, Tensor]:
+def divergence_of_buckets(student: Tensor, teacher: Tensor, direction: str, beta: float = 0.5) -> tuple[Tensor, Tensor]:
     """Return value [c] and d/d(student) [c, k] of a divergence between two small sets of logits [c, k], in fp64.
 
     For small sets of logits; the formulas are those above, without buffers.
     """
     log_p, log_q = (x.double().clamp(min=LOWEST).log_softmax(-1).clamp(min=LOWEST) for x in (student, teacher))
     p, q = log_p.exp(), log_q.exp()
+    direction = resolved(direction, beta)
     if direction == FORWARD:
         return (q * (log_q - log_p)).sum(-1), p - q
     if direction == REVERSE:
         value = (p * (log_p - log_q)).sum(-1)
         return value, p * (log_p - log_q - value.unsqueeze(-1))
-    log_m = torch.logaddexp(log_p, log_q) - _LOG_2
+    log_m = torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
     with_p = (p * (log_p - log_m)).sum(-1)
-    value = 0.5 * (with_p + (q * (log_q - log_m)).sum(-1))
-    return value, 0.5 * p * (log_p - log_m - with_p.unsqueeze(-1))
+    value = (1.0 - beta) * with_p + beta * (q * (log_q - log_m)).sum(-1)
+    return value, (1.0 - beta) * p * (log_p - log_m - with_p.unsqueeze(-1))

@@ -30,7 +30,7 @@ from torch import Tensor
 from nemo_modelopt_dropin.preflight import loss_memory
 
 from .._parallel import gather_tensors
-from .chunk import FORWARD, HIGHEST, autocast_dtype, shifted, without_autocast
+from .chunk import FORWARD, HIGHEST, autocast_dtype, shifted, wide, without_autocast
 from .vocab_parallel import default_chunk_rows, divergence_with_gradient, scale_rows, token_chunks
 
 
@@ -47,6 +47,7 @@ class Objective:
         teacher_cap: that of the teacher.
         main_grad: add the weight's gradient to its ``main_grad`` (Megatron's gradient accumulation fusion).
         chunk_rows: c; chosen from the size of the vocabulary by default.
+        beta: weight of the teacher in the mixture of the JSD.
     """
 
     temperature: float = 1.0
@@ -57,10 +58,11 @@ class Objective:
     teacher_cap: float | None = None
     main_grad: bool = False
     chunk_rows: int | None = None
+    beta: float = 0.5
 
 
 class FusedLosses(NamedTuple):
-    """Weighted sums over the tokens; scalars in fp32.
+    """Weighted sums over the tokens; scalars in fp32 (fp64 for hidden states in fp64).
 
     Attributes:
         divergence: distillation loss.
@@ -96,7 +98,8 @@ def fused_linear_losses(
     models = student, student_weight, teacher.detach(), teacher_weight.detach()
     dtype = autocast_dtype(student.device)
     with without_autocast(student.device):
-        return FusedLosses(*_FusedLinear.apply(*models, token_weights.float(), objective, labels, dtype))
+        weights = token_weights.to(wide(student.dtype))
+        return FusedLosses(*_FusedLinear.apply(*models, weights, objective, labels, dtype))
 
 
 class _FusedLinear(torch.autograd.Function):
@@ -123,7 +126,7 @@ class _FusedLinear(torch.autograd.Function):
                 ctx.gradients.add(part, z if slope is None else z.mul_(slope), *heads.inputs[0])
         if labels is not None:
             ctx.save_for_backward(student, student_weight, teacher, teacher_weight, token_weights, labels)
-        divergence, lm, agreement = sums.float()
+        divergence, lm, agreement = sums.to(token_weights.dtype)
         ctx.mark_non_differentiable(agreement)
         return divergence, lm, agreement
 
@@ -193,7 +196,7 @@ class _Heads:
         """Return the divergence [c], and write its gradient with respect to the logits."""
         o = self.objective
         rows = default_chunk_rows(z)
-        return divergence_with_gradient(z, y, o.temperature, o.direction, o.group, rows, o.topk, gradient)
+        return divergence_with_gradient(z, y, o.temperature, o.direction, o.group, rows, o.topk, gradient, o.beta)
 
     def slope(self, z: Tensor) -> Tensor | None:
         """Return the derivative of the capped logits [c, v] by the uncapped ones; None if they are not capped."""
@@ -206,8 +209,7 @@ class _Gradients:
 
     def __init__(self, hidden: Tensor, weight: Tensor, wants_hidden: bool, wants_weight: bool):
         self.hidden = torch.empty_like(hidden) if wants_hidden else None
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        self.weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
+        self.weight = torch.zeros_like(weight, dtype=wide(weight.dtype)) if wants_weight else None
 
     def add(self, part: slice, gradient: Tensor, hidden: Tensor, weight: Tensor) -> None:
         """Propagate the gradient of a chunk's logits [c, v] to hidden states and weight.
@@ -272,7 +274,7 @@ def cross_entropy(
     local = torch.empty(2, c, dtype=torch.float64, device=logits.device)
     local[1] = torch.where(own, picked, 0.0)
     rows = default_chunk_rows(logits)
-    buffer = torch.empty(min(rows, c), v, dtype=torch.float32, device=logits.device)
+    buffer = logits.new_empty(min(rows, c), v, dtype=wide(logits.dtype))
     for part in token_chunks(logits, rows):
         maximum = shifted(logits[part], 1.0, buffer[: len(logits[part])]).squeeze(-1)
         local[0, part] = maximum.double() + buffer[: len(maximum)].exp_().sum(-1).double().log()
@@ -284,10 +286,10 @@ def cross_entropy(
         assert factors is not None
         for part in token_chunks(logits, rows):
             probability = buffer[: len(logits[part])]
-            shifted(logits[part], 1.0, probability, lse[part].float().unsqueeze(-1))
+            shifted(logits[part], 1.0, probability, lse[part].to(buffer.dtype).unsqueeze(-1))
             gradient[part] += probability.exp_().mul_(factors[part].unsqueeze(-1))
         gradient.scatter_add_(-1, position, torch.where(own, -factors, 0.0).unsqueeze(-1).to(gradient.dtype))
-    return (lse - picked).clamp_(max=HIGHEST).float()
+    return (lse - picked).clamp_(max=HIGHEST).to(buffer.dtype)
 
 
 def _agreement(z: Tensor, y: Tensor, group=None) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._parallel import gather_tensors
-from .chunk import LOWEST, TINY, divergence_of_buckets, shifted
+from .chunk import LOWEST, TINY, divergence_of_buckets, shifted, wide
 from .vocab_parallel import scale_rows
 
 # Bytes of one fp32 chunk.
@@ -79,6 +79,7 @@ def recorded_divergence(
     group=None,
     topk: int | None = None,
     in_place: bool = False,
+    beta: float = 0.5,
 ) -> Tensor:
     """Return the divergence of every token [s, b] from a recorded teacher, equal on all ranks of ``group``.
 
@@ -89,6 +90,7 @@ def recorded_divergence(
         group: process group over which the vocabulary is split; None if it is whole.
         topk: number of entries to compare; by default all recorded ones.
         in_place: overwrite the student's logits with their gradient.
+        beta: weight of the teacher in the mixture of ``jsd``.
     """
     entries, values = teacher.entries.flatten(0, 1), teacher.values.flatten(0, 1).double() / teacher.temperature
     rest = teacher.rest.flatten().double()
@@ -99,28 +101,27 @@ def recorded_divergence(
     flat = student.reshape(-1, student.shape[-1])
     if group is not None and torch.distributed.get_world_size(group) == 1:
         group = None
-    return _RecordedDivergence.apply(flat, entries, buckets, teacher.temperature, direction, group, in_place).view(
-        student.shape[:-1]
-    )
+    loss = _RecordedDivergence.apply(flat, entries, buckets, teacher.temperature, direction, beta, group, in_place)
+    return loss.view(student.shape[:-1])
 
 
 class _RecordedDivergence(torch.autograd.Function):
     """Compute value and gradient in the forward pass, the gradient in one buffer of the logits' type."""
 
     @staticmethod
-    def forward(ctx, student, entries, buckets, temperature, direction, group, in_place):
+    def forward(ctx, student, entries, buckets, temperature, direction, beta, group, in_place):
         rank = 0 if group is None else torch.distributed.get_rank(group)
         n, v = student.shape
         places = entries - rank * v
         # Entries of other shards share one more column, which is ignored.
         places = torch.where((places >= 0) & (places < v), places, v)
-        buffer = torch.empty(min(max(n, 1), _rows(v)), v + 1, dtype=torch.float32, device=student.device)
+        buffer = student.new_empty(min(max(n, 1), _rows(v)), v + 1, dtype=wide(student.dtype))
         own = torch.empty(n, buckets.shape[1], dtype=torch.float64, device=student.device)
         for start in range(0, n, len(buffer)):
             part = slice(start, start + len(buffer))
             own[part] = _own_buckets(student[part], places[part], temperature, buffer)[0]
         ours = own if group is None else _of_all_shards(own, group)
-        loss, gradients = divergence_of_buckets(ours, buckets, direction)
+        loss, gradients = divergence_of_buckets(ours, buckets, direction, beta)
         ctx.gradient = None
         if ctx.needs_input_grad[0]:
             ctx.gradient = student.detach() if in_place else torch.empty_like(student)
@@ -135,7 +136,7 @@ class _RecordedDivergence(torch.autograd.Function):
                     gradients[part],
                     ours[part, -1],
                 )
-        return loss.float()
+        return loss.to(buffer.dtype)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -143,7 +144,7 @@ class _RecordedDivergence(torch.autograd.Function):
             raise RuntimeError("The gradient was already used; a second backward pass needs a second forward pass.")
         gradient, ctx.gradient = ctx.gradient, None
         scale_rows(gradient, grad_output)
-        return gradient, None, None, None, None, None, None
+        return gradient, None, None, None, None, None, None, None
 
 
 def _own_buckets(student, places, temperature, buffer) -> tuple[Tensor, Tensor]:
@@ -190,8 +191,8 @@ def _write_gradient(out, student, places, temperature, buffer, gradients, tail) 
     buffer = buffer[: len(student)]
     _, maximum = _own_buckets(student, places, temperature, buffer)
     relative = (maximum.squeeze(-1).double() / temperature - tail).clamp_(max=0.0).exp()
-    buffer.mul_((gradients[:, -1] * relative / temperature).float().unsqueeze(-1))
-    buffer.scatter_(-1, places, (gradients[:, :-1] / temperature).float())
+    buffer.mul_((gradients[:, -1] * relative / temperature).to(buffer.dtype).unsqueeze(-1))
+    buffer.scatter_(-1, places, (gradients[:, :-1] / temperature).to(buffer.dtype))
     out.copy_(buffer[:, :-1])
 
 

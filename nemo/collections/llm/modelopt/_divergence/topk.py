@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .._parallel import gather_tensors
-from .chunk import LOWEST, TINY, divergence_of_buckets, shifted
+from .chunk import LOWEST, TINY, divergence_of_buckets, shifted, wide
 
 # Entries of a block in the selection of the top k, and the smallest number of blocks for each selected entry.
 _BLOCK, _BLOCKS_FOR_EACH = 16, 2
@@ -28,7 +28,7 @@ _BLOCK, _BLOCKS_FOR_EACH = 16, 2
 _LEANER = 3
 
 
-def topk_divergence(student, teacher, temperature, direction, group, rows, topk, gradient) -> Tensor:
+def topk_divergence(student, teacher, temperature, direction, group, rows, topk, gradient, beta=0.5) -> Tensor:
     """Return the divergence of each token [n] and write d/d(student) to ``gradient`` [n, v] unless it is None.
 
     Args:
@@ -40,31 +40,32 @@ def topk_divergence(student, teacher, temperature, direction, group, rows, topk,
         rows: tokens of a chunk of the other divergences.
         topk: k; the whole vocabulary if that is smaller.
         gradient: [n, v]; may share the student's memory.
+        beta: weight of the teacher in the mixture of the JSD.
     """
     n, v = student.shape
     rows *= _LEANER
-    loss = torch.empty(n, dtype=torch.float32, device=student.device)
-    buffer = torch.empty(min(rows, max(1, n)), v, dtype=torch.float32, device=student.device)
+    loss = student.new_empty(n, dtype=wide(student.dtype))
+    buffer = student.new_empty(min(rows, max(1, n)), v, dtype=loss.dtype)
     if group is not None:
-        return _sharded(student, teacher, temperature, direction, group, rows, topk, gradient, loss, buffer)
+        return _sharded(student, teacher, temperature, direction, group, rows, topk, gradient, beta, loss, buffer)
     for start in range(0, n, rows):
         part = slice(start, start + rows)
         offer, positions, maximum = _offer(student[part], teacher[part], temperature, topk, buffer)
-        loss[part], own, tail = _choose(offer.unsqueeze(0), 0, topk, direction)
+        loss[part], own, tail = _choose(offer.unsqueeze(0), 0, topk, direction, beta)
         if gradient is not None:
             # The student was loaded last, so the buffer still holds the exponentials of its tail.
             _write_gradient(gradient[part], buffer, positions, own, tail, maximum, temperature)
     return loss
 
 
-def _sharded(student, teacher, temperature, direction, group, rows, topk, gradient, loss, buffer) -> Tensor:
+def _sharded(student, teacher, temperature, direction, group, rows, topk, gradient, beta, loss, buffer) -> Tensor:
     rank = torch.distributed.get_rank(group)
     n, k = student.shape[0], topk
     kept = min(k, student.shape[1])
     # A shard with fewer than k entries offers all of them.
     local = torch.full((2 * k + 2, n), LOWEST, dtype=torch.float64, device=student.device)
     positions = torch.empty(n, kept, dtype=torch.int64, device=student.device)
-    maxima = torch.empty(n, 1, dtype=torch.float32, device=student.device)
+    maxima = student.new_empty(n, 1, dtype=loss.dtype)
     for start in range(0, n, rows):
         part = slice(start, start + rows)
         offer, positions[part], maxima[part] = _offer(student[part], teacher[part], temperature, topk, buffer)
@@ -73,7 +74,7 @@ def _sharded(student, teacher, temperature, direction, group, rows, topk, gradie
     shards = gather_tensors(local, group)
     for start in range(0, n, rows):
         part = slice(start, start + rows)
-        loss[part], own, tail = _choose(shards[:, :, part], rank, topk, direction)
+        loss[part], own, tail = _choose(shards[:, :, part], rank, topk, direction, beta)
         if gradient is not None:
             _tail_exponentials(student[part], positions[part], temperature, buffer, maxima[part])
             _write_gradient(gradient[part], buffer, positions[part], own[:kept], tail, maxima[part], temperature)
@@ -129,7 +130,7 @@ def _tail_exponentials(source, positions, temperature, buffer, maximum=None, loa
     return maximum
 
 
-def _choose(shards: Tensor, rank: int, topk: int, direction: str) -> tuple[Tensor, Tensor, Tensor]:
+def _choose(shards: Tensor, rank: int, topk: int, direction: str, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the divergence [c], the gradient of this rank's own k entries [k, c], and two numbers of the tail [2, c].
 
     Args:
@@ -137,6 +138,7 @@ def _choose(shards: Tensor, rank: int, topk: int, direction: str) -> tuple[Tenso
         rank: this rank.
         topk: number of entries to compare.
         direction: direction of the divergence.
+        beta: weight of the teacher in the mixture of the JSD.
 
     Returns:
         Divergence, own gradients, (gradient of the tail's bucket, log-sum-exp of the student's tail).
@@ -145,8 +147,8 @@ def _choose(shards: Tensor, rank: int, topk: int, direction: str) -> tuple[Tenso
     k = (numbers - 2) // 2
     if size == 1 and k <= topk:  # all are chosen
         student, teacher = (torch.cat([shards[0, i * k : (i + 1) * k], shards[0, 2 * k + i, None]]).t() for i in (1, 0))
-        value, bucket = divergence_of_buckets(student, teacher, direction)
-        return value.float(), bucket[:, :-1].t(), torch.stack([bucket[:, -1], student[:, -1]])
+        value, bucket = divergence_of_buckets(student, teacher, direction, beta)
+        return value, bucket[:, :-1].t(), torch.stack([bucket[:, -1], student[:, -1]])
     teacher, student = (shards[:, i * k : (i + 1) * k].reshape(size * k, c) for i in (0, 1))
     # Stable, so that all ranks choose the same of equal logits.
     order = teacher.argsort(dim=0, descending=True, stable=True)
@@ -159,13 +161,14 @@ def _choose(shards: Tensor, rank: int, topk: int, direction: str) -> tuple[Tenso
         torch.cat([student.gather(0, chosen), tail_student[None]]).t(),
         torch.cat([teacher.gather(0, chosen), tail_teacher[None]]).t(),
         direction,
+        beta,
     )
     of_tail = bucket[:, -1]
     # An offered entry that was not chosen belongs to the tail.
     gradients = of_tail * (student - tail_student).exp()
     gradients.scatter_(0, chosen, bucket[:, :-1].t())
     own = gradients[rank * k : (rank + 1) * k]
-    return value.float(), own, torch.stack([of_tail, tail_student])
+    return value, own, torch.stack([of_tail, tail_student])
 
 
 def _write_gradient(out, buffer, positions, own, tail, maximum, temperature) -> None:
@@ -181,5 +184,5 @@ def _write_gradient(out, buffer, positions, own, tail, maximum, temperature) -> 
         temperature: divides the logits.
     """
     relative = (maximum.squeeze(-1).double() / temperature - tail[1]).clamp_(max=0.0).exp()
-    out.copy_(buffer[: len(out)].mul_((tail[0] * relative / temperature).float().unsqueeze(-1)))
+    out.copy_(buffer[: len(out)].mul_((tail[0] * relative / temperature).to(buffer.dtype).unsqueeze(-1)))
     out.scatter_(-1, positions, (own.t() / temperature).to(out.dtype))

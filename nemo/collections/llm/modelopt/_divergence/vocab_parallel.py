@@ -28,7 +28,7 @@ from torch import Tensor
 from nemo_modelopt_dropin.preflight import loss_memory
 
 from .._parallel import gather_tensors
-from .chunk import DIRECTIONS, FORWARD, JSD, LOWEST, REVERSE, Chunk, without_autocast
+from .chunk import DIRECTIONS, FORWARD, JSD, LOWEST, REVERSE, Chunk, resolved, wide, without_autocast
 from .topk import topk_divergence
 
 __all__ = ["DIRECTIONS", "FORWARD", "JSD", "REVERSE", "kl_divergence"]
@@ -45,6 +45,7 @@ def kl_divergence(
     topk: int | None = None,
     in_place: bool = False,
     reuse_teacher: bool = False,
+    beta: float = 0.5,
 ) -> Tensor:
     """Return the divergence of every token, equal on all ranks of ``group``.
 
@@ -60,9 +61,10 @@ def kl_divergence(
         in_place: overwrite the student's logits with their gradient. Nothing else may need them.
         reuse_teacher: overwrite the teacher's logits with the gradient if they have the student's type. Nothing else
             may need them.
+        beta: weight of the teacher in the mixture of ``jsd``; 0 is the forward and 1 the reverse KL.
 
     Returns:
-        Tensor of shape [...], fp32.
+        Tensor of shape [...], fp32 (fp64 for logits in fp64).
     """
     tokens = student.shape[:-1]
     flat = student.reshape(-1, student.shape[-1])
@@ -75,7 +77,7 @@ def kl_divergence(
         spare = flat_teacher
     # Autocast would compute the expectations, which are products of fp32 numbers, in half precision.
     with without_autocast(flat.device):
-        loss = _KLDivergence.apply(flat, flat_teacher, temperature, direction, group, rows, topk, spare)
+        loss = _KLDivergence.apply(flat, flat_teacher, temperature, direction, beta, group, rows, topk, spare)
     return loss.view(tokens)
 
 
@@ -83,12 +85,12 @@ class _KLDivergence(torch.autograd.Function):
     """The divergence of [n, v] logits; the forward pass computes its gradient (see the module's docstring)."""
 
     @staticmethod
-    def forward(ctx, student, teacher, temperature, direction, group, rows, topk, spare):
+    def forward(ctx, student, teacher, temperature, direction, beta, group, rows, topk, spare):
         gradient = None
         if ctx.needs_input_grad[0]:
             gradient = torch.empty_like(student) if spare is None else spare.detach()
         ctx.gradient = gradient
-        return divergence_with_gradient(student, teacher, temperature, direction, group, rows, topk, gradient)
+        return divergence_with_gradient(student, teacher, temperature, direction, group, rows, topk, gradient, beta)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -99,19 +101,20 @@ class _KLDivergence(torch.autograd.Function):
             )
         gradient, ctx.gradient = ctx.gradient, None
         scale_rows(gradient, grad_output)
-        return gradient, None, None, None, None, None, None, None
+        return gradient, None, None, None, None, None, None, None, None
 
 
-def divergence_with_gradient(student, teacher, temperature, direction, group, rows, topk, gradient) -> Tensor:
+def divergence_with_gradient(student, teacher, temperature, direction, group, rows, topk, gradient, beta=0.5) -> Tensor:
     """Return the divergence of each token [n] and write d/d(student) to ``gradient`` [n, v] unless it is None.
 
     ``gradient`` may share the memory of either model's logits: a chunk is read before it is written.
     """
     if group is not None and torch.distributed.get_world_size(group) == 1:
         group = None
+    direction = resolved(direction, beta)
     if topk is not None:
-        return topk_divergence(student, teacher, temperature, direction, group, rows, topk, gradient)
-    chunk = Chunk(min(rows, max(1, len(student))), student.shape[1], student.device, temperature)
+        return topk_divergence(student, teacher, temperature, direction, group, rows, topk, gradient, beta)
+    chunk = Chunk(min(rows, max(1, len(student))), student, temperature, beta)
     if group is None:
         return _whole_vocabulary(chunk, student, teacher, direction, rows, gradient)
     return _sharded_vocabulary(chunk, student, teacher, direction, rows, gradient, group)
@@ -119,13 +122,13 @@ def divergence_with_gradient(student, teacher, temperature, direction, group, ro
 
 def _whole_vocabulary(chunk: Chunk, student, teacher, direction, rows, gradient) -> Tensor:
     """Compute value and gradient chunk by chunk in one pass; the rows' maxima cancel."""
-    loss = torch.empty(student.shape[0], dtype=torch.float32, device=student.device)
+    loss = student.new_empty(student.shape[0], dtype=wide(student.dtype))
     for part in token_chunks(student, rows):
         chunk.load(student[part], teacher[part])
         log_z, log_y = chunk.sums.log()
         if direction == JSD:
             mean, with_q = chunk.jsd_parts(log_z, log_y)
-            loss[part] = 0.5 * (mean + with_q)
+            loss[part] = (1.0 - chunk.beta) * mean + chunk.beta * with_q
         else:
             sign = 1.0 if direction == FORWARD else -1.0
             mean = loss[part] = chunk.mean_difference(direction) + sign * (log_z - log_y)
@@ -140,7 +143,7 @@ def _sharded_vocabulary(chunk: Chunk, student, teacher, direction, rows, gradien
     Exponentials are computed twice, which is cheaper than keeping them.
     """
     n = student.shape[0]
-    maxima = torch.empty(2, n, dtype=torch.float32, device=student.device)
+    maxima = student.new_empty(2, n, dtype=wide(student.dtype))
     local = torch.empty(5, n, dtype=torch.float64, device=student.device)
     for part in token_chunks(student, rows):
         chunk.load(student[part], teacher[part])
@@ -153,13 +156,13 @@ def _sharded_vocabulary(chunk: Chunk, student, teacher, direction, rows, gradien
     lower = (shards[:, :2] - shards[:, :2].amax(0)).clamp_(min=LOWEST)
     sums = shards[:, 2:4] + lower
     lse = sums.logsumexp(0)
-    log_z, log_y = (lse - lower[torch.distributed.get_rank(group)]).float()
+    log_z, log_y = (lse - lower[torch.distributed.get_rank(group)]).to(maxima.dtype)
     if direction == JSD:
         return _sharded_jsd(chunk, student, teacher, rows, gradient, group, maxima, log_z, log_y)
     weighed_by, sign = (1, 1.0) if direction == FORWARD else (0, -1.0)
     means = shards[:, 4] + sign * (lower[:, 1] - lower[:, 0])
     expectation = ((sums[:, weighed_by] - lse[weighed_by]).exp() * means).sum(0)
-    loss = (expectation + sign * (lse[0] - lse[1])).float()
+    loss = (expectation + sign * (lse[0] - lse[1])).to(maxima.dtype)
     if gradient is not None:
         for part in token_chunks(student, rows):
             chunk.load(student[part], teacher[part], maxima[:, part], difference=direction != FORWARD)
@@ -175,17 +178,17 @@ def _sharded_jsd(chunk: Chunk, student, teacher, rows, gradient, group, maxima, 
         parts[:, part] = chunk.jsd_parts(log_z[part], log_y[part]).double()
     torch.distributed.all_reduce(parts, group=group)
     if gradient is not None:
-        mean = parts[0].float()
+        mean = parts[0].to(maxima.dtype)
         for part in token_chunks(student, rows):
             chunk.load(student[part], teacher[part], maxima[:, part])
             chunk.jsd_parts(log_z[part], log_y[part])
             chunk.write_gradient(gradient[part], JSD, log_z[part], log_y[part], mean[part])
-    return parts.mean(0).float()
+    return ((1.0 - chunk.beta) * parts[0] + chunk.beta * parts[1]).to(maxima.dtype)
 
 
 def scale_rows(tensor: Tensor, factors: Tensor) -> None:
     """Multiply the rows of [n, v] in place by [n] factors, each product computed in fp32 at least."""
-    if tensor.dtype == torch.float32 or tensor.device.type != "cpu":
+    if tensor.dtype == wide(tensor.dtype) or tensor.device.type != "cpu":
         tensor.mul_(factors.unsqueeze(-1))
         return
     # On a CPU a product of two types is ten times slower than conversions in the cache.

@@ -18,7 +18,7 @@ from modelopt.torch.distill import DistillationLossBalancer
 from nemo_modelopt_dropin.errors import suggestion
 from nemo_modelopt_dropin.preflight.loss_file import LAYER_INDEX
 
-from .._divergence.vocab_parallel import DIRECTIONS, FORWARD
+from .._divergence.vocab_parallel import DIRECTIONS, FORWARD, JSD
 from ..errors import MissingFileError, ModelOptConfigError, UnknownSettingError, one_of
 from ._fusion import FUSED_LOGITS
 from .loss import LOSS_WEIGHTS, HiddenStateCosineLoss, MSELoss
@@ -57,6 +57,8 @@ class DistillationConfig:
             micro-batch. ``auto``: if that is exact for the model; ``on``: raise an error if it is not; ``off``: never.
         validation_metrics: run the teacher in validation as well, and log the metrics of training as ``val_...``.
         allow_other_tokenizer: distill from a teacher with a tokenizer that differs from the student's.
+        logit_kl_beta: weight of the teacher in the mixture of ``jsd``, from 0 (forward KL) to 1 (reverse KL); None for
+            0.5.
         sample_length: tokens of a sample, set by the model when it is built; not a setting.
 
     Raises:
@@ -78,6 +80,7 @@ class DistillationConfig:
     fused_logits: str = "auto"
     validation_metrics: bool = False
     allow_other_tokenizer: bool = False
+    logit_kl_beta: float | None = None
     sample_length: int | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
@@ -107,6 +110,13 @@ class DistillationConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ModelOptConfigError(f"{name}={getattr(self, name)!r} must be true or false.")
         one_of("logit_kl_direction", self.logit_kl_direction, DIRECTIONS)
+        if self.logit_kl_beta is not None:
+            self.logit_kl_beta = _share("logit_kl_beta", self.logit_kl_beta)
+            if self.logit_kl_direction != JSD:
+                raise ModelOptConfigError(
+                    f"logit_kl_beta={self.logit_kl_beta} belongs to logit_kl_direction='jsd', but the direction is "
+                    f"{self.logit_kl_direction!r}. Set logit_kl_direction to jsd, or remove logit_kl_beta."
+                )
         self._check_objective()
 
     def _check_objective(self):
@@ -182,6 +192,8 @@ def options_of_logits_loss(config: DistillationConfig) -> dict[str, Any]:
             options["temperature_squared"] = True
     if config.logit_kl_direction != FORWARD:
         options["direction"] = config.logit_kl_direction
+    if config.logit_kl_beta is not None:
+        options["beta"] = config.logit_kl_beta
     if config.logit_kl_topk is not None:
         options["topk"] = config.logit_kl_topk
     if config.logit_kl_in_place:
@@ -360,11 +372,24 @@ def _loss_weights(value: Any) -> dict[str, float]:
 
 
 def _positive(name: str, value: Any) -> float:
-    """Return the value as a positive number; YAML 1.1 reads 1e-1 as text."""
-    try:
-        number = float("nan") if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
+    """Return the value as a positive number."""
+    number = _number(value)
     if not 0 < number < float("inf"):
         raise ModelOptConfigError(f"{name}={value!r} must be a positive number.")
     return number
+
+
+def _share(name: str, value: Any) -> float:
+    """Return the value as a number between 0 and 1."""
+    number = _number(value)
+    if not 0 <= number <= 1:
+        raise ModelOptConfigError(f"{name}={value!r} must be a number between 0 and 1.")
+    return number
+
+
+def _number(value: Any) -> float:
+    """Return the value as a number, NaN if it is none; YAML 1.1 reads 1e-1 as text."""
+    try:
+        return float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return float("nan")

@@ -134,6 +134,7 @@ class LogitsKLLoss(BaseLoss):
         direction: str | None = None,
         topk: int | None = None,
         in_place: bool = False,
+        beta: float = 0.5,
     ):
         """Choose the divergence.
 
@@ -146,9 +147,11 @@ class LogitsKLLoss(BaseLoss):
             direction: ``forward``, ``reverse`` or ``jsd``; by default set by ``reverse``.
             topk: compare only the teacher's top-k logits, and all others as one bucket.
             in_place: overwrite the student's logits with their gradient; nothing else may need them.
+            beta: weight of the teacher in the mixture of ``jsd``; 0 is the forward and 1 the reverse KL.
 
         Raises:
-            ModelOptConfigError: If the temperature is not positive, or the direction does not exist.
+            ModelOptConfigError: If the temperature is not positive, the direction does not exist, or beta is not
+                between 0 and 1.
         """
         super().__init__(model_config)
         if not temperature > 0:
@@ -156,9 +159,12 @@ class LogitsKLLoss(BaseLoss):
         if direction is None:
             direction = REVERSE if reverse else FORWARD
         one_of("direction", direction, DIRECTIONS)
+        if not 0 <= beta <= 1:
+            raise ModelOptConfigError(f"beta={beta!r} must be a number between 0 and 1.")
         self._temperature = temperature
         self._reverse = reverse
         self._direction = direction
+        self._beta = beta
         self._topk = topk
         self._in_place = in_place
         # Whether nothing else uses the teacher's logits, so that the gradient can overwrite them.
@@ -200,13 +206,14 @@ class LogitsKLLoss(BaseLoss):
             topk=self._topk,
             in_place=self._in_place,
             reuse_teacher=self.reuse_teacher,
+            beta=self._beta,
         )
         return self.post_forward(loss if self._factor == 1.0 else loss * self._factor)
 
     def _from_recorded(self, student: Tensor, teacher: RecordedLogits):
         split = self._config.tensor_model_parallel_size > 1
         group = parallel_state.get_tensor_model_parallel_group() if split else None
-        loss = recorded_divergence(student, teacher, self._direction, group, self._topk, self._in_place)
+        loss = recorded_divergence(student, teacher, self._direction, group, self._topk, self._in_place, self._beta)
         return self.post_forward(loss if self._factor == 1.0 else loss * self._factor)
 
     def pair(self, student: DeferredLogits, teacher: DeferredLogits) -> PairedLogits:
@@ -217,7 +224,7 @@ class LogitsKLLoss(BaseLoss):
             teacher: deferred logits of the teacher.
         """
         if student.pair is None:
-            objective = {"temperature": self._temperature, "direction": self._direction, "topk": self._topk}
+            objective = {name: getattr(self, f"_{name}") for name in ("temperature", "direction", "topk", "beta")}
             student.pair = PairedLogits(student, teacher, objective, self._factor)
         return student.pair
 
