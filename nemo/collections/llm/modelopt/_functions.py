@@ -17,6 +17,17 @@ _ABSENT = object()
 
 
 @contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Replace an attribute of a module inside the context."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextlib.contextmanager
 def replace_function(
     package: Any, name: str, new_func: Callable, og_func_cache_name: str | None = None
 ) -> Iterator[None]:

@@ -13,11 +13,11 @@ import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 from nemo.lightning import io
 from transformers import AutoModelForCausalLM
 
+from ..._functions import replaced
 from .hf_names import NamesError
 
 
@@ -122,4 +122,4 @@ def in_memory(model: Any) -> Any:
             found = getattr(found, part)
         return found
 
-    return mock.patch.object(io, "load_context", load_context)
+    return replaced(io, "load_context", load_context)

@@ -18,13 +18,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from nemo.lightning import io
 from nemo.lightning.io.state import StateDictTransform, TransformCTX
 from transformers import AutoModelForCausalLM
 
+from ..._functions import replaced
 from ...errors import ModelOptConfigError
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
@@ -235,7 +235,7 @@ def _captured(exporter: Any, hf_config: Any, config: Any, own: Sequence[str], mo
 
     convert = type(exporter).convert_state
     arguments = [_Config(config)] if "source_config" in inspect.signature(convert).parameters else []
-    with mock.patch.object(io, "apply_transforms", capture):
+    with replaced(io, "apply_transforms", capture):
         convert(_Exporter(exporter, hf_config), source, model, *arguments)
     rules: list[Rule] = []
     for state, mapping, transforms in calls:
