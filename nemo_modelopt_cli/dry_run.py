@@ -109,7 +109,7 @@ def hf_layout(algorithm: str, layout: str) -> Rows:
     if found is None:
         return []
     used = algorithms.layout_of(found, layout)
-    read = ", ".join(f"{name} ({cell.how})" for name, cell in readers.cells(found, used).items() if cell.reads)
+    read = ", ".join(f"{name} ({cell.text})" for name, cell in readers.cells(found, used).items() if cell.reads)
     rows: Rows = [("hf layout", f"{used}, read by {read or 'no known server'}")]
     warning = algorithms.reader_warning(algorithm, found, layout)
     return [*rows, ("", f"warning: {warning}")] if warning else rows

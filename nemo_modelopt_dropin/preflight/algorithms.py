@@ -29,12 +29,12 @@ class HfFormat:
     Which programs read it is in `readers`.
 
     Attributes:
-        encoded_here: Whether `layouts.modelopt` makes the codes; otherwise modelopt's writer does.
         layouts: Names of the layouts that can hold it, see `readers.LAYOUTS`.
+        label: What is written in it, if no algorithm is.
     """
 
-    encoded_here: bool = True
     layouts: tuple[str, ...] = (readers.MODELOPT,)
+    label: str = ""
 
 
 HF_FORMATS: dict[str, HfFormat] = {
@@ -44,12 +44,13 @@ HF_FORMATS: dict[str, HfFormat] = {
     "FP8_PB_WO": HfFormat(layouts=readers.LAYOUTS),
     "MXFP8": HfFormat(layouts=readers.LAYOUTS),
     "W8A8_SQ_PER_CHANNEL": HfFormat(layouts=readers.LAYOUTS),
+    "W8A8_PER_CHANNEL_PER_TOKEN": HfFormat(layouts=(readers.COMPRESSED_TENSORS,), label="experts of `int8`"),
     "W8A16": HfFormat(layouts=readers.LAYOUTS),
     "W4A16_AWQ": HfFormat(layouts=readers.LAYOUTS),
     "W4A8_AWQ": HfFormat(),
-    "NVFP4": HfFormat(encoded_here=False),
+    "NVFP4": HfFormat(layouts=readers.LAYOUTS),
     "NVFP4_AWQ": HfFormat(),
-    "W4A16_NVFP4": HfFormat(),
+    "W4A16_NVFP4": HfFormat(layouts=readers.LAYOUTS),
 }
 
 
@@ -335,20 +336,26 @@ def readers_markdown() -> str:
         for layout in found.layouts:
             mark = f"{layout} (default)" if len(found.layouts) > 1 and layout == layout_of(hf_format) else layout
             row = readers.cells(hf_format, layout)
-            label = ", ".join([*names, hf_format])
-            lines.append(_line((label, mark, *(row[name].how for name in readers.READERS))))
+            label = ", ".join([*(names or [found.label]), hf_format])
+            lines.append(_line((label, mark, *(row[name].text for name in readers.READERS))))
     return "\n".join([*lines, "", *_reasons()]) + "\n"
 
 
 def _reasons() -> list[str]:
-    """Return one line for each reader and reason in the table, with the formats that it concerns."""
+    """Return one line for each reason in the table, with the readers and the formats that it concerns."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for hf_format, entry in HF_FORMATS.items():
         for layout in entry.layouts:
             for name, cell in readers.cells(hf_format, layout).items():
                 if cell.reason:
                     found.setdefault((name, layout, cell.reason), []).append(hf_format)
-    return [f"- {name}, {layout}, {', '.join(names)}: {reason}." for (name, layout, reason), names in found.items()]
+    together: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
+    for (name, layout, reason), formats in found.items():
+        together.setdefault((layout, reason, tuple(formats)), []).append(name)
+    return [
+        f"- {', '.join(names)}; {layout}; {', '.join(formats)}: {reason}."
+        for (layout, reason, formats), names in together.items()
+    ]
 
 
 def _line(cells: Iterable[str]) -> str:

@@ -182,7 +182,7 @@ def _loading(formats: Sequence[str], layout: str | None) -> str:
     else:
         rows = [readers.cells(name, layout) for name in formats]
         named = [name for name in readers.READERS if all(name in row and row[name].reads for row in rows)]
-        found = {name: ", ".join(sorted({row[name].how for row in rows})) for name in named}
+        found = {name: ", ".join(sorted({row[name].text for row in rows})) for name in named}
     if not found:
         return "\n".join([*lines, "No server that is known reads this format in this layout.", ""])
     for name, how in found.items():

@@ -52,15 +52,12 @@ def test_one_entry_is_enough_for_the_commands_and_checks():
     subprocess.run([sys.executable, "-c", _WITH_ONE_MORE], check=True, timeout=120)
 
 
-def test_one_entry_is_enough_for_presets_and_files(monkeypatch, cpu_backend):
+def test_one_entry_is_enough_for_presets(monkeypatch, cpu_backend):
     from nemo.collections.llm.modelopt.quantization import quant_cfg_choices
-    from nemo.collections.llm.modelopt.quantization.export.layouts import modelopt
 
     entry = algorithms.Algorithm("INT8_WEIGHT_ONLY_CFG", "INT3", "none", 3, "W3A16")
     monkeypatch.setitem(algorithms.TABLE, "int3", entry)
-    monkeypatch.setitem(algorithms.HF_FORMATS, "W3A16", algorithms.HfFormat())
     assert quant_cfg_choices.get_quant_cfg_choices()["int3"] == quant_cfg_choices.get_modelopt_presets()[entry.preset]
-    assert modelopt.is_encoded_here("W3A16")
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,7 @@ def in_both(monkeypatch):
     """Let the layouts hold all formats that the table of readers has for them."""
     for name, _ in readers.TABLE:
         layouts = tuple(layout for layout in BOTH if (name, layout) in readers.TABLE)
-        known = algorithms.HF_FORMATS.get(name, algorithms.HfFormat())
-        monkeypatch.setitem(algorithms.HF_FORMATS, name, algorithms.HfFormat(known.encoded_here, layouts))
+        monkeypatch.setitem(algorithms.HF_FORMATS, name, algorithms.HfFormat(layouts))
 
 
 def test_every_format_that_can_be_written_has_a_cell_for_every_reader():
@@ -46,7 +45,7 @@ def test_a_layout_without_a_row_has_an_obstacle(name):
         ("NVFP4", readers.MODELOPT),
         ("W4A16_NVFP4", readers.MODELOPT),
         ("MXFP8", readers.MODELOPT),
-        ("FP8_PB_WO", readers.MODELOPT),
+        ("FP8_PB_WO", readers.COMPRESSED_TENSORS),
         ("W4A8_AWQ", readers.MODELOPT),
         ("FP8_PER_CHANNEL_PER_TOKEN", readers.COMPRESSED_TENSORS),
         ("FP8_WO", readers.COMPRESSED_TENSORS),
@@ -142,8 +141,8 @@ def test_the_plan_names_the_layout_the_readers_and_the_files(in_both):
     assert dry_run.hf_layout("int8", "auto") == [
         (
             "hf layout",
-            "compressed-tensors, read by vLLM (accepted by its rules), SGLang (accepted by its rules), transformers "
-            "(accepted by its rules)",
+            "compressed-tensors, read by vLLM (accepted by its rules), SGLang (accepted by its rules, without "
+            "experts), transformers (accepted by its rules)",
         )
     ]
     rows = dry_run.hf_layout("int8", "modelopt")

@@ -52,13 +52,15 @@ _SERVED = (
     Cell("block_fp8", MODELOPT, False, experts=False),
     Cell("nvfp4", MODELOPT, True),
     Cell("w4a16_nvfp4", MODELOPT, False),
+    # Factors of inputs move into other layers; those of experts cannot, and the folder then says NVFP4_AWQ.
+    Cell("nvfp4_awq", MODELOPT, True, experts=False),
     Cell("mxfp8", MODELOPT, True),
     Cell("fp8", COMPRESSED, True),
     Cell("fp8_pc_pt", COMPRESSED, True),
     Cell("fp8_wo", COMPRESSED, False, experts=False),
     Cell("block_fp8", COMPRESSED, False),
     # Rounding the inputs with one scale is nearly all that quantization changes, and another rounding changes it again.
-    Cell("int8", COMPRESSED, True, experts=False, share=1.5),
+    Cell("int8", COMPRESSED, True, share=1.5),
     Cell("int8_sq", COMPRESSED, True, experts=False),
     Cell("int8_wo", COMPRESSED, False),
     Cell("int4", COMPRESSED, False),

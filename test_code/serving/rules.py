@@ -41,7 +41,6 @@ class Rule:
         shared: Tensors that must be equal in layers that are fused.
         only: Last parts of the names of layers, and a tensor that these must have.
         entries: Entries of ``quantization_config``.
-        experts: Whether layers of experts may be quantized.
     """
 
     source: str
@@ -50,7 +49,6 @@ class Rule:
     shared: tuple[str, ...] = ()
     only: tuple[tuple[str, ...], str] = ((), "")
     entries: dict[str, Any] = field(default_factory=dict)
-    experts: bool = True
 
 
 def _group(kind: str, bits: int, strategy: str, dynamic: Any = False, size: int | None = None) -> dict[str, Any]:
@@ -119,6 +117,11 @@ _CT: dict[str, tuple[dict[str, tuple[str, str]], tuple[str, ...], dict[str, Any]
         ("input_scale",),
         _ct("int-quantized", _group("int", 8, "channel"), _group("int", 8, "tensor")),
     ),
+    "W8A8_PER_CHANNEL_PER_TOKEN": (
+        {"weight": (I8, "o,i"), "weight_scale": (F32, "o,1")},
+        (),
+        _ct("int-quantized", _group("int", 8, "channel"), _group("int", 8, "token", True)),
+    ),
     "W8A16": (_PACKED8, (), _ct("pack-quantized", _group("int", 8, "channel"), None)),
     "W4A16_AWQ": (_PACKED4, (), _ct("pack-quantized", _group("int", 4, "group", size=128), None)),
     "NVFP4": (
@@ -135,9 +138,9 @@ _CT: dict[str, tuple[dict[str, tuple[str, str]], tuple[str, ...], dict[str, Any]
 }
 
 
-def _ct_rules(source: str, without_experts: tuple[str, ...], formats: tuple[str, ...]) -> dict[str, Rule]:
+def _ct_rules(source: str, formats: tuple[str, ...]) -> dict[str, Rule]:
     return {
-        name: Rule(source, tensors, shared=shared, entries=entries, experts=name not in without_experts)
+        name: Rule(source, tensors, shared=shared, entries=entries)
         for name, (tensors, shared, entries) in _CT.items()
         if name in formats
     }
@@ -148,14 +151,11 @@ _ALL = tuple(_CT)
 RULES: dict[tuple[str, str], dict[str, Rule]] = {
     (VLLM, MODELOPT): {
         "FP8": Rule(_V_MODELOPT, _FP8, shared=("weight_scale", "input_scale"), entries=_modelopt("FP8")),
-        "FP8_PER_CHANNEL_PER_TOKEN": Rule(
-            _V_MODELOPT, _CHANNEL, entries=_modelopt("FP8_PER_CHANNEL_PER_TOKEN"), experts=False
-        ),
+        "FP8_PER_CHANNEL_PER_TOKEN": Rule(_V_MODELOPT, _CHANNEL, entries=_modelopt("FP8_PER_CHANNEL_PER_TOKEN")),
         "FP8_PB_WO": Rule(
             _V_MODELOPT,
             {"weight": (FP8, "o,i"), "weight_scale": (F32, "o/128,1,i/128,1")},
             entries=_modelopt("fp8_pb_wo"),
-            experts=False,
         ),
         "NVFP4": Rule(
             _V_MODELOPT,
@@ -166,7 +166,7 @@ RULES: dict[tuple[str, str], dict[str, Rule]] = {
         "W4A16_NVFP4": Rule(_V_MODELOPT, _NVFP4, shared=("weight_scale_2",), entries=_modelopt("W4A16_NVFP4")),
         "MXFP8": Rule(_V_MODELOPT, _MXFP8, entries=_modelopt("MXFP8")),
     },
-    (VLLM, COMPRESSED_TENSORS): _ct_rules(_V_CT, ("FP8_WO", "W8A8_SQ_PER_CHANNEL"), _ALL),
+    (VLLM, COMPRESSED_TENSORS): _ct_rules(_V_CT, _ALL),
     (SGLANG, MODELOPT): {
         "FP8": Rule(_S_MODELOPT, _FP8, entries=_modelopt("FP8")),
         "NVFP4": Rule(_S_MODELOPT, _NVFP4_INPUT, entries=_modelopt("NVFP4")),
@@ -174,9 +174,8 @@ RULES: dict[tuple[str, str], dict[str, Rule]] = {
         "W4A16_NVFP4": Rule(_S_MODELOPT, _NVFP4, entries=_modelopt("W4A16_NVFP4")),
         "MXFP8": Rule(_S + "fp8.py", _MXFP8, entries=_modelopt("MXFP8")),
     },
-    # Experts in INT8 run on NPUs only.
     (SGLANG, COMPRESSED_TENSORS): _ct_rules(
-        _S_CT, ("FP8_WO", "W8A8_SQ_PER_CHANNEL"), tuple(name for name in _ALL if name != "MXFP8")
+        _S_CT, tuple(name for name in _ALL if name not in ("MXFP8", "W8A8_PER_CHANNEL_PER_TOKEN"))
     ),
     (TENSORRT_LLM, MODELOPT): {
         "FP8": Rule(_T, _FP8, entries=_modelopt("FP8")),
@@ -205,13 +204,16 @@ RULES: dict[tuple[str, str], dict[str, Rule]] = {
         ),
         # Equal scales are asserted.
         "NVFP4": Rule(_T, _NVFP4_INPUT, shared=("weight_scale_2", "input_scale"), entries=_modelopt("NVFP4")),
+        "NVFP4_AWQ": Rule(
+            _T, _NVFP4_INPUT, _PRE, shared=("weight_scale_2", "input_scale"), entries=_modelopt("NVFP4_AWQ")
+        ),
         "W4A16_NVFP4": Rule(_T, _NVFP4, shared=("weight_scale_2",), entries=_modelopt("W4A16_NVFP4")),
         "MXFP8": Rule(_T, _MXFP8, entries=_modelopt("MXFP8")),
     },
     (TENSORRT_LLM, COMPRESSED_TENSORS): _ct_rules(
-        "tensorrt_llm/_torch/model_config.py", (), ("FP8_PER_CHANNEL_PER_TOKEN", "NVFP4")
+        "tensorrt_llm/quantization/, " + _T, ("FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO")
     ),
-    (TRANSFORMERS, COMPRESSED_TENSORS): _ct_rules(_H, (), _ALL),
+    (TRANSFORMERS, COMPRESSED_TENSORS): _ct_rules(_H, _ALL),
 }
 
 
@@ -236,11 +238,12 @@ def ignored(name: str, patterns: list[str], layout: str) -> bool:
     return any(p in name or fnmatch.fnmatch(name, p) for p in patterns)
 
 
-def problems(rule: Rule, layout: str, folder: Path, original: Path) -> list[str]:
+def problems(rule: Rule, layout: str, folder: Path, original: Path, experts: Rule | None = None) -> list[str]:
     """Return what a reader would not take of a folder.
 
     Args:
         rule: The reader's rule.
+        experts: Its rule for experts, if that is another one.
         layout: Name of the layout.
         folder: The folder.
         original: The model before quantization, for the sizes of its layers.
@@ -252,12 +255,13 @@ def problems(rule: Rule, layout: str, folder: Path, original: Path) -> list[str]
         prefix = name.removesuffix("weight_scale")
         parts = {leaf.removeprefix(prefix): value for leaf, value in tensors.items() if leaf.startswith(prefix)}
         layers[prefix.removesuffix(".")] = parts
-    found = _section_problems(rule, section)
+    found = _section_problems([rule, experts or rule], section)
     for name, parts in layers.items():
-        found += [f"{name}: {text}" for text in _layer_problems(rule, name, parts, sizes[f"{name}.weight"])]
+        own = experts if experts and ".experts." in name else rule
+        found += [f"{name}: {text}" for text in _layer_problems(own, name, parts, sizes[f"{name}.weight"])]
         if ignored(name, section["ignore"], layout):
             found.append(f"{name} is quantized and in `ignore`")
-        found += [f"{name}: {text}" for text in _different_parts(rule, name, layers)]
+        found += [f"{name}: {text}" for text in _different_parts(own, name, layers)]
     for name, shape in sizes.items():
         layer = name.removesuffix(".weight")
         linear = len(shape) == 2 and name.endswith(".weight") and "embed" not in name and layer not in layers
@@ -266,18 +270,26 @@ def problems(rule: Rule, layout: str, folder: Path, original: Path) -> list[str]
     return found
 
 
-def _section_problems(rule: Rule, section: dict[str, Any]) -> list[str]:
-    entries = dict(rule.entries)
-    group = entries.pop("group", None)
+def _section_problems(taken: list[Rule], section: dict[str, Any]) -> list[str]:
+    entries = {key: value for key, value in taken[0].entries.items() if key != "group"}
     found = [f"{key} is {section.get(key)!r}" for key, value in entries.items() if section.get(key) != value]
-    if group is not None:
-        for written in section["config_groups"].values():
-            found += [f"format is {written['format']}"] if written["format"] != group["format"] else []
-            for key, part in (("weights", group["weights"]), ("input_activations", group["inputs"])):
-                value = written[key]
-                if (value is None) is not (part is None) or any(value[k] != v for k, v in (part or {}).items()):
-                    found.append(f"{key} is {value}")
+    groups = [rule.entries["group"] for rule in taken if "group" in rule.entries]
+    if groups:
+        found += [
+            f"no group like {written}"
+            for written in section["config_groups"].values()
+            if not any(_is_group(group, written) for group in groups)
+        ]
     return found
+
+
+def _is_group(group: dict[str, Any], written: dict[str, Any]) -> bool:
+    parts = (("weights", group["weights"]), ("input_activations", group["inputs"]))
+    return written["format"] == group["format"] and all(
+        (written[key] is None) is (part is None)
+        and all(written[key][name] == value for name, value in (part or {}).items())
+        for key, part in parts
+    )
 
 
 def _layer_problems(rule: Rule, name: str, parts: dict[str, torch.Tensor], size) -> list[str]:

@@ -102,6 +102,23 @@ def planned_layout(export_config: Any, planned: dict[str, dict[str, Any]]) -> st
         ) from None
 
 
+def later_layout(export_config: Any, planned: dict[str, dict[str, Any]]) -> str | None:
+    """Return `planned_layout`, also for a NeMo checkpoint from which Hugging Face files are written later.
+
+    Such a later export is announced by ``hf_layout`` together with ``export_format="nemo"``.
+
+    Args:
+        export_config: The ``ExportConfig``, or None.
+        planned: Name to quant_cfg of the algorithms.
+    """
+    if export_config is None or export_config.export_format not in ("hf", "nemo"):
+        return None
+    if export_config.export_format == "hf":
+        return planned_layout(export_config, planned)
+    layout = requested(export_config)
+    return None if layout == algorithms.AUTO else layout
+
+
 def check_mixture(export_config: Any, planned: dict[str, dict[str, Any]]) -> None:
     """Check that one layout can hold all formats that mixed precision chooses from; see `planned_layout`."""
     if len(planned) > 1:

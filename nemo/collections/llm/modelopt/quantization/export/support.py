@@ -13,7 +13,7 @@ from nemo_modelopt_dropin.preflight import algorithms
 from ...errors import ModelOptConfigError
 from .. import _decoders, _transformers_models
 from .. import quant_cfg_choices as choices
-from ..insert import row_blocks
+from ..insert import expert_inputs, row_blocks
 from . import hf_early, hf_kv_cache, hf_names, input_scales, layout_choice
 from .layouts import layer as layers
 
@@ -300,3 +300,4 @@ def check_model(
         hf_kv_cache.check_or_disable(export_config.export_format, quant_cfg, core, enable_kv_cache)
         check_contents(export_config.export_format, quant_cfg, inner, core)
         layout_choice.log(export_config, planned)
+        expert_inputs.set_dynamic(core, export_config, quant_cfg, planned)

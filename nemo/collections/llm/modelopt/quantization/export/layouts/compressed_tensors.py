@@ -65,6 +65,11 @@ _SCHEMES: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
         _arguments(8, "float", "group", True, group_size=BLOCK_2D),
     ),
     "W8A8_SQ_PER_CHANNEL": ("int-quantized", _arguments(8, "int", "channel"), _arguments(8, "int", "tensor")),
+    "W8A8_PER_CHANNEL_PER_TOKEN": (
+        "int-quantized",
+        _arguments(8, "int", "channel"),
+        _arguments(8, "int", "token", True),
+    ),
     "W8A16": ("pack-quantized", _arguments(8, "int", "channel"), None),
     "W4A16_AWQ": ("pack-quantized", _arguments(4, "int", "group"), None),
     "NVFP4": (

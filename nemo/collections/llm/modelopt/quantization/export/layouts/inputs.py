@@ -8,7 +8,7 @@ from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import TensorQuantizer
 
 from .blocks import NVFP4_MAXBOUND
-from .layer import INT8, Layer
+from .layer import BY_TOKEN, INT8, Layer
 
 _E2M1, _E4M3, _E8M0 = (2, 1), (4, 3), (8, 0)
 
@@ -41,8 +41,8 @@ def input_quantizer(layer: Layer) -> TensorQuantizer | None:
     algorithm, scale = layer.algorithm, layer.input_scale
     if algorithm == "MXFP8":
         return BlockQuantizer(layer.facts["group_size"], (_E4M3, _E8M0), None)
-    if algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
-        settings = {"num_bits": _E4M3, "type": "dynamic", "block_sizes": {-1: None}}
+    if algorithm in BY_TOKEN:
+        settings = {"num_bits": 8 if algorithm in INT8 else _E4M3, "type": "dynamic", "block_sizes": {-1: None}}
         return TensorQuantizer(QuantizerAttributeConfig(**settings))
     if scale is None:
         return None

@@ -20,12 +20,14 @@ from . import blocks
 # Formats by the kind of their codes.
 FP4 = frozenset({"NVFP4", "NVFP4_AWQ", "W4A16_NVFP4"})
 FP8 = frozenset({"FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "FP8_WO", "MXFP8"})
-INT8 = frozenset({"W8A8_SQ_PER_CHANNEL", "W8A16"})
+INT8 = frozenset({"W8A8_SQ_PER_CHANNEL", "W8A8_PER_CHANNEL_PER_TOKEN", "W8A16"})
 INT4 = frozenset({"W4A16_AWQ", "W4A8_AWQ"})
 # Formats with one scale for each output.
 BY_CHANNEL = INT8 | {"FP8_PER_CHANNEL_PER_TOKEN", "FP8_WO"}
 # Rows and columns that share a scale in FP8_PB_WO.
 BLOCK_2D = 128
+# Formats whose inputs get a scale for each token when the model runs.
+BY_TOKEN = frozenset({"FP8_PER_CHANNEL_PER_TOKEN", "W8A8_PER_CHANNEL_PER_TOKEN"})
 
 _E2M1, _E4M3, _E8M0 = (2, 1), (4, 3), (8, 0)
 _E4M3_MAX = 448.0
@@ -134,6 +136,8 @@ def algorithm_of(
         found = None
     else:
         found = _integer(bits, bool(sizes), has_input)
+        if found == "W8A8_SQ_PER_CHANNEL" and inputs is not None and _is_dynamic(inputs):
+            found = None if has_pre_quant_scale else "W8A8_PER_CHANNEL_PER_TOKEN"
     return found if inputs is None or not has_input or _is_expected_input(found, inputs) else None
 
 
@@ -173,15 +177,19 @@ def _integer(bits: list[Any], has_blocks: bool, has_input: bool) -> str | None:
 
 def _is_expected_input(algorithm: str | None, inputs: dict[str, Any]) -> bool:
     """Return whether an input quantizer is the one that a format implies."""
-    bits, sizes = _plain(inputs["num_bits"]), dict(inputs.get("block_sizes") or {})
-    is_dynamic = inputs.get("type") == "dynamic" or sizes.get("type") == "dynamic"
+    bits, sizes, is_dynamic = _plain(inputs["num_bits"]), dict(inputs.get("block_sizes") or {}), _is_dynamic(inputs)
     if algorithm in FP4 or algorithm == "MXFP8":
         expected = (_E2M1, _E4M3) if algorithm in FP4 else (_E4M3, _E8M0)
         return (bits, _plain(sizes.get("scale_bits"))) == expected and bool(sizes.get(-1))
-    if algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
+    own_bits = 8 if algorithm in INT8 else _E4M3
+    if algorithm in BY_TOKEN:
         # With its first input, modelopt turns blocks of whole rows into an axis.
-        return bits == _E4M3 and is_dynamic and (-1 in sizes or inputs.get("axis") is not None)
-    return bits == (8 if algorithm in INT8 else _E4M3) and not sizes and not is_dynamic
+        return bits == own_bits and is_dynamic and (-1 in sizes or inputs.get("axis") is not None)
+    return bits == own_bits and not sizes and not is_dynamic
+
+
+def _is_dynamic(inputs: dict[str, Any]) -> bool:
+    return inputs.get("type") == "dynamic" or (inputs.get("block_sizes") or {}).get("type") == "dynamic"
 
 
 def settings_of(module: torch.nn.Module) -> tuple[list[dict[str, Any]], bool, bool, dict[str, Any] | None] | None:
@@ -217,7 +225,7 @@ def read(module: torch.nn.Module) -> Layer | None:
     inputs: Any = getattr(module, "input_quantizer", None)
     pre = getattr(inputs, "pre_quant_scale", None)
     scale, scale_2 = _scales(algorithm, module, steps)
-    has_input_scale = settings[1] and algorithm not in ("MXFP8", "FP8_PER_CHANNEL_PER_TOKEN")
+    has_input_scale = settings[1] and algorithm not in BY_TOKEN | {"MXFP8"}
     return Layer(
         algorithm,
         scale,

@@ -15,19 +15,16 @@ from typing import Any
 
 import torch
 
-from nemo_modelopt_dropin.preflight.algorithms import HF_FORMATS
-
 from .inputs import static_quantizer
-from .layer import BLOCK_2D, BY_CHANNEL, FP4, INT4, INT8, Layer, nearest_codes, per_element, values_of
+from .layer import BLOCK_2D, BY_CHANNEL, BY_TOKEN, FP4, INT4, INT8, Layer, values_of
 
 NAME = "modelopt"
 # Formats that this layout has a name for.
-ALGORITHMS = frozenset({"FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MXFP8"} | FP4 | INT4 | INT8)
+ALGORITHMS = frozenset({"FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MXFP8"} | FP4 | INT4 | (INT8 - BY_TOKEN))
 # The last parts of the names of a quantized layer's tensors; the first is that of the codes.
 LEAVES = ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale")
-# Values of ``quant_algo`` that `decode` supports.
-DECODABLE = ALGORITHMS
-# modelopt writes this name in lower case, and TensorRT-LLM expects it so; vLLM accepts both.
+# modelopt writes this name in lower case (`QUANTIZATION_FP8_PB_WO` of modelopt.torch.export.model_config). vLLM and
+# TensorRT-LLM ignore the case.
 _WRITTEN_AS = {"FP8_PB_WO": "fp8_pb_wo"}
 _MIXED = "MIXED_PRECISION"
 
@@ -144,19 +141,6 @@ def decode(
     return static_quantizer("FP8", layer.scale_2)(weight)
 
 
-def is_encoded_here(algorithm: str) -> bool:
-    """Return whether `encode`, and not modelopt's writer, makes the codes of a ``quant_algo``."""
-    return algorithm in HF_FORMATS and HF_FORMATS[algorithm].encoded_here
-
-
-def encode(algorithm: str, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return the codes of a weight `[o, i]` as they are stored; the scale is a scalar, `[o, 1]` or `[o, n]`."""
-    maxbound = 448.0 if algorithm == "FP8" else 127.0 if algorithm in INT8 else 7.0
-    # modelopt's quantizers multiply by the reciprocal; `w / (amax / maxbound)` would break ties differently.
-    reciprocal = maxbound / (scale.float() * maxbound)
-    return pack(algorithm, nearest_codes(algorithm, weight.float() * per_element(reciprocal, weight.shape)))
-
-
 # --- configuration ----------------------------------------------------------------------------------------------------
 
 
@@ -168,12 +152,24 @@ def quant_config(formats: Formats, excluded: list[str], kv_cache: str | None) ->
         excluded: Names of the linear layers in 16 bits.
         kv_cache: ``kv_cache_quant_algo``.
     """
+    formats = _with_one_nvfp4(formats)
     different = [entry for number, entry in enumerate(formats.values()) if entry not in list(formats.values())[:number]]
     if len(different) <= 1:
         algorithm, facts = next(iter(different), (None, {}))
         return configuration(algorithm, facts, excluded, kv_cache)
     layers = {name: {"quant_algo": _written(algorithm), **facts} for name, (algorithm, facts) in formats.items()}
     return configuration(_MIXED, {"quantized_layers": layers}, excluded, kv_cache)
+
+
+def _with_one_nvfp4(formats: Formats) -> Formats:
+    """Return formats with one name for NVFP4 layers with and without factors of inputs.
+
+    Readers of NVFP4_AWQ take layers without factors, but no mixture that contains NVFP4_AWQ.
+    """
+    if {algorithm for algorithm, _ in formats.values()} != {"NVFP4", "NVFP4_AWQ"}:
+        return formats
+    scaled = next(entry for entry in formats.values() if entry[0] == "NVFP4_AWQ")
+    return dict.fromkeys(formats, scaled)
 
 
 def section(formats: Formats, excluded: list[str], kv_cache: str | None) -> dict[str, Any]:
