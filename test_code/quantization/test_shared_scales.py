@@ -337,3 +337,27 @@ def test_weights_in_bf16_get_an_amax_of_what_they_became(cpu_backend):
     assert torch.equal(linear.weight, expected) and torch.equal(linear.bias, bias)
     assert torch.equal(linear.weight_quantizer.amax.flatten(), expected.abs().amax(dim=1))
     assert torch.equal(linear.input_quantizer.amax, inputs)
+
+
+# --- clipping ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.75])
+@pytest.mark.parametrize("what", ["rows", "columns"])
+def test_a_changed_weight_keeps_the_clipping_of_awq(cpu_backend, what, clip):
+    """AWQ's search of the clipping chooses an amax below the largest value; moving a scale does not undo that."""
+    from nemo.collections.llm.modelopt.quantization.export.layouts import layer as layers
+    from nemo.collections.llm.modelopt.quantization.insert import shared_scales
+    from test_code.quantization.test_hf_codes import layer
+
+    generator = torch.Generator().manual_seed(0)
+    linear = layer("W4A16_AWQ", torch.randn(6, 32, generator=generator), clip)
+    with torch.no_grad():
+        if what == "rows":
+            shared_scales._rescale_rows(linear, torch.rand(6, generator=generator) + 0.5)
+        else:
+            old, new = torch.rand(2, 32, generator=generator) + 0.5
+            shared_scales._rescale_columns(linear, old, new)
+    largest = linear.weight.detach().abs().view(6, 4, 8).amax(-1)
+    # The share is a quotient in fp32.
+    torch.testing.assert_close(layers.read(linear).scale * 7, largest * clip, rtol=1e-6, atol=0)

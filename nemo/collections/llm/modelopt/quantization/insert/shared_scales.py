@@ -8,7 +8,7 @@ the files agree exactly and everything that measures the model measures what is 
   these heads are replaced by their mean, and the weight of the output projection is rescaled by the quotient.
 - The down projection of a gated MLP: into the rows of the up projection, of which the gated product is a multiple.
 
-Every changed weight is rounded to its dtype and gets a new amax.
+Every changed weight is rounded to its dtype and gets a new amax, which is clipped as much as the old one was.
 """
 
 from __future__ import annotations
@@ -65,13 +65,10 @@ def decide(core: Any, export_config: Any, planned: dict[str, dict[str, Any]]) ->
     Raises:
         ModelOptConfigError: If the layout needs it and a scale has nowhere to go, with the reason and what to do.
     """
-    if export_config is None or not issubclass(type(core), MegatronModule):
+    layout = layout_choice.later_layout(export_config, planned)
+    if layout is None or not issubclass(type(core), MegatronModule):
         return False
-    # A NeMo checkpoint from which Hugging Face files are written later.
-    later = export_config.export_format == "nemo" and layout_choice.requested(export_config) != algorithms.AUTO
-    if export_config.export_format != "hf" and not later:
-        return False
-    layout = layout_choice.requested(export_config) if later else layout_choice.planned_layout(export_config, planned)
+    later = export_config.export_format == "nemo"
     needed, moves = layout == readers.COMPRESSED_TENSORS, False
     for name, quant_cfg in planned.items():
         hf_format = layout_choice.format_of(quant_cfg)
@@ -90,6 +87,11 @@ def decide(core: Any, export_config: Any, planned: dict[str, dict[str, Any]]) ->
             raise ModelOptConfigError(
                 f"algorithm={name!r} cannot be exported with hf_layout={layout!r}, which has no input scales: "
                 f"{problems[0]}. {_way_out(name, str(hf_format))}"
+            )
+        if problems and is_global_rank_zero():
+            logging.warning(
+                f"{name} is written as NVFP4_AWQ, which vLLM does not read, because {problems[0]}. To write NVFP4, "
+                f"use {_plain(str(hf_format))!r}."
             )
         moves = moves or not problems
     return moves
@@ -239,17 +241,15 @@ def _into_up(mlp: Any) -> Move:
 
 def _rescale_rows(linear: Any, factors: torch.Tensor) -> None:
     """Multiply the rows of a layer, and its bias, by factors `[o]`."""
-    linear.weight.copy_(linear.weight.float() * factors[:, None].to(linear.weight.device))
+    _change_weight(linear, factors[:, None])
     bias = getattr(linear, "bias", None)
     if isinstance(bias, torch.Tensor) and bias.numel():
         bias.copy_(bias.float() * factors.to(bias.device))
-    _calibrate_weight(linear)
 
 
 def _rescale_columns(linear: Any, old: torch.Tensor, new: torch.Tensor) -> None:
     """Divide the columns of a layer, whose weight contains the inverse of an old input scale, by a new one instead."""
-    linear.weight.copy_(linear.weight.float() * (old / new)[None, :].to(linear.weight.device))
-    _calibrate_weight(linear)
+    _change_weight(linear, (old / new)[None, :])
     quantizer = getattr(linear, "input_quantizer", None)
     if not isinstance(quantizer, TensorQuantizer) or not quantizer.is_enabled or quantizer.amax is None:
         return
@@ -264,14 +264,40 @@ def _rescale_columns(linear: Any, old: torch.Tensor, new: torch.Tensor) -> None:
     _merge_amax(quantizer, linear)
 
 
-def _calibrate_weight(linear: Any) -> None:
-    """Compute the amax of a changed weight again, as modelopt's calibration does."""
+def _change_weight(linear: Any, factors: torch.Tensor) -> None:
+    """Multiply the weight of a layer by factors that broadcast against it, and compute its amax again.
+
+    The search of AWQ's clipping (``awq_clip``, ``awq_full``) chooses an amax below the largest value. Its share of the
+    largest value is kept.
+    """
+    steps = _calibrated_steps(linear)
+    chosen = [step.amax.clone() for step in steps]
+    _calibrate_weight(linear, steps)
+    shares = [torch.where(step.amax > 0, old / step.amax, 1.0) for step, old in zip(steps, chosen, strict=True)]
+    linear.weight.copy_(linear.weight.float() * factors.to(linear.weight.device))
+    _calibrate_weight(linear, steps)
+    for step, share in zip(steps, shares, strict=True):
+        step.amax = (step.amax * share).to(step.amax.dtype)
+
+
+def _calibrated_steps(linear: Any) -> list[Any]:
+    """Return the steps of a layer's weight quantizer; none for a layer in 16 bits, or without a calibrated scale."""
     quantizer = getattr(linear, "weight_quantizer", None)
     all_steps: list[Any] = list(quantizer) if isinstance(quantizer, SequentialQuantizer) else [quantizer]
     steps = [step for step in all_steps if isinstance(step, TensorQuantizer) and step.is_enabled]
-    if not steps or all(step.amax is None for step in steps):
-        # A format without a calibrated scale, or a layer in 16 bits.
+    return steps if any(step.amax is not None for step in steps) else []
+
+
+def _calibrate_weight(linear: Any, steps: list[Any]) -> None:
+    """Set the amax of a weight to its largest values, as modelopt's calibration does.
+
+    Args:
+        linear: The layer.
+        steps: The steps of its weight quantizer that have an amax.
+    """
+    if not steps:
         return
+    quantizer = linear.weight_quantizer
     for step in steps:
         step.reset_amax()
     max_calibrate(quantizer, lambda quantizer: quantizer(linear.weight), distributed_sync=False)
