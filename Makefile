@@ -55,7 +55,7 @@ docs: $(DOCS_VENV)/.ready
 	else echo "The documentation tools need Python 3.11 or 3.12: the site was not built."; fi
 
 test: lint types docs
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # `SLOW_TIMEOUT` bounds one test, in seconds.
 SLOW_TIMEOUT ?= 3600

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import types
 import warnings
+from pathlib import Path
 
 import pytest
+
+_ROOT = Path(__file__).resolve().parent
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -59,6 +62,16 @@ def ranks(ranks_factory):
 
 
 @pytest.fixture(scope="session")
+def commands():
+    """Return the server that starts commands without importing NeMo again (`support/started.py`)."""
+    from test_code.support.started import Server
+
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
 def cpu_backend():
     """Enable the CPU backend in the test process itself, unless there is a GPU."""
     import torch
@@ -68,6 +81,32 @@ def cpu_backend():
     if not torch.cuda.is_available():
         backend.enable()
     return backend
+
+
+# Files that take longest. They are dealt out first, so that no process is left alone with one of them at the end.
+_LONGEST = (
+    "cli/test_interruptions.py",
+    "compress/test_compress.py",
+    "cli/test_scripts.py",
+    "quantization/test_hf_check.py",
+    "repository/test_docs.py",
+    "test_parity.py",
+    "test_drop_in.py",
+    "distill/test_distill_model.py",
+    "distill/test_distill_state.py",
+    "installation/test_dropin.py",
+    "end_to_end/test_functional.py",
+    "families/test_steps.py",
+    "families/test_exports.py",
+    "families/test_imports.py",
+    "compress/test_work_done_once.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest."""
+    ranking = {str(_ROOT / name): number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: ranking.get(str(item.path), len(ranking)))
 
 
 def pytest_deselected(items):

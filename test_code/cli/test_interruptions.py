@@ -19,6 +19,7 @@ import pytest
 from nemo_modelopt_cli import run_file
 from nemo_modelopt_cli.compress import stages
 from nemo_modelopt_cli.process import signals
+from test_code.support import started
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -29,18 +30,6 @@ def _wait_for(condition, seconds: float, what: str = "it") -> None:
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not happen in time"
         time.sleep(0.005)
-
-
-def _alive(text: str) -> list[str]:
-    """Return the command lines of running processes that hold a text."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-            if text in line and state != "Z" and int(folder.name) != os.getpid():
-                found.append(f"{folder.name} {line}")
-    return found
 
 
 # --- children end with their parent -----------------------------------------------------------------------------------
@@ -73,7 +62,6 @@ def test_forked_and_spawned_children_end_with_a_killed_parent(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, str(script), str(tmp_path / "pids")], env=environment) as process:
         _wait_for(lambda: len(list((tmp_path / "pids").iterdir())) == 2, 60)
-        assert len(_alive(str(tmp_path))) >= 2
         process.kill()
     pids = [int(path.name) for path in (tmp_path / "pids").iterdir()]
     _wait_for(lambda: not any(_runs(pid) for pid in pids), 10, "the end of the children")
@@ -135,9 +123,9 @@ def _compress(teacher: Path, output: Path, *more: str) -> list[str]:
     return [sys.executable, str(ROOT / "scripts" / "compress.py"), *flags.split(), *more]
 
 
-def _finish(command: list[str], output: Path) -> dict:
+def _finish(commands, command: list[str], output: Path) -> dict:
     """Run the command to its end and return its figures."""
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
+    done = commands.run(command, ENVIRONMENT, timeout=900)
     log = output / "log" / "rank0.txt"
     assert done.returncode == 0, done.stderr + (log.read_text()[-3000:] if log.exists() else "")
     return _figures(output)
@@ -167,10 +155,10 @@ def _assert_same_figures(found: dict, expected: dict) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(teacher, tmp_path_factory) -> Path:
+def whole(commands, teacher, tmp_path_factory) -> Path:
     """Make a run that nothing interrupts, and return its folder."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    _finish(_compress(teacher, output), output)
+    _finish(commands, _compress(teacher, output), output)
     return output
 
 
@@ -190,83 +178,81 @@ MOMENTS = [
 
 
 @pytest.mark.timeout(3000)
-def test_kill_9_while_each_kind_of_file_is_written(teacher, uninterrupted, tmp_path):
+def test_kill_9_while_each_kind_of_file_is_written(commands, teacher, uninterrupted, tmp_path):
     output = tmp_path / "run"
     command = _compress(teacher, output)
     for stage, pattern in MOMENTS:
-        with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
+        with commands.start(command, ENVIRONMENT, stderr=subprocess.PIPE) as process:
             _wait_for_file(process, output / stage, pattern)
             process.kill()
             assert process.wait() == -signal.SIGKILL, process.stderr.read()
         assert stages.read_record(output / stage) is None
-        _wait_for(lambda: not _alive(str(output)), 10, f"the end of {_alive(str(output))}")
-    _assert_same_figures(_finish(command, output), uninterrupted)
+        started.wait_for_end(process.pid)
+    _assert_same_figures(_finish(commands, command, output), uninterrupted)
     attempts = {stage: stages.read_record(output / stage).attempts for stage, _ in MOMENTS}
     assert attempts == dict.fromkeys(attempts, 2)
     assert not [path for path in output.rglob("*") if path.name.endswith((".part", ".partial", ".new", ".old"))]
 
 
 @pytest.mark.timeout(3000)
-def test_a_disk_that_fills_up_in_the_middle(teacher, uninterrupted, small_disk):
+def test_a_disk_that_fills_up_in_the_middle(commands, teacher, uninterrupted, small_disk):
     output = small_disk / "run"
     command = _compress(teacher, output)
-    found = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
-    assert found.returncode == 1, found.stderr
-    assert f"error: the disk is full: {small_disk}" in found.stderr
-    assert "Traceback" not in found.stderr
-    _wait_for(lambda: not _alive(str(output)), 10, f"the end of {_alive(str(output))}")
+    found = commands.start(command, ENVIRONMENT, stderr=subprocess.PIPE)
+    with found:
+        seen = found.stderr.read()
+    assert found.returncode == 1, seen
+    assert f"error: the disk is full: {small_disk}" in seen
+    assert "Traceback" not in seen
+    started.wait_for_end(found.pid)
     subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
-    _assert_same_figures(_finish(command, output), uninterrupted)
+    _assert_same_figures(_finish(commands, command, output), uninterrupted)
 
 
-def _wait_for_file(process: subprocess.Popen, folder: Path, files: str) -> None:
+def _wait_for_file(process: started.Started, folder: Path, files: str) -> None:
     _wait_for(lambda: any(folder.glob(files)) or process.poll() is not None, 600, f"{folder}/{files}")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_kill_9_at_random_moments(teacher, uninterrupted, tmp_path):
+def test_kill_9_at_random_moments(commands, teacher, uninterrupted, tmp_path):
     seed = random.SystemRandom().randrange(1 << 30)
     moments, kills, runs = random.Random(seed), 0, 0
     while kills < 20:
         output = tmp_path / f"run{runs:02d}"
         command = _compress(teacher, output)
-        with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL) as process:
+        with commands.start(command, ENVIRONMENT, stderr=subprocess.DEVNULL) as process:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 # Most of the time goes into importing NeMo: half of the kills come once a stage has started.
                 _wait_for_start(process, output) if moments.random() < 0.5 else None
                 process.wait(moments.uniform(0, 25))
             process.kill()
-        _wait_for_end(output, f"seed {seed}")
+        started.wait_for_end(process.pid)
         if process.returncode == -signal.SIGKILL:
             kills += 1
         else:  # the run has come to its end between two kills
             assert process.returncode == 0, f"seed {seed}"
-            _assert_same_figures(_finish(command, output), uninterrupted)
+            _assert_same_figures(_finish(commands, command, output), uninterrupted)
             runs += 1
-    _assert_same_figures(_finish(command, output), uninterrupted)
+    _assert_same_figures(_finish(commands, command, output), uninterrupted)
 
 
-def _wait_for_end(output: Path, what: str) -> None:
-    _wait_for(lambda: not _alive(str(output)), 10, f"{what}: the end of {_alive(str(output))}")
-
-
-def _wait_for_start(process: subprocess.Popen, output: Path) -> None:
+def _wait_for_start(process: started.Started, output: Path) -> None:
     working = {path: path.stat().st_mtime for path in output.glob("*/working.json")}
 
-    def started() -> bool:
+    def has_started() -> bool:
         now = {path: path.stat().st_mtime for path in output.glob("*/working.json")}
         return now != working or process.poll() is not None
 
     with contextlib.suppress(OSError):
-        _wait_for(started, 300, "the start of a stage")
+        _wait_for(has_started, 300, "the start of a stage")
 
 
 # --- distill.py -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.timeout(1800)
-def test_a_distillation_resumes_between_validations(teacher, whole, tmp_path):
+def test_a_distillation_resumes_between_validations(commands, teacher, whole, tmp_path):
     model, text = f"{teacher}/checkpoint", f"{teacher}/train.jsonl"
     flags = f"--cpu --model_path {whole}/prune/checkpoint --teacher_path {model} --text {text} --log_dir {tmp_path} "
     flags += "--seq_length 32 --max_steps 100 --gbs 4 --mbs 2 --lr 1e-3 --warmup_steps 5 --limit_val_batches 2"
@@ -275,14 +261,14 @@ def test_a_distillation_resumes_between_validations(teacher, whole, tmp_path):
     resumed = [*command, "killed", "--save_minutes", "0.002"]
     # While the first one is written, and once it is whole.
     for pattern in (".step-*.partial/**/*.distcp", "step-????????/weights"):
-        with subprocess.Popen(resumed, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
+        with commands.start(resumed, ENVIRONMENT, stderr=subprocess.PIPE) as process:
             _wait_for_file(process, output / "interim", pattern)
             process.kill()
             assert process.wait() == -signal.SIGKILL, process.stderr.read()
-        _wait_for_end(tmp_path, pattern)
+        started.wait_for_end(process.pid)
     assert not list(output.glob("checkpoints/*")), "nothing was validated yet"
     done = {
-        name: subprocess.run([*command, name, *more], env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+        name: commands.run([*command, name, *more], ENVIRONMENT)
         for name, more in (("killed", resumed[-2:]), ("whole", ["--save_minutes", "0"]))
     }
     losses = {}
@@ -326,13 +312,13 @@ def _scripts(teacher: Path, output: Path) -> dict[str, tuple[list[str], str]]:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("ranks_of_run", [1, 2])
 @pytest.mark.parametrize("script", ["compress", "distill", "prune", "ptq"])
-def test_sigterm_ends_like_ctrl_c(teacher, tmp_path, script, ranks_of_run):
+def test_sigterm_ends_like_ctrl_c(commands, teacher, tmp_path, script, ranks_of_run):
     output = tmp_path / "run"
     arguments, working = _scripts(teacher, output)[script]
     command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *arguments, "--devices", str(ranks_of_run)]
     if script in ("prune", "ptq"):
         command += ["--pp", str(ranks_of_run)]
-    with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+    with commands.start(command, ENVIRONMENT, cwd=tmp_path, stderr=subprocess.PIPE) as process:
         seen = ""
         while working not in seen:
             character = process.stderr.read(1)
@@ -345,6 +331,6 @@ def test_sigterm_ends_like_ctrl_c(teacher, tmp_path, script, ranks_of_run):
     message = signals.RESUMABLE if resumes else signals.NOTHING_WRITTEN
     assert any(line.endswith(message) for line in seen.splitlines()[-2:]), seen
     assert "Traceback" not in seen and "error" not in seen
-    assert not _alive(str(output))
+    assert not started.processes_of(process.pid)
     if not resumes:
         assert not [path for path in (output / "weights", output / run_file.NAME) if path.exists()]

@@ -219,22 +219,22 @@ def _wait_for(condition, seconds: float) -> None:
         time.sleep(0.02)
 
 
-def _run(command: list[str], **options) -> subprocess.CompletedProcess:
+def _run(command: list[str]) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, **options)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
 
 
-def test_the_whole_job_killed_while_distilling(teacher, tmp_path):
+def test_the_whole_job_killed_while_distilling(commands, teacher, tmp_path):
     command = _command(teacher, tmp_path)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+    with commands.start(command, environment, stderr=subprocess.DEVNULL) as process:
         _wait_for(lambda: list((tmp_path / "distill" / "steps").glob("step-*[0-9]")) or process.poll(), 300)
         process.kill()
     pruned = stages.read_record(tmp_path / "prune")
     assert pruned is not None, (tmp_path / "log" / "rank0.txt").read_text()[-3000:]
     assert stages.read_record(tmp_path / "distill") is None
 
-    done = _run(command)
+    done = commands.run(command, environment)
     assert done.returncode == 0, done.stderr + (tmp_path / "log" / "rank0.txt").read_text()[-3000:]
     assert "distill   was interrupted, running again" in done.stderr
     assert stages.read_record(tmp_path / "prune") == pruned
@@ -277,7 +277,7 @@ def test_the_whole_job_killed_while_distilling(teacher, tmp_path):
         assert (f"quantize (finished): {changed}" in refused.stderr) is (code == 2)
         assert "loading NeMo" not in refused.stderr
     quantized = stages.read_record(tmp_path / "quantize")
-    redone = _run([*command, "--algorithm", "int8", "--redo", "quantize"])
+    redone = commands.run([*command, "--algorithm", "int8", "--redo", "quantize"], environment)
     assert redone.returncode == 0, redone.stderr + (tmp_path / "log" / "rank0.txt").read_text()[-3000:]
     assert redone.stderr.count("running again; the old result is kept") == 2  # quantize and export
     assert redone.stderr.count("finished before, kept") == 5
