@@ -310,8 +310,20 @@ def _scripts(teacher: Path, output: Path) -> dict[str, tuple[list[str], str]]:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("ranks_of_run", [1, 2])
-@pytest.mark.parametrize("script", ["compress", "distill", "prune", "ptq"])
+@pytest.mark.parametrize(
+    ("script", "ranks_of_run"),
+    [
+        ("compress", 1),
+        ("distill", 1),
+        ("prune", 1),
+        ("ptq", 1),
+        ("compress", 2),
+        ("ptq", 2),
+        # What starts and ends the ranks of distill and prune is what does for ptq.
+        pytest.param("distill", 2, marks=pytest.mark.slow),
+        pytest.param("prune", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_sigterm_ends_like_ctrl_c(commands, teacher, tmp_path, script, ranks_of_run):
     output = tmp_path / "run"
     arguments, working = _scripts(teacher, output)[script]
