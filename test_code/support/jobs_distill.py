@@ -402,52 +402,6 @@ def _mtp_weights(model):
     return {name: value.detach().clone() for name, value in named if name.startswith("mtp.")}
 
 
-class Break(pl.Callback):
-    """Put NaN into one of the models, or the data, before a step, and keep the student's weights from then."""
-
-    def __init__(self, what, step):
-        self.what, self.step, self.weights = what, step, {}
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step + 1 != self.step:
-            return
-        core = tiny.core(pl_module)
-        self.weights = {name: weight.detach().clone() for name, weight in core.named_parameters()}
-        if self.what != "data":
-            model = core if self.what == "student" else core.teacher_model
-            with torch.no_grad():
-                model.decoder.layers[0].mlp.linear_fc2.weight[0, 0] = torch.nan
-
-
-def not_finite(teacher_path, cases, settings=None, **layout):
-    """Return, by case, the error of a training and whether the student's weights are those before the broken step."""
-    from unittest import mock
-
-    results = {}
-    for what, step in cases:
-        breaks = Break(what, step)
-        original = tiny.TinyDataset.__getitem__
-
-        def item(self, index, original=original, breaks=breaks):
-            sample = original(self, index)
-            if breaks.what == "data" and index >= 4 * (breaks.step - 1):
-                sample["loss_mask"] = sample["loss_mask"] * torch.nan
-            return sample
-
-        model = distillation_model(teacher_path, settings)
-        with mock.patch.object(tiny.TinyDataset, "__getitem__", item):
-            try:
-                tiny.fit(model, tiny.data(), max_steps=4, callbacks=[breaks], **layout)
-                results[what] = ("no error", False)
-            except ValueError as error:
-                now = dict(tiny.core(model).named_parameters())
-                same = [torch.equal(now[name].nan_to_num(7), w.nan_to_num(7)) for name, w in breaks.weights.items()]
-                # The broken weight itself differs.
-                results[what] = (str(error), len(same) - sum(same) <= 1)
-        ranks.reset()
-    return results
-
-
 def reduction_over_context_parallel(per_token):
     """Return this rank's results of a reduction at CP=2 and those of one process over whole sequences.
 

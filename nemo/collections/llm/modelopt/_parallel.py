@@ -46,16 +46,24 @@ def any_rank(flags: Sequence[bool]) -> list[bool]:
     """Return, for each flag, whether it is set on at least one rank."""
     if not flags or not is_distributed():
         return list(flags)
-    tensor = torch.tensor(flags, dtype=torch.int32, device=_device())
+    tensor = torch.tensor(flags, dtype=torch.int32, device=device())
     torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
     return [bool(flag) for flag in tensor.tolist()]
+
+
+def any_rank_on_device(flag: Tensor) -> bool:
+    """Return whether a flag on the device is set on at least one rank; it waits for the device once."""
+    flag = flag.to(torch.int32)
+    if is_distributed():
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag)
 
 
 def model_parallel_sum(values: list[float]) -> list[float]:
     """Return each value summed over tensor- and pipeline-parallel ranks."""
     if not parallel_state.model_parallel_is_initialized():
         return values
-    total = torch.tensor(values, dtype=torch.float64, device=_device())
+    total = torch.tensor(values, dtype=torch.float64, device=device())
     torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
     return total.tolist()
 
@@ -98,5 +106,6 @@ def own_parameters(core: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parame
             yield name, parameter
 
 
-def _device() -> str:
+def device() -> str:
+    """Return the device on which collectives of the default group take tensors."""
     return "cuda" if torch.cuda.is_available() else "cpu"

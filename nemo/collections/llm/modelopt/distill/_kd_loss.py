@@ -13,7 +13,6 @@ from modelopt.torch.distill.loss_balancers import STUDENT_LOSS_KEY
 
 from ..errors import ModelOptConfigError
 from ._deferred_logits import DeferredLogits, SummedLoss, takes_summed_loss
-from ._finite import finite_outputs
 from ._metrics import observed
 from ._pipeline_losses import losses_of_stages
 
@@ -36,7 +35,7 @@ def compute_kd_loss(self, student_loss: Tensor | None = None, loss_reduction_fn=
     if deferred and not takes_summed_loss(loss_reduction_fn):
         student_loss = _compute_logits(self, student, teacher, student_loss, loss_reduction_fn)
         student, teacher = _captured_logits(self), _captured_logits(self.teacher_model)
-    self._distillation.finite = finite_outputs(student, teacher)
+    self._distillation.finite.see_outputs(student, teacher)
     observations = _observed(self, student, teacher) if self._distillation.observing else {}
     pair = None
     if isinstance(student, DeferredLogits) and isinstance(teacher, DeferredLogits):

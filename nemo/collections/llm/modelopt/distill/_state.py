@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ._finite import FiniteFlags
+
 
 @dataclass
 class DistillationState:
@@ -27,7 +29,7 @@ class DistillationState:
         labels: next tokens of the last micro-batch [b, s], for the metrics.
         fused: whether logits and logits loss are fused on this rank; None before the first training step decides.
         mtp_heads: multi-token-prediction heads whose losses Megatron has yet to compute in this forward pass.
-        finite: whether the outputs of the last micro-batch are finite, by model.
+        finite: whether outputs and losses of this training step are finite.
         step: number of the training step, from 1; None outside a training.
         deferring: whether the output layers return `DeferredLogits` at the moment.
     """
@@ -41,7 +43,7 @@ class DistillationState:
     labels: Tensor | None = None
     fused: bool | None = None
     mtp_heads: int = 0
-    finite: dict[str, Tensor] = field(default_factory=dict)
+    finite: FiniteFlags = field(default_factory=FiniteFlags)
     step: int | None = None
     deferring: bool = False
 

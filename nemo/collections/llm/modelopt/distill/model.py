@@ -28,12 +28,13 @@ from .._saved_keys import strip_module_prefix
 from ._completed import completed
 from ._config import DistillationConfig
 from ._deferred_logits import SummedLoss, sums_tokens
-from ._finite import LossWatch, check_loss
+from ._finite import LossWatch
 from ._fusion import sample_length
 from ._pipeline_checks import check_student_layers, refuse_virtual_pipeline
 from ._plan import make_plan
 from ._reduction import DistillationValidation, Metrics, without_ignored
 from ._state import state_of
+from ._update_check import check_updates
 from .loss import sum_value_over
 from .recorded.teacher import RecordedTeacher, is_recorded, recorded_teacher
 from .utils import adjust_distillation_model_for_mcore, load_distillation_config, teacher_provider
@@ -92,7 +93,7 @@ class _DistillationLossReduction(MaskedTokenLossReduction):
         if isinstance(losses, Tensor):  # a balancer that returns the total alone
             losses = {"kd_loss": losses}
         total = losses["kd_loss"]
-        check_loss(losses, mask, state_of(getattr(self._distillation_loss_fn, "__self__", None)))
+        state_of(getattr(self._distillation_loss_fn, "__self__", None)).finite.see_loss(losses, mask)
 
         tokens = mask.sum().float()
         report = {
@@ -357,11 +358,12 @@ class DistillationGPTModel(llm.GPTModel):
             checkpoint["sharded_state_dict"] = self.trainer.strategy.megatron_parallel.sharded_state_dict()
 
     def on_train_batch_start(self, batch, batch_idx) -> None:
-        """Compute the expensive metrics only on logging steps."""
+        """Compute the expensive metrics only on logging steps, and have the update of the weights checked."""
         every = getattr(self.trainer, "log_every_n_steps", 1) or 1
         state = state_of(self.core_module)
         state.step = self.trainer.global_step + 1
         state.observing = state.step % every == 0
+        check_updates(self.config, self.module, self.core_module)
         self._started = time.perf_counter()
 
     def on_train_batch_end(self, outputs, batch, batch_idx) -> None:

@@ -45,7 +45,7 @@ from ._config import (
     stage_of_layer,
 )
 from ._deferred_logits import DeferredLogits
-from ._finite import check_outputs, check_weights
+from ._finite import check_weights
 from ._fusion import fuse_output_layers
 from ._kd_loss import captured_layers, compute_kd_loss, copy_captured, forget_captured_outputs
 from ._mtp import forget_head, number_of_heads, skip_block
@@ -277,7 +277,7 @@ def _forward_student_and_teacher(self, *args, **kwargs) -> Tensor:
             self._teacher_model.eval()
             teacher_output = self._teacher_model(*args, **kwargs)
         if first_step:
-            check_outputs(teacher for _, teacher in captured_layers(self))
+            state.finite.see_layers(teacher for _, teacher in captured_layers(self))
         with self.only_student_forward():
             student_output = type(self).forward(self, *args, **kwargs)
     finally:
