@@ -70,6 +70,9 @@ SERVING ?= build/serving
 $(SERVING)/.ready: test_code/serving/requirements.txt
 	$(PYTHON) -m venv --clear $(SERVING)
 	$(SERVING)/bin/pip install --quiet --disable-pip-version-check -r test_code/serving/requirements.txt
+# For images and sound, which are not served here. Wheels for CUDA fail to load with a PyTorch for CPUs, and transformers
+# imports what is installed.
+	$(SERVING)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 test-serving: $(READY) $(SERVING)/.ready
