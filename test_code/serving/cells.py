@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from nemo_modelopt_dropin.preflight import algorithms
 
@@ -18,57 +19,51 @@ class Cell:
     Attributes:
         algorithm: Of ``QuantizationConfig``.
         layout: Of ``ExportConfig.hf_layout``.
-        rounds_inputs: Whether the inputs of layers are quantized.
-        experts: Whether vLLM serves models with experts in this format.
-        share: How much of what quantization changes vLLM may differ by, see `client.bound`.
+        families: The families that vLLM serves in this format.
+        remark: What `quant` sets, in a few characters.
+        quant: Other settings of ``QuantizationConfig``.
     """
 
     algorithm: str
     layout: str
-    rounds_inputs: bool
-    experts: bool = True
-    share: float | None = None
+    families: tuple[str, ...] = DENSE + EXPERTS
+    remark: str = ""
+    quant: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def label(self) -> str:
+        """Return the algorithm and what else is set."""
+        return f"{self.algorithm} {self.remark}".strip()
 
     @property
     def name(self) -> str:
-        """Return the cell's name in ids of tests and names of folders."""
-        return f"{self.algorithm}-{self.layout}"
-
-    @property
-    def allowed(self) -> float:
-        """Return `share`, or its default."""
-        return self.share or (0.75 if self.rounds_inputs else 0.25)
-
-    @property
-    def families(self) -> tuple[str, ...]:
-        """Return the families that vLLM serves in this format."""
-        return DENSE + EXPERTS if self.experts else DENSE
+        """Return the cell's name in ids of tests."""
+        return f"{self.label.replace(' ', '-')}-{self.layout}"
 
 
 # What vLLM serves. `test_rules.py` compares it with the table of readers.
 _SERVED = (
-    Cell("fp8", MODELOPT, True),
-    Cell("fp8_pc_pt", MODELOPT, True, experts=False),
-    Cell("block_fp8", MODELOPT, False, experts=False),
-    Cell("nvfp4", MODELOPT, True),
-    Cell("w4a16_nvfp4", MODELOPT, False),
+    Cell("fp8", MODELOPT),
+    Cell("fp8_pc_pt", MODELOPT, DENSE),
+    Cell("block_fp8", MODELOPT, DENSE),
+    Cell("nvfp4", MODELOPT),
+    Cell("w4a16_nvfp4", MODELOPT),
     # Factors of inputs move into other layers; those of experts cannot, and the folder then says NVFP4_AWQ.
-    Cell("nvfp4_awq", MODELOPT, True, experts=False),
-    Cell("mxfp8", MODELOPT, True),
-    Cell("fp8", COMPRESSED, True),
-    Cell("fp8_pc_pt", COMPRESSED, True),
-    Cell("fp8_wo", COMPRESSED, False, experts=False),
-    Cell("block_fp8", COMPRESSED, False),
-    # Rounding the inputs with one scale is nearly all that quantization changes, and another rounding changes it again.
-    Cell("int8", COMPRESSED, True, share=1.5),
-    Cell("int8_sq", COMPRESSED, True, experts=False),
-    Cell("int8_wo", COMPRESSED, False),
-    Cell("int4", COMPRESSED, False),
+    Cell("nvfp4_awq", MODELOPT, DENSE),
+    Cell("mxfp8", MODELOPT),
+    Cell("fp8", COMPRESSED),
+    Cell("fp8_pc_pt", COMPRESSED),
+    Cell("fp8_wo", COMPRESSED, DENSE),
+    Cell("block_fp8", COMPRESSED),
+    Cell("int8", COMPRESSED),
+    Cell("int8_sq", COMPRESSED, DENSE),
+    Cell("int8_wo", COMPRESSED),
+    Cell("int4", COMPRESSED),
     # The router reads the same norm, which can therefore not hold factors of the experts' inputs.
-    Cell("int4_awq", COMPRESSED, False, experts=False),
-    Cell("nvfp4", COMPRESSED, True),
-    Cell("w4a16_nvfp4", COMPRESSED, False),
-    Cell("mxfp8", COMPRESSED, True),
+    Cell("int4_awq", COMPRESSED, DENSE),
+    Cell("nvfp4", COMPRESSED),
+    Cell("w4a16_nvfp4", COMPRESSED),
+    Cell("mxfp8", COMPRESSED),
 )
 
 
@@ -79,3 +74,14 @@ def writable(algorithm: str, layout: str) -> bool:
 
 
 VLLM = tuple(cell for cell in _SERVED if writable(cell.algorithm, cell.layout))
+
+# What is served beyond single formats: a quantized KV cache, and mixtures (MIXED_PRECISION of modelopt).
+_CACHE = {"enable_kv_cache": True}
+_FLOATS = {"auto_quantize_formats": ["nvfp4", "fp8"], "auto_quantize_bits": 7.5}
+_INTEGERS = {"auto_quantize_formats": ["int4", "int8_wo"], "auto_quantize_bits": 7.5}
+OPTIONS = (
+    Cell("fp8", MODELOPT, ("llama", "qwen2-tied"), "+kv", _CACHE),
+    Cell("fp8", COMPRESSED, ("llama",), "+kv", _CACHE),
+    Cell("auto", MODELOPT, ("llama",), "nvfp4 fp8", _FLOATS),
+    Cell("auto", COMPRESSED, ("llama",), "int4 int8_wo", _INTEGERS),
+)

@@ -65,42 +65,38 @@ class ServingError(RuntimeError):
     """vLLM could not serve a folder."""
 
 
-def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
-    """Return the mean KL divergence of log probabilities `[..., v]`, in nats."""
-    return float((p.exp() * (p - q)).sum(-1).mean())
+def bound(noise: float) -> float:
+    """Return the largest mean KL divergence of vLLM from the model in memory that arithmetic in bf16 can cause.
 
-
-def bound(plain: float, quantization: float, share: float) -> float:
-    """Return the largest mean KL divergence of vLLM from the model in memory that arithmetic can cause.
-
-    vLLM computes in bf16, the model in memory in fp32. If only weights are quantized, the difference is that of the
-    model before quantization, 4 times at most, and a quarter of what quantization changes, because weights are decoded
-    to bf16 and some scales are stored so. If inputs are rounded too, a difference of 2^-9 moves some of them across
-    the edge between two codes, and the variance of that is the product of the difference and the step. If all roundings
-    were independent, it would be twice the variance of the rounding of inputs, which is a part of what quantization
-    changes: 0.35 to 0.6 of that was measured, for static INT8 1.0. A wrong scale or tensor must exceed the bound.
+    vLLM computes in bf16, the model in memory in fp32. `noise` is what bf16 costs the same model in memory: codes of
+    inputs that flip, and other experts that are chosen, included. Its results are rounded up or down by chance, which
+    has twice the variance of the rounding to the nearest that vLLM does. The divergence grows with the variance. Twice
+    the noise is allowed, because vLLM rounds in other places, too: between the two sums of a layer, and inside
+    attention. Nothing that vLLM computed is in the bound.
 
     Args:
-        plain: Divergence of vLLM from the model in memory, before quantization.
-        quantization: Divergence of the quantized model in memory from the original.
-        share: Part of the latter that is allowed.
+        noise: Of `jobs_serving.InMemory`.
     """
-    return 4 * plain + share * quantization
+    return 2 * noise
 
 
 # --- wrong folders ----------------------------------------------------------------------------------------------------
 
 
 def double_scale(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Double the scale of the last layer's ``down_proj``; of its experts' ``w2`` if there are experts."""
-    last = max(name.split(".")[2] for name in tensors if name.startswith("model.layers."))
-    layers = [
-        name.removesuffix("weight_scale")
-        for name in tensors
-        if name.startswith(f"model.layers.{last}.") and name.endswith(("down_proj.weight_scale", "w2.weight_scale"))
-    ]
-    assert layers, "no scale to double"
-    return tensors | dict(_doubled(layer, tensors) for layer in layers)
+    """Double the scale of the last layer's ``down_proj``, or its experts' ``w2``, or else of the last quantized one.
+
+    If there are scales of a KV cache, change these: divide them, because keys and values are quantized and decoded with
+    the same scale, and twice the scale changes next to nothing in FP8. They are then cut off at 0.44.
+    """
+    cache = {name: value / 1024 for name, value in tensors.items() if name.endswith((".k_scale", ".v_scale"))}
+    if cache:
+        return tensors | cache
+    quantized = sorted(name.removesuffix("weight_scale") for name in tensors if name.endswith(".weight_scale"))
+    assert quantized, "no scale to double"
+    last = quantized[-1].split(".")[2]
+    outer = [name for name in quantized if name.split(".")[2] == last and name.endswith(("down_proj.", "w2."))]
+    return tensors | dict(_doubled(layer, tensors) for layer in outer or quantized[-1:])
 
 
 def _doubled(layer: str, tensors: dict[str, torch.Tensor]) -> tuple[str, torch.Tensor]:

@@ -37,7 +37,7 @@ def made(ranks_factory, work):
 
 @pytest.fixture(scope="session")
 def exported(ranks_factory, made):
-    """Return a function that returns the folder of an export and the log probabilities of the model in memory."""
+    """Return a function that returns the folder of an export and the model in memory, see `jobs_serving.InMemory`."""
     done: dict[tuple, tuple] = {}
 
     def make(family: str, algorithm: str, layout: str, **settings) -> tuple:
@@ -45,8 +45,9 @@ def exported(ranks_factory, made):
         if key not in done:
             folder, checkpoint, _ = made(family)
             target = folder / f"{algorithm}-{layout}-{len(done)}"
-            settings["export"] = {"hf_layout": layout} | settings.get("export", {})
-            (found,) = ranks_factory(1).run(jobs_serving.export, checkpoint, str(target), algorithm, **settings)
+            export = {"hf_layout": layout} | settings.pop("export", {})
+            arguments = checkpoint, str(target), algorithm
+            (found,) = ranks_factory(1).run(jobs_serving.export, *arguments, export=export, **settings)
             done[key] = target, found
         return done[key]
 
@@ -75,10 +76,10 @@ def pytest_terminal_summary(terminalreporter, config):
     if not found:
         return
     terminalreporter.section("served by vLLM: mean KL divergence, in nats")
-    terminalreporter.write_line(" " * 42 + "".join(f"{key[:8]:>9}" for key in FIGURES) + "  kernels")
+    terminalreporter.write_line(" " * 48 + "".join(f"{key[:8]:>9}" for key in FIGURES) + "  kernels")
     for row in found:
         figures = "".join(f"{row[key]:9.1e}" if key in row else " " * 9 for key in FIGURES)
-        names = f"{row['family']:11}{row['algorithm']:12}{row['layout']:19}"
+        names = f"{row['family']:11}{row['algorithm']:18}{row['layout']:19}"
         terminalreporter.write_line(f"{names}{figures}  {row['kernels']}")
     client.RESULTS.parent.mkdir(parents=True, exist_ok=True)
     client.RESULTS.write_text(json.dumps(found, indent=1) + "\n")

@@ -2,9 +2,9 @@
 
 Each line of the standard input is a request, a JSON object: `folder`, `tokens` (a list of prompts, each a list of token
 ids), `logprobs` (the file to write) and `new_tokens`. Each answer is one line of the standard output: `error`, or the
-`tokens` that were generated, the `kernels` that computed and the `scheme` of the first layer. The file holds the log
-probabilities of the whole vocabulary at each position of each prompt, `[p, s - 1, v]` in fp32: entry i belongs to token
-i + 1. Everything that vLLM prints goes to the standard error.
+`tokens` that were generated, the `kernels` that computed, the bits of the KV `cache`, and vLLM's `version`. The file
+holds the log probabilities of the whole vocabulary at each position of each prompt, `[p, s - 1, v]` in fp32: entry i
+belongs to token i + 1. Everything that vLLM prints goes to the standard error.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_CPU_OMP_THREADS_BIND="nobind",
     VLLM_NO_USAGE_STATS="1",
+    # On a CPU with AMX, vLLM would round the inputs of INT4 weights to INT8.
+    VLLM_CPU_INT4_W4A8="0",
     # A function is sent to the engine, which is in this process.
     VLLM_ALLOW_INSECURE_SERIALIZATION="1",
 )
@@ -37,7 +39,8 @@ def serve(request: dict) -> dict:
         The answer.
     """
     import torch
-    from references import kernels_of
+    import vllm
+    from references import cache_of, kernels_of
     from vllm import LLM, SamplingParams
 
     model = LLM(
@@ -48,7 +51,8 @@ def serve(request: dict) -> dict:
         max_num_seqs=4,
         skip_tokenizer_init=True,
         disable_log_stats=True,
-        kv_cache_memory_bytes=64 << 20,
+        # A cache of 1 GiB, the least that vLLM takes on a CPU, would be filled with zeros for each folder.
+        num_gpu_blocks_override=16,
         enable_prefix_caching=False,
     )
     prompts = [{"prompt_token_ids": tokens} for tokens in request["tokens"]]
@@ -62,8 +66,13 @@ def serve(request: dict) -> dict:
         for entries in output.prompt_logprobs[1:]:
             rows.append([entries[token].logprob for token in range(len(entries))])
     torch.save(torch.tensor(rows).reshape(len(outputs), -1, len(rows[0])), request["logprobs"])
-    (kernels,) = model.apply_model(kernels_of)
-    answer = {"tokens": [list(output.outputs[0].token_ids) for output in outputs], "kernels": kernels}
+    ((cache, kernels),) = model.apply_model(lambda module: (cache_of(module), kernels_of(module)))
+    answer = {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "kernels": kernels,
+        "cache": cache,
+        "version": vllm.__version__,
+    }
     del model
     return answer
 
@@ -86,6 +95,8 @@ def main() -> None:
             answer = {"error": f"{type(error).__name__}: {error}"}
         cleanup_dist_env_and_memory()
         gc.collect()
+        # vLLM collects garbage several times for each folder: what is left now belongs to modules and stays.
+        gc.freeze()
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

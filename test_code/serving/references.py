@@ -271,6 +271,29 @@ def enable_experts() -> None:
             getattr(module, method).apply = apply
 
 
+def enable_cache() -> None:
+    """Let vLLM round keys and values to the nearest number of FP8, as its kernels for GPUs and modelopt do.
+
+    Its kernel for CPUs (AVX-512) cuts them off towards zero: 1.1171875 becomes 1.0 instead of 1.125. For normally
+    distributed numbers, the outputs of attention then differ by 7 % from those without a quantized cache, not by 3.4 %.
+    Numbers of FP8 with scale 1 stay as they are. When the cache is read, vLLM's kernel applies the scales.
+    """
+    from vllm import _custom_ops
+
+    store = _custom_ops.cpu_attn_reshape_and_cache
+
+    def rounded(key, value, *args, k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto"):
+        if kv_cache_dtype.startswith("fp8"):
+            key, value = (
+                fp8_static(x.float(), torch.tensor(scale)).div(scale).to(x.dtype)
+                for x, scale in ((key, k_scale), (value, v_scale))
+            )
+            k_scale = v_scale = 1.0
+        store(key, value, *args, k_scale=k_scale, v_scale=v_scale, kv_cache_dtype=kv_cache_dtype)
+
+    _custom_ops.cpu_attn_reshape_and_cache = rounded
+
+
 def enable_requantization() -> None:
     """Let vLLM quantize the parts of a fused layer with their largest scale, for which it has kernels on GPUs only."""
     from vllm import _custom_ops
@@ -290,6 +313,7 @@ def enable() -> None:
 
     # Before the models are imported, which bind the function.
     fused_act_quant.maybe_fused_act_quant = lambda activation, x, linear: activation(x)
+    enable_cache()
     enable_requantization()
     enable_linear()
     enable_experts()
@@ -306,3 +330,11 @@ def kernels_of(model: torch.nn.Module) -> list[str]:
         if hasattr(module, "reference"):
             found.add(f"{type(method).__name__} (reference)")
     return sorted(found)
+
+
+def cache_of(model: torch.nn.Module) -> int:
+    """Return the bits of a number in the KV cache of a model of vLLM's."""
+    caches = [
+        module.kv_cache for module in model.modules() if isinstance(getattr(module, "kv_cache", None), torch.Tensor)
+    ]
+    return 8 * max(cache.element_size() for cache in caches)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from test_code.support import jobs_hf, jobs_quant, ranks, tiny
+from test_code.support import bf16, jobs_hf, jobs_quant, ranks, tiny
 
 # Sizes that the kernels of servers accept: widths are multiples of 128, and heads have 128 rows, so that blocks of 128
 # rows of the fused q, k and v are rows of one of them.
@@ -19,9 +20,14 @@ SIZES = {
 }
 
 
-def prompts(count: int = 2, length: int = 48) -> torch.Tensor:
+def prompts(count: int = 8, length: int = 64) -> torch.Tensor:
     """Return the token ids `[p, s]` of the comparison."""
     return torch.randint(3, tiny.VOCABULARY, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
+    """Return the mean KL divergence of log probabilities `[..., v]`, in nats."""
+    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 def make(family: str, folder, **sizes) -> tuple[str, torch.Tensor]:
@@ -43,29 +49,60 @@ def make(family: str, folder, **sizes) -> tuple[str, torch.Tensor]:
     return checkpoint, logits.log_softmax(-1)[:, :-1]
 
 
-def export(checkpoint, target, algorithm, **settings) -> torch.Tensor:
+@dataclass(frozen=True)
+class InMemory:
+    """What is known of a quantized model in memory.
+
+    Attributes:
+        logprobs: The log probabilities `[p, s - 1, v]` of the prompts, in fp32.
+        noise: The mean KL divergence of the same model with results in bf16, see `bf16.imitated`, from `logprobs`.
+    """
+
+    logprobs: torch.Tensor
+    noise: float
+
+
+def in_memory(core, draws: int = 4) -> InMemory:
+    """Run a quantized model.
+
+    Args:
+        core: The model.
+        draws: How often its arithmetic in bf16 is imitated.
+    """
+    expected = log_probabilities(core)
+    noise = []
+    for seed in range(draws):
+        with bf16.imitated(core, seed):
+            noise.append(divergence(expected, log_probabilities(core)))
+    return InMemory(expected, sum(noise) / draws)
+
+
+def export(checkpoint, target, algorithm, **settings) -> InMemory:
     """Quantize a checkpoint and write a Hugging Face folder.
 
     Args:
         checkpoint: The NeMo checkpoint.
         target: The folder.
         algorithm: Of ``QuantizationConfig``.
-        **settings: ``quant`` and ``export``, of both configurations.
+        **settings: ``quant`` and ``export``, of both configurations; ``export`` names the layout.
 
     Returns:
-        The log probabilities `[p, s - 1, v]` of the quantized model in memory.
+        The quantized model in memory.
     """
     from nemo.collections.llm.modelopt.quantization import quantizer as module
     from nemo.collections.llm.modelopt.quantization.export import hf_kv_cache
+    from nemo.collections.llm.modelopt.quantization.export.layouts import LAYOUTS
 
     found = []
+    layout = LAYOUTS[settings["export"]["hf_layout"]]
     quantize = module.Quantizer.quantize
 
     def keep(self, model, forward_loop=None):
         quantized = quantize(self, model, forward_loop)
-        # Scales of the KV cache are stored as at least one.
-        with hf_kv_cache.as_stored(tiny.core(quantized)):
-            found.append(log_probabilities(tiny.core(quantized)))
+        core = tiny.core(quantized)
+        # Scales of packed integers are stored in bf16, and codes are chosen for these; those of a cache are at least 1.
+        with layout.scales_as_stored(core, torch.bfloat16), hf_kv_cache.as_stored(core):
+            found.append(in_memory(core))
         return quantized
 
     module.Quantizer.quantize = keep
