@@ -6,6 +6,7 @@ documentation are made from it.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -14,8 +15,8 @@ from types import MappingProxyType
 MODELOPT = "modelopt"
 COMPRESSED_TENSORS = "compressed-tensors"
 LAYOUTS = (MODELOPT, COMPRESSED_TENSORS)
-# How a reader was checked. `RUN`: it loaded a folder and its outputs were compared. `BY_RULES`: its source code takes
-# the folder, but it was not run. `WRONG`: it loads the folder without an error, and its outputs are wrong.
+# How a reader was checked. `RUN`: a test runs it and compares its outputs. `BY_RULES`: its source code takes the
+# folder, but it was not run. `WRONG`: it loads the folder without an error, and its outputs are wrong.
 RUN = "run"
 BY_RULES = "accepted by its rules"
 REFUSED = "not supported"
@@ -61,7 +62,7 @@ class Cell:
 
 
 _RUN, _RULES = Cell(RUN), Cell(BY_RULES)
-_DENSE = Cell(BY_RULES, experts=False)
+_RUN_DENSE, _DENSE = Cell(RUN, experts=False), Cell(BY_RULES, experts=False)
 _NO_VLLM = Cell(
     REFUSED, "of modelopt it takes FP8, FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO, NVFP4, W4A16_NVFP4, MXFP8 and mixtures"
 )
@@ -91,33 +92,37 @@ def _modelopt(vllm: Cell, sglang: Cell, tensorrt: Cell) -> MappingProxyType[str,
     return _row(vllm, sglang, tensorrt, _WRONG_TRANSFORMERS)
 
 
-# Name of the format in `algorithms.HF_FORMATS` and layout -> what each reader does. The cells were read from the source
-# code of these versions. TensorRT-LLM: tensorrt_llm/_torch/model_config.py (commit 008e0af), modules/linear.py (commit
-# 00bbf71, pull requests 14962, 15415 and 16511) and modules/fused_moe. Its pull requests 16447 and 17726, for NVFP4 in
-# compressed-tensors, were open.
+def _ran(cell: Cell) -> Cell:
+    return dataclasses.replace(cell, how=RUN)
+
+
+# Name of the format in `algorithms.HF_FORMATS` and layout -> what each reader does. `make test-serving` runs vLLM, and
+# `make test` runs transformers. The other cells were read from the source code of these versions. TensorRT-LLM:
+# tensorrt_llm/_torch/model_config.py (commit 008e0af), modules/linear.py (commit 00bbf71, pull requests 14962, 15415
+# and 16511) and modules/fused_moe. Its pull requests 16447 and 17726, for NVFP4 in compressed-tensors, were open.
 TABLE: dict[tuple[str, str], MappingProxyType[str, Cell]] = {
     ("FP8", MODELOPT): _modelopt(_RUN, _RULES, _RULES),
-    ("FP8", COMPRESSED_TENSORS): _row(_RULES, _RULES, _NO_TENSORRT_CT, _RULES),
-    ("FP8_PER_CHANNEL_PER_TOKEN", MODELOPT): _modelopt(_DENSE, _NO_SGLANG, _DENSE),
-    ("FP8_PER_CHANNEL_PER_TOKEN", COMPRESSED_TENSORS): _row(_RULES, _RULES, _DENSE, _RULES),
-    ("FP8_WO", COMPRESSED_TENSORS): _row(_DENSE, _DENSE, _NO_TENSORRT_CT, _RULES),
-    ("FP8_PB_WO", MODELOPT): _modelopt(_DYNAMIC_FP8_DENSE, _NO_SGLANG, _DYNAMIC_FP8_DENSE),
-    ("FP8_PB_WO", COMPRESSED_TENSORS): _row(_DYNAMIC_FP8, _DYNAMIC_FP8, _DYNAMIC_FP8_DENSE, _DYNAMIC_FP8),
+    ("FP8", COMPRESSED_TENSORS): _row(_RUN, _RULES, _NO_TENSORRT_CT, _RUN),
+    ("FP8_PER_CHANNEL_PER_TOKEN", MODELOPT): _modelopt(_RUN_DENSE, _NO_SGLANG, _DENSE),
+    ("FP8_PER_CHANNEL_PER_TOKEN", COMPRESSED_TENSORS): _row(_RUN, _RULES, _DENSE, _RUN),
+    ("FP8_WO", COMPRESSED_TENSORS): _row(_RUN_DENSE, _DENSE, _NO_TENSORRT_CT, _RUN),
+    ("FP8_PB_WO", MODELOPT): _modelopt(_ran(_DYNAMIC_FP8_DENSE), _NO_SGLANG, _DYNAMIC_FP8_DENSE),
+    ("FP8_PB_WO", COMPRESSED_TENSORS): _row(_ran(_DYNAMIC_FP8), _DYNAMIC_FP8, _DYNAMIC_FP8_DENSE, _ran(_DYNAMIC_FP8)),
     ("W8A8_SQ_PER_CHANNEL", MODELOPT): _modelopt(_NO_VLLM, _NO_SGLANG, _NO_TENSORRT),
-    ("W8A8_SQ_PER_CHANNEL", COMPRESSED_TENSORS): _row(_DYNAMIC_EXPERTS, _DYNAMIC, _NO_TENSORRT_CT, _RULES),
-    ("W8A8_PER_CHANNEL_PER_TOKEN", COMPRESSED_TENSORS): _row(_RULES, _NO_SGLANG_INT8, _NO_TENSORRT_CT, _RULES),
+    ("W8A8_SQ_PER_CHANNEL", COMPRESSED_TENSORS): _row(_ran(_DYNAMIC_EXPERTS), _DYNAMIC, _NO_TENSORRT_CT, _RUN),
+    ("W8A8_PER_CHANNEL_PER_TOKEN", COMPRESSED_TENSORS): _row(_RUN, _NO_SGLANG_INT8, _NO_TENSORRT_CT, _RUN),
     ("W8A16", MODELOPT): _modelopt(_NO_VLLM, _NO_SGLANG, _RULES),
-    ("W8A16", COMPRESSED_TENSORS): _row(_RULES, _RULES, _NO_TENSORRT_CT, _RULES),
+    ("W8A16", COMPRESSED_TENSORS): _row(_RUN, _RULES, _NO_TENSORRT_CT, _RUN),
     ("W4A16_AWQ", MODELOPT): _modelopt(_NO_VLLM, _NO_SGLANG, _DENSE),
-    ("W4A16_AWQ", COMPRESSED_TENSORS): _row(_RULES, _RULES, _NO_TENSORRT_CT, _RULES),
+    ("W4A16_AWQ", COMPRESSED_TENSORS): _row(_RUN, _RULES, _NO_TENSORRT_CT, _RUN),
     ("W4A8_AWQ", MODELOPT): _modelopt(_NO_VLLM, _NO_SGLANG, _DENSE),
-    ("NVFP4", MODELOPT): _modelopt(_RULES, _RULES, _RULES),
-    ("NVFP4", COMPRESSED_TENSORS): _row(_RULES, _RULES, _NO_TENSORRT_NVFP4_CT, _RULES),
-    ("NVFP4_AWQ", MODELOPT): _modelopt(_MOVED, _DENSE, _DENSE),
-    ("W4A16_NVFP4", MODELOPT): _modelopt(_RULES, _RULES, _RULES),
-    ("W4A16_NVFP4", COMPRESSED_TENSORS): _row(_RULES, _RULES, _NO_TENSORRT_NVFP4_CT, _RULES),
-    ("MXFP8", MODELOPT): _modelopt(_RULES, _RULES, _RULES),
-    ("MXFP8", COMPRESSED_TENSORS): _row(_RULES, _NO_SGLANG_CT, _NO_TENSORRT_CT, _RULES),
+    ("NVFP4", MODELOPT): _modelopt(_RUN, _RULES, _RULES),
+    ("NVFP4", COMPRESSED_TENSORS): _row(_RUN, _RULES, _NO_TENSORRT_NVFP4_CT, _RUN),
+    ("NVFP4_AWQ", MODELOPT): _modelopt(_ran(_MOVED), _DENSE, _DENSE),
+    ("W4A16_NVFP4", MODELOPT): _modelopt(_RUN, _RULES, _RULES),
+    ("W4A16_NVFP4", COMPRESSED_TENSORS): _row(_RUN, _RULES, _NO_TENSORRT_NVFP4_CT, _RUN),
+    ("MXFP8", MODELOPT): _modelopt(_RUN, _RULES, _RULES),
+    ("MXFP8", COMPRESSED_TENSORS): _row(_RUN, _NO_SGLANG_CT, _NO_TENSORRT_CT, _RUN),
 }
 # Why a layout cannot hold a format.
 OBSTACLES: dict[tuple[str, str], str] = {

@@ -141,8 +141,8 @@ def test_the_plan_names_the_layout_the_readers_and_the_files(in_both):
     assert dry_run.hf_layout("int8", "auto") == [
         (
             "hf layout",
-            "compressed-tensors, read by vLLM (accepted by its rules), SGLang (accepted by its rules, without "
-            "experts), transformers (accepted by its rules)",
+            "compressed-tensors, read by vLLM (run), SGLang (accepted by its rules, without experts), transformers "
+            "(run)",
         )
     ]
     rows = dry_run.hf_layout("int8", "modelopt")

@@ -110,6 +110,13 @@ def _doubled(layer: str, tensors: dict[str, torch.Tensor]) -> tuple[str, torch.T
     return f"{layer}weight_scale", scale + 1 if scale.dtype == torch.uint8 else scale * 2
 
 
+def shrink_input_scale(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Divide the stored scale of the inputs of the last layer's ``down_proj``, so that large inputs are cut off."""
+    name = max(name for name in tensors if "down_proj.input_" in name)
+    # compressed-tensors stores the reciprocal for NVFP4.
+    return tensors | {name: tensors[name] * (64 if name.endswith("global_scale") else 1 / 64)}
+
+
 def swap(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Exchange ``k_proj`` and ``v_proj`` of the first layer, or two of its experts."""
     experts = any(".experts." in name for name in tensors)

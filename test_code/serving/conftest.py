@@ -10,7 +10,9 @@ from test_code.serving import client
 from test_code.support import jobs_serving
 
 # Columns of the table: the divergence and its bound, what quantization changes, and the divergence of wrong folders.
-FIGURES = ("served", "bound", "quantization", "doubled scale", "swapped")
+FIGURES = ("served", "bound", "quantization", "doubled scale", "input scale", "swapped")
+# Families in the table of the documentation.
+TABLE = ("llama", "qwen3-tied", "mixtral")
 ROWS = pytest.StashKey[list]()
 
 
@@ -83,3 +85,23 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"{names}{figures}  {row['kernels']}")
     client.RESULTS.parent.mkdir(parents=True, exist_ok=True)
     client.RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    client.RESULTS.with_suffix(".md").write_text(markdown(found))
+
+
+def markdown(found: list[dict]) -> str:
+    """Return the table of divergences in `docs/load-exports.md`, in thousandths of a nat."""
+    heads = ["export", "layout", *(f"{family}: vLLM (allowed)" for family in TABLE), "quantization", "doubled scale"]
+    lines = [heads, ["---"] * len(heads)]
+    for algorithm, layout in dict.fromkeys((row["algorithm"], row["layout"]) for row in found):
+        rows = {row["family"]: row for row in found if (row["algorithm"], row["layout"]) == (algorithm, layout)}
+        served = [rows.get(family) for family in TABLE]
+        lines.append(
+            [f"`{algorithm}`", layout]
+            + ["" if row is None else f"{_thousandths(row['served'])} ({_thousandths(row['bound'])})" for row in served]
+            + [_thousandths(rows.get(TABLE[0], {}).get(key)) for key in ("quantization", "doubled scale")]
+        )
+    return "".join("|" + "|".join(f" {cell} " if cell else " " for cell in line) + "|\n" for line in lines)
+
+
+def _thousandths(value: float | None) -> str:
+    return "" if value is None else f"{float(f'{1000 * value:.2g}'):g}"

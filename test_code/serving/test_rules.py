@@ -59,12 +59,34 @@ def test_the_table_names_every_reader_that_a_rule_knows():
     assert unknown == []
 
 
-def test_every_format_that_vllm_reads_is_served():
+def runs() -> dict[tuple[str, str, str], bool]:
+    """Return each reader, format and layout that a test runs, and whether it does so with experts.
+
+    `test_vllm.py` serves all cells, and `test_transformers.py` loads those of one layout.
+    """
+    found: dict[tuple[str, str, str], bool] = {}
+    for cell in cells.VLLM:
+        experts = "mixtral" in cell.families
+        names = [algorithms.get(cell.algorithm).hf_format]
+        # Experts in INT8 have input scales for each token.
+        names += ["W8A8_PER_CHANNEL_PER_TOKEN"] if cell.algorithm == "int8" else []
+        for reader in (readers.VLLM, *([readers.TRANSFORMERS] if cell.layout == cells.COMPRESSED else [])):
+            for name in names:
+                found[reader, name, cell.layout] = experts or found.get((reader, name, cell.layout), False)
+    return found
+
+
+def test_the_table_says_run_where_a_test_runs_the_reader():
     claimed = {
-        (entry.hf_format, layout)
-        for entry in algorithms.TABLE.values()
-        if entry.hf_format is not None
-        for layout in algorithms.HF_FORMATS[entry.hf_format].layouts
-        if readers.cells(entry.hf_format, layout)[readers.VLLM].reads
+        (reader, name, layout)
+        for name, entry in algorithms.HF_FORMATS.items()
+        for layout in entry.layouts
+        for reader, cell in readers.cells(name, layout).items()
+        if cell.how == readers.RUN or (cell.reads and reader == readers.VLLM)
     }
-    assert claimed == {(algorithms.get(cell.algorithm).hf_format, cell.layout) for cell in cells.VLLM}
+    assert claimed == set(runs())
+
+
+def test_the_table_says_where_vllm_reads_experts():
+    for (reader, name, layout), experts in runs().items():
+        assert reader != readers.VLLM or readers.cells(name, layout)[reader].experts is experts, (name, layout)

@@ -20,6 +20,8 @@ DOUBLED = [
     for family, cell in PAIRS
     if family == "llama" or (family, cell.name) == ("mixtral", "mxfp8-modelopt")
 ]
+# Formats with stored scales of inputs.
+STATIC = [("llama", cell) for cell in cells.VLLM if cell.algorithm in ("fp8", "int8", "int8_sq", "nvfp4", "nvfp4_awq")]
 SWAPPED = [(family, cells.VLLM[0]) for family in ("llama", "mixtral")]
 
 
@@ -98,6 +100,11 @@ def assert_broken(engine, ahead, served, target, family, cell, name, change):
 @pytest.mark.parametrize(("family", "cell"), DOUBLED, ids=ids(DOUBLED))
 def test_the_bound_is_broken_by_a_doubled_scale(engine, ahead, served, tmp_path, family, cell):
     assert_broken(engine, ahead, served, tmp_path / "wrong", family, cell, "doubled scale", client.double_scale)
+
+
+@pytest.mark.parametrize(("family", "cell"), STATIC, ids=ids(STATIC))
+def test_the_bound_is_broken_by_a_small_scale_of_inputs(engine, ahead, served, tmp_path, family, cell):
+    assert_broken(engine, ahead, served, tmp_path / "wrong", family, cell, "input scale", client.shrink_input_scale)
 
 
 @pytest.mark.parametrize(("family", "cell"), SWAPPED, ids=ids(SWAPPED))
