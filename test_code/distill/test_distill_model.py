@@ -101,6 +101,13 @@ def test_the_lm_loss_leaves_the_logits_to_the_kl(ranks, teacher_path, settings):
         assert mixed["kd_loss"] == pytest.approx(1.5 * mixed["lm_loss"], rel=1e-5)
 
 
+def test_a_cross_entropy_that_overwrites_bf16_logits_leaves_them_to_the_kl(ranks, teacher_path, settings):
+    paths = [settings("skip_lm_loss: true\n"), settings("skip_lm_loss: false\nfused_logits: 'off'\n")]
+    for alone, mixed in ranks(2).run(jobs.first_logits_loss_in_bf16, teacher_path, paths):
+        # The same bf16 logits; the sum over tokens is in fp32.
+        assert mixed["kd_logits_loss"] == pytest.approx(alone["kd_logits_loss"], rel=1e-5)
+
+
 def test_per_token_loss_does_not_depend_on_micro_batches(ranks, teacher_path):
     for curves in ranks(2).run(jobs.curves_by_micro_batch, teacher_path, True):
         for curve in curves[1:]:

@@ -296,6 +296,41 @@ def first_logits_loss(teacher_path, settings_paths):
     return first
 
 
+class _Fused(pl.Callback):
+    """Let a model use Transformer Engine's cross entropy, which the CPU backend replaces by Megatron's."""
+
+    def on_train_start(self, trainer, pl_module):
+        config = tiny.core(pl_module).config
+        config.cross_entropy_loss_fusion, config.cross_entropy_fusion_impl = True, "te"
+
+
+def first_logits_loss_in_bf16(teacher_path, settings_paths):
+    """Return what `first_logits_loss` does for bf16 models whose cross entropy overwrites the logits, as TE's does."""
+    from megatron.core.models.common.language_module import language_module
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    from nemo import lightning as nl
+
+    def overwriting(logits, labels, group, is_cg_capturable=False):
+        loss = vocab_parallel_cross_entropy(logits.float().clone(), labels)
+        logits.data.zero_()
+        return loss
+
+    kept, language_module.te_parallel_cross_entropy = language_module.te_parallel_cross_entropy, overwriting
+    te = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
+    first = []
+    try:
+        for path in settings_paths:
+            bf16 = nl.MegatronMixedPrecision("bf16-mixed", params_dtype=torch.bfloat16, autocast_enabled=False)
+            model, recorder = distillation_model(teacher_path, path, te, te), Metrics()
+            tiny.fit(model, tiny.data(), max_steps=1, callbacks=[recorder, _Fused()], tp=2, plugins=bf16)
+            first.append(recorder.steps[0])
+            ranks.reset()
+    finally:
+        language_module.te_parallel_cross_entropy = kept
+    return first
+
+
 def curves_by_micro_batch(teacher_path, per_token):
     """Return loss curves for micro-batches of 1, 2 and 4 sequences, on data whose masks are of unequal length."""
     curves = []

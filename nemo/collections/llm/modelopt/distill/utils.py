@@ -230,10 +230,16 @@ def _student_lm_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         logits.labels = labels
         return _no_lm_loss(self, labels, logits)
     compared = getattr(self, "training", False) or _compares_in_validation(state.settings)
-    if compared and isinstance(logits, Tensor) and logits.dtype == torch.float32:
-        # Megatron's cross entropy works in place on fp32 logits, and the distillation loss still needs them.
+    if compared and isinstance(logits, Tensor) and _is_overwritten(getattr(self, "config", None), logits):
+        # The distillation loss still needs them.
         copy_captured(self, logits)
     return type(self).compute_language_model_loss(self, labels, logits)
+
+
+def _is_overwritten(config: Any, logits: Tensor) -> bool:
+    """Return whether the cross entropy works in place: Megatron's on fp32 logits, Transformer Engine's on all."""
+    fused = getattr(config, "cross_entropy_loss_fusion", False) is True
+    return logits.dtype == torch.float32 or (fused and getattr(config, "cross_entropy_fusion_impl", "") == "te")
 
 
 def _compares_in_validation(settings: Any) -> bool:
