@@ -222,6 +222,17 @@ def test_every_microbatch_is_forwarded_once_in_runs_of_one_shape(calibration):
     assert outputs[0].tolist() == [[1, 2, 3, 4]] * 2
 
 
+def test_the_scale_of_experts_losses_stays_on_the_device_of_the_model(calibration, monkeypatch):
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
+    step = calibration.forward_step()
+    output, loss = step(iter([torch.ones(1, 4).long()]), lambda *inputs: torch.zeros(4, 1, 8, device="meta"))
+    # Megatron makes the scale where the loss is, and keeps it for the training that follows.
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=loss(output)[0].device))
+    assert MoEAuxLossAutoScaler.main_loss_backward_scale.device == output.device
+
+
 @pytest.mark.parametrize(("enabled", "skipped"), [(True, False), (False, True)])
 def test_output_layer_is_skipped_unless_it_is_quantized(calibration, enabled, skipped):
     core = torch.nn.Module()

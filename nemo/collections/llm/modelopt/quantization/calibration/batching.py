@@ -226,7 +226,8 @@ def forward_step(consume: Callable[[torch.Tensor], None] | None = None) -> Calla
         def no_loss(tensor):
             if consume is not None:
                 consume(tensor)
-            return torch.zeros(1), {}
+            # On the device of the model: Megatron keeps the scale of the auxiliary losses of experts there.
+            return torch.zeros(1, device=tensor.device), {}
 
         return output, no_loss
 
