@@ -62,19 +62,23 @@ class InMemory:
     noise: float
 
 
-def in_memory(core, draws: int = 4) -> InMemory:
+# Their mean is steady even if only a few tokens get other experts.
+DRAWS = 4
+
+
+def in_memory(core, draws: int) -> InMemory:
     """Run a quantized model.
 
     Args:
         core: The model.
-        draws: How often its arithmetic in bf16 is imitated.
+        draws: How often its arithmetic in bf16 is imitated; the noise of none is NaN.
     """
     expected = log_probabilities(core)
     noise = []
     for seed in range(draws):
         with bf16.imitated(core, seed):
             noise.append(divergence(expected, log_probabilities(core)))
-    return InMemory(expected, sum(noise) / draws)
+    return InMemory(expected, sum(noise) / draws if draws else float("nan"))
 
 
 def export(checkpoint, target, algorithm, **settings) -> InMemory:
@@ -84,7 +88,8 @@ def export(checkpoint, target, algorithm, **settings) -> InMemory:
         checkpoint: The NeMo checkpoint.
         target: The folder.
         algorithm: Of ``QuantizationConfig``.
-        **settings: ``quant`` and ``export``, of both configurations; ``export`` names the layout.
+        **settings: ``quant`` and ``export``, of both configurations, and ``draws`` of `in_memory`; ``export`` names the
+            layout.
 
     Returns:
         The quantized model in memory.
@@ -102,7 +107,7 @@ def export(checkpoint, target, algorithm, **settings) -> InMemory:
         core = tiny.core(quantized)
         # Scales of packed integers are stored in bf16, and codes are chosen for these; those of a cache are at least 1.
         with layout.scales_as_stored(core, torch.bfloat16), hf_kv_cache.as_stored(core):
-            found.append(in_memory(core))
+            found.append(in_memory(core, settings.get("draws", DRAWS)))
         return quantized
 
     module.Quantizer.quantize = keep
