@@ -16,6 +16,7 @@ SETTINGS: dict[str, tuple[dict, dict | None]] = {
     "FP8_WO": ({"num_bits": E4M3, "axis": 0}, None),
     "FP8_PB_WO": ({"num_bits": E4M3, "block_sizes": {-1: 128, -2: 128}}, None),
     "W8A8_SQ_PER_CHANNEL": ({"num_bits": 8, "axis": 0}, {"num_bits": 8}),
+    "W8A8_PER_CHANNEL_PER_TOKEN": ({"num_bits": 8, "axis": 0}, {**BY_TOKEN, "num_bits": 8}),
     "W8A16": ({"num_bits": 8, "axis": 0}, None),
     "W4A16_AWQ": ({"num_bits": 4, "block_sizes": {-1: 32}}, None),
     "NVFP4": (NVFP4, NVFP4),

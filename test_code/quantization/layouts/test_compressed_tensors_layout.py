@@ -25,6 +25,7 @@ STORED = {
     "FP8_WO": {"weight": ("float8_e4m3fn", [6, 64]), "weight_scale": ("float32", [6, 1])},
     "FP8_PB_WO": {"weight": ("float8_e4m3fn", [256, 128]), "weight_scale": ("float32", [2, 1])},
     "W8A8_SQ_PER_CHANNEL": {"weight": ("int8", [6, 64]), "weight_scale": ("float32", [6, 1]), **INPUT},
+    "W8A8_PER_CHANNEL_PER_TOKEN": {"weight": ("int8", [6, 64]), "weight_scale": ("float32", [6, 1])},
     "W8A16": {
         "weight_packed": ("int32", [6, 16]),
         "weight_scale": ("bfloat16", [6, 1]),

@@ -11,7 +11,9 @@ STATIC = ["FP8", "W8A8_SQ_PER_CHANNEL"]
 
 
 @pytest.mark.parametrize("name", ["modelopt", "compressed-tensors"])
-@pytest.mark.parametrize("algorithm", [*STATIC, "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "MXFP8"])
+@pytest.mark.parametrize(
+    "algorithm", [*STATIC, "FP8_PER_CHANNEL_PER_TOKEN", "W8A8_PER_CHANNEL_PER_TOKEN", "NVFP4", "MXFP8"]
+)
 def test_inputs_are_rounded_as_in_memory(algorithm, name, cpu_backend):
     from nemo.collections.llm.modelopt.quantization.export.layouts import LAYOUTS, inputs, layer
 

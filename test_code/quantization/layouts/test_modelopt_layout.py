@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from test_code.quantization.layouts import modules
 
-ALGORITHMS = [name for name in modules.SETTINGS if name != "FP8_WO"]
+ALGORITHMS = [name for name in modules.SETTINGS if name not in ("FP8_WO", "W8A8_PER_CHANNEL_PER_TOKEN")]
 cases = settings(max_examples=30, deadline=None)
 seeds, kinds = st.integers(0, 2**31), st.sampled_from(["bf16 numbers", "bf16", "fp32"])
 
@@ -218,7 +218,8 @@ def test_formats_are_recognized(algorithm, cpu_backend):
     module.input_quantizer(torch.randn(2, 3, module.in_features))
     assert layer.algorithm_of(*layer.settings_of(module)) == algorithm
     # Before calibration only the settings of the weight are known.
-    assert layer.algorithm_of(*layer.settings_of(module)[:3]) == algorithm
+    planned = {"W8A8_PER_CHANNEL_PER_TOKEN": "W8A8_SQ_PER_CHANNEL"}.get(algorithm, algorithm)
+    assert layer.algorithm_of(*layer.settings_of(module)[:3]) == planned
 
 
 @pytest.mark.parametrize(
@@ -230,6 +231,7 @@ def test_formats_are_recognized(algorithm, cpu_backend):
         ("NVFP4", {"num_bits": modules.E4M3}),
         ("MXFP8", {"num_bits": modules.E4M3}),
         ("W8A8_SQ_PER_CHANNEL", {"num_bits": modules.E4M3}),
+        ("W8A8_SQ_PER_CHANNEL", modules.BY_TOKEN),
     ],
 )
 def test_a_layer_with_another_kind_of_input_has_no_format(algorithm, inputs):
@@ -251,6 +253,18 @@ def test_nvfp4_with_awq_is_plain_nvfp4_once_its_factors_are_stored_elsewhere():
     assert found.format == ("NVFP4_AWQ", facts)
     found.pre_quant_scale = None
     assert found.format == ("NVFP4", {"group_size": 16})
+
+
+def test_layers_with_and_without_factors_of_inputs_have_one_name():
+    """No reader takes a mixture that contains NVFP4_AWQ."""
+    from nemo.collections.llm.modelopt.quantization.export.layouts import modelopt
+
+    scaled = {"group_size": 16, "has_zero_point": False, "pre_quant_scale": True}
+    formats = {"q": ("NVFP4", {"group_size": 16}), "o": ("NVFP4_AWQ", scaled)}
+    assert modelopt.section(formats, [], None)["quant_algo"] == "NVFP4_AWQ"
+    assert modelopt.section({"q": formats["q"]}, [], None)["quant_algo"] == "NVFP4"
+    mixed = modelopt.section({**formats, "down": ("FP8", {})}, [], None)
+    assert mixed["quant_algo"] == "MIXED_PRECISION"
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
