@@ -145,8 +145,8 @@ def _write_plain_hf(tools: Collaborators, model, model_dir: str, folder: Path, l
     core = tools.unwrap_for_modelopt_operations(model)
     try:
         if _real.holds_core(core):
-            _write_core(tools, model, core, exporter, folder, **kwargs)
-            _finish_hf(tools, model, model_dir, core, folder, level, kwargs["dtype"])
+            if _write_core(tools, model, core, exporter, folder, **kwargs):
+                _finish_hf(tools, model, model_dir, core, folder, level, kwargs["dtype"])
             return
     except hf_names.NamesError as error:
         if tools.is_global_rank_zero():
@@ -157,17 +157,25 @@ def _write_plain_hf(tools: Collaborators, model, model_dir: str, folder: Path, l
         hf_card.write(folder, model_dir, model)
 
 
-def _write_core(tools: Collaborators, model, core, exporter, folder: Path, **kwargs: Any) -> None:
+def _write_core(tools: Collaborators, model, core, exporter, folder: Path, **kwargs: Any) -> bool:
     """Write a real Megatron-Core model.
 
     A user's replacement of modelopt's function is called, and modelopt's own function for arguments that only it has.
+
+    Returns:
+        Whether the files are ours. What a replacement writes is not changed and not verified, as in stock.
     """
     tokenizer, write = support.hf_tokenizer(model), tools.mte.export_mcore_gpt_to_hf
     if hf_writer.is_own(write) and set(kwargs) <= _OWN_ARGUMENTS:
         hf_writer.write(core, exporter, tokenizer, folder, **kwargs)
-    else:
-        theirs = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS - {"dtype"}}
-        hf_writer.write_with(write, core, exporter.config, tokenizer, folder, **theirs)
+        return True
+    theirs = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS - {"dtype"}}
+    hf_writer.write_with(write, core, exporter.config, tokenizer, folder, **theirs)
+    if hf_writer.is_own(write):
+        return True
+    if tools.is_global_rank_zero():
+        logging.warning(f"A replacement of modelopt's writer wrote {folder.name}. Its files are not verified.")
+    return False
 
 
 def _finish_hf(tools: Collaborators, model, model_dir: Any, core, folder: Path, level: str, dtype: torch.dtype) -> None:
@@ -237,8 +245,8 @@ def write_converted_hf(
     with _staging.staged(Path(export_dir), files.checkpoint("hf")) as folder:
         size = shard_sizes.parse(max_shard_size)
         layout = layouts.LAYOUTS[layout_choice.of_model(core, hf_layout)]
-        _write_core(tools, model, core, exporter, folder, layout=layout, max_shard_bytes=size, **kwargs)
-        _finish_hf(tools, model, model_dir, core, folder, verify, kwargs.get("dtype", torch.bfloat16))
+        if _write_core(tools, model, core, exporter, folder, layout=layout, max_shard_bytes=size, **kwargs):
+            _finish_hf(tools, model, model_dir, core, folder, verify, kwargs.get("dtype", torch.bfloat16))
     return Path(export_dir)
 
 
