@@ -62,6 +62,8 @@ def describe(folder: Path, job: Job, root: Path) -> None:
         job: the settings.
         root: the run's folder, with the records of the steps before.
     """
+    from nemo.collections.llm.modelopt.quantization.export import hf_card
+
     found = {name: stages.read_record(root / name) for name in facts.MODELS}
     records = {name: record for name, record in found.items() if record is not None}
     teacher, quantization = Path(job.teacher).name, job.quantization
@@ -77,5 +79,10 @@ def describe(folder: Path, job: Job, root: Path) -> None:
         for name, record in records.items()
         if "heldout_loss" in record.result
     ]
+    kl = records["quantize"].result.get("kl_to_original") if "quantize" in records else None
+    if rows and kl is not None:
+        tokens = records["quantize"].result["evaluation_tokens"]
+        rows += ["", f"KL of the quantized model to the one before: {kl:.2e} nats, on {tokens} tokens."]
     table = ["| model | held-out loss (nats per token) | parameters |", "|---|---|---|", *rows]
     model_card.add(folder, "Measured quality", table if rows else [])
+    model_card.set_base(folder, hf_card.base_model(job.teacher, None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -217,6 +218,7 @@ def quantize(folder: Path, job: Job, student: Path, token_folder: Path) -> dict[
             export_format="nemo",
             dtype="bf16",
             hf_layout=settings.layout_of_scales or algorithms.AUTO,
+            report_path=str(folder / _REPORT),
         ),
         calibration_tp=layout.tp,
         calibration_pp=layout.pp,
@@ -233,7 +235,17 @@ def quantize(folder: Path, job: Job, student: Path, token_folder: Path) -> dict[
             calibration_seq_len=settings.calibration_seq_len,
         ),
     )
-    return measure(folder / _CHECKPOINT, token_folder, job)
+    return {**measure(folder / _CHECKPOINT, token_folder, job), **_compared(folder / _REPORT)}
+
+
+def _compared(folder: Path) -> dict[str, Any]:
+    """Return how the quantized model differs from the one before, from the report of the quantization, if it says so.
+
+    Only rank zero can be sure to see the report, and keeps the result.
+    """
+    path = folder / "report.json"
+    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {name: report[name] for name in ("kl_to_original", "evaluation_tokens") if name in report}
 
 
 def export(folder: Path, job: Job, quantized: Path, token_folder: Path, root: Path) -> dict[str, Any]:

@@ -207,12 +207,16 @@ class Quantization:
 
     @property
     def layout_of_scales(self) -> str | None:
-        """The layout for which the calibration's input scales are moved, None if there are none or it holds them."""
+        """The layout of Hugging Face files if the calibration depends on it, else None.
+
+        Input scales are moved for compressed-tensors, and for NVFP4 in any layout; experts in INT8 get other scales.
+        """
         found = algorithms.hf_format_of(self.algorithm)
-        if "hf" not in self.formats or found is None or not algorithms.scales_inputs(self.algorithm):
+        if "hf" not in self.formats or found is None:
             return None
         layout = algorithms.layout_of(found, self.hf_layout)
-        return layout if layout == readers.COMPRESSED_TENSORS else None
+        depends = algorithms.scales_inputs(self.algorithm) or found == "W8A8_SQ_PER_CHANNEL"
+        return layout if depends and (layout == readers.COMPRESSED_TENSORS or found == "NVFP4_AWQ") else None
 
     def problems(self) -> list[str]:
         """Return what is wrong with the quantization settings."""

@@ -76,6 +76,21 @@ def retitle(folder: Path, title: str) -> None:
         path.write_text(re.sub(r"^# .*$", lambda _: f"# {title}", text, count=1, flags=re.MULTILINE), encoding="utf-8")
 
 
+def set_base(folder: Path, base: str) -> None:
+    """Name the original model in the header of the card of a folder, if the card does not name one.
+
+    Args:
+        folder: The folder.
+        base: Its name on the Hugging Face hub; nothing is done if it is empty.
+    """
+    path = folder / NAME
+    if not base or not path.is_file():
+        return
+    text = path.read_text(encoding="utf-8")
+    if "\nbase_model: " not in text:
+        path.write_text(text.replace("---\n", f"---\nbase_model: {base}\n", 1), encoding="utf-8")
+
+
 def hub_id(*candidates: Any) -> str:
     """Return the first candidate that is a name on the Hugging Face hub and no path, or an empty text."""
     for one in candidates:

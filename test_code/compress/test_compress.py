@@ -132,7 +132,7 @@ def test_random_windows_depend_on_seed_and_number_alone():
 def teacher(ranks_factory, tmp_path_factory) -> Path:
     """Write a tiny teacher checkpoint, and texts next to it."""
     folder = tmp_path_factory.mktemp("compress")
-    ranks_factory(1).run(jobs_compress.make_teacher, str(folder), timeout=240)
+    ranks_factory(1).run(jobs_compress.make_teacher, str(folder), llama=True, timeout=240)
     return folder
 
 
@@ -354,6 +354,30 @@ def test_an_export_is_read_back_exactly(tmp_path, fp8, cpu_backend):
     expected = _export_llama(tmp_path, fp8)
     found = exported.heldout_loss(tmp_path, np.arange(60, dtype=np.int32), 8, 3)
     assert found == pytest.approx(expected, abs=1e-5)  # fp32 sums in another order
+
+
+def test_the_card_of_an_export_has_method_data_and_measurements(ranks, teacher):
+    (found,) = ranks(1).run(jobs_compress.quantize_and_export, str(teacher), timeout=240)
+    text = (teacher / "export" / "hf" / "README.md").read_text()
+    assert "# checkpoint, compressed to fp8\n" in text and "- Original model: `checkpoint`" in text
+    assert "- Quantized: fp8." in text and "- Algorithm: `fp8`, weights FP8 E4M3, activations FP8" in text
+    assert "at most 8 rows of `train.jsonl`, at most 32 tokens each" in text
+    assert f"| quantized | {found['heldout_loss']:.4f} | {found['parameters']:,} |" in text
+    kl = f"KL of the quantized model to the one before: {found['kl_to_original']:.2e} nats"
+    assert 0 < found["kl_to_original"] < 0.1 and kl in text
+    assert "vllm serve FOLDER" in text and "trtllm-serve FOLDER" in text and "base_model" not in text
+
+
+def test_the_card_names_the_model_on_the_hub(tmp_path):
+    from nemo_modelopt_dropin.preflight import readers
+    from nemo_modelopt_dropin.report import model_card
+
+    (tmp_path / "config.json").write_text("{}")
+    model_card.write(tmp_path, "student", {"FP8"}, readers.MODELOPT)
+    for base in ("", "org/teacher", "org/another"):
+        model_card.set_base(tmp_path, base)
+    header = (tmp_path / "README.md").read_text().split("---\n")[1]
+    assert header.startswith("base_model: org/teacher\nlibrary_name:") and "another" not in header
 
 
 def test_an_export_with_a_weight_missing_is_refused(tmp_path, cpu_backend):

@@ -63,7 +63,9 @@ def test_a_redo_without_effect_is_reported_in_one_line(finished, monkeypatch, ca
         ("--algorithm int8_sq --formats nemo hf", "compressed-tensors"),
         ("--algorithm int8_sq --formats nemo hf --hf-layout modelopt", None),
         ("--algorithm int8_sq --formats nemo", None),
-        ("--algorithm int8 --formats nemo hf", None),
+        ("--algorithm int8 --formats nemo hf", "compressed-tensors"),
+        ("--algorithm nvfp4_awq --formats nemo hf", "modelopt"),
+        ("--algorithm w4a8_awq --formats nemo hf --awq-block-size 32", None),
         ("--algorithm fp8 --formats nemo hf --hf-layout compressed-tensors", None),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from nemo import lightning as nl
 from nemo.collections import llm
 from nemo_modelopt_cli import tokens
-from nemo_modelopt_cli.compress import jobs, training
+from nemo_modelopt_cli.compress import jobs, stages, training
 from nemo_modelopt_cli.compress.settings import Job, Layout, Pruning, Quantization
 from test_code.support import tiny
 
@@ -55,3 +56,22 @@ def prune(folder: str, layout: dict, pruning: dict, quantization: dict | None = 
     """Return what the stage that prunes reports of the tiny teacher, pruned below ``folder``/pruned."""
     here = Path(folder)
     return jobs.prune(here / "pruned", _pruning(here, layout, pruning, quantization), here / "pruned")
+
+
+def quantize_and_export(folder: str) -> dict:
+    """Quantize the tiny teacher below ``folder``/quantize, export Hugging Face files below ``folder``/export.
+
+    Returns:
+        What the step that quantizes reports.
+    """
+    here = Path(folder)
+    quantization = {"formats": ("hf",), "calibration_size": 8, "calibration_batch_size": 2, "calibration_seq_len": 32}
+    job = _pruning(here, {}, {}, quantization)
+    tokenize(folder)
+    for name in ("quantize", "export"):
+        (here / name).mkdir()
+    found = jobs.quantize(here / "quantize", job, here / "checkpoint", here / "pruned")
+    record = stages.Record("quantize", "", "", {}, found, 0.0)
+    (here / "quantize" / stages.DONE).write_text(json.dumps(asdict(record)))
+    jobs.export(here / "export", job, here / "quantize" / "checkpoint", here / "pruned", here)
+    return found
