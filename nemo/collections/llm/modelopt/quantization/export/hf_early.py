@@ -41,7 +41,8 @@ def check_rows(names: hf_names.Names, core: torch.nn.Module, quant_cfg: dict[str
     Raises:
         NamesError: With the names of one that is not.
     """
-    by_source = {rule.sources[0]: rule for rule in names.rules}
+    # Experts may be sources of one tensor: every rank then has one of them, and all ranks raise the error.
+    by_source = {source: rule for rule in names.rules for source in rule.sources}
     modules = {id(module): name for name, module in core.named_modules()}
     for name, part in parts.own(core, {}).items():
         rule, module = by_source.get(name), modules[id(part.module)]
