@@ -102,6 +102,26 @@ def test_scales_of_the_cache_are_in_files_and_configurations(exported, family, a
     assert section["kv_cache_scheme"] == {"dynamic": False, "num_bits": 8, "type": "float"}
 
 
+def test_names_of_the_scales_in_compressed_tensors(ranks, work):
+    """The library registers them below attention, where transformers looks for them."""
+    target = work / "compressed"
+    export = {"hf_layout": "compressed-tensors"}
+    ranks(1).run(jobs_quant.ptq, str(work / "llama"), str(target), "fp8", "hf", 1, 1, settings(work), export)
+    stored = {name: value for name, value in tensors_of(target).items() if name.endswith((".k_scale", ".v_scale"))}
+    assert set(stored) == {f"model.layers.{n}.self_attn.{leaf}_scale" for n in range(2) for leaf in "kv"}
+    assert {(value.dtype, tuple(value.shape)) for value in stored.values()} == {(torch.float32, (1,))}
+    section = json.loads((target / "config.json").read_text())["quantization_config"]
+    assert section["kv_cache_scheme"]["num_bits"] == 8 and section["kv_cache_scheme"]["type"] == "float"
+
+
+def test_a_cache_that_compressed_tensors_cannot_describe_raises_an_error_before_the_calibration(ranks, work):
+    arguments = (str(work / "llama"), str(work / "never"), "int4_awq", "hf", 1, 1)
+    quant, export = settings(work, kv_cache_qformat="nvfp4"), {"hf_layout": "auto"}
+    name, text, left = ranks(1).run(jobs_quant.ptq_error, *arguments, quant, export)[0]
+    assert name == "ModelOptConfigError" and not left
+    assert "int4_awq is written, has no KV cache in NVFP4" in text and 'kv_cache_qformat="fp8"' in text
+
+
 def test_without_a_quantized_cache_no_file_mentions_one(ranks, work):
     target = work / "without"
     ranks(1).run(

@@ -48,7 +48,8 @@ def verify(folder: Path) -> None:
     if expected:
         problems += [f"{name} is unexpected" for name in tensors if name not in expected and not is_scale(name)]
     problems += [f"{name} belongs to no weight" for name in tensors if _is_orphan(name, tensors)]
-    problems += hf_kv_cache.scale_problems(kv_cache_of(folder), set(tensors), set(expected))
+    layout = formats.layout or modelopt
+    problems += hf_kv_cache.scale_problems(kv_cache_of(folder), set(tensors), set(expected), layout)
     if problems:
         raise ExportError(f"The checkpoint that was written is wrong: {'; '.join(sorted(problems)[:10])}")
 

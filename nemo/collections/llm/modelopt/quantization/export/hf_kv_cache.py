@@ -1,8 +1,11 @@
 """Write, check and apply the scales of a quantized KV cache in a Hugging Face checkpoint.
 
-modelopt's exporter of Hugging Face models names them ``self_attn.k_proj.k_scale`` and ``self_attn.v_proj.v_scale``. Its
-Megatron exporter uses other names, and has no rule for some architectures. FP8 scales are at least 1.0, as modelopt
-recommends: the range of FP8 suffices, and with smaller scales, values above those of the calibration would overflow.
+modelopt's exporter of Hugging Face models names them ``self_attn.k_proj.k_scale`` and ``self_attn.v_proj.v_scale``, the
+library compressed-tensors ``self_attn.k_scale`` and ``self_attn.v_scale``. modelopt's Megatron exporter uses other
+names, and has no rule for some architectures.
+
+FP8 scales are at least 1.0, as modelopt recommends: the range of FP8 suffices, and with smaller scales, values above
+those of the calibration would overflow.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 
 from ...errors import ModelOptConfigError
 from .. import quant_cfg_choices as choices
+from .layouts import modelopt as modelopt_layout
 from .layouts.inputs import static_quantizer
 
 # modelopt divides amax by this number, for a cache in either format.
@@ -133,20 +137,28 @@ def formats(core: torch.nn.Module) -> set[str | None]:
     return {format_of(_present(attention)) for _, _, attention, _ in _attentions(core)}
 
 
-def scales(core: torch.nn.Module, prefixes: Mapping[int, str]) -> dict[int, dict[str, torch.Tensor]]:
+def planned_formats(core: torch.nn.Module, quant_cfg: dict[str, Any]) -> set[str | None]:
+    """Return the formats of this rank's KV cache that a quant_cfg will enable, once `check_or_disable` accepted it."""
+    return {format_of(choices.enabled_quantizers(quant_cfg, name, _QUANTIZERS)) for _, name, _, _ in _attentions(core)}
+
+
+def scales(
+    core: torch.nn.Module, prefixes: Mapping[int, str], layout: Any = modelopt_layout
+) -> dict[int, dict[str, torch.Tensor]]:
     """Return the scales of this rank's KV cache: number of each layer, from 0, to tensors by name.
 
     Args:
         core: This rank's Megatron-Core model.
         prefixes: Prefix of the tensors of attention in the checkpoint, by layer number from 0.
+        layout: A module of `layouts`, which names the scales.
     """
     found = {}
     for number, _, attention, _ in _attentions(core):
         if format_of(_present(attention)) is not None:
-            base = prefixes[number]
+            quantizers = (attention.k_bmm_quantizer, attention.v_bmm_quantizer)
             found[number] = {
-                f"{base}k_proj.k_scale": stored_scale(attention.k_bmm_quantizer).cpu(),
-                f"{base}v_proj.v_scale": stored_scale(attention.v_bmm_quantizer).cpu(),
+                f"{prefixes[number]}{leaf}": stored_scale(quantizer).cpu().reshape(layout.CACHE_SHAPE)
+                for leaf, quantizer in zip(layout.CACHE_SCALES, quantizers, strict=True)
             }
     return found
 
@@ -215,20 +227,21 @@ def attach(model: torch.nn.Module, tensors: dict[str, torch.Tensor], cache: str 
     model.register_forward_pre_hook(use, with_kwargs=True)
 
 
-def scale_problems(cache: str | None, names: set[str], expected: set[str]) -> list[str]:
+def scale_problems(cache: str | None, names: set[str], expected: set[str], layout: Any = modelopt_layout) -> list[str]:
     """Return which scales of the KV cache are missing in a checkpoint, or not named in its configuration.
 
     Args:
         cache: Its ``kv_cache_quant_algo``.
         names: Names of its tensors.
         expected: Names of the tensors that ``transformers`` loads; key and value projections among them need scales.
+        layout: A module of `layouts`, which names the scales.
     """
     stored = {name for name in names if _NAME.search(name)}
     if cache is None:
         return [f"{name} is stored, but the configuration has no kv_cache_quant_algo" for name in sorted(stored)]
     wanted = {
-        name.removesuffix("weight") + f"{leaf}_scale"
-        for leaf in "kv"
+        name.removesuffix(f"{leaf}_proj.weight") + scale
+        for leaf, scale in zip("kv", layout.CACHE_SCALES, strict=True)
         for name in expected
         if name.endswith(f".{leaf}_proj.weight")
     }

@@ -58,7 +58,7 @@ def write(
         hf_config = hf_configs.of(exporter, model, tokenizer, hf_names.rows_of_embedding(shapes))
         names = hf_names.of(model, exporter, hf_config, shapes)
         writer = hf_shards.Writer(names, directory, layout, dtype)
-        writer.write(Path(target), max_shard_bytes, _cache_scales(model, names) if cache else {})
+        writer.write(Path(target), max_shard_bytes, _cache_scales(model, names, layout) if cache else {})
     formats = {name: found for part in _parallel.gather_objects(writer.formats) for name, found in part.items()}
     with _staging.fail_together("Writing the configuration"):
         if is_global_rank_zero():
@@ -103,10 +103,10 @@ def _kv_cache(model: torch.nn.Module) -> str | None:
     return found.pop() if found else None
 
 
-def _cache_scales(model: torch.nn.Module, names: hf_names.Names) -> dict[int, dict[str, torch.Tensor]]:
+def _cache_scales(model: torch.nn.Module, names: hf_names.Names, layout: Any) -> dict[int, dict[str, torch.Tensor]]:
     """Return the scales of the KV cache of all ranks by layer number from 0; all ranks must call."""
     found: dict[int, dict[str, torch.Tensor]] = {}
-    for scales in _parallel.gather_objects(hf_kv_cache.scales(model, names.attention())):
+    for scales in _parallel.gather_objects(hf_kv_cache.scales(model, names.attention(), layout)):
         for number, tensors in scales.items():
             found.setdefault(number, tensors)
     return found

@@ -14,7 +14,7 @@ from nemo_modelopt_dropin.preflight import algorithms, readers
 from ... import _parallel
 from ...errors import ModelOptConfigError
 from .. import quant_cfg_choices as choices
-from . import input_scales
+from . import hf_kv_cache, input_scales
 from .layouts import layer as layers
 
 
@@ -44,19 +44,26 @@ def of_model(core: torch.nn.Module, layout: str) -> str:
     Raises:
         ModelOptConfigError: If no layout, or not the requested one, can hold all formats of the layers.
     """
-    own = {found.format[0] for module in core.modules() if (found := layers.read(module)) is not None}
+    own = {name: found for name, module in core.named_modules() if (found := layers.read(module)) is not None}
     scaled = any(input_scales.scale_of(module) is not None for module in core.modules())
-    parts = _parallel.gather_objects((own, scaled))
-    formats = {name for part, _ in parts for name in part}
+    static = any(".experts." in name and layer.algorithm == "W8A8_SQ_PER_CHANNEL" for name, layer in own.items())
+    parts = _parallel.gather_objects(({layer.format[0] for layer in own.values()}, scaled, static))
+    formats = {name for part, _, _ in parts for name in part}
     # Scales of inputs that the Quantizer did not move into other layers, as for a NeMo checkpoint.
-    if any(found for _, found in parts):
+    if any(found for _, found, _ in parts):
         if layout == readers.COMPRESSED_TENSORS:
             raise ModelOptConfigError(
                 f"hf_layout={layout!r} has no scales of inputs, and AWQ or SmoothQuant left some in this model. "
                 f'Quantize with this hf_layout (export_format="hf" or "nemo"), or use hf_layout={readers.MODELOPT!r}.'
             )
         layout = readers.MODELOPT
-    return algorithms.common_layout(formats, layout)
+    chosen = algorithms.common_layout(formats, layout)
+    if chosen == readers.COMPRESSED_TENSORS and any(one for *_, one in parts) and is_global_rank_zero():
+        logging.warning(
+            "The inputs of experts have calibrated INT8 scales, which vLLM does not read. To write scales for each "
+            f"token, quantize with hf_layout={chosen!r}."
+        )
+    return chosen
 
 
 def check(quant_cfg: dict[str, Any] | None, algorithm: str | None, export_config: Any) -> None:
@@ -100,6 +107,30 @@ def planned_layout(export_config: Any, planned: dict[str, dict[str, Any]]) -> st
             f"auto_quantize_formats={list(found)} cannot be exported together. {error} Layouts: {'; '.join(held)}. "
             'Use formats of one layout, or export_format="nemo".'
         ) from None
+
+
+def check_cache(
+    core: torch.nn.Module, export_config: Any, quant_cfg: dict[str, Any], planned: dict[str, dict[str, Any]]
+) -> None:
+    """Check that the layout of a Hugging Face checkpoint can describe the quantized KV cache.
+
+    Args:
+        core: This rank's Megatron-Core model.
+        export_config: The ``ExportConfig``.
+        quant_cfg: How the model will be quantized, its KV cache included.
+        planned: Name to quant_cfg of the algorithms.
+
+    Raises:
+        ModelOptConfigError: With the reason and what to do.
+    """
+    if export_config.export_format != "hf" or planned_layout(export_config, planned) != readers.COMPRESSED_TENSORS:
+        return
+    if "NVFP4" in hf_kv_cache.planned_formats(core, quant_cfg):
+        raise ModelOptConfigError(
+            f"The layout {readers.COMPRESSED_TENSORS}, in which {' and '.join(planned)} is written, has no KV cache in "
+            f'NVFP4. Set kv_cache_qformat="fp8", enable_kv_cache=False, or hf_layout={readers.MODELOPT!r} for an '
+            "algorithm that it can hold."
+        )
 
 
 def later_layout(export_config: Any, planned: dict[str, dict[str, Any]]) -> str | None:

@@ -32,6 +32,8 @@ LEAVES = (
 # The library packs these codes into 32 bits; readers then need the scales in the dtype of the activations.
 _PACKED_INT = {"W4A16_AWQ": 4, "W8A16": 8}
 _MIXED = "mixed-precision"
+# Names of the scales of keys and values below attention, and their shape.
+CACHE_SCALES, CACHE_SHAPE = ("k_scale", "v_scale"), (1,)
 
 Formats = Mapping[str, tuple[str, dict[str, Any]]]
 

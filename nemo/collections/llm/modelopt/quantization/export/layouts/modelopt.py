@@ -27,6 +27,8 @@ LEAVES = ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_
 # TensorRT-LLM ignore the case.
 _WRITTEN_AS = {"FP8_PB_WO": "fp8_pb_wo"}
 _MIXED = "MIXED_PRECISION"
+# Names of the scales of keys and values below attention, and their shape.
+CACHE_SCALES, CACHE_SHAPE = ("k_proj.k_scale", "v_proj.v_scale"), ()
 
 Formats = Mapping[str, tuple[str, dict[str, Any]]]
 
