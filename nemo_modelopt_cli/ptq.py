@@ -32,7 +32,7 @@ from nemo_modelopt_cli.parser import (
 from nemo_modelopt_dropin import files
 from nemo_modelopt_dropin.errors import did_you_mean
 from nemo_modelopt_dropin.preflight import algorithms, data_files, output_checks, quant_file, shard_sizes
-from nemo_modelopt_dropin.preflight.model_checks import block_problems, split_problems
+from nemo_modelopt_dropin.preflight.model_checks import block_problems, file_problems, split_problems
 from nemo_modelopt_dropin.preflight.model_sizes import STAGES, known
 
 PATHS = options.paths(flags.Options)
@@ -93,6 +93,8 @@ def resolve(argv: list[str] | None = None, prog: str | None = None) -> argparse.
                 f"--auto_quantize_formats: {name!r} is not {known_names}{did_you_mean(name, algorithms.TABLE)}"
             )
     problems += split_problems(arguments.nemo_checkpoint, arguments.calibration_tp, arguments.calibration_pp)
+    unwritten = file_problems(arguments.nemo_checkpoint, arguments.algorithm, arguments.export_format)
+    problems += [f"--export_format: {one}" for one in unwritten]
     block = algorithms.block_size(arguments.algorithm, arguments.awq_block_size)
     shape = known(arguments.nemo_checkpoint)
     flag = "--awq_block_size" if algorithms.has_block_setting(arguments.algorithm) else None

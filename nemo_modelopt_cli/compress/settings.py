@@ -303,6 +303,9 @@ class Job:
             else model_checks.budget_problems(shape, pruning.target_params, targets, self.size_multiples(shape))
         )
         found = [f"pruning: {one}" for one in unfit]
+        for export_format in self.quantization.formats:
+            unwritten = model_checks.file_problems(self.teacher, self.quantization.algorithm, export_format)
+            found += [f"quantization: {one}" for one in unwritten]
         left = None if pruning.target_params is not None else pruning.target_num_layers or layers
         if left is not None and pruning.drop_layers:
             left -= len(pruning.drop_layers)

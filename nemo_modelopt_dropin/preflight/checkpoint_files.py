@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_modelopt_dropin.preflight import families
+
 # Number of missing files that are listed.
 _SHOWN = 3
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model")
@@ -96,7 +98,10 @@ def _yaml_problems(file: Path) -> list[str]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         return [f"{_name(file)} cannot be read: {' '.join(str(error).split())}"]
     # A missing file is not an error, but an empty or truncated one indicates an interrupted copy.
-    return [] if node is not None and node.id == "mapping" else [f"{_name(file)} does not describe a model"]
+    if node is None or node.id != "mapping":
+        return [f"{_name(file)} does not describe a model"]
+    problem = families.kind_problem(next((value.value for key, value in node.value if key.value == "_target_"), None))
+    return [problem] if problem else []
 
 
 def _artifact_problems(context: Path, described: Mapping[str, Any]) -> list[str]:

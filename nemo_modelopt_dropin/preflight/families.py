@@ -1,6 +1,6 @@
 """The families of models that NeMo imports, and what cannot be done with each: one table. Nothing heavy is imported.
 
-The checks of pruning requests and the table in ``docs/families.md`` are made from it: ``python -m
+The checks of pruning requests and of exports, and the table in ``docs/families.md`` are made from it: ``python -m
 nemo_modelopt_dropin.preflight.families`` prints the latter.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from nemo_modelopt_dropin.preflight import algorithms
 
 _HEADS = ("num_attention_heads", "num_query_groups")
 
@@ -54,6 +56,54 @@ POST_NORMS = Limit(
 
 
 @dataclass(frozen=True)
+class FileLimit:
+    """Quantized models that cannot be written as Hugging Face files.
+
+    Attributes:
+        name: What the models have.
+        reason: Why they cannot be written.
+        scaled_only: Whether this is so only for algorithms that scale inputs, AWQ and SmoothQuant.
+    """
+
+    name: str
+    reason: str
+    scaled_only: bool = False
+
+    def applies(self, algorithm: str | None) -> bool:
+        """Return whether an algorithm cannot be written; None and ``no_quant`` are a model that is not quantized."""
+        if algorithm is None or algorithm == algorithms.NO_QUANT:
+            return False
+        return not self.scaled_only or algorithms.scales_inputs(algorithm)
+
+
+LATENT_SCALES = FileLimit(
+    "multi-latent attention",
+    "AWQ and SmoothQuant scale the two projections after one norm of multi-latent attention differently",
+    scaled_only=True,
+)
+STACKED = FileLimit(
+    "GPT-OSS experts",
+    "the files hold all experts of a layer in one tensor, and no reader takes scales for it",
+)
+PLAIN_NORMS = FileLimit(
+    "norms without zero-centred weights",
+    "its Hugging Face class adds one to the weights of norms, and this model was trained without "
+    "(layernorm_zero_centered_gamma=False)",
+)
+# Families whose Hugging Face classes do so: packages of NeMo, and `model_type`.
+ADD_ONE = {"nemotron": "nemotron", "gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}
+_REMOTE = (
+    "transformers has no class for this family, whose code is in the repository of the model (trust_remote_code); "
+    "NeMo's llm.export_ckpt writes plain files with target_model_name"
+)
+_REMOTE_FAMILIES = ("baichuan", "chatglm", "ssm")
+# Packages of NeMo's models that are neither GPT nor Mamba models.
+_OTHER_KINDS = ("t5", "bert")
+# Sizes that can be changed in a model with multi-token prediction.
+_WITH_HEADS = ("num_layers",)
+
+
+@dataclass(frozen=True)
 class Family:
     """A family of models.
 
@@ -63,6 +113,7 @@ class Family:
         limit: Sizes that cannot be pruned.
         depth: How layers are removed.
         note: What else to know.
+        files: What cannot be written as Hugging Face files.
     """
 
     name: str
@@ -70,6 +121,7 @@ class Family:
     limit: Limit | None = None
     depth: str = "by importance or number"
     note: str = ""
+    files: FileLimit | None = None
 
 
 _BY_NUMBER = "by number, if the other layers keep their kind of attention"
@@ -117,15 +169,51 @@ FAMILIES: dict[str, Family] = {
     "starcoder": Family("Starcoder", "`GPTBigCodeForCausalLM`"),
     "starcoder-2": Family("Starcoder2", "`Starcoder2ForCausalLM`"),
     "deepseek-2": Family(
-        "DeepSeek V2", "`DeepseekV2ForCausalLM`", LATENT, note="on a GPU, NeMo imports V2 with V3's rotary scaling"
+        "DeepSeek V2",
+        "`DeepseekV2ForCausalLM`",
+        LATENT,
+        note="on a GPU, NeMo imports V2 with V3's rotary scaling",
+        files=LATENT_SCALES,
     ),
-    "deepseek-3": Family("DeepSeek V3, R1", "`DeepseekV3ForCausalLM`", LATENT),
+    "deepseek-3": Family("DeepSeek V3, R1", "`DeepseekV3ForCausalLM`", LATENT, files=LATENT_SCALES),
     "gpt-oss": Family(
         "GPT-OSS",
         "`GptOssForCausalLM`",
         note="files in bf16 and MXFP4 are read on a CPU, in MXFP4 on a GPU, where rotary embeddings lack YaRN's factor",
+        files=STACKED,
     ),
 }
+
+
+def kind_problem(target: Any) -> str | None:
+    """Return why a kind of model is not supported, None if it is.
+
+    Args:
+        target: Name of NeMo's class of the model, as in a checkpoint's ``model.yaml``.
+    """
+    if not any(f".llm.{kind}." in str(target) for kind in _OTHER_KINDS):
+        return None
+    name = str(target).rpartition(".")[2]
+    return f"a {name} is not supported: modelopt converts NeMo's GPT and Mamba models (llm.GPTModel, llm.MambaModel)"
+
+
+def class_problem(name: str) -> str | None:
+    """Return why models of a class of NeMo cannot be written as Hugging Face files, None if they can.
+
+    Args:
+        name: Its name with the module.
+    """
+    return _REMOTE if any(f".model.{family}." in name for family in _REMOTE_FAMILIES) else None
+
+
+def _features(config: Any) -> tuple[bool, list[str]]:
+    """Return whether a model has multi-latent attention, and the names of the classes of its configuration."""
+    if isinstance(config, Mapping):
+        latent, names = config.get("multi_latent_attention"), [str(config.get("_target_", ""))]
+    else:
+        latent = getattr(config, "multi_latent_attention", False)
+        names = [f"{kind.__module__}.{kind.__name__}" for kind in type(config).__mro__]
+    return latent is True or any(".model.deepseek." in name for name in names), names
 
 
 def limits(config: Any) -> list[Limit]:
@@ -134,15 +222,57 @@ def limits(config: Any) -> list[Limit]:
     Args:
         config: Its configuration: an object, or the mapping in a checkpoint's ``model.yaml``.
     """
-    if isinstance(config, Mapping):
-        latent, names = config.get("multi_latent_attention"), [str(config.get("_target_", ""))]
-    else:
-        latent = getattr(config, "multi_latent_attention", False)
-        names = [f"{kind.__module__}.{kind.__name__}" for kind in type(config).__mro__]
-    found = [LATENT] if latent is True or any(".model.deepseek." in name for name in names) else []
+    latent, names = _features(config)
+    found = [LATENT] if latent else []
     if any(f".model.{family}." in name for name in names for family in ("gemma2", "gemma3")):
         found.append(POST_NORMS)
     return found
+
+
+def _field(config: Any, name: str) -> Any:
+    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+
+
+def mtp_layers(config: Any) -> int:
+    """Return the number of layers of a model's multi-token-prediction block; see `limits`."""
+    found = _field(config, "mtp_num_layers")
+    return found if isinstance(found, int) else 0
+
+
+def kept_by_mtp(config: Any, targets: Collection[str], by_budget: bool) -> list[str]:
+    """Return the targets that would leave a model's multi-token-prediction block at its old sizes.
+
+    modelopt measures and cuts only the decoder; whole layers of it can be removed. The arguments are those of
+    `prune_problems`.
+    """
+    if mtp_layers(config) < 1:
+        return []
+    names = [name.removeprefix("target_") for name in targets]
+    found = [f"target_{name}" for name in names if name not in _WITH_HEADS]
+    return found + (["target_params, target_active_params"] if by_budget else [])
+
+
+def file_problem(config: Any, algorithm: str | None) -> str | None:
+    """Return why a model cannot be written as Hugging Face files, None if it can.
+
+    Args:
+        config: See `limits`.
+        algorithm: A name in `algorithms.TABLE`; None and ``no_quant`` are a model that is not quantized.
+    """
+    latent, names = _features(config)
+    if layers := mtp_layers(config):
+        return (
+            f"Hugging Face classes have no multi-token-prediction block (mtp_num_layers={layers}), it would be lost; "
+            "restore the model without it (mtp_num_layers=None)"
+        )
+    if problem := next((one for name in names if (one := class_problem(name))), None):
+        return problem
+    adds_one = any(f".model.{family}." in name for name in names for family in ADD_ONE)
+    if adds_one and _field(config, "layernorm_zero_centered_gamma") is False:
+        return PLAIN_NORMS.reason
+    found = [LATENT_SCALES] if latent else []
+    found += [STACKED] if any(".model.gpt_oss." in name for name in names) else []
+    return next((limit.reason for limit in found if limit.applies(algorithm)), None)
 
 
 def prune_problems(config: Any, targets: Collection[str], by_budget: bool = False) -> list[str]:
@@ -161,14 +291,18 @@ def prune_problems(config: Any, targets: Collection[str], by_budget: bool = Fals
 def table() -> str:
     """Return the table of families in Markdown."""
     rows = [
-        "| Family | Class in transformers | Width | Depth | Remarks |",
-        "|---|---|---|---|---|",
+        "| Family | Class in transformers | Width | Depth | Quantized Hugging Face files | Remarks |",
+        "|---|---|---|---|---|---|",
     ]
     for family in FAMILIES.values():
         width = "all sizes"
         if family.limit is not None:
             width = "all but " + ", ".join(f"`{name}`" for name in family.limit.targets)
-        rows.append(f"| {family.name} | {family.models} | {width} | {family.depth} | {family.note} |")
+        written = "all algorithms"
+        if family.files is not None:
+            which = "without AWQ and SmoothQuant" if family.files.scaled_only else "none"
+            written = f"{which}: {family.files.reason}"
+        rows.append(f"| {family.name} | {family.models} | {width} | {family.depth} | {written} | {family.note} |")
     return "\n".join(rows)
 
 

@@ -70,8 +70,27 @@ def family_problems(checkpoint: str | Path | None, targets: Targets, budget_too:
         targets: Sizes or fractions of the model's sizes; None for those that are not set.
         budget_too: Whether a search chooses other sizes to reach a number of parameters.
     """
-    asked = [name for name, size in targets.items() if size is not None]
-    return families.prune_problems(model_sizes.config_of(checkpoint), asked, budget_too)
+    asked, config = [name for name, size in targets.items() if size is not None], model_sizes.config_of(checkpoint)
+    found = families.prune_problems(config, asked, budget_too)
+    if kept := families.kept_by_mtp(config, asked, budget_too):
+        found.append(
+            f"{', '.join(kept)}: modelopt does not prune the multi-token-prediction block of this model "
+            f"(mtp_num_layers={families.mtp_layers(config)}); set target_num_layers or drop_layers"
+        )
+    return found
+
+
+def file_problems(checkpoint: str | Path | None, algorithm: str, export_format: str) -> list[str]:
+    """Return why a model cannot be written in the requested format after quantization.
+
+    Args:
+        checkpoint: The model; only its configuration is read.
+        algorithm: Name of the algorithm.
+        export_format: The format.
+    """
+    config = model_sizes.config_of(checkpoint) if export_format == "hf" else {}
+    problem = families.file_problem(config, algorithm)
+    return [f"{algorithm} cannot be exported as hf: {problem}. Use the format nemo"] if problem else []
 
 
 def drop_problems(layers: int | None, dropped: Sequence[int] | None) -> list[str]:

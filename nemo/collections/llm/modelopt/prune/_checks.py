@@ -8,6 +8,7 @@ from typing import Any
 
 from nemo.utils import logging
 
+from nemo_modelopt_dropin.preflight import families
 from nemo_modelopt_dropin.preflight.model_checks import ROUNDED, TENSOR_CORE_MULTIPLE, legal_heads, size_step
 
 from ..errors import ModelOptConfigError
@@ -233,14 +234,11 @@ def check_multi_token_prediction(resolved: Mapping[str, int], config: Any, by_bu
     Raises:
         ModelOptConfigError: naming the targets, and what can be pruned.
     """
-    layers = getattr(config, "mtp_num_layers", None)
-    if not isinstance(layers, int) or layers < 1:
-        return
-    wrong = [f"target_{name}" for name in resolved if name != "num_layers"]
-    wrong += ["target_params, target_active_params"] if by_budget else []
+    wrong = families.kept_by_mtp(config, resolved, by_budget)
     if wrong:
         raise ModelOptConfigError(
-            f"The model has a multi-token-prediction block (mtp_num_layers={layers}), which modelopt does not prune: "
+            f"The model has a multi-token-prediction block (mtp_num_layers={families.mtp_layers(config)}), which "
+            "modelopt does not prune: "
             f"{', '.join(wrong)} would leave it at its old size. Set target_num_layers or drop_layers, or restore the "
             "model without the block (mtp_num_layers=None)."
         )

@@ -24,9 +24,12 @@ from nemo.lightning import io
 from nemo.lightning.io.state import StateDictTransform, TransformCTX
 from transformers import AutoModelForCausalLM
 
+from nemo_modelopt_dropin.preflight import families
+
 from ..._functions import replaced
 from ...errors import ModelOptConfigError
 
+_EXPERTS = ".experts."
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 # Pairs of a fused norm of Transformer Engine and the separate norm of Megatron's local layers.
 _NORMS = (
@@ -104,6 +107,8 @@ class Names:
         if key not in self._rows:
             self._rows[key] = _rows(rule, shape) if len(rule.sources) == 1 and len(shape) == 2 else None
         found = self._rows[key]
+        if found is None and len(rule.sources) > 1 and all(_EXPERTS in name for name in rule.sources):
+            raise NamesError(f"{', '.join(rule.targets)} cannot be stored quantized: {families.STACKED.reason}.")
         if found is None:
             raise NamesError(
                 f"{', '.join(rule.targets)} cannot be stored quantized: NeMo's exporter does not take whole rows of "

@@ -20,6 +20,8 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from nemo_modelopt_dropin.preflight import families
+
 from .. import quant_cfg_choices as choices
 from .layouts.layer import INT4, Layer
 
@@ -175,7 +177,7 @@ def obstacle(core: torch.nn.Module, packs_experts: bool = False) -> str | None:
         packs_experts: Whether the architecture's files store all experts of a layer in one tensor.
     """
     if any(isinstance(module, MultiLatentAttention) for module in core.modules()):
-        return "AWQ and SmoothQuant scale the two projections after one norm of multi-latent attention differently"
+        return families.LATENT_SCALES.reason
     if packs_experts and getattr(getattr(core, "config", None), "num_moe_experts", None):
         return "the files of this architecture cannot hold the scales that AWQ and SmoothQuant add to experts' inputs"
     return None
