@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import quant_cfg_choices as choices
-from . import hf_configs, hf_names, parts
+from . import hf_configs, hf_names, hf_sizes, parts
 
 
 def check(model: Any, core: torch.nn.Module, quant_cfg: dict[str, Any] | None, tokenizer: Any) -> None:
@@ -21,6 +21,7 @@ def check(model: Any, core: torch.nn.Module, quant_cfg: dict[str, Any] | None, t
 
     Raises:
         NamesError: With the parameters or tensors that it does not define.
+        SizesError: If its Hugging Face class cannot have the model's sizes.
     """
     if getattr(model, "tokenizer", None) is None:
         # NeMo's exporters derive the size of the vocabulary from it.
@@ -31,6 +32,7 @@ def check(model: Any, core: torch.nn.Module, quant_cfg: dict[str, Any] | None, t
         exporter = hf_configs.exporter_of(model)
         hf_config = hf_configs.of(exporter, core, tokenizer, hf_names.rows_of_embedding(shapes))
         names = hf_names.of(core, exporter, hf_config, shapes)
+    hf_sizes.check(names, shapes, hf_config, core.config)
     if quant_cfg is not None:
         check_rows(names, core, quant_cfg, shapes)
 

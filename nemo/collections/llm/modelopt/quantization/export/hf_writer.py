@@ -12,7 +12,7 @@ import torch
 from nemo.utils.get_rank import is_global_rank_zero
 
 from ... import _parallel, _staging
-from . import hf_configs, hf_describe, hf_files, hf_kv_cache, hf_names, hf_shards, input_scales, parts
+from . import hf_configs, hf_describe, hf_files, hf_kv_cache, hf_names, hf_shards, hf_sizes, input_scales, parts
 from .layouts import layer as layers_
 from .layouts import modelopt as modelopt_layout
 
@@ -42,6 +42,7 @@ def write(
 
     Raises:
         NamesError: If NeMo's exporter does not define the whole checkpoint.
+        SizesError: If its Hugging Face class cannot have the model's sizes.
         ExportError: If a layer cannot be stored.
     """
     with contextlib.ExitStack() as stack:
@@ -57,6 +58,7 @@ def write(
         shapes = directory.shapes()
         hf_config = hf_configs.of(exporter, model, tokenizer, hf_names.rows_of_embedding(shapes))
         names = hf_names.of(model, exporter, hf_config, shapes)
+        hf_sizes.check(names, shapes, hf_config, model.config)
         writer = hf_shards.Writer(names, directory, layout, dtype)
         writer.write(Path(target), max_shard_bytes, _cache_scales(model, names, layout) if cache else {})
     formats = {name: found for part in _parallel.gather_objects(writer.formats) for name, found in part.items()}

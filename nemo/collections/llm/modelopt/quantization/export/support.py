@@ -8,13 +8,13 @@ import torch
 from nemo.utils.model_utils import unwrap_model
 
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
-from nemo_modelopt_dropin.preflight import algorithms
+from nemo_modelopt_dropin.preflight import algorithms, families
 
 from ...errors import ModelOptConfigError
 from .. import _decoders, _transformers_models
 from .. import quant_cfg_choices as choices
 from ..insert import expert_inputs, row_blocks
-from . import hf_early, hf_kv_cache, hf_names, input_scales, layout_choice
+from . import hf_early, hf_kv_cache, hf_names, hf_sizes, input_scales, layout_choice
 from .layouts import layer as layers
 
 _REMEDY = 'Use export_format="nemo" (any algorithm, any parallel layout) or "trtllm"'
@@ -238,11 +238,14 @@ def check_architecture(export_format: str, model: Any, core: Any = None, quant_c
             f'export_format="hf": NeMo has no Hugging Face exporter for {type(model).__name__}; use a model class that '
             f"has one, such as llm.LlamaModel. {_REMEDY}."
         )
+    problem = families.class_problem(f"{type(model).__module__}.{type(model).__qualname__}")
+    if problem and hf_architecture(model) is None:
+        raise ModelOptConfigError(f'export_format="hf": {problem}. {_REMEDY}.')
     if core is None:
         return
     try:
         hf_early.check(model, core, quant_cfg, hf_tokenizer(model))
-    except hf_names.NamesError as error:
+    except (hf_names.NamesError, hf_sizes.SizesError) as error:
         raise ModelOptConfigError(f'export_format="hf": {error} {_REMEDY}.') from error
 
 
