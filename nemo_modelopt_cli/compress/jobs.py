@@ -206,6 +206,19 @@ def _train_from_scratch(folder: Path, job: Job, student: Path, token_folder: Pat
     )
 
 
+def _layout_for_readers(settings: Any, student: Path) -> str:
+    """Return the layout for whose readers the NeMo checkpoint is calibrated, ``auto`` if they need nothing else.
+
+    They need other scales of inputs for AWQ and SmoothQuant, and for experts.
+    """
+    hf_format, shape = algorithms.hf_format_of(settings.algorithm), model_sizes.known(student)
+    if settings.layout_of_scales or "hf" not in settings.formats or hf_format is None or shape is None:
+        return settings.layout_of_scales or algorithms.AUTO
+    if not shape.experts or algorithms.scales_inputs(settings.algorithm):
+        return algorithms.AUTO
+    return algorithms.layout_of(hf_format, settings.hf_layout)
+
+
 def quantize(folder: Path, job: Job, student: Path, token_folder: Path) -> dict[str, Any]:
     """Quantize the student with llm.ptq, calibrated on the training text, into a NeMo checkpoint."""
     settings, layout = job.quantization, job.layout
@@ -217,7 +230,7 @@ def quantize(folder: Path, job: Job, student: Path, token_folder: Path) -> dict[
             path=str(folder / _CHECKPOINT),
             export_format="nemo",
             dtype="bf16",
-            hf_layout=settings.layout_of_scales or algorithms.AUTO,
+            hf_layout=_layout_for_readers(settings, student),
             report_path=str(folder / _REPORT),
         ),
         calibration_tp=layout.tp,

@@ -43,7 +43,7 @@ from ._quant_cfg import planned_quant_cfgs, quant_cfg_for
 from .calibration import batching, inputs, sources, state, steps
 from .config import ExportConfig, QuantizationConfig
 from .export import support, writers
-from .insert import quantizers, shared_scales
+from .insert import quantizers, routed_experts, shared_scales
 from .quant_cfg_choices import get_quant_cfg_choices
 from .utils import load_quant_cfg
 
@@ -172,7 +172,8 @@ class Quantizer:
         support.check_model(model, self.export_config, quant_cfg, planned, config.enable_kv_cache)
         core = unwrap_for_modelopt_operations(model)
         moves_scales = shared_scales.decide(core, self.export_config, planned)
-        plan = steps.make_plan(config, decoder_type, quant_cfg, QUANT_CFG_CHOICES, moves_scales)
+        weighs = routed_experts.prepare(core, self.export_config)
+        plan = steps.make_plan(config, decoder_type, quant_cfg, QUANT_CFG_CHOICES, moves_scales, weighs)
         steps.check_loop(plan, forward_loop)
         self._setup(model)
         forward_loop = forward_loop or _overrides.own_loop(self, model, plan, mtq)

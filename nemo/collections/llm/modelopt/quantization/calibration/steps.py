@@ -36,6 +36,7 @@ class Plan:
         formats: Name to quant_cfg of the formats that mixed precision chooses from; empty for other algorithms.
         from_file: Whether the quant_cfg is the user's own.
         moves_scales: Whether input scales are moved into other layers, see `shared_scales`.
+        weighs_outputs: Whether experts multiply their outputs by the routing weights, see `routed_experts`.
     """
 
     config: Any
@@ -44,6 +45,7 @@ class Plan:
     formats: dict[str, dict[str, Any]]
     from_file: bool
     moves_scales: bool = False
+    weighs_outputs: bool = False
 
     @property
     def searches(self) -> bool:
@@ -59,7 +61,8 @@ class Plan:
     def fingerprint(self, own_loop: bool) -> dict[str, Any]:
         """Return the settings that the result depends on, see `fingerprint.settings_of`."""
         found = fingerprint.settings_of(self.config, self.quant_cfg, self.formats, own_loop)
-        return {**found, "input_scales": "moved"} if self.moves_scales else found
+        found |= {"input_scales": "moved"} if self.moves_scales else {}
+        return found | ({"routing_weights": "multiply outputs"} if self.weighs_outputs else {})
 
 
 def make_plan(
@@ -68,6 +71,7 @@ def make_plan(
     quant_cfg: dict[str, Any],
     presets: dict[str, Any],
     moves_scales: bool = False,
+    weighs_outputs: bool = False,
 ) -> Plan:
     """Return the plan for a model.
 
@@ -77,10 +81,12 @@ def make_plan(
         quant_cfg: The quant_cfg for this model; without a calibration method it gets "max", in place.
         presets: Short name to quant_cfg.
         moves_scales: See `shared_scales.decide`.
+        weighs_outputs: See `routed_experts.prepare`.
     """
     quant_cfg.setdefault("algorithm", "max")
     formats = auto_formats(config, presets) if config.algorithm == AUTO else {}
-    return Plan(config, decoder_type, quant_cfg, formats, is_file(config.algorithm, presets), moves_scales)
+    from_file = is_file(config.algorithm, presets)
+    return Plan(config, decoder_type, quant_cfg, formats, from_file, moves_scales, weighs_outputs)
 
 
 def check_loop(plan: Plan, forward_loop: Callable | None) -> None:

@@ -16,9 +16,21 @@ from nemo_modelopt_dropin import files
 from nemo_modelopt_dropin.preflight import shard_sizes
 
 from ... import _real, _staging
-from .. import _checks, _transformers_models
+from .. import _checks, _decoders, _transformers_models
 from .._collaborators import Collaborators
-from . import hf_card, hf_describe, hf_files, hf_names, hf_verify, hf_writer, layout_choice, layouts, support
+from ..insert import routed_experts
+from . import (
+    hf_card,
+    hf_configs,
+    hf_describe,
+    hf_files,
+    hf_names,
+    hf_verify,
+    hf_writer,
+    layout_choice,
+    layouts,
+    support,
+)
 
 _OWN_ARGUMENTS = frozenset({"dtype", "layout", "max_shard_bytes"})
 
@@ -141,8 +153,7 @@ def _write_hf(tools: Collaborators, quantizer: Any, model, model_dir: str, folde
 
 def _write_plain_hf(tools: Collaborators, model, model_dir: str, folder: Path, level: str, **kwargs: Any) -> None:
     """Write a plain model from memory, or with NeMo's exporter if that does not define names for all parameters."""
-    exporter = tools.load_connector_from_trainer_ckpt(model_dir, "hf")
-    core = tools.unwrap_for_modelopt_operations(model)
+    core, exporter = tools.unwrap_for_modelopt_operations(model), _exporter(tools, model, model_dir)
     try:
         if _real.holds_core(core):
             if _write_core(tools, model, core, exporter, folder, **kwargs):
@@ -233,7 +244,7 @@ def write_converted_hf(
         if written is not None and tools.is_global_rank_zero():
             hf_card.write(written, model_dir, model)
         return written
-    exporter = tools.load_connector_from_trainer_ckpt(model_dir, "hf")
+    exporter = _exporter(tools, model, model_dir)
     if model is None:
         model, _ = exporter.nemo_load(model_dir)
     core = tools.unwrap_for_modelopt_operations(model)
@@ -242,12 +253,25 @@ def write_converted_hf(
     if not _real.holds_core(core):
         return _write_stand_in_hf(tools, core, exporter, export_dir, **kwargs)
     support.check_converted(core)
+    routed_experts.warn(core)
     with _staging.staged(Path(export_dir), files.checkpoint("hf")) as folder:
         size = shard_sizes.parse(max_shard_size)
         layout = layouts.LAYOUTS[layout_choice.of_model(core, hf_layout)]
         if _write_core(tools, model, core, exporter, folder, layout=layout, max_shard_bytes=size, **kwargs):
             _finish_hf(tools, model, model_dir, core, folder, verify, kwargs.get("dtype", torch.bfloat16))
     return Path(export_dir)
+
+
+def _exporter(tools: Collaborators, model, model_dir) -> Any:
+    """Return NeMo's exporter for a checkpoint.
+
+    Raises:
+        ModelOptConfigError: If the class of the model, which may be None, has none that defines the files.
+    """
+    if model is not None and _real.holds_core(tools.unwrap_for_modelopt_operations(model)):
+        support.check_architecture("hf", _decoders.find_gpt_model(model) or model)
+    with hf_configs.from_context():
+        return tools.load_connector_from_trainer_ckpt(model_dir, "hf")
 
 
 def _write_stand_in_hf(tools: Collaborators, core: Any, exporter: Any, export_dir: Any, **kwargs: Any) -> Path:
