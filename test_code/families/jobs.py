@@ -178,43 +178,6 @@ def distill(
     return {"difference": max(found), "losses": recorder.steps}
 
 
-# Steps after the import, and what of `models.Family` they take.
-STEPS = ("fp8", "int8", "int4_awq", "width", "depth", "logits", "pair")
-
-
-def take_steps(name: str, folder: str | Path, steps: Sequence[str] = STEPS) -> dict[str, dict[str, Any]]:
-    """Import a family and take each step from the imported checkpoint; return what each found, or its error."""
-    from test_code.support import ranks
-
-    folder, family = Path(folder), models.FAMILIES[name]
-    checkpoint = import_hf(name, folder)
-    ranks.reset()
-    pair = {"intermediate_layer_pairs": [["decoder.layers.0", "decoder.layers.1"]]}
-    todo = {
-        **{
-            algorithm: lambda algorithm=algorithm: quantize(checkpoint, folder, algorithm)
-            for algorithm in ("fp8", "int8", "int4_awq")
-        },
-        "width": lambda: prune(checkpoint, folder / "width", family.request("width")),
-        "depth": lambda: prune(checkpoint, folder / "depth", family.request("depth")),
-        "logits": lambda: distill(_first(folder, "width", "depth", "nemo"), checkpoint, folder / "logits", {}),
-        "pair": lambda: distill(_first(folder, "width", "depth", "nemo"), checkpoint, folder / "pair", pair),
-    }
-    found: dict[str, dict[str, Any]] = {}
-    for step in steps:
-        try:
-            found[step] = todo[step]()
-        except Exception as error:
-            found[step] = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-        ranks.reset()
-    return found
-
-
-def _first(folder: Path, *names: str) -> Path:
-    """Return the first of some checkpoints that exists."""
-    return next(folder / name for name in names if (folder / name / "context").exists())
-
-
 def refused_requests(name: str, folder: str | Path, requests: Sequence[Mapping[str, Any]]) -> list[str]:
     """Import a family and return the error of each pruning request, from the checkpoint's configuration alone."""
     from nemo.collections.llm.modelopt import ModelOptConfigError, PruningConfig

@@ -2,62 +2,69 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from test_code.families import jobs, models
+from test_code.families import jobs, models, steps
 
-# Relative change of the logits of a random model; a scale that is wrong or lost changes them by one or more.
-CHANGED_BY = {"fp8": 0.25, "int8": 0.15, "int4_awq": 0.6}
-# Models that hold the same weights compute the same numbers, with sums in another order.
-SAME = 2e-6
+# Layouts of ranks in which the logits are compared with those of `transformers`.
+LAYOUTS = {"tp2": {"tp": 2}, "ep2": {"ep": 2}}
+COLUMNS = ("import", *steps.STEPS, *LAYOUTS)
 
 
-def problem(step: str, found: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with the result of a step, None if nothing is."""
-    if "error" in found:
-        return str(found["error"]).splitlines()[0]
-    if step in CHANGED_BY:
-        if found["left"]:
-            return f"not quantized: {found['left']}"
-        return None if 1e-4 < found["difference"] < CHANGED_BY[step] else f"logits changed by {found['difference']:.2g}"
-    if not found["difference"] < SAME:
-        return f"logits differ by {found['difference']:.2g}"
-    if "parameters" in found:
-        before, after = found["parameters"]
-        return None if after < before and found["changed"] > 0 else "nothing was pruned"
-    losses = [step["kd_loss"] for step in found["losses"]]
-    return None if len(losses) == 2 and all(map(math.isfinite, losses)) else f"losses {losses}"
+def can_split(name: str, layout: str) -> bool:
+    """Return whether two ranks can share a family's model in a layout: experts with biases need expert parallelism."""
+    family = models.FAMILIES[name]
+    if layout == "ep2":
+        return family.experts
+    return family.query_groups % 2 == 0 and name != "gpt-oss"
+
+
+def cells(one: Any, two: Any, name: str, folder: Path) -> dict[str, tuple[str, str | None]]:
+    """Return what is shown of each step of a family, and what is wrong.
+
+    Args:
+        one: The pool of one rank.
+        two: The pool of two ranks.
+        name: The family.
+        folder: Where the checkpoints are written.
+    """
+    (imported,) = one.run(jobs.import_and_compare, name, str(folder / "import"))
+    (found,) = one.run(steps.take, name, str(folder / "steps"), timeout=600)
+    shown = {}
+    for step, result in {"import": imported, **found}.items():
+        wrong = steps.outcome(name, step, result)
+        refused = steps.refusal(name, step)
+        shown[step] = (wrong or ("refused" if refused else f"{result['difference']:.1g}"), wrong)
+    for layout, sizes in LAYOUTS.items():
+        if can_split(name, layout):
+            source = folder / "steps"
+            difference = max(two.run(jobs.compare_layout, str(source / "nemo"), str(source), **sizes))
+            wrong = None if difference < steps.SAME else f"logits differ by {difference:.2g}"
+            shown[layout] = (wrong or f"{difference:.1g}", wrong)
+    return shown
 
 
 def main(names: list[str]) -> int:
     """Print the table; return the number of steps that failed."""
     from test_code.support.ranks import RankPool
 
-    failed = 0
-    out = sys.stdout
-    out.write(f"| {' | '.join(['family', 'import', *jobs.STEPS, 'seconds'])} |\n{'|---' * (len(jobs.STEPS) + 3)}|\n")
+    failed, out = 0, sys.stdout
+    out.write(f"| {' | '.join(['family', *COLUMNS, 'seconds'])} |\n{'|---' * (len(COLUMNS) + 2)}|\n")
     with tempfile.TemporaryDirectory() as folder:
-        pool = RankPool(1, Path(folder) / "logs")
+        one, two = (RankPool(size, Path(folder) / f"logs-{size}") for size in (1, 2))
         for name in names or models.FAMILIES:
             started = time.monotonic()
-            (imported,) = pool.run(jobs.import_and_compare, name, f"{folder}/{name}-import")
-            cells = {
-                "import": imported.get("error") or problem("import", {**imported, "parameters": (1, 0), "changed": 1})
-            }
-            (found,) = pool.run(jobs.take_steps, name, f"{folder}/{name}", timeout=600)
-            cells |= {step: problem(step, result) for step, result in found.items()}
-            failed += sum(cell is not None for cell in cells.values())
-            numbers = {"import": imported, **found}
-            shown = [cell or f"{numbers[step]['difference']:.1g}" for step, cell in cells.items()]
-            out.write(f"| {' | '.join([name, *shown, f'{time.monotonic() - started:.0f}'])} |\n")
+            shown = cells(one, two, name, Path(folder) / name)
+            failed += sum(wrong is not None for _, wrong in shown.values())
+            row = [shown[column][0] if column in shown else "" for column in COLUMNS]
+            out.write(f"| {' | '.join([name, *row, f'{time.monotonic() - started:.0f}'])} |\n")
             out.flush()
-        pool.close()
+        one.close()
+        two.close()
     return failed
 
 

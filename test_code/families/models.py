@@ -30,6 +30,7 @@ class Family:
         width: Width targets of pruning.
         depth: Settings of a pruning of whole layers.
         experts: Whether the family has experts.
+        block: Size of AWQ's blocks, which divides all sizes of layers.
     """
 
     config: str
@@ -38,6 +39,13 @@ class Family:
     width: Mapping[str, int] = field(default_factory=lambda: {"hidden_size": 96, "ffn_hidden_size": 192})
     depth: Mapping[str, Any] = field(default_factory=lambda: {"target_num_layers": 1})
     experts: bool = False
+    block: int = 32
+
+    @property
+    def query_groups(self) -> int:
+        """The number of key and value heads."""
+        groups = self.settings.get("num_key_value_heads", _SMALL["num_key_value_heads"])
+        return 1 if self.settings.get("multi_query") else groups
 
     def request(self, kind: str) -> dict[str, Any]:
         """Return the settings of a pruning of ``width`` or ``depth``."""
@@ -168,6 +176,8 @@ FAMILIES: dict[str, Family] = {
             "multi_query": True,
             "tie_word_embeddings": True,
         },
+        # Its files have no size of heads: it is the hidden size over the number of heads.
+        width={"hidden_size": 96, "num_attention_heads": 3, "ffn_hidden_size": 192},
     ),
     "starcoder-2": Family(
         "Starcoder2Config", ("Starcoder2Model", "Starcoder2Config3B"), {"sliding_window": WINDOW, "use_bias": True}
@@ -178,6 +188,7 @@ FAMILIES: dict[str, Family] = {
         {**_MLA, "topk_method": "greedy", "scoring_func": "softmax", "n_group": 1, "topk_group": 1},
         width={"ffn_hidden_size": 192, "moe_ffn_hidden_size": 32, "num_moe_experts": 2},
         experts=True,
+        block=16,
     ),
     "deepseek-3": Family(
         "DeepseekV3Config",
@@ -193,6 +204,7 @@ FAMILIES: dict[str, Family] = {
         },
         width={"ffn_hidden_size": 192, "moe_ffn_hidden_size": 32, "num_moe_experts": 6},
         experts=True,
+        block=16,
     ),
     "gpt-oss": Family(
         "GptOssConfig",
