@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from importlib import metadata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from packaging.version import Version
 
 # distribution -> (first supported, first unsupported, why the upper bound)
 SUPPORTED = {
@@ -38,10 +42,10 @@ def check(installed: dict[str, str | None] | None = None) -> None:
         found = installed.get(name)
         if found is None:
             problems.append(f"{name} is not installed (supported: >={low},<{high})")
-        elif Version(found) < Version(low):
+        # Containers have release candidates and local builds, which count as the version that they precede.
+        elif _base(found) < Version(low):
             problems.append(f"{name} {found} is installed (supported: >={low},<{high})")
-        # A release candidate or local build of the first unsupported version is unsupported too.
-        elif Version(Version(found).base_version) >= Version(high):
+        elif _base(found) >= Version(high):
             problems.append(f"{name} {found} is installed (supported: >={low},<{high}; {why})")
     problems += _conflicts(installed)
     if problems:
@@ -57,12 +61,19 @@ def _conflicts(installed: dict[str, str | None]) -> list[str]:
     from packaging.version import Version
 
     nemo, megatron = installed.get("nemo-toolkit"), installed.get("megatron-core")
-    if nemo and megatron and Version(nemo) < Version("2.6") and Version(megatron) >= Version("0.15"):
+    if nemo and megatron and _base(nemo) < Version("2.6") and _base(megatron) >= Version("0.15"):
         return [
             f"nemo-toolkit {nemo} needs megatron-core <0.15 and {megatron} is installed: it imports a class that 0.15 "
             "removed"
         ]
     return []
+
+
+def _base(version: str) -> Version:
+    """Return a version without the part that marks a release candidate or a local build."""
+    from packaging.version import Version
+
+    return Version(Version(version).base_version)
 
 
 def _installed(name: str) -> str | None:

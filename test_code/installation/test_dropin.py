@@ -210,6 +210,8 @@ GOOD = {"nemo-toolkit": "2.7.3", "megatron-core": "0.15.3", "nvidia-modelopt": "
         {"nvidia-modelopt": "0.37.0"},
         {"nemo-toolkit": "2.6.2"},
         {"nemo-toolkit": "2.5.3", "megatron-core": "0.14.0"},
+        {"megatron-core": "0.14.0rc7"},
+        {"nemo-toolkit": "2.6.0rc0+a1b2c3", "nvidia-modelopt": "0.37.0.dev12"},
     ],
 )
 def test_supported_versions_pass(change):
@@ -231,6 +233,7 @@ def test_supported_versions_pass(change):
             {"nemo-toolkit": "2.5.3"},
             r"nemo-toolkit 2\.5\.3 needs megatron-core <0\.15 and 0\.15\.3 is installed",
         ),
+        ({"nemo-toolkit": "2.5.3rc1", "megatron-core": "0.15.0rc7"}, r"needs megatron-core <0\.15"),
         ({"nemo-toolkit": "3.0.0"}, r"nemo-toolkit 3\.0\.0 .*dropped its LLM collection"),
         (
             {"nemo-toolkit": "3.0.0", "megatron-core": "0.13"},
