@@ -73,6 +73,8 @@ def _parameter_terms(name: str, parameter: torch.Tensor, config: Any) -> dict[tu
     else:
         ffn = ("ffn_hidden_size",)
     gates = 2 if config.gated_linear_unit else 1
+    if kind in ("layer_norm_weight", "layer_norm_bias"):  # a norm that Transformer Engine fuses into a linear layer
+        return {("hidden_size",): 1}
     if leaf in ("word_embeddings", "position_embeddings", "output_layer"):
         split = getattr(parameter, "tensor_model_parallel", False)
         ranks = parallel_state.get_tensor_model_parallel_world_size() if split else 1
