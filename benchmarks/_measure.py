@@ -14,6 +14,7 @@ import torch
 
 PACKAGES = ("torch", "nemo-toolkit", "megatron-core", "nvidia-modelopt")
 _LONGEST_BAR = 30.0
+OTHER = "stock or naive"
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
@@ -52,19 +53,18 @@ def row(ours: dict[str, Any], other: dict[str, Any] | None, unit: int) -> dict[s
     return found
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    """Return the rows as a Markdown table."""
+def table(rows: dict[str, dict[str, Any]], other: str = OTHER) -> str:
+    """Return the rows as a Markdown table; ``other`` is what ours is compared with."""
     lines = [
-        "| | CPU seconds, ours (worst) | stock or naive | ratio | peak / L, ours | stock or naive | ratio "
-        "| gradient difference |",
+        f"| | CPU seconds, ours (worst) | {other} | ratio | peak / L, ours | {other} | ratio | gradient difference |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, found in rows.items():
-        ours, other, peak = found["ours"], found["other"], found["peak in L"]
+        ours, theirs, peak = found["ours"], found["other"], found["peak in L"]
         cells = [f"{ours['seconds']:.3f} ({ours['worst']:.3f})"]
-        cells += [f"{other['seconds']:.3f}", f"{found['time other / ours']:.2f}x"] if other else ["", ""]
+        cells += [f"{theirs['seconds']:.3f}", f"{found['time other / ours']:.2f}x"] if theirs else ["", ""]
         cells += [f"{peak['ours']:.2f}"]
-        cells += [f"{peak['other']:.2f}", f"{found['peak other / ours']:.1f}x"] if other else ["", ""]
+        cells += [f"{peak['other']:.2f}", f"{found['peak other / ours']:.1f}x"] if theirs else ["", ""]
         cells += [f"{found['gradient difference']:.0e}" if "gradient difference" in found else ""]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
         if "time fused / matrix products alone" in found:
@@ -73,25 +73,33 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(rows: dict[str, dict[str, Any]]) -> str:
+def plot(rows: dict[str, dict[str, Any]], other: str = OTHER) -> str:
     """Return an SVG with two bars for each row: the ratios of CPU time and of peak memory."""
     found = [(name, r["time other / ours"], r["peak other / ours"]) for name, r in rows.items() if r["other"]]
     widest = max(max(a, min(b, _LONGEST_BAR)) for _, a, b in found)
     parts, height = [], 44 + 26 * len(found)
+    left = max(330.0, 5.4 * max(len(name) for name, *_ in found))
     for i, (name, faster, leaner) in enumerate(found):
         y = 34 + 26 * i
-        parts.append(f'<text x="330" y="{y + 13}" text-anchor="end">{name}</text>')
+        parts.append(f'<text x="{left:.0f}" y="{y + 13}" text-anchor="end">{name}</text>')
         for offset, value, colour in ((0, faster, "#4477aa"), (10, leaner, "#ccbb44")):
             width = 330 * min(value, _LONGEST_BAR) / widest
-            parts.append(f'<rect x="338" y="{y + offset}" width="{width:.1f}" height="9" fill="{colour}"/>')
-            parts.append(f'<text x="{342 + width:.1f}" y="{y + offset + 8}">{value:.1f}x</text>')
-    title = '<text x="8" y="18">ratio stock (or naive) / ours: CPU time (blue), peak extra memory (yellow)</text>'
+            parts.append(f'<rect x="{left + 8:.0f}" y="{y + offset}" width="{width:.1f}" height="9" fill="{colour}"/>')
+            parts.append(f'<text x="{left + 12 + width:.1f}" y="{y + offset + 8}">{value:.1f}x</text>')
+    title = f'<text x="8" y="18">ratio {other} / ours: CPU time (blue), peak extra memory (yellow)</text>'
     style = '<style>text{font:10px sans-serif}</style><rect width="100%" height="100%" fill="white"/>'
     body = style + title + "".join(parts)
-    return f'<svg xmlns="http://www.w3.org/2000/svg" width="740" height="{height}">{body}</svg>\n'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + 410:.0f}" height="{height}">{body}</svg>\n'
 
 
-def write(name: str, rows: dict[str, dict[str, Any]], folder: Path, notes: str = "", more: dict | None = None) -> str:
+def write(
+    name: str,
+    rows: dict[str, dict[str, Any]],
+    folder: Path,
+    notes: str = "",
+    more: dict | None = None,
+    other: str = OTHER,
+) -> str:
     """Write the results as a JSON file, a table and a plot, and return the table.
 
     Args:
@@ -100,11 +108,12 @@ def write(name: str, rows: dict[str, dict[str, Any]], folder: Path, notes: str =
         folder: folder of the files; created if it does not exist.
         notes: text below the table.
         more: further entries of the JSON file.
+        other: what ours is compared with.
     """
     folder.mkdir(parents=True, exist_ok=True)
     result = {**about(), **(more or {}), "rows": rows}
-    text = table(rows) + (f"\n{notes}\n" if notes else "")
+    text = table(rows, other) + (f"\n{notes}\n" if notes else "")
     (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     (folder / f"{name}.md").write_text(f"{result['machine']}; {result['versions']}\n\n{text}")
-    (folder / f"{name}.svg").write_text(plot(rows))
+    (folder / f"{name}.svg").write_text(plot(rows, other))
     return text

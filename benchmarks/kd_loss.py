@@ -39,6 +39,25 @@ LINEAR = {
     "quick": [((64, 8000, 64, 64), FP32)],
 }
 TOPK = 100
+# For --peers: shapes [n, v] and dtype, and [n, v, h of the student, h of the teacher] with the output layers.
+PEERS = {
+    "full": [((1024, 32000), FP32), ((1024, 32000), BF16), ((256, 128256), FP32), ((256, 128256), BF16)],
+    "default": [((512, 32000), FP32), ((512, 32000), BF16), ((256, 128256), BF16)],
+    "quick": [((64, 8000), FP32), ((64, 8000), BF16)],
+}
+PEERS_LINEAR = {
+    "full": [((1024, 32000, 512, 512), FP32), ((1024, 32000, 1024, 1024), FP32), ((512, 32000, 2048, 2048), FP32)],
+    "default": [((512, 32000, 512, 512), FP32), ((512, 32000, 1024, 1024), FP32)],
+    "quick": [((64, 8000, 64, 64), FP32)],
+}
+
+PEER_NOTES = """\
+In a training step the gradient takes the memory of the teacher's logits. "Two exponentials and a write" is less than
+any loss does: read both logits, take both exponentials by PyTorch's operation, and write a tensor of their size. Only
+compiled code is faster than that bound, because it takes the exponentials in the loop that adds them up. TRL computes
+in the type of the logits: its bf16 gradients differ by 1e-2 and more. The time of Liger's and our fused losses is
+bounded by the matrix products alone. "Naive topk" is the formula in PyTorch: no other project has a top-k loss with
+all other entries as one."""
 
 
 def stock_loss_class():
@@ -203,6 +222,124 @@ def compare_linear(shape, dtype, config, repeats):
     return rows
 
 
+def compare_peers(shape, dtype, config, repeats):
+    """Compare the losses on logits with those of other projects: the fastest and the leanest of them, and each."""
+    from benchmarks import _kd_peers as peers
+    from nemo.collections.llm.modelopt._divergence.vocab_parallel import default_chunk_rows, kl_divergence
+
+    student, teacher = ((3 * torch.randn(shape, generator=torch.Generator().manual_seed(i))).to(dtype) for i in (0, 1))
+    scratch, gradients = teacher.clone(), {}
+
+    def step(name, loss, reuse=False):
+        def run():
+            logits = _Logits.apply(torch.zeros(1, requires_grad=True), student, name, gradients)
+            loss(logits, scratch if reuse else teacher).mean().backward()
+
+        run.prepare = (lambda: scratch.copy_(teacher)) if reuse else None
+        return run
+
+    def ours(**options):
+        return lambda z, y: kl_divergence(z, y, **options)
+
+    stock, (kl, jsd, _) = stock_loss_class()(config), peers.losses()
+    kl["stock"] = lambda z, y: stock(z.unsqueeze(1), y.unsqueeze(1))[0]
+    mine = {
+        "forward": ours(),
+        "forward in a training step": ours(reuse_teacher=True),
+        "topk in a training step": ours(topk=TOPK, reuse_teacher=True),
+        "jsd": ours(direction="jsd"),
+    }
+    steps = {name: step(name, loss, "training" in name) for name, loss in (mine | kl | jsd).items()}
+    # No other project has a top-k divergence with the rest as one entry.
+    steps["naive topk"] = step("naive topk", lambda z, y: naive_topk(z.unsqueeze(1), y.unsqueeze(1)))
+    out = torch.empty_like(student)
+    steps["floor"] = lambda: peers.floor(student, teacher, out, default_chunk_rows(student))
+    result, unit = measure(steps, repeats), student.numel() * student.element_size()
+    rivals = dict.fromkeys(mine, kl) | {"topk in a training step": ["naive topk"], "jsd": jsd}
+    rows = {}
+    for name in mine:
+        for other in rivals[name]:
+            rows[f"{name} / {other}"] = found = row(result[name], result[other], unit)
+            scale = gradients[other].abs().max()
+            found["gradient difference"] = float((gradients[other] - gradients[name]).abs().max() / scale)
+    rows["forward in a training step / two exponentials and a write"] = row(
+        result["forward in a training step"], result["floor"], unit
+    )
+    return rows
+
+
+def compare_peers_linear(shape, dtype, repeats):
+    """Compare the losses fused with the output layers with Liger's, for the forward KL and the JSD."""
+    from benchmarks import _kd_peers as peers
+    from nemo.collections.llm.modelopt._divergence.fused_linear import Objective, fused_linear_losses
+
+    n, v, h, h_teacher = shape
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, hidden_teacher, weight_teacher = (
+        torch.randn(size, generator=generator).mul_(scale).to(dtype)
+        for size, scale in (((n, h), 1.0), ((v, h), h**-0.5), ((n, h_teacher), 1.0), ((v, h_teacher), h_teacher**-0.5))
+    )
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    ones, labels, gradients = torch.ones(n), torch.zeros(n, dtype=torch.long), {}
+
+    def step(name, loss):
+        def run():
+            hidden.grad = weight.grad = None
+            loss().backward()
+            gradients[name] = weight.grad
+
+        return run
+
+    def ours(objective):
+        inputs = hidden, weight, hidden_teacher, weight_teacher, ones
+        return lambda: fused_linear_losses(*inputs, objective).divergence / n
+
+    @torch.no_grad()
+    def products():
+        logits = hidden @ weight.t()
+        hidden_teacher @ weight_teacher.t()
+        logits @ weight
+        logits.t() @ hidden
+
+    steps, pairs = {"products": products}, {}
+    for beta, objective in ((0.0, Objective()), (0.5, Objective(direction="jsd"))):
+        mine, liger = f"fused {objective.direction}", peers.liger(beta)
+        steps[mine] = step(mine, ours(objective))
+        if liger is not None:
+            pairs[mine] = f"Liger at beta {beta:g}"
+            steps[pairs[mine]] = step(
+                pairs[mine], lambda loss=liger: loss(hidden, weight, hidden_teacher, weight_teacher, labels)
+            )
+    result, unit, rows = measure(steps, repeats), n * v * hidden.element_size(), {}
+    for mine, other in pairs.items():
+        rows[f"{mine} / {other}"] = found = row(result[mine], result[other], unit)
+        found["gradient difference"] = float(
+            (gradients[mine] - gradients[other]).abs().max() / gradients[other].abs().max()
+        )
+    rows["fused forward / matrix products alone"] = row(result["fused forward"], result["products"], unit)
+    return rows
+
+
+def run_peers(size, repeats):
+    """Return the rows of the comparison with other projects, and a note on those that are missing."""
+    from benchmarks import _kd_peers as peers
+    from nemo_modelopt_dropin import cpu_backend
+
+    torch.set_num_threads(1)
+    cpu_backend.enable()
+    config = types.SimpleNamespace(tensor_model_parallel_size=1, sequence_parallel=False)
+    rows = {}
+    for shape, dtype in PEERS[size]:
+        label = f"{' x '.join(map(str, shape))} {str(dtype)[6:]}"
+        rows |= {f"{label}: {name}": found for name, found in compare_peers(shape, dtype, config, repeats).items()}
+    for shape, dtype in PEERS_LINEAR[size]:
+        label = f"n={shape[0]} v={shape[1]} h={shape[2]} {str(dtype)[6:]}"
+        rows |= {f"{label}: {name}": found for name, found in compare_peers_linear(shape, dtype, repeats).items()}
+    missing = [*peers.losses()[2], *(["liger-kernel"] if peers.liger(0.0) is None else [])]
+    return rows, PEER_NOTES + (f" Not installed: {', '.join(missing)}." if missing else "")
+
+
 def on_rank(rank, tp, port, size, repeats, pipe):
     """Run the measurements on one rank; rank zero sends its rows."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(tp))
@@ -255,7 +392,16 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="compare with torchtune, TRL, Liger and torch.compile instead, those that are installed",
+    )
     args = parser.parse_args()
+    if args.peers:
+        rows, note = run_peers(args.size, args.repeats)
+        print(write("kd_loss_peers", rows, args.output, note, other="other"))
+        return
     rows = {}
     for tp in args.tp:
         rows |= run_ranks(tp, args.size, args.repeats)

@@ -6,6 +6,7 @@ import ast
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -104,3 +105,33 @@ def test_formulas_of_memory_are_what_megatron_takes(monkeypatch, ranks, stock_ra
     assert table.count("8B -> 4B") == len(kd_memory.LAYOUTS["8B -> 4B"]) and "70B -> 8B" in table
     for row in kd_memory.rows():
         assert row["total"]["chunked"] < row["total"]["stock"]
+
+
+def test_losses_of_other_projects_need_no_more_than_their_file(monkeypatch, tmp_path, cpu_backend):
+    """A project that cannot be imported serves as well; one that is not installed is named."""
+    import torch
+
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import _kd_peers
+    from nemo.collections.llm.modelopt._divergence.vocab_parallel import kl_divergence
+
+    file = tmp_path / "trl" / "experimental" / "gkd" / "gkd_trainer.py"
+    file.parent.mkdir(parents=True)
+    (tmp_path / "trl" / "__init__.py").write_text("raise ImportError\n")
+    file.write_text(
+        "import a_stack_that_is_missing\n\nclass Trainer:\n    @staticmethod\n"
+        "    def generalized_jsd_loss(student_logits, teacher_logits, beta=0.5):\n"
+        "        return beta * F.mse_loss(student_logits, teacher_logits)\n"
+    )
+    found = {"torchtune": None, "trl": str(tmp_path / "trl")}
+
+    def find_spec(name):
+        return found[name] and SimpleNamespace(submodule_search_locations=[found[name]])
+
+    monkeypatch.setattr(_kd_peers.importlib.util, "find_spec", find_spec)
+    kl, jsd, missing = _kd_peers.losses()
+    assert missing == ["torchtune"] and list(jsd) == ["TRL at beta 0.5"]
+    assert sorted(kl) == ["TRL at beta 0", "torch.compile of the naive form"]
+    student, teacher = (torch.randn(5, 20, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    assert jsd["TRL at beta 0.5"](student, teacher) == 0.5 * torch.nn.functional.mse_loss(student, teacher)
+    torch.testing.assert_close(_kd_peers.naive(student, teacher), kl_divergence(student, teacher).mean())
