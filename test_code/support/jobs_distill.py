@@ -458,7 +458,10 @@ def reduction_over_context_parallel(per_token):
             lambda student_loss, loss_reduction_fn, leaf=leaf: {"kd_loss": loss_reduction_fn(leaf)},
             per_token_loss=per_token,
         )
-        loss, *count, report = reduction.forward({"loss_mask": mask[:, half]}, torch.zeros(2, 4))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            loss, *count, report = reduction.forward({"loss_mask": mask[:, half]}, torch.zeros(2, 4))
+        reductions = sum(event.name == "c10d::allreduce_" for event in profile.events())
+        assert reductions == 3, "the number of tokens, the language-model loss and the distillation loss"
         loss.backward()
         reduced = reduction.reduce([report])
         local = mask[:, half]

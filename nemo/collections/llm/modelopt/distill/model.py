@@ -72,6 +72,8 @@ class _DistillationLossReduction(MaskedTokenLossReduction):
         self._cp_size = parallel_state.get_context_parallel_world_size()
         self._tp_size = parallel_state.get_tensor_model_parallel_world_size()
         self._sums: Tensor | None = None
+        # The last micro-batch's mask and its tokens on all context-parallel ranks: its losses share one reduction.
+        self._counted: tuple[Tensor | None, Tensor] = None, torch.zeros(())
 
     def forward(self, batch: dict[str, Tensor], forward_out: Tensor):
         """Return the loss of a micro-batch and the report that `reduce` reads.
@@ -86,6 +88,9 @@ class _DistillationLossReduction(MaskedTokenLossReduction):
         if isinstance(forward_out, tuple):
             forward_out, batch["loss_mask"] = forward_out
         mask = without_ignored(batch["loss_mask"], batch.get("labels"))
+        tokens = mask.sum().float()
+        of_sequence = self._tokens_of_sequence(tokens)
+        self._counted = mask, of_sequence
         lm_loss = self._masked_token_loss(forward_out, mask)
         losses = self._distillation_loss_fn(
             student_loss=lm_loss, loss_reduction_fn=partial(self._masked_token_loss, mask=mask)
@@ -95,14 +100,13 @@ class _DistillationLossReduction(MaskedTokenLossReduction):
         total = losses["kd_loss"]
         state_of(getattr(self._distillation_loss_fn, "__self__", None)).finite.see_loss(losses, mask)
 
-        tokens = mask.sum().float()
         report = {
             "loss_sum_and_ub_size": torch.stack([total.detach().float() * tokens, tokens]),
             "kd_sums": self._metrics.sums({"lm_loss": lm_loss, **losses}, mask),
         }
         if not self._per_token_loss:
             return total, report
-        return total * self._tokens_of_sequence(tokens), tokens.to(torch.int), report
+        return total * of_sequence, tokens.to(torch.int), report
 
     def reduce(self, losses_reduced_per_micro_batch) -> Tensor:
         """Return the mean loss over the tokens of the global batch, and keep the metrics for `take_sums`."""
@@ -130,7 +134,10 @@ class _DistillationLossReduction(MaskedTokenLossReduction):
         tp_reduce = is_sequence_parallel = False
         if isinstance(loss_output, tuple):
             loss_output, tp_reduce, is_sequence_parallel = loss_output
-        tokens = self._tokens_of_sequence(mask.sum().float()).clamp(min=1.0)
+        counted, tokens = self._counted
+        if counted is not mask:
+            tokens = self._tokens_of_sequence(mask.sum().float())
+        tokens = tokens.clamp(min=1.0)
         if is_sequence_parallel:
             rank = parallel_state.get_tensor_model_parallel_rank()
             mask = mask.tensor_split(self._tp_size, dim=1)[rank]

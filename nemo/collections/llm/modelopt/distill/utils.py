@@ -279,8 +279,9 @@ def _forward_student_and_teacher(self, *args, **kwargs) -> Tensor:
         # Without labels, the caller asks for logits.
         state.deferring = bool(state.fused) and kwargs.get("labels") is not None
         with torch.no_grad():
-            # `train()` on the model sets the teacher's mode as well.
-            self._teacher_model.eval()
+            # `train()` on the model sets the teacher's mode as well. To set it walks through all modules.
+            if getattr(self._teacher_model, "training", True):
+                self._teacher_model.eval()
             teacher_output = self._teacher_model(*args, **kwargs)
         if first_step:
             state.finite.see_layers(teacher for _, teacher in captured_layers(self))
