@@ -226,8 +226,8 @@ def forward_step(consume: Callable[[torch.Tensor], None] | None = None) -> Calla
         def no_loss(tensor):
             if consume is not None:
                 consume(tensor)
-            # On the device of the model: Megatron keeps the scale of the auxiliary losses of experts there.
-            return torch.zeros(1, device=tensor.device), {}
+            # Where the output is: Megatron keeps the scale of the auxiliary losses of experts on that device.
+            return torch.zeros(1, device=tensor.device if isinstance(tensor, torch.Tensor) else None), {}
 
         return output, no_loss
 

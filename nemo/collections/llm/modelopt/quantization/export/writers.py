@@ -268,7 +268,7 @@ def _exporter(tools: Collaborators, model, model_dir) -> Any:
     Raises:
         ModelOptConfigError: If the class of the model, which may be None, has none that defines the files.
     """
-    if model is not None and _real.holds_core(tools.unwrap_for_modelopt_operations(model)):
+    if _real.holds_core(model):
         support.check_architecture("hf", _decoders.find_gpt_model(model) or model)
     with hf_configs.from_context():
         return tools.load_connector_from_trainer_ckpt(model_dir, "hf")
