@@ -272,7 +272,7 @@ def enable_experts() -> None:
 
 
 def enable_cache() -> None:
-    """Let vLLM round keys and values to the nearest number of FP8, as its kernels for GPUs and modelopt do.
+    """Let vLLM round keys and values to the nearest number of FP8, as modelopt and the instructions of GPUs do.
 
     Its kernel for CPUs (AVX-512) cuts them off towards zero: 1.1171875 becomes 1.0 instead of 1.125. For normally
     distributed numbers, the outputs of attention then differ by 7 % from those without a quantized cache, not by 3.4 %.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from nemo_modelopt_dropin.preflight import algorithms, readers
@@ -91,3 +94,9 @@ def test_the_table_says_run_where_a_test_runs_the_reader():
 def test_the_table_says_where_vllm_reads_experts():
     for (reader, name, layout), experts in runs().items():
         assert reader != readers.VLLM or readers.cells(name, layout)[reader].experts is experts, (name, layout)
+
+
+def test_the_page_shows_the_divergence_of_all_that_is_served():
+    page = Path(__file__).parents[2] / "docs" / "load-exports.md"
+    found = re.findall(r"^\| `([^`]+)` \| (\S+) \| [\d.]+ \(", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(found) == sorted((cell.label, cell.layout) for cell in (*cells.VLLM, *cells.OPTIONS))
