@@ -283,21 +283,23 @@ def layout_problems(setting: str, algorithm: str, layout: str) -> list[str]:
     return [f"{setting} {layout}, algorithm {algorithm}: {problem}"] if problem else []
 
 
-def reader_warning(algorithm: str | None, hf_format: str, layout: str = AUTO) -> str | None:
+def reader_warning(algorithm: str | None, hf_format: str, layout: str = AUTO, experts: bool = False) -> str | None:
     """Return a warning if no known server reads a format in a layout, with the layouts that are read; else None.
 
     Args:
         algorithm: Name of the algorithm, for the message.
         hf_format: Its format, a name in `HF_FORMATS`.
         layout: One of `LAYOUT_CHOICES`.
+        experts: Whether the model has experts.
     """
     used = layout_of(hf_format, layout)
-    if set(readers.of(hf_format, used)) & set(readers.SERVERS):
+    if set(readers.of(hf_format, used, experts)) & set(readers.SERVERS):
         return None
-    rows = [(other, readers.text(hf_format, other)) for other in HF_FORMATS[hf_format].layouts if other != used]
-    better = [f"--hf-layout {other} is read by {names}" for other, names in rows if readers.of(hf_format, other)]
+    rows = [(other, readers.of(hf_format, other, experts)) for other in HF_FORMATS[hf_format].layouts if other != used]
+    better = [f"--hf-layout {other} is read by {', '.join(names)}" for other, names in rows if names]
     advice = "; ".join(better) or "use fp8 to serve the model, or the nemo format to train it further"
-    return f"{algorithm} in the layout {used}: no known server reads it; {advice}"
+    what = " with experts" if experts else ""
+    return f"{algorithm} in the layout {used}: no known server reads it{what}; {advice}"
 
 
 def readers_of(hf_format: str, layout: str = AUTO) -> str:

@@ -138,9 +138,15 @@ def cells(hf_format: str, layout: str) -> MappingProxyType[str, Cell]:
     return TABLE.get((hf_format, layout), MappingProxyType({}))
 
 
-def of(hf_format: str, layout: str) -> list[str]:
-    """Return the names of the programs that read a format in a layout correctly."""
-    return [name for name, cell in cells(hf_format, layout).items() if cell.reads]
+def of(hf_format: str, layout: str, experts: bool = False) -> list[str]:
+    """Return the names of the programs that read a format in a layout correctly.
+
+    Args:
+        hf_format: The format.
+        layout: The layout.
+        experts: Whether the model has experts.
+    """
+    return [name for name, cell in cells(hf_format, layout).items() if cell.reads and (cell.experts or not experts)]
 
 
 def of_all(hf_formats: Iterable[str], layout: str) -> list[str]:
@@ -151,9 +157,9 @@ def of_all(hf_formats: Iterable[str], layout: str) -> list[str]:
     return found
 
 
-def text(hf_format: str, layout: str) -> str:
-    """Return the names of the programs that read a format in a layout correctly, as text."""
-    return ", ".join(of(hf_format, layout)) or "no known server"
+def text(hf_format: str, layout: str, experts: bool = False) -> str:
+    """Return the names of the programs that read a format in a layout correctly, as text; see `of`."""
+    return ", ".join(of(hf_format, layout, experts)) or "no known server"
 
 
 def best(hf_format: str, layouts: tuple[str, ...]) -> str:

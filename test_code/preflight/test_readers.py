@@ -69,6 +69,16 @@ def test_a_layout_that_no_server_reads_has_a_warning(in_both):
     assert algorithms.reader_warning("fp8", "FP8", readers.MODELOPT) is None
 
 
+def test_programs_that_read_no_experts_are_not_named_for_models_with_experts(in_both):
+    assert readers.text("FP8_PER_CHANNEL_PER_TOKEN", readers.MODELOPT) == "vLLM, TensorRT-LLM"
+    assert readers.text("FP8_PER_CHANNEL_PER_TOKEN", readers.MODELOPT, experts=True) == "no known server"
+    assert algorithms.reader_warning("w4a8_awq", "W4A8_AWQ") is None
+    assert algorithms.reader_warning("fp8_pc_pt", "FP8_PER_CHANNEL_PER_TOKEN", readers.MODELOPT, True) == (
+        "fp8_pc_pt in the layout modelopt: no known server reads it with experts; --hf-layout compressed-tensors is "
+        "read by vLLM, SGLang, transformers"
+    )
+
+
 def test_without_another_layout_the_warning_names_other_algorithms(monkeypatch):
     monkeypatch.setitem(algorithms.HF_FORMATS, "W8A8_SQ_PER_CHANNEL", algorithms.HfFormat())
     assert algorithms.reader_warning("int8", "W8A8_SQ_PER_CHANNEL") == (
@@ -116,7 +126,7 @@ def _log(algorithm, **export):
     from nemo.collections.llm.modelopt.quantization.quant_cfg_choices import get_quant_cfg_choices
 
     settings = {"export_format": "hf", **export}
-    layout_choice.log(ExportConfig("out", **settings), {algorithm: get_quant_cfg_choices()[algorithm]})
+    layout_choice.log(None, ExportConfig("out", **settings), {algorithm: get_quant_cfg_choices()[algorithm]})
 
 
 def test_layout_and_readers_are_logged_before_the_calibration(messages, in_both):

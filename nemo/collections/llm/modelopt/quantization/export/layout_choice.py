@@ -156,25 +156,32 @@ def check_mixture(export_config: Any, planned: dict[str, dict[str, Any]]) -> Non
         planned_layout(export_config, planned)
 
 
-def log(export_config: Any, planned: dict[str, dict[str, Any]]) -> None:
+def has_experts(core: Any) -> bool:
+    """Return whether a Megatron-Core model has experts."""
+    return bool(getattr(getattr(core, "config", None), "num_moe_experts", None))
+
+
+def log(core: Any, export_config: Any, planned: dict[str, dict[str, Any]]) -> None:
     """Log on rank zero which layout a Hugging Face checkpoint will have, and which programs read it.
 
     A layout that no known server reads is logged as a warning, with the layouts that are read.
 
     Args:
+        core: The Megatron-Core model; some programs read no experts.
         export_config: The ``ExportConfig``.
         planned: Name to quant_cfg of the algorithms, see `support.check_planned`.
     """
     if export_config.export_format != "hf" or not is_global_rank_zero():
         return
-    layout = requested(export_config)
+    layout, experts = requested(export_config), has_experts(core)
     for name, quant_cfg in planned.items():
         found = format_of(quant_cfg) if quant_cfg else None
         if found not in algorithms.HF_FORMATS:
             continue
-        if warning := algorithms.reader_warning(name, found, layout):
+        if warning := algorithms.reader_warning(name, found, layout, experts):
             logging.warning(f"{warning}.")
             continue
         used = algorithms.layout_of(found, layout)
         with screen.results():
-            logging.info(f"{name} is written in the layout {used}, which is read by {readers.text(found, used)}.")
+            read = readers.text(found, used, experts)
+            logging.info(f"{name} is written in the layout {used}, which is read by {read}.")

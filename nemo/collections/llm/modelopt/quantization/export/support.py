@@ -303,5 +303,5 @@ def check_model(
         hf_kv_cache.check_or_disable(export_config.export_format, quant_cfg, core, enable_kv_cache)
         layout_choice.check_cache(core, export_config, quant_cfg, planned)
         check_contents(export_config.export_format, quant_cfg, inner, core)
-        layout_choice.log(export_config, planned)
+        layout_choice.log(core, export_config, planned)
         expert_inputs.set_dynamic(core, export_config, quant_cfg, planned)

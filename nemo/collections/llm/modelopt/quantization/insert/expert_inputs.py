@@ -32,7 +32,7 @@ def set_dynamic(core: Any, export_config: Any, quant_cfg: dict[str, Any], planne
         quant_cfg: How the model will be quantized.
         planned: Name to quant_cfg of the algorithms.
     """
-    if not getattr(getattr(core, "config", None), "num_moe_experts", None):
+    if not layout_choice.has_experts(core):
         return
     if layout_choice.later_layout(export_config, planned) != readers.COMPRESSED_TENSORS:
         return

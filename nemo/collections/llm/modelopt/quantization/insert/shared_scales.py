@@ -77,7 +77,7 @@ def decide(core: Any, export_config: Any, planned: dict[str, dict[str, Any]]) ->
         problems = [text for text in _parallel.gather_objects(obstacle(core, quant_cfg)) if text]
         if problems and needed and (later or falls_back(export_config, str(hf_format))):
             if is_global_rank_zero():
-                read = readers.text(str(hf_format), readers.MODELOPT)
+                read = readers.text(str(hf_format), readers.MODELOPT, layout_choice.has_experts(core))
                 logging.warning(
                     f"{name} is written in the layout {readers.MODELOPT} (read by: {read}), because {layout} "
                     f"has no input scales: {problems[0]}. To write {layout}, use {_plain(str(hf_format))!r}."
