@@ -63,7 +63,9 @@ def load(folder: Path) -> torch.nn.Module:
 
     formats = hf_stored.formats(folder)
     tensors = dict(hf_files.read_tensors(folder))
-    model = AutoModelForCausalLM.from_config(hf_files.plain_config(folder), torch_dtype=torch.float32).eval()
+    # The default implementation of attention ignores Gemma's capped scores.
+    settings = {"torch_dtype": torch.float32, "attn_implementation": "eager"}
+    model = AutoModelForCausalLM.from_config(hf_files.plain_config(folder), **settings).eval()
     weights, quantized = {}, {}
     for name in hf_stored.quantized_names(tensors):
         parts = {leaf: value for leaf in formats.leaves() if (value := tensors.get(f"{name}.{leaf}")) is not None}
