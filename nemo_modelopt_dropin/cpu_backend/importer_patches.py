@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nemo_modelopt_dropin.cpu_backend.state import CpuBackendError
+from nemo_modelopt_dropin.preflight import families
 
 _GEMMAS = ("GemmaModel", "Gemma2Model")
 
@@ -66,7 +67,7 @@ def _window(config: Any, source: Any) -> None:
 
 def _length(config: Any, source: Any) -> None:
     """Take the number of positions from the checkpoint; NeMo has a constant, or for Mistral the window or None."""
-    _change(config, seq_length=source.max_position_embeddings)
+    _change(config, seq_length=source.max_position_embeddings, max_position_embeddings=source.max_position_embeddings)
 
 
 def _llama(config: Any, source: Any) -> None:
@@ -115,7 +116,16 @@ def _gemma2(config: Any, source: Any) -> None:
 
 
 def _deepseek(config: Any, source: Any) -> None:
-    """Take the scaling of the rotary frequencies from the checkpoint; NeMo has the constants of DeepSeek V3."""
+    """Take the scaling of the rotary frequencies from the checkpoint; NeMo has the constants of DeepSeek V3.
+
+    NeMo also chooses groups of experts if the checkpoint has them but does not use them.
+    """
+    if config.moe_router_enable_expert_bias and not source.norm_topk_prob:
+        raise CpuBackendError("NeMo's DeepSeek V3 lets the weights of experts add up to one; norm_topk_prob is false.")
+    if getattr(source, "topk_method", None) == "greedy":
+        _change(config, moe_router_num_groups=1, moe_router_group_topk=1)
+    if problem := families.routing_problem(config):
+        raise CpuBackendError(f"{problem}. Its logits would be wrong.")
     scaling = getattr(source, "rope_scaling", None) or {"factor": 1.0}
     _change(
         config,
@@ -158,7 +168,7 @@ def _gpt_oss(config: Any, source: Any) -> None:
 _EDITS: dict[str, tuple[Callable[[Any, Any], None], ...]] = {
     "LlamaModel": (_llama,),
     "Qwen2Model": (_vocabulary, _window),
-    "Qwen3Model": (_vocabulary, _head_size, _window, _qwen3),
+    "Qwen3Model": (_vocabulary, _head_size, _length, _window, _qwen3),
     "MistralModel": (_vocabulary, _window, _length),
     "MixtralModel": (_vocabulary, _window),
     "GemmaModel": (_vocabulary, _head_size, _length),
@@ -264,6 +274,8 @@ def _gemma3_config(importer: Any) -> Any:
     period = pattern.index(True) + 1 if True in pattern else len(pattern) + 1
     if pattern != [(number + 1) % period == 0 for number in range(len(pattern))]:
         raise CpuBackendError(f"NeMo's Gemma 3 repeats local layers and a global one; the checkpoint has {pattern}.")
+    if source.attn_logit_softcapping or source.final_logit_softcapping:
+        raise CpuBackendError("NeMo's Gemma 3 caps no scores (attn_logit_softcapping, final_logit_softcapping).")
     return gemma3.Gemma3Config1B(
         num_layers=source.num_hidden_layers,
         hidden_size=source.hidden_size,

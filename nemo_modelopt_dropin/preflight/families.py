@@ -132,11 +132,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen2.5": Family("Qwen2, Qwen2.5", "`Qwen2ForCausalLM`"),
     "qwen2.5-tied": Family("Qwen2.5 with tied embeddings", "`Qwen2ForCausalLM`"),
-    "qwen3": Family("Qwen3", "`Qwen3ForCausalLM`"),
+    "qwen3": Family(
+        "Qwen3", "`Qwen3ForCausalLM`", note="on a GPU, NeMo imports 40960 positions, whatever `config.json` contains"
+    ),
     "qwen3-moe": Family(
         "Qwen3-MoE",
         "`Qwen3MoeForCausalLM`",
-        note="on a GPU, NeMo imports 128 experts with 8 per token, whatever `config.json` contains",
+        note="on a GPU, NeMo imports 128 experts with 8 per token and 40960 positions, whatever `config.json` contains",
     ),
     "mistral": Family("Mistral without a window", "`MistralForCausalLM`"),
     "mistral-window": Family(
@@ -172,7 +174,9 @@ FAMILIES: dict[str, Family] = {
         "DeepSeek V2",
         "`DeepseekV2ForCausalLM`",
         LATENT,
-        note="on a GPU, NeMo imports V2 with V3's rotary scaling",
+        note="on a GPU, NeMo imports V2 with V3's rotary scaling; groups of experts (`group_limited_greedy`, as in "
+        "DeepSeek-V2, not in V2-Lite) are an error at import on a CPU and for Hugging Face files, because Megatron "
+        "chooses other groups than transformers",
         files=LATENT_SCALES,
     ),
     "deepseek-3": Family("DeepSeek V3, R1", "`DeepseekV3ForCausalLM`", LATENT, files=LATENT_SCALES),
@@ -252,6 +256,32 @@ def kept_by_mtp(config: Any, targets: Collection[str], by_budget: bool) -> list[
     return found + (["target_params, target_active_params"] if by_budget else [])
 
 
+def routing_problem(config: Any) -> str | None:
+    """Return why `transformers` would send tokens of a DeepSeek to other experts, None if it would not.
+
+    Both choose groups of experts first. Megatron adds up the best scores of each group, as many as a token has experts
+    in one group; ``transformers`` takes the best score for V2 and the two best for V3.
+
+    Args:
+        config: See `limits`.
+    """
+    _, names = _features(config)
+    if not any(".model.deepseek." in name for name in names):
+        return None
+    groups, chosen = _field(config, "moe_router_num_groups") or 1, _field(config, "moe_router_group_topk") or 1
+    if groups == chosen:
+        return None
+    version, theirs = ("V3", 2) if _field(config, "moe_router_enable_expert_bias") else ("V2", 1)
+    ours = (_field(config, "moe_router_topk") or 1) // chosen
+    if ours == theirs:
+        return None
+    return (
+        f"NeMo and transformers would choose other experts: to choose {chosen} of {groups} groups, Megatron adds up "
+        f"the best {ours} scores of a group, and transformers the best {theirs} for DeepSeek {version} "
+        "(moe_router_topk, moe_router_group_topk)"
+    )
+
+
 def file_problem(config: Any, algorithm: str | None) -> str | None:
     """Return why a model cannot be written as Hugging Face files, None if it can.
 
@@ -270,6 +300,8 @@ def file_problem(config: Any, algorithm: str | None) -> str | None:
     adds_one = any(f".model.{family}." in name for name in names for family in ADD_ONE)
     if adds_one and _field(config, "layernorm_zero_centered_gamma") is False:
         return PLAIN_NORMS.reason
+    if problem := routing_problem(config):
+        return problem
     found = [LATENT_SCALES] if latent else []
     found += [STACKED] if any(".model.gpt_oss." in name for name in names) else []
     return next((limit.reason for limit in found if limit.applies(algorithm)), None)

@@ -16,6 +16,14 @@ NORMS = {
     "_target_": "nemo.collections.llm.gpt.model.nemotron.Nemotron3Config4B",
     "layernorm_zero_centered_gamma": False,
 }
+# The routing of DeepSeek-V2.
+GROUPS = {
+    "_target_": "nemo.collections.llm.gpt.model.deepseek.DeepSeekConfig",
+    "multi_latent_attention": True,
+    "moe_router_topk": 6,
+    "moe_router_num_groups": 8,
+    "moe_router_group_topk": 3,
+}
 REMOTE = {"_target_": "nemo.collections.llm.gpt.model.baichuan.Baichuan2Config7B"}
 COMPRESS = command_lines.COMPRESSION + " --target-num-layers 1 --formats hf"
 
@@ -29,6 +37,9 @@ COMPRESS = command_lines.COMPRESSION + " --target-num-layers 1 --formats hf"
         ("ptq", f"{PTQ} -algo fp8 --export_format hf", HEADS, "no multi-token-prediction block (mtp_num_layers=1)"),
         ("ptq", f"{PTQ} -algo no_quant --export_format hf", HEADS, "no multi-token-prediction block"),
         ("ptq", f"{PTQ} -algo fp8 --export_format hf", NORMS, families.PLAIN_NORMS.reason),
+        ("ptq", f"{PTQ} -algo no_quant --export_format hf", GROUPS, "choose other experts: to choose 3 of 8 groups"),
+        ("ptq", f"{PTQ} -algo fp8 --export_format nemo", GROUPS, None),
+        ("ptq", f"{PTQ} -algo fp8 --export_format hf", GROUPS | {"moe_router_topk": 3}, None),
         ("ptq", f"{PTQ} -algo fp8 --export_format hf", REMOTE, "transformers has no class for this family"),
         ("compress", f"{COMPRESS} --algorithm int8_sq", LATENT, "quantization: int8_sq cannot be exported as hf: "),
         ("compress", f"{COMPRESS} --algorithm fp8", HEADS, "no multi-token-prediction block"),

@@ -23,6 +23,7 @@ SAVED_NORMS = {
         "pre_mlp_layernorm.weight",
     },
 }
+GROUPS = {"topk_method": "group_limited_greedy", "n_routed_experts": 8}
 
 
 @pytest.mark.parametrize("name", models.FAMILIES)
@@ -40,6 +41,8 @@ def test_logits_after_import_are_those_of_transformers(ranks, tmp_path, name):
         ("qwen3-moe", {"norm_topk_prob": False}),
         ("mixtral", {"sliding_window": models.WINDOW}),
         ("gemma", {"head_dim": 32}),
+        ("deepseek-2", {"n_group": 2}),  # not used with `topk_method: greedy`
+        ("deepseek-2", {**GROUPS, "n_group": 4, "topk_group": 2}),
         ("deepseek-3", {"q_lora_rank": None}),
     ],
 )
@@ -81,6 +84,9 @@ def test_windows_are_exported_as_they_were(ranks, tmp_path, name):
             {"layer_types": ["full_attention"] + ["sliding_attention"] * 6},
             r"NeMo's Gemma 3 repeats local layers and a global one; the checkpoint has \[True, False",
         ),
+        ("gemma-3", {"final_logit_softcapping": 30.0}, "NeMo's Gemma 3 caps no scores"),
+        ("deepseek-2", {**GROUPS, "n_group": 2, "topk_group": 1}, "best 2 scores of a group.* best 1 for DeepSeek V2"),
+        ("deepseek-3", {"norm_topk_prob": False}, "norm_topk_prob is false"),
     ],
 )
 def test_what_nemo_does_not_compute_is_not_imported(ranks, tmp_path, name, entries, message):

@@ -15,20 +15,19 @@ from . import hf_files
 def write_generation_config(model: Any, folder: Path) -> None:
     """Write ``generation_config.json``: the one the model was imported with, or one from its tokenizer.
 
-    If the model was imported with one, its special tokens also replace those in ``config.json``, which NeMo's exporters
-    take from the tokenizer.
+    Its special tokens also replace those in ``config.json``, where NeMo's exporters write those of the tokenizer, the
+    defaults of the class, or constants.
     """
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     own = getattr(getattr(model, "config", None), "generation_config", None)
-    if isinstance(own, GenerationConfig):
-        path = folder / "config.json"
-        content = json.loads(path.read_text(encoding="utf-8"))
-        content |= {name: value for name in names if (value := getattr(own, name, None)) is not None}
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    else:
+    if not isinstance(own, GenerationConfig):
         tokenizer = getattr(getattr(model, "tokenizer", None), "tokenizer", None)
         found = {name: getattr(tokenizer, name, None) for name in names}
         own = GenerationConfig(**{name: value for name, value in found.items() if isinstance(value, int)})
+    path = folder / "config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content |= {name: value for name in names if (value := getattr(own, name, None)) is not None}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     own.save_pretrained(str(folder))
 
 
