@@ -15,7 +15,7 @@ from nemo.collections import llm
 from nemo.collections.llm.modelopt import ExportConfig, ModelOptConfigError, PruningConfig, QuantizationConfig
 from nemo.collections.llm.modelopt.quantization import comparison
 from nemo_modelopt_cli import intermediate, run_script, tokens
-from nemo_modelopt_cli.compress import exported, heldout, training
+from nemo_modelopt_cli.compress import expert_scales, exported, heldout, training
 from nemo_modelopt_cli.compress.settings import TARGETS, Job, Layout, Training
 from nemo_modelopt_dropin import files, ranks
 from nemo_modelopt_dropin.console import screen
@@ -211,12 +211,7 @@ def _layout_for_readers(settings: Any, student: Path) -> str:
 
     They need other scales of inputs for AWQ and SmoothQuant, and for experts.
     """
-    hf_format, shape = algorithms.hf_format_of(settings.algorithm), model_sizes.known(student)
-    if settings.layout_of_scales or "hf" not in settings.formats or hf_format is None or shape is None:
-        return settings.layout_of_scales or algorithms.AUTO
-    if not shape.experts or algorithms.scales_inputs(settings.algorithm):
-        return algorithms.AUTO
-    return algorithms.layout_of(hf_format, settings.hf_layout)
+    return settings.layout_of_scales or expert_scales.layout(settings, student) or algorithms.AUTO
 
 
 def quantize(folder: Path, job: Job, student: Path, token_folder: Path) -> dict[str, Any]:

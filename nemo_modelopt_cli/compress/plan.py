@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from nemo_modelopt_cli.compress import expert_scales
 from nemo_modelopt_cli.compress.digests import Digests
 from nemo_modelopt_cli.compress.facts import MODELS as MODELS
 from nemo_modelopt_cli.compress.settings import Job, Quantization, Training
@@ -49,6 +50,9 @@ def compression_stages(job: Job, root: Path, before: str | None = None, digests:
     quantization = {k: v for k, v in asdict(job.quantization).items() if k not in _OF_EXPORT}
     if job.quantization.layout_of_scales:
         quantization["hf_layout"] = job.quantization.layout_of_scales
+    # Change the text if the calibration of experts changes, so that finished results run again.
+    if before is None and (layout := expert_scales.layout(job.quantization, job.teacher)):
+        quantization["expert_inputs"] = f"weighted outputs, for {layout}"
     # The newer settings are omitted at their defaults, so that results of earlier versions stay valid.
     usual = Quantization()
     formats = {

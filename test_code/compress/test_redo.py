@@ -81,3 +81,27 @@ def test_scales_of_inputs_are_moved_for_the_layout_that_lacks_them(tmp_path, mon
     settings = {stage.name: stage.settings for stage in plan.compression_stages(job, output)}
     assert job.quantization.layout_of_scales == expected
     assert settings["quantize"].get("quantization", settings["quantize"]).get("hf_layout") == expected
+
+
+@pytest.mark.parametrize(
+    ("experts", "flags", "expected"),
+    [
+        (4, "--algorithm fp8 --formats nemo hf", "weighted outputs, for modelopt"),
+        (4, "--algorithm int8 --formats nemo hf", "weighted outputs, for compressed-tensors"),
+        (4, "--algorithm fp8 --formats nemo", None),
+        (4, "--algorithm int8_sq --formats nemo hf", None),
+        (None, "--algorithm fp8 --formats nemo hf", None),
+    ],
+)
+def test_experts_run_again_if_the_rule_of_their_scales_changes(tmp_path, monkeypatch, experts, flags, expected):
+    """Results from before experts were calibrated for readers have no such entry."""
+    # Layers with and without experts, as in DeepSeek: their sizes are not known to the search.
+    changed = {"num_moe_experts": experts, "moe_layer_freq": [0, 1]} if experts else {}
+    command_lines.checkpoint(tmp_path / "model", **changed)
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "heldout.jsonl").write_text('{"text": "b"}\n')
+    monkeypatch.chdir(tmp_path)
+    command = [*command_lines.COMPRESS.split(), "--output", "out", "--cpu", *flags.split()]
+    job, output, _ = command_lines.script_of("compress").resolve(command)
+    settings = {stage.name: stage.settings for stage in plan.compression_stages(job, output)}
+    assert settings["quantize"].get("expert_inputs") == expected
