@@ -1,7 +1,7 @@
 # make demo   watch a GPT being pruned, distilled, quantized and exported on this machine's CPU
 # make test   lint, types, the documentation and every CPU test
 # make test-slow   the tests that take minutes: interruptions at random moments, many random models, an older processor's arithmetic
-# make test-families   every step with a small model of every family; prints the table. FAMILY="mixtral gemma" for some
+# make test-families   every step with a small model of every family; prints the table. FAMILY="mixtral gemma" for some, WRITE=--write for docs/families.md
 # make test-serving   vLLM on this machine's CPU serves what is exported; builds build/serving (3.4 GB) when it is missing
 # make docs   the documentation as a site, build/site/index.html
 # make test-compat   the tests on the other supported versions; ROW=nemo-2.6.2 TESTS="test_code/test_pruner.py" for a part
@@ -63,7 +63,7 @@ test-slow: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'slow and not gpu' --timeout $(SLOW_TIMEOUT)
 
 test-families: $(READY)
-	$(BIN)/python -m test_code.families.matrix $(FAMILY)
+	$(BIN)/python -m test_code.families.matrix $(FAMILY) $(WRITE)
 
 # An environment of its own: vLLM and NeMo pin different versions of PyTorch. TESTS chooses tests: TESTS="-k mixtral".
 SERVING ?= build/serving

@@ -168,7 +168,12 @@ FAMILIES: dict[str, Family] = {
         note="long rotary scaling and partial rotary embeddings are an error at import on a CPU",
     ),
     "nemotron": Family("Nemotron 3, 4, Minitron", "`NemotronForCausalLM`"),
-    "starcoder": Family("Starcoder", "`GPTBigCodeForCausalLM`"),
+    "starcoder": Family(
+        "Starcoder",
+        "`GPTBigCodeForCausalLM`",
+        note="for Hugging Face files, prune `hidden_size` and `num_attention_heads` by the same factor: they have no "
+        "size of heads, which is the hidden size over their number",
+    ),
     "starcoder-2": Family("Starcoder2", "`Starcoder2ForCausalLM`"),
     "deepseek-2": Family(
         "DeepSeek V2",

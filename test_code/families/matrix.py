@@ -1,10 +1,14 @@
-"""Take every step with every family and print the table: ``python -m test_code.families.matrix [FAMILY ...]``."""
+"""Take every step with every family and print the table: ``python -m test_code.families.matrix [FAMILY ...]``.
+
+With ``--write``, the rows also replace those of the same families in ``docs/families.md``.
+"""
 
 from __future__ import annotations
 
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,8 @@ from test_code.families import jobs, models, steps
 # Layouts of ranks in which the logits are compared with those of `transformers`.
 LAYOUTS = {"tp2": {"tp": 2}, "ep2": {"ep": 2}}
 COLUMNS = ("import", *steps.STEPS, *LAYOUTS)
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+BEGIN, END = "<!-- matrix: begin; made by make test-families WRITE=--write -->\n", "<!-- matrix: end -->"
 
 
 def can_split(name: str, layout: str) -> bool:
@@ -48,23 +54,47 @@ def cells(one: Any, two: Any, name: str, folder: Path) -> dict[str, tuple[str, s
     return shown
 
 
-def main(names: list[str]) -> int:
+def row(name: str, values: Sequence[str]) -> str:
+    """Return a line of the table."""
+    return f"| {' | '.join([name, *values])} |\n"
+
+
+def rows_of(page: str) -> dict[str, list[str]]:
+    """Return the cells of the table in a page by family."""
+    lines = page.partition(BEGIN)[2].partition(END)[0].splitlines()[2:]
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {cells[0]: cells[1:] for cells in found}
+
+
+def with_rows(page: str, new: Mapping[str, Sequence[str]]) -> str:
+    """Return a page with the rows of some families replaced."""
+    rows = {**rows_of(page), **new}
+    before, _, rest = page.partition(BEGIN)
+    table = row("family", COLUMNS) + "|---" * (len(COLUMNS) + 1) + "|\n"
+    table += "".join(row(name, rows[name]) for name in models.FAMILIES if name in rows)
+    return before + BEGIN + table + END + rest.partition(END)[2]
+
+
+def main(arguments: list[str]) -> int:
     """Print the table; return the number of steps that failed."""
     from test_code.support.ranks import RankPool
 
-    failed, out = 0, sys.stdout
-    out.write(f"| {' | '.join(['family', *COLUMNS, 'seconds'])} |\n{'|---' * (len(COLUMNS) + 2)}|\n")
+    names = [name for name in arguments if name != "--write"] or list(models.FAMILIES)
+    failed, out, rows = 0, sys.stdout, {}
+    out.write(row("family", [*COLUMNS, "seconds"]) + "|---" * (len(COLUMNS) + 2) + "|\n")
     with tempfile.TemporaryDirectory() as folder:
         one, two = (RankPool(size, Path(folder) / f"logs-{size}") for size in (1, 2))
-        for name in names or models.FAMILIES:
+        for name in names:
             started = time.monotonic()
             shown = cells(one, two, name, Path(folder) / name)
             failed += sum(wrong is not None for _, wrong in shown.values())
-            row = [shown[column][0] if column in shown else "" for column in COLUMNS]
-            out.write(f"| {' | '.join([name, *row, f'{time.monotonic() - started:.0f}'])} |\n")
+            rows[name] = [shown[column][0] if column in shown else "" for column in COLUMNS]
+            out.write(row(name, [*rows[name], f"{time.monotonic() - started:.0f}"]))
             out.flush()
         one.close()
         two.close()
+    if "--write" in arguments and not failed:
+        PAGE.write_text(with_rows(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
     return failed
 
 

@@ -53,6 +53,28 @@ def test_each_family_has_a_row():
     assert shown == families.table() + "\n", "paste the output of python -m nemo_modelopt_dropin.preflight.families"
 
 
+def test_the_page_has_a_result_of_each_step():
+    rows = matrix.rows_of(matrix.PAGE.read_text(encoding="utf-8"))
+    assert list(rows) == list(models.FAMILIES), "run make test-families WRITE=--write"
+    for name, cells in rows.items():
+        for column, cell in zip(matrix.COLUMNS, cells, strict=True):
+            if column in matrix.LAYOUTS and not matrix.can_split(name, column):
+                assert cell == ""
+            elif steps.refusal(name, column):
+                assert cell == "refused"
+            else:
+                assert float(cell) < 1
+
+
+def test_rows_of_some_families_replace_only_theirs():
+    rows = {name: [str(number)] * len(matrix.COLUMNS) for number, name in enumerate(("qwen3", "llama-2"))}
+    page = matrix.with_rows(f"before\n{matrix.BEGIN}{matrix.END}\nafter\n", rows)
+    assert list(matrix.rows_of(page)) == ["llama-2", "qwen3"]
+    changed = matrix.with_rows(page, {"qwen3": ["7"] * len(matrix.COLUMNS)})
+    assert matrix.rows_of(changed) == {"llama-2": rows["llama-2"], "qwen3": ["7"] * len(matrix.COLUMNS)}
+    assert changed.startswith("before\n") and changed.endswith(f"{matrix.END}\nafter\n")
+
+
 @pytest.mark.parametrize("name", [name for name, family in families.FAMILIES.items() if family.limit])
 def test_what_cannot_be_pruned_is_said_before_the_weights_are_read(ranks, tmp_path, name):
     limit = families.FAMILIES[name].limit
