@@ -3,6 +3,7 @@
 # make test-slow   the tests that take minutes: interruptions at random moments, many random models, an older processor's arithmetic
 # make test-families   every step with a small model of every family; prints the table. FAMILY="mixtral gemma" for some, WRITE=--write for docs/families.md
 # make test-serving   vLLM on this machine's CPU serves what is exported; builds build/serving (3.4 GB) when it is missing
+# make test-te   Transformer Engine's own layers on this machine's CPU; builds build/te_on_cpu (1 MB) when it is missing
 # make docs   the documentation as a site, build/site/index.html
 # make test-compat   the tests on the other supported versions; ROW=nemo-2.6.2 TESTS="test_code/test_pruner.py" for a part
 PYTHON ?= python3
@@ -19,7 +20,7 @@ PROSE := $(PAGES) $(SOURCES)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-slow test-families test-serving test-compat lint types docs bench clean
+.PHONY: setup demo test test-slow test-families test-serving test-te test-compat lint types docs bench clean
 
 setup: $(READY)
 
@@ -54,8 +55,19 @@ docs: $(DOCS_VENV)/.ready
 	@if [ -x $(DOCS_VENV)/bin/mkdocs ]; then NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict; \
 	else echo "The documentation tools need Python 3.11 or 3.12: the site was not built."; fi
 
-test: lint types docs
+# A folder of its own, on the path of these tests only: other tests run as on a machine without Transformer Engine. They
+# need neither a test process that imports NeMo nor the suite's fixtures, hence --confcutdir. TESTS chooses tests: TESTS="-k prune".
+TE ?= build/te_on_cpu
+TE_PYTEST = PYTHONPATH=$(abspath $(TE)):$(abspath test_code/te_on_cpu/startup) $(BIN)/python -m pytest \
+  --confcutdir=test_code/te_on_cpu test_code/te_on_cpu
+$(TE)/.ready: test_code/te_on_cpu/requirements.txt | $(READY)
+	rm -rf $(TE)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(TE) -r test_code/te_on_cpu/requirements.txt
+	@touch $@
+
+test: lint types docs $(TE)/.ready
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(TE_PYTEST)/test_train.py -m te
 
 # `SLOW_TIMEOUT` bounds one test, in seconds.
 SLOW_TIMEOUT ?= 3600
@@ -77,6 +89,9 @@ $(SERVING)/.ready: test_code/serving/requirements.txt
 
 test-serving: $(READY) $(SERVING)/.ready
 	SERVING_PYTHON=$(SERVING)/bin/python $(BIN)/python -m pytest test_code/serving -m serving $(TESTS)
+
+test-te: $(READY) $(TE)/.ready
+	$(TE_PYTEST) -m te $(TESTS)
 
 test-compat: $(READY)
 	$(BIN)/python scripts/test_compat.py $(if $(ROW),--row $(ROW)) $(if $(TESTS),-- $(TESTS))

@@ -1,0 +1,184 @@
+"""What ranks execute for the tests on Transformer Engine's layer specs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+SPECS = {"local": "local_layer_spec", "te": "transformer_engine_layer_spec"}
+
+
+def spec(name: str):
+    """Return NeMo's layer spec for a name of `SPECS`."""
+    from nemo.collections.llm.gpt.model import base
+
+    return getattr(base, SPECS[name])
+
+
+def layers_of(core) -> set[str]:
+    """Return the class names of all modules of a model."""
+    return {type(module).__name__ for module in core.modules()}
+
+
+def make_pair(folder: str, llama: bool = False, layout: dict | None = None, **overrides) -> dict:
+    """Write one model as two checkpoints, whose contexts name the local spec and TE's: ``local`` and ``te``.
+
+    Returns:
+        By name: the losses of the training that wrote it and the classes of its layers.
+    """
+    from test_code.support import ranks, tiny
+
+    made = {}
+    for name in SPECS:
+        model = _model(llama, transformer_layer_spec=spec(name), **overrides)
+        first = name == "local"
+        model.optim = tiny.optim(lr=1e-3 if first else 0.0)
+        model.optim.connect(model)
+        losses = tiny.fit(
+            model,
+            save_to=Path(folder) / name,
+            restore=None if first else Path(folder) / "local",
+            max_steps=2 if first else 1,
+            bf16_weights=first,
+            **(layout or {}),
+        )
+        made[name] = losses, layers_of(tiny.core(model))
+        ranks.reset()
+    return made
+
+
+def _model(llama: bool, **overrides):
+    from nemo.collections import llm
+    from test_code.support import tiny
+
+    config = tiny.config(**overrides)
+    if not llama:
+        return tiny.model(config)
+    names = llm.LlamaConfig.__dataclass_fields__
+    settings = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    return llm.LlamaModel(llm.LlamaConfig(**settings), optim=tiny.optim(), tokenizer=tiny.tokenizer())
+
+
+def train_from(checkpoint: str, name: str, steps: int = 3, layout: dict | None = None, **overrides):
+    """Train with a spec from a checkpoint; return the losses and the weights afterwards by their saved names."""
+    from test_code.support import ranks, tiny
+
+    model = tiny.model(transformer_layer_spec=spec(name), **overrides)
+    losses = tiny.fit(model, restore=checkpoint, max_steps=steps, **(layout or {}))
+    trained = saved_weights(tiny.core(model))
+    ranks.reset()
+    return losses, trained
+
+
+def train_again(path: str, layout: dict | None = None) -> list[float]:
+    """Load a checkpoint into the model that its context describes, and return the losses of three steps."""
+    from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
+
+    from nemo import lightning as nl
+    from test_code.support import tiny
+
+    model = nl.io.load_context(ckpt_to_context_subdir(Path(path)), subpath="model")
+    model.optim = tiny.optim()
+    model.optim.connect(model)
+    return tiny.fit(model, restore=path, max_steps=3, **(layout or {}))
+
+
+def saved_weights(core) -> dict[str, torch.Tensor]:
+    """Return this rank's weights under the names that a checkpoint gives them, which both specs share."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    found = {}
+    for value in core.sharded_state_dict().values():
+        if isinstance(value, (ShardedTensor, ShardedTensorFactory)):
+            # Layers are slices of one saved tensor, so the offsets belong to the name.
+            found[value.key, tuple(getattr(value, "global_offset", ()) or ())] = value.data.detach().clone()
+    return found
+
+
+def prune_without_extra_state(source: str, target: str) -> list[float]:
+    """Prune as stock does, which writes no ``_extra_state`` for norms, and train the result."""
+    from unittest import mock
+
+    from nemo.collections.llm.modelopt import _saved_keys
+    from test_code.support import jobs_prune, ranks
+
+    with mock.patch.object(_saved_keys, "complete_extra_state", lambda weights: weights):
+        jobs_prune.prune_checkpoint(source, target, {"drop_layers": [2]})
+    ranks.reset()
+    assert keys_that_are_missing(target), "nothing is missing: this job tests nothing"
+    ranks.reset()
+    return train_again(target)
+
+
+def keys_that_are_missing(path: str) -> list[str]:
+    """Return what the model of a checkpoint's context asks for and the checkpoint lacks."""
+    from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
+    from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
+
+    from nemo import lightning as nl
+    from nemo.collections.llm.modelopt import _saved_keys
+    from test_code.support import tiny
+
+    tiny.init_parallel()
+    model = nl.io.load_context(ckpt_to_context_subdir(Path(path)), subpath="model")
+    core = model.config.configure_model(tiny.tokenizer())
+    keys = _saved_keys.saved_keys(path)
+    saved = {_saved_keys.strip_module_prefix(key) for key in keys}
+    wanted = [value for value in core.sharded_state_dict().values() if isinstance(value, ShardedBase)]
+    names = [value.unique_key if isinstance(value, ShardedObject) else value.key for value in wanted]
+    return [name for name in names if name not in saved]
+
+
+def distill(teacher: str, student: str, name: str, settings: str | None = None, layout: dict | None = None):
+    """Distill a student of half the MLP's width for three steps with a spec for both models; return the losses."""
+    from nemo.collections.llm.modelopt import DistillationGPTModel
+    from test_code.support import tiny
+
+    model = DistillationGPTModel(
+        tiny.config(ffn_hidden_size=64, transformer_layer_spec=spec(name)),
+        tiny.config(transformer_layer_spec=spec(name)),
+        teacher,
+        settings,
+        optim=tiny.optim(),
+        tokenizer=tiny.tokenizer(),
+    )
+    return tiny.fit(model, restore=student, max_steps=3, **(layout or {}))
+
+
+def refused_distillation(teacher: str, student: str, settings: str) -> str:
+    """Return the error of a distillation on TE's layers."""
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+
+    try:
+        distill(teacher, student, "te", settings)
+    except ModelOptConfigError as error:
+        return str(error)
+    return ""
+
+
+def import_family(name: str, folder: str) -> dict:
+    """Import a family; compare its logits with transformers' in NeMo's own layers and in Model Optimizer's spec.
+
+    Returns:
+        The relative differences ``own`` and ``modelopt``, and the ``layers`` of the former.
+    """
+    from nemo.collections.llm.inference.base import _setup_trainer_and_restore_model
+    from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
+
+    from nemo import lightning as nl
+    from test_code.families import jobs as families
+    from test_code.families import models
+    from test_code.support import ranks, tiny
+
+    checkpoint = families.import_hf(name, folder)
+    expected = models.hf_logits(Path(folder) / "hf")
+    ranks.reset()
+    model = nl.io.load_context(ckpt_to_context_subdir(checkpoint), subpath="model")
+    del model.optim
+    inference = {"setup_optimizers": False, "ckpt_load_optimizer": False, "ddp": "pytorch"}
+    _setup_trainer_and_restore_model(checkpoint, tiny.trainer(strategy_kwargs=inference), model)
+    core = tiny.core(model)
+    found = {"own": families.difference(families.core_logits(core), expected), "layers": layers_of(core)}
+    ranks.reset()
+    return {**found, "modelopt": families.difference(families.nemo_logits(checkpoint), expected)}
