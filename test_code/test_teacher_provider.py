@@ -194,13 +194,6 @@ def test_prefix_is_read_from_the_checkpoint(keys, prefix):
     assert _saved_keys.saved_prefix(keys) == prefix
 
 
-def test_only_missing_extra_state_leaves_the_request():
-    names = ("module.a", "module.norm._extra_state", "module.mlp._extra_state")
-    request = {name: SimpleNamespace(key=name, unique_key=name + "/shard_0_1") for name in names}
-    _teacher.drop_missing_extra_state(request, ["module.a", "module.mlp._extra_state/shard_0_1"])
-    assert set(request) == {"module.a", "module.mlp._extra_state"}
-
-
 def config_of(**kwargs):
     base = {
         "num_layers": 4,

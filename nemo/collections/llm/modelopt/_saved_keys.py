@@ -1,4 +1,8 @@
-"""The keys of weights in NeMo checkpoints, which have as many ``module.`` in front as wrappers were on when saving."""
+"""The keys of NeMo checkpoints: what is asked for when loading, and what is written, apart from the weights themselves.
+
+Keys have as many ``module.`` in front as wrappers were on when saving, and norms of some layer specs lack the
+``_extra_state`` that those of others ask for.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,16 @@ import collections
 import os
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.core import check_is_distributed_checkpoint
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from nemo.lightning.io.pl import ckpt_to_weights_subdir
 
 _MODULE = "module."
+_EXTRA_STATE = "_extra_state"
+_NORM_WEIGHT = "norm.weight"
 
 
 def strip_module_prefix(key: str) -> str:
@@ -46,27 +53,93 @@ def saved_prefix(keys: list[str]) -> str:
     return _MODULE * depths.most_common(1)[0][0] if depths else _MODULE
 
 
-def follow_saved_prefix(strategy: Any, ckpt_path: Any) -> None:
-    """Let a strategy's next load ask for the weights under the keys that the checkpoint has.
+def adapt_next_load(strategy: Any) -> None:
+    """Let a strategy's next load ask for weights under the keys that the checkpoint has, and for no others.
 
     NeMo itself asks for ``module.`` alone, and so cannot load what its own ``trainer.save_checkpoint`` writes after
-    ``fit``.
+    ``fit``. It also asks for every ``_extra_state`` of Transformer Engine, see `drop_missing_extra_state`.
 
     Args:
         strategy: the ``MegatronStrategy`` that is about to load.
-        ckpt_path: the checkpoint.
     """
-    prefix = saved_prefix(saved_keys(ckpt_path))
-    if prefix == _MODULE:
-        return
     checkpoint_io = strategy.checkpoint_io
+    vars(checkpoint_io).pop("load_checkpoint", None)  # if no load followed an earlier call
     load = checkpoint_io.load_checkpoint
 
     def load_once(path, sharded_state_dict=None, *args, **kwargs):
-        del checkpoint_io.load_checkpoint
-        for value in nested_values((sharded_state_dict or {}).get("state_dict", {})):
-            if isinstance(value, ShardedBase):
-                value.key = prefix + strip_module_prefix(value.key)
-        return load(path, sharded_state_dict, *args, **kwargs)
+        vars(checkpoint_io).pop("load_checkpoint", None)
+        keys = saved_keys(path)
+        request = (sharded_state_dict or {}).get("state_dict", {})
+        prefix = saved_prefix(keys)
+        if prefix != _MODULE:
+            for value in nested_values(request):
+                if isinstance(value, ShardedBase):
+                    value.key = prefix + strip_module_prefix(value.key)
+        dropped = drop_missing_extra_state(request, keys)
+        loaded = load(path, sharded_state_dict, *args, **kwargs)
+        if dropped and isinstance(loaded, dict) and "state_dict" in loaded:
+            _put_back(loaded["state_dict"], dropped)
+        return loaded
 
     checkpoint_io.load_checkpoint = load_once
+
+
+def drop_missing_extra_state(request: Any, keys: list[str]) -> dict[str, Any]:
+    """Remove entries of Transformer Engine's ``_extra_state`` that the checkpoint lacks from a request, in place.
+
+    They hold scaling histories, which a checkpoint written without FP8 or by another layer implementation lacks.
+
+    Args:
+        request: what a checkpoint is asked for, by the model's keys; in parts if the pipeline is interleaved.
+        keys: the result of `saved_keys`.
+
+    Returns:
+        The names that were removed, each with None, nested as the request is. None is the state of a layer without
+        FP8: a model that is loaded strictly then misses nothing.
+    """
+    if not keys or not isinstance(request, dict):
+        return {}
+    saved, dropped = set(keys), {}
+    for name, value in list(request.items()):
+        if isinstance(value, dict):
+            inner = drop_missing_extra_state(value, keys)
+            if inner:
+                dropped[name] = inner
+        elif name.endswith(_EXTRA_STATE):
+            stored = {getattr(value, "unique_key", name), getattr(value, "key", name)}
+            if not stored & saved:
+                dropped[name] = request.pop(name)
+    return {name: value if isinstance(value, dict) else None for name, value in dropped.items()}
+
+
+def _put_back(loaded: dict[str, Any], dropped: dict[str, Any]) -> None:
+    """Add the names of `drop_missing_extra_state` to what was loaded."""
+    for name, value in dropped.items():
+        if isinstance(value, dict):
+            _put_back(loaded.setdefault(name, {}), value)
+        else:
+            loaded[name] = None
+
+
+def complete_extra_state(weights: Any) -> Any:
+    """Add an empty ``_extra_state`` for every norm that is saved without one, in place; return the same dictionary.
+
+    Transformer Engine's norms have one, and models that are built from them ask for it. Model Optimizer's layer spec
+    removes it from their state dicts, and other norms have none. Norms that Transformer Engine fuses into a linear
+    layer (``layer_norm_weight``) share that of the layer.
+
+    Args:
+        weights: a sharded state dict that is about to be saved; anything else is returned as it is.
+    """
+    if not isinstance(weights, dict):
+        return weights
+    for name, value in list(weights.items()):
+        other = f"{name.removesuffix(_NORM_WEIGHT)}norm.{_EXTRA_STATE}"
+        if not (isinstance(value, ShardedTensor) and value.key.endswith(_NORM_WEIGHT)) or other in weights:
+            continue
+        key = f"{value.key.removesuffix('weight')}{_EXTRA_STATE}"
+        layers = value.prepend_axis_num  # layers of one kind are saved as slices of one tensor
+        shape, offset = (value.global_shape[:layers], value.global_offset[:layers]) if layers else ((1,), (0,))
+        empty = torch.empty(0, dtype=torch.uint8)
+        weights[other] = ShardedObject(key, empty, tuple(shape), tuple(offset), replica_id=value.replica_id)
+    return weights

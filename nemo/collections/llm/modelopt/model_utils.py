@@ -303,7 +303,8 @@ def restore_modelopt_state(
 ) -> None | Callable:
     """Convert a model to the form its checkpoint has (quantizers, pruned sizes ...), before weights are loaded.
 
-    NeMo's strategy calls it before every load, and then finds the weights under whatever prefix they were saved.
+    NeMo's strategy calls it before every load. It then finds the weights under whatever prefix they were saved, and
+    needs no ``_extra_state`` of Transformer Engine that the checkpoint lacks.
 
     Args:
         model: The model, wrapped or not.
@@ -320,7 +321,7 @@ def restore_modelopt_state(
 
     core_model = unwrap_model(model)
     if isinstance(model, MegatronParallel):
-        _saved_keys.follow_saved_prefix(model.trainer.strategy, path)
+        _saved_keys.adapt_next_load(model.trainer.strategy)
     if mto.ModeloptStateManager.is_converted(core_model):
         logging.info("Model Optimizer state already restored from checkpoint. Skipping.")
         return None

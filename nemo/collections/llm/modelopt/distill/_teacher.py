@@ -167,20 +167,6 @@ def has_modelopt_state(ckpt_path: Any) -> bool:
     return (ckpt_to_weights_subdir(ckpt_path, is_saving=False) / "modelopt_state").exists()
 
 
-def drop_missing_extra_state(sharded: Any, keys: list[str]) -> None:
-    """Remove entries of Transformer Engine's ``_extra_state`` that the checkpoint lacks from a request, in place.
-
-    They hold scaling histories, which a checkpoint written without FP8 or by another layer implementation lacks.
-    """
-    if not keys or not isinstance(sharded, dict):
-        return
-    saved = set(keys)
-    for name in [name for name in sharded if name.endswith(_EXTRA_STATE)]:
-        stored = getattr(sharded[name], "unique_key", getattr(sharded[name], "key", name))
-        if stored not in saved and getattr(sharded[name], "key", name) not in saved:
-            del sharded[name]
-
-
 def merge_in_place(sharded: Any) -> None:
     """Read weights that are stored in parts (gated MLPs) into the model's own memory.
 

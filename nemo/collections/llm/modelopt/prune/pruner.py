@@ -21,7 +21,7 @@ from nemo.collections import llm
 from nemo_modelopt_dropin import files
 from nemo_modelopt_dropin.console import progress, screen
 
-from .. import _batches, _parallel, _real
+from .. import _batches, _parallel, _real, _saved_keys
 from ..errors import ModelOptConfigError
 from . import _budget, _checks, _cost, _hybrid, _layer_kinds, _report, _scores, _search, _state
 
@@ -406,7 +406,7 @@ def _write_checkpoint(trainer: Any, folder: Any) -> None:
     weights = ckpt_to_weights_subdir(folder, is_saving=True)
     weights.mkdir(parents=True, exist_ok=True)
     dist_checkpointing.save(
-        trainer.strategy.megatron_parallel.sharded_state_dict(),
+        _saved_keys.complete_extra_state(trainer.strategy.megatron_parallel.sharded_state_dict()),
         weights,
         content_metadata=trainer.strategy.sharded_state_dict_metadata,
     )

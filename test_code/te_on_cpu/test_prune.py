@@ -1,0 +1,43 @@
+"""Pruning on Transformer Engine's norms and attention, and loading the result into its layers."""
+
+from __future__ import annotations
+
+import pytest
+
+from test_code.support import jobs_prune
+from test_code.te_on_cpu import jobs
+
+pytestmark = pytest.mark.te
+
+# As in test_train.py; what pruning keeps does not depend on the last bits of the importance.
+LOSS = 1e-5
+
+REQUESTS = {
+    "width": {"target_ffn_hidden_size": 64, "target_hidden_size": 32, "target_num_attention_heads": 2},
+    "depth": {"target_num_layers": 2},
+    "layers": {"drop_layers": [2]},
+}
+
+
+@pytest.mark.parametrize("request_name", REQUESTS)
+def test_pruned_checkpoints_equal_those_of_local_layers(ranks, llama, tmp_path, request_name):
+    """The checkpoint loads into the layers that its context names and trains as one of local layers."""
+    losses = {}
+    for name in jobs.SPECS:
+        target = str(tmp_path / name)
+        ranks(1).run(jobs_prune.prune_checkpoint, llama[0][name], target, REQUESTS[request_name])
+        losses[name] = ranks(1).run(jobs.train_again, target)[0]
+    assert losses["te"] == pytest.approx(losses["local"], rel=LOSS)
+
+
+def test_other_checkpoints_without_extra_state_of_norms_load(ranks, llama, tmp_path):
+    """Stock's pruning, and earlier versions of this package, write none."""
+    losses = ranks(1).run(jobs.prune_without_extra_state, llama[0]["te"], str(tmp_path / "pruned"))[0]
+    assert len(losses) == 3
+
+
+def test_a_pruned_checkpoint_has_all_keys_of_its_model(ranks, llama, tmp_path):
+    """Without any tolerance when loading: NeMo without this package reads it, too."""
+    target = str(tmp_path / "pruned")
+    ranks(1).run(jobs_prune.prune_checkpoint, llama[0]["te"], target, REQUESTS["layers"])
+    assert ranks(1).run(jobs.keys_that_are_missing, target)[0] == []
