@@ -59,9 +59,11 @@ def sharded(key: str, *offsets: tuple[int, int, int]) -> ShardedTensor:
     )
 
 
-def test_separate_norms_are_saved_with_an_empty_extra_state():
-    """Also for each layer, whose weights are slices of one tensor; fused norms and other layers have none."""
+def test_layers_without_extra_state_are_saved_with_an_empty_one():
+    """Norms, and projections of multi-latent attention; fused norms and other layers have none of their own."""
+    latent = "decoder.layers.0.self_attention.linear_q_down_proj"
     weights = {
+        f"{latent}.weight": sharded(f"{latent}.weight"),
         "module.decoder.final_layernorm.weight": sharded("module.decoder.final_layernorm.weight"),
         "module.decoder.layers.1.pre_mlp_layernorm.weight": sharded(
             "module.decoder.layers.pre_mlp_layernorm.weight", (0, 1, 3)
@@ -74,6 +76,7 @@ def test_separate_norms_are_saved_with_an_empty_extra_state():
     assert _saved_keys.complete_extra_state(weights) is weights
     added = {name: value for name, value in weights.items() if name.endswith("_extra_state")}
     assert {name: value.unique_key for name, value in added.items()} == {
+        f"{latent}._extra_state": f"{latent}._extra_state/shard_0_1",
         "module.decoder.final_layernorm._extra_state": "module.decoder.final_layernorm._extra_state/shard_0_1",
         "module.decoder.layers.1.pre_mlp_layernorm._extra_state": (
             "module.decoder.layers.pre_mlp_layernorm._extra_state/shard_1_3"

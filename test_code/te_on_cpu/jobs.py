@@ -71,6 +71,14 @@ def train_from(checkpoint: str, name: str, steps: int = 3, layout: dict | None =
     return losses, trained
 
 
+def in_fp32() -> dict:
+    """Return the arguments of a trainer that computes in fp32 whatever a model's configuration says."""
+    from nemo import lightning as nl
+
+    plugin = nl.MegatronMixedPrecision(precision="32", params_dtype=torch.float32, autocast_enabled=False)
+    return {"plugins": plugin}
+
+
 def train_again(path: str, layout: dict | None = None) -> list[float]:
     """Load a checkpoint into the model that its context describes, and return the losses of three steps."""
     from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
@@ -81,7 +89,7 @@ def train_again(path: str, layout: dict | None = None) -> list[float]:
     model = nl.io.load_context(ckpt_to_context_subdir(Path(path)), subpath="model")
     model.optim = tiny.optim()
     model.optim.connect(model)
-    return tiny.fit(model, restore=path, max_steps=3, **(layout or {}))
+    return tiny.fit(model, restore=path, max_steps=3, **in_fp32(), **(layout or {}))
 
 
 def saved_weights(core) -> dict[str, torch.Tensor]:
@@ -177,8 +185,17 @@ def import_family(name: str, folder: str) -> dict:
     model = nl.io.load_context(ckpt_to_context_subdir(checkpoint), subpath="model")
     del model.optim
     inference = {"setup_optimizers": False, "ckpt_load_optimizer": False, "ddp": "pytorch"}
-    _setup_trainer_and_restore_model(checkpoint, tiny.trainer(strategy_kwargs=inference), model)
+    _setup_trainer_and_restore_model(checkpoint, tiny.trainer(strategy_kwargs=inference, **in_fp32()), model)
     core = tiny.core(model)
     found = {"own": families.difference(families.core_logits(core), expected), "layers": layers_of(core)}
     ranks.reset()
     return {**found, "modelopt": families.difference(families.nemo_logits(checkpoint), expected)}
+
+
+def distill_twice(student: str, teacher: str, folder: str) -> tuple[list[float], str]:
+    """Distill for a step and resume for another; return the losses and the last checkpoint."""
+    from test_code.support import jobs_checkpoints
+
+    stops = {1: "1 rank", 2: "1 rank"}
+    losses = jobs_checkpoints.distill_with_resume(student, teacher, None, folder, stops)
+    return losses, jobs_checkpoints.last(folder)

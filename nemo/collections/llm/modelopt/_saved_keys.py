@@ -19,7 +19,8 @@ from nemo.lightning.io.pl import ckpt_to_weights_subdir
 
 _MODULE = "module."
 _EXTRA_STATE = "_extra_state"
-_NORM_WEIGHT = "norm.weight"
+# Of norms, and of the projections of multi-latent attention that every rank holds whole.
+_WITHOUT_EXTRA_STATE = ("norm.weight", "down_proj.weight")
 
 
 def strip_module_prefix(key: str) -> str:
@@ -122,11 +123,11 @@ def _put_back(loaded: dict[str, Any], dropped: dict[str, Any]) -> None:
 
 
 def complete_extra_state(weights: Any) -> Any:
-    """Add an empty ``_extra_state`` for every norm that is saved without one, in place; return the same dictionary.
+    """Add an empty ``_extra_state`` for layers that are saved without one, in place; return the same dictionary.
 
-    Transformer Engine's norms have one, and models that are built from them ask for it. Model Optimizer's layer spec
-    removes it from their state dicts, and other norms have none. Norms that Transformer Engine fuses into a linear
-    layer (``layer_norm_weight``) share that of the layer.
+    Transformer Engine's layers have one, and models that are built from them ask for it. Model Optimizer's layer spec
+    removes that of norms from their state dicts and has plain linear layers in multi-latent attention; torch's norms
+    have none. Norms that Transformer Engine fuses into a linear layer (``layer_norm_weight``) share that of the layer.
 
     Args:
         weights: a sharded state dict that is about to be saved; anything else is returned as it is.
@@ -134,8 +135,8 @@ def complete_extra_state(weights: Any) -> Any:
     if not isinstance(weights, dict):
         return weights
     for name, value in list(weights.items()):
-        other = f"{name.removesuffix(_NORM_WEIGHT)}norm.{_EXTRA_STATE}"
-        if not (isinstance(value, ShardedTensor) and value.key.endswith(_NORM_WEIGHT)) or other in weights:
+        other = f"{name.removesuffix('weight')}{_EXTRA_STATE}"
+        if not (isinstance(value, ShardedTensor) and value.key.endswith(_WITHOUT_EXTRA_STATE)) or other in weights:
             continue
         key = f"{value.key.removesuffix('weight')}{_EXTRA_STATE}"
         layers = value.prepend_axis_num  # layers of one kind are saved as slices of one tensor
