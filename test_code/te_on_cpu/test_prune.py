@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from test_code.support import jobs_prune
+from test_code.support import jobs_prune, jobs_quant
 from test_code.te_on_cpu import jobs
 
 pytestmark = pytest.mark.te
@@ -41,3 +41,15 @@ def test_a_pruned_checkpoint_has_all_keys_of_its_model(ranks, llama, tmp_path):
     target = str(tmp_path / "pruned")
     ranks(1).run(jobs_prune.prune_checkpoint, llama[0]["te"], target, REQUESTS["layers"])
     assert ranks(1).run(jobs.keys_that_are_missing, target)[0] == []
+
+
+def test_what_follows_pruning_equals_local_layers(ranks, llama, texts, tmp_path):
+    """Distil from the original, resume, and quantize: as in ``compress``, each step loads what the one before wrote."""
+    found = {}
+    for name in jobs.SPECS:
+        pruned, student = str(tmp_path / f"pruned-{name}"), str(tmp_path / f"student-{name}")
+        ranks(1).run(jobs_prune.prune_checkpoint, llama[0][name], pruned, REQUESTS["width"])
+        found[name], last = ranks(1).run(jobs.distill_twice, pruned, llama[0][name], student)[0]
+        amax = ranks(1).run(jobs_quant.ptq, last, str(tmp_path / f"fp8-{name}"), "fp8", quant=texts)[0]["amax"]
+        assert ranks(1).run(jobs_quant.restored_amax, str(tmp_path / f"fp8-{name}"))[0].keys() == amax.keys()
+    assert len(found["te"]) == 2 and found["te"] == pytest.approx(found["local"], rel=LOSS)
