@@ -22,6 +22,9 @@ def problems(path: str) -> list[str]:
         return [f"{path} cannot be read: {error.strerror or error}"]
     except ValueError as error:
         return [f"{path} is not valid JSON: {error}"]
-    if not isinstance(content, dict) or not isinstance(content.get("quant_cfg"), dict):
-        return [f'{path} must hold an object "quant_cfg": patterns of quantizer names and their attributes']
+    if not isinstance(content, dict) or not isinstance(content.get("quant_cfg"), (dict, list)):
+        return [
+            f'{path} must hold an object "quant_cfg" (patterns of quantizer names and their attributes) or a list of '
+            "its entries"
+        ]
     return [f"{path}: unknown field {name!r}{did_you_mean(name, _KEYS)}" for name in content if name not in _KEYS]

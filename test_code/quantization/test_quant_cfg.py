@@ -25,8 +25,20 @@ def quant_cfg(algorithm, decoder_type="llama", **settings):
     return built._get_quant_cfg(MagicMock())
 
 
+def entries(config):
+    """Return the settings of a quant_cfg, in the form of the installed modelopt."""
+    from nemo.collections.llm.modelopt.quantization import quant_cfg_entries
+
+    return quant_cfg_entries.entries(config)
+
+
+def attributes(config, wildcard):
+    """Return the attributes that the last entry with a wildcard sets, those of the first quantizer of a sequence."""
+    return [entry for entry in entries(config) if entry.wildcard == wildcard][-1].steps[0]
+
+
 def has_kv(config) -> bool:
-    return any("bmm_quantizer" in pattern for pattern in config["quant_cfg"])
+    return any("bmm_quantizer" in entry.wildcard for entry in entries(config))
 
 
 @pytest.mark.parametrize("algorithm", ["fp8", "int8", "int8_sq", "int4", "int4_awq", "w4a8_awq", "nvfp4", "block_fp8"])
@@ -38,7 +50,7 @@ def test_presets_of_modelopt_are_never_changed(algorithm, kv):
     before = copy.deepcopy({name: getattr(mtq, name) for name in names})
     ours = copy.deepcopy(q.QUANT_CFG_CHOICES)
     first = quant_cfg(algorithm, enable_kv_cache=kv, awq_block_size=32, sq_alpha=0.25)
-    first["quant_cfg"]["*weight_quantizer"] = "changed"
+    attributes(first, "*weight_quantizer")["num_bits"] = "changed"
     assert {name: getattr(mtq, name) for name in names} == before
     assert ours == q.QUANT_CFG_CHOICES
     assert not has_kv(quant_cfg(algorithm, enable_kv_cache=False))
@@ -76,24 +88,22 @@ def test_kv_cache_option(algorithm, decoder_type, enable, expected):
 
 @pytest.mark.parametrize("kv_format", ["fp8", "nvfp4"])
 def test_kv_cache_format(kv_format):
-    bits = quant_cfg("fp8", enable_kv_cache=True, kv_cache_qformat=kv_format)["quant_cfg"]["*[kv]_bmm_quantizer"]
-    assert bits["num_bits"] == {"fp8": (4, 3), "nvfp4": (2, 1)}[kv_format]
+    found = attributes(quant_cfg("fp8", enable_kv_cache=True, kv_cache_qformat=kv_format), "*[kv]_bmm_quantizer")
+    assert found["num_bits"] == {"fp8": (4, 3), "nvfp4": (2, 1)}[kv_format]
 
 
 @pytest.mark.parametrize("algorithm", ["int4_awq", "w4a8_awq"])
 @pytest.mark.parametrize(("size", "expected"), [(32, 32), (128, 128), (0, 128)])
 def test_awq_block_size(algorithm, size, expected):
-    setting = quant_cfg(algorithm, awq_block_size=size)["quant_cfg"]["*weight_quantizer"]
-    first = setting[0] if isinstance(setting, list) else setting
-    assert first["block_sizes"][-1] == expected
+    found = attributes(quant_cfg(algorithm, awq_block_size=size), "*weight_quantizer")
+    assert found["block_sizes"][-1] == expected
 
 
 def test_awq_block_size_leaves_weight_only_int4_alone():
-    assert quant_cfg("int4", awq_block_size=16)["quant_cfg"] == {
-        **mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG["quant_cfg"],
-        **mtq.FP8_KV_CFG["quant_cfg"],
-        "vision_projection.*": {"enable": False},
-    }
+    *found, vision = entries(quant_cfg("int4", awq_block_size=16))
+    cache = [entry for entry in entries(mtq.FP8_KV_CFG) if not entry.is_default]
+    assert found == [*entries(mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG), *cache]
+    assert str(vision) == "vision_projection.*" and vision.disables
 
 
 @pytest.mark.parametrize("decoder_type", ["gemma", "mpt"])
@@ -126,13 +136,15 @@ FP8 = {"quant_cfg": {"*weight_quantizer": {"num_bits": [4, 3]}, "*[kv]_bmm_quant
 
 def test_json_is_taken_as_it_is_by_default(tmp_path):
     config = quant_cfg(write(tmp_path / "awq.json", AWQ))
-    assert config["quant_cfg"] == {"*weight_quantizer": {"num_bits": 4, "block_sizes": {-1: 64, "type": "static"}}}
+    (only,) = entries(config)
+    assert str(only) == "*weight_quantizer"
+    assert only.steps == ({"num_bits": 4, "block_sizes": {-1: 64, "type": "static"}},)
     assert config["algorithm"] == "awq_lite"
 
 
 def test_options_reach_json_configs(tmp_path):
     config = quant_cfg(write(tmp_path / "awq.json", AWQ), awq_block_size=32, enable_kv_cache=True)
-    assert config["quant_cfg"]["*weight_quantizer"]["block_sizes"][-1] == 32
+    assert attributes(config, "*weight_quantizer")["block_sizes"][-1] == 32
     assert has_kv(config)
     assert quant_cfg(write(tmp_path / "sq.json", SQ), sq_alpha=0.7)["algorithm"]["alpha"] == 0.7
     fixed = {**SQ, "algorithm": {"method": "smoothquant", "alpha": 0.9}}
@@ -208,15 +220,21 @@ def test_which_algorithms_need_cuda(name, expected):
 
 def test_our_quant_cfgs_quantize_the_weights_of_the_layers_that_presets_quantize():
     from nemo.collections.llm.modelopt.quantization import _quant_cfg_own
+    from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
 
     own = _quant_cfg_own.quant_cfgs(mtq)
-    assert own["fp8_wo"]["quant_cfg"]["*weight_quantizer"] == {"num_bits": (4, 3), "axis": 0}
-    assert own["w4a16_nvfp4"]["quant_cfg"]["*weight_quantizer"]["block_sizes"][-1] == 16
+    assert attributes(own["fp8_wo"], "*weight_quantizer") == {"num_bits": (4, 3), "axis": 0}
+    assert attributes(own["w4a16_nvfp4"], "*weight_quantizer")["block_sizes"][-1] == 16
     presets = {"fp8_wo": mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG, "w4a16_nvfp4": mtq.NVFP4_DEFAULT_CFG}
     for name, preset in presets.items():
-        found = own[name]["quant_cfg"]
-        assert found == {**preset["quant_cfg"], "*input_quantizer": {"enable": False}}
-        assert own[name]["algorithm"] == "max" and preset["quant_cfg"]["*input_quantizer"] != {"enable": False}
+        names = ("weight_quantizer", "input_quantizer")
+        for layer in ("decoder.layers.0.mlp.linear_fc1", "output_layer", "decoder.layers.1.mlp.router"):
+            theirs = choices.enabled_quantizers(preset, layer, names)
+            assert choices.enabled_quantizers(own[name], layer, names) == {
+                kind: found for kind, found in theirs.items() if kind == "weight_quantizer"
+            }
+        assert own[name]["algorithm"] == "max"
+        assert set(choices.enabled_quantizers(preset, "decoder.layers.0.mlp.linear_fc1", names)) == set(names)
     assert _quant_cfg_own.quant_cfgs(object()) == {}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from nemo_modelopt_dropin.preflight import algorithms
 
 from ..errors import ModelOptConfigError, one_of
-from . import _quant_cfg_check
+from . import _quant_cfg_check, quant_cfg_entries
 from . import quant_cfg_choices as choices
 from ._checks import check_number
 
@@ -34,18 +34,18 @@ def base_quant_cfg(algorithm: str, presets: dict[str, Any], load: Callable) -> t
         ModelOptConfigError: If it is none of the three, or the file has no "quant_cfg".
     """
     if algorithm == AUTO:
-        return {"quant_cfg": {"default": {"enable": False}}, "algorithm": AUTO}, False
+        return {**quant_cfg_entries.disabled(), "algorithm": AUTO}, False
     if algorithm in presets:
         return copy.deepcopy(presets[algorithm]), False
     if os.path.isfile(algorithm):
         quant_cfg = load(algorithm)
-        if not isinstance(quant_cfg.get("quant_cfg"), dict):
+        if not isinstance(quant_cfg.get("quant_cfg"), (dict, list)):
             raise ModelOptConfigError(
-                f'{algorithm} has no object "quant_cfg" (patterns of quantizer names and their attributes); '
-                f"its keys are {sorted(quant_cfg)}."
+                f'{algorithm} has no object "quant_cfg" (patterns of quantizer names and their attributes) and no list '
+                f"of its entries; its keys are {sorted(quant_cfg)}."
             )
         _quant_cfg_check.check(quant_cfg, algorithm)
-        return quant_cfg, True
+        return quant_cfg_entries.native(quant_cfg, algorithm), True
     own = choices.get_modelopt_presets()
     if algorithm in own:
         return own[algorithm], False
@@ -171,7 +171,7 @@ def quant_cfg_for(
         logging.info(f"{'Enabled' if with_kv_cache else 'Disabled'} KV cache quantization")
     if not from_file:
         # Llama 4's projection of image features is not quantized.
-        quant_cfg["quant_cfg"]["vision_projection.*"] = {"enable": False}
+        quant_cfg_entries.add(quant_cfg, "vision_projection.*", {"enable": False})
     return quant_cfg
 
 

@@ -11,6 +11,7 @@ from modelopt.torch.quantization import config as definitions
 from nemo_modelopt_dropin.errors import suggestion
 
 from ..errors import ModelOptConfigError
+from .quant_cfg_entries import FIELDS, is_by_class
 
 _TOP = ("quant_cfg", "algorithm")
 
@@ -19,7 +20,7 @@ def check(quant_cfg: Mapping[str, Any], where: str) -> None:
     """Check that modelopt has all fields of a quant_cfg and accepts their values.
 
     Args:
-        quant_cfg: A dictionary with "quant_cfg" (patterns and attributes of quantizers) and optionally "algorithm".
+        quant_cfg: A dictionary with "quant_cfg" (see `quant_cfg_entries`) and optionally "algorithm".
         where: The name of the quant_cfg in error messages.
 
     Raises:
@@ -33,26 +34,48 @@ def check(quant_cfg: Mapping[str, Any], where: str) -> None:
         _check_algorithm(algorithm, where)
 
 
-def _quantizers(patterns: Mapping[str, Any], where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _quantizers(settings: Any, where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield the attributes of every quantizer, each with its location for error messages."""
-    for pattern, value in patterns.items():
+    if isinstance(settings, list):
+        for number, entry in enumerate(settings):
+            yield from _listed(entry, f"{where}: entry {number}")
+        return
+    for pattern, value in settings.items():
         path = f"{where}: {pattern!r}"
-        if isinstance(value, Mapping) and _is_by_class(value):
+        if is_by_class(value):
             yield from _quantizers(value, path)
-            continue
-        for attributes in value if isinstance(value, list) else [value]:
-            if not isinstance(attributes, Mapping):
-                raise ModelOptConfigError(
-                    f"{path} is {attributes!r}; expected attributes of a quantizer, such as "
-                    '{"num_bits": 8, "axis": 0} or {"enable": false}.'
-                )
-            yield path, attributes
+        else:
+            yield from _steps(value, path)
 
 
-def _is_by_class(value: Mapping[str, Any]) -> bool:
-    """Return whether a mapping contains patterns for the layers of one class, such as ``{"nn.Linear": {"*": ...}}``."""
-    known = set(definitions.QuantizerAttributeConfig.model_fields)
-    return bool(value) and not known & set(value) and all(isinstance(one, (Mapping, list)) for one in value.values())
+def _listed(entry: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the attributes in an entry of a list, after a check of its other fields."""
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("quantizer_name"), str):
+        raise ModelOptConfigError(
+            f'{path} is {entry!r}; expected an object such as {{"quantizer_name": "*weight_quantizer", "cfg": '
+            '{"num_bits": 8, "axis": 0}} or {"quantizer_name": "*", "enable": false}.'
+        )
+    path = f"{path} ({entry['quantizer_name']!r})"
+    _check_names(entry, FIELDS, path)
+    enable, module_class, attributes = (entry.get(name) for name in ("enable", "parent_class", "cfg"))
+    if enable is not None and not isinstance(enable, bool):
+        raise ModelOptConfigError(f'{path}: "enable" is {enable!r}; expected true or false.')
+    if module_class is not None and not isinstance(module_class, str):
+        raise ModelOptConfigError(f'{path}: "parent_class" is {module_class!r}; expected a name such as "nn.Linear".')
+    if not attributes and enable is None:
+        raise ModelOptConfigError(f'{path} sets nothing: "cfg" is {attributes!r} and "enable" is not set.')
+    if attributes is not None:
+        yield from _steps(attributes, path)
+
+
+def _steps(value: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for attributes in value if isinstance(value, list) else [value]:
+        if not isinstance(attributes, Mapping):
+            raise ModelOptConfigError(
+                f"{path} is {attributes!r}; expected attributes of a quantizer, such as "
+                '{"num_bits": 8, "axis": 0} or {"enable": false}.'
+            )
+        yield path, attributes
 
 
 def _check_algorithm(algorithm: Any, where: str) -> None:

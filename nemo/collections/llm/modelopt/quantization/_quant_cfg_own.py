@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from . import quant_cfg_entries
+
 # Name of the algorithm to the preset whose weights it has.
 _WEIGHT_ONLY = {"fp8_wo": "FP8_PER_CHANNEL_PER_TOKEN_CFG", "w4a16_nvfp4": "NVFP4_DEFAULT_CFG"}
 
@@ -22,5 +24,5 @@ def quant_cfgs(mtq: Any) -> dict[str, dict[str, Any]]:
 def _weight_only(preset: dict[str, Any]) -> dict[str, Any]:
     """Return a preset without the quantizers of inputs."""
     quant_cfg = copy.deepcopy(preset)
-    quant_cfg["quant_cfg"]["*input_quantizer"] = {"enable": False}
+    quant_cfg_entries.add(quant_cfg, "*input_quantizer", {"enable": False})
     return {**quant_cfg, "algorithm": "max"}

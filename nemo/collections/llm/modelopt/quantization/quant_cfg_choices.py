@@ -14,7 +14,7 @@ import modelopt.torch.quantization as mtq
 from nemo_modelopt_dropin.cpu_backend import block_formats
 from nemo_modelopt_dropin.preflight import algorithms
 
-from . import _quant_cfg_own
+from . import _quant_cfg_own, quant_cfg_entries
 
 QuantCfg = dict[str, Any]
 
@@ -49,10 +49,10 @@ def calibration_methods(quant_cfg: QuantCfg) -> tuple[str, ...]:
 
 def quantizer_settings(quant_cfg: QuantCfg) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (pattern, attributes) of every enabled quantizer setting, including those in lists."""
-    for pattern, setting in quant_cfg.get("quant_cfg", {}).items():
-        for attributes in setting if isinstance(setting, list) else [setting]:
-            if isinstance(attributes, dict) and "num_bits" in attributes and attributes.get("enable", True):
-                yield pattern, attributes
+    for entry in quant_cfg_entries.entries(quant_cfg):
+        for attributes in entry.steps:
+            if not entry.disables and "num_bits" in attributes and attributes.get("enable", True):
+                yield entry.wildcard, attributes
 
 
 def enabled_quantizers(quant_cfg: QuantCfg, module: str, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
@@ -64,12 +64,15 @@ def enabled_quantizers(quant_cfg: QuantCfg, module: str, names: tuple[str, ...])
         names: The names of the quantizers to check.
     """
     found: dict[str, dict[str, Any]] = {}
-    for pattern, setting in quant_cfg.get("quant_cfg", {}).items():
+    known: dict[str, dict[str, Any]] = {}
+    for entry in quant_cfg_entries.entries(quant_cfg):
         for name in names:
-            if pattern == "default" or not fnmatch.fnmatch(f"{module}.{name}", pattern):
+            # Entries for one class only are in presets to exclude classes that Megatron's models do not have.
+            if entry.module_class is not None or not fnmatch.fnmatch(f"{module}.{name}", entry.wildcard):
                 continue
-            first = setting[0] if isinstance(setting, list) else setting
-            if not first.get("enable", True):
+            first = entry.steps[0] if entry.steps else known.get(name, {})
+            known[name] = first
+            if entry.disables or not first.get("enable", True):
                 found.pop(name, None)
             elif "num_bits" in first:
                 found[name] = first
@@ -138,17 +141,16 @@ def set_smoothquant_alpha(quant_cfg: QuantCfg, alpha: float) -> None:
 
 def enable_kv_cache(quant_cfg: QuantCfg, kv_cfg: QuantCfg) -> None:
     """Add the quantizers of the KV cache, in place; without other quantizers only the KV cache is quantized."""
-    settings = quant_cfg.setdefault("quant_cfg", {"default": {"enable": False}})
-    settings.update(copy.deepcopy(dict(kv_cfg["quant_cfg"])))
+    if "quant_cfg" not in quant_cfg:
+        quant_cfg.update(quant_cfg_entries.disabled())
+    quant_cfg_entries.extend(quant_cfg, kv_cfg)
     if not quant_cfg.get("algorithm"):
         quant_cfg["algorithm"] = "max"
 
 
 def disable_kv_cache(quant_cfg: QuantCfg) -> None:
     """Remove the quantizers of the KV cache, in place."""
-    settings = quant_cfg.get("quant_cfg", {})
-    for pattern in [p for p in settings if "bmm_quantizer" in p]:
-        del settings[pattern]
+    quant_cfg_entries.keep(quant_cfg, lambda wildcard: "bmm_quantizer" not in wildcard)
 
 
 def has_kv_cache(quant_cfg: QuantCfg) -> bool:

@@ -15,6 +15,7 @@ from nemo_modelopt_dropin.console import screen
 from nemo_modelopt_dropin.preflight import readers
 
 from .. import quant_cfg_choices as choices
+from .. import quant_cfg_entries
 from ..export import layout_choice
 
 # Experts as separate modules; shared experts are ordinary layers.
@@ -38,7 +39,7 @@ def set_dynamic(core: Any, export_config: Any, quant_cfg: dict[str, Any], planne
         return
     if layout_choice.format_of(quant_cfg) != _FORMAT or choices.is_smoothquant(quant_cfg):
         return
-    quant_cfg["quant_cfg"][PATTERN] = dict(_PER_TOKEN)
+    quant_cfg_entries.add(quant_cfg, PATTERN, _PER_TOKEN)
     if is_global_rank_zero():
         with screen.results():
             logging.info(

@@ -17,6 +17,7 @@ from modelopt.torch.quantization.nn import QuantModuleRegistry, TensorQuantizer
 from ..._parallel import gather_objects, global_name
 from ...errors import ModelOptConfigError
 from .. import quant_cfg_choices as choices
+from .. import quant_cfg_entries
 from ..calibration import batching, sources
 from . import gated_amax, kv_cache
 from .searcher import Searcher, check_supported
@@ -97,7 +98,7 @@ def quantize(
     core = apply_mode(core, mode="auto_quantize", registry=QuantizeModeRegistry)
     from modelopt.torch.quantization.conversion import set_quantizer_by_cfg
 
-    set_quantizer_by_cfg(core, {"*": {"enable": False}})
+    set_quantizer_by_cfg(core, quant_cfg_entries.disabled("*")["quant_cfg"])
     searcher = Searcher()
     best = searcher.search(core, {"effective_bits": bits}, config=config)
     if not best["is_satisfied"]:
@@ -126,12 +127,14 @@ def quantize_kv_cache(
 
     Statistics of an earlier calibration are dropped.
     """
-    kv_cfg = {p: a for p, a in quant_cfg["quant_cfg"].items() if "bmm_quantizer" in p}
-    mtq.set_quantizer_by_cfg(core, kv_cfg)
+    cache = quant_cfg_entries.copy_of(quant_cfg, lambda wildcard: "bmm_quantizer" in wildcard)
+    mtq.set_quantizer_by_cfg(core, cache["quant_cfg"])
     for name, module in core.named_modules():
         if "bmm_quantizer" in name and isinstance(module, TensorQuantizer) and module.is_enabled:
             module.reset_amax()
-    with mtq.set_quantizer_by_cfg_context(core, {"*": {"enable": False}, **kv_cfg}):
+    only = quant_cfg_entries.disabled("*")
+    quant_cfg_entries.extend(only, cache)
+    with mtq.set_quantizer_by_cfg_context(core, only["quant_cfg"]):
         mtq.calibrate(core, "max", forward_loop)
 
 
@@ -151,9 +154,9 @@ def excluded_layers(core: torch.nn.Module, formats: dict[str, dict[str, Any]]) -
     """Return the layers that one of the formats excludes by name, such as the output layer and routers."""
     patterns = {"vision_projection.*"}
     for quant_cfg in formats.values():
-        for pattern, setting in quant_cfg["quant_cfg"].items():
-            if pattern not in ("default", "*") and isinstance(setting, dict) and setting.get("enable") is False:
-                patterns.add(pattern)
+        for entry in quant_cfg_entries.entries(quant_cfg):
+            if entry.disables and entry.wildcard != "*" and entry.module_class is None:
+                patterns.add(entry.wildcard)
     return [
         name
         for name in linear_layers(core)

@@ -16,6 +16,7 @@ from nemo_modelopt_dropin.errors import nearest
 from ... import _parallel
 from ...errors import ModelOptConfigError
 from .. import quant_cfg_choices as choices
+from .. import quant_cfg_entries
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,11 @@ class Pattern:
 
 
 def patterns_of(quant_cfg: dict[str, Any]) -> Iterator[Pattern]:
-    """Yield the entries of a quant_cfg except its default."""
-    for key, value in quant_cfg.get("quant_cfg", {}).items():
-        if key == "default" or not isinstance(key, str):
-            continue
-        nested = key in QuantModuleRegistry and isinstance(value, dict)
-        for wildcard, setting in (value if nested else {key: value}).items():
-            if wildcard != "default":
-                yield Pattern(wildcard, key if nested else None, _enables(setting))
-
-
-def _enables(setting: Any) -> bool:
-    parts = setting if isinstance(setting, list) else [setting]
-    return any(isinstance(part, dict) and part.get("enable", True) for part in parts)
+    """Yield the entries of a quant_cfg except those that disable every quantizer."""
+    for entry in quant_cfg_entries.entries(quant_cfg):
+        if not entry.is_default:
+            enables = not entry.disables and (not entry.steps or any(step.get("enable", True) for step in entry.steps))
+            yield Pattern(entry.wildcard, entry.module_class, enables)
 
 
 def shipped_exclusions() -> set[Pattern]:
