@@ -66,8 +66,8 @@ $(TE)/.ready: test_code/te_on_cpu/requirements.txt | $(READY)
 	@touch $@
 
 test: lint types docs $(TE)/.ready
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 	$(TE_PYTEST)/test_train.py -m te
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # `SLOW_TIMEOUT` bounds one test, in seconds.
 SLOW_TIMEOUT ?= 3600
