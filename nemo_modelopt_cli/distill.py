@@ -47,8 +47,18 @@ def make_data(given: argparse.Namespace):
 
     sizes = {"seq_length": given.seq_length, "micro_batch_size": given.mbs, "global_batch_size": given.gbs}
     if given.text:
-        samples = given.max_steps * given.gbs
-        return TextDataModule(given.text, given.model_path, given.heldout_text, train_samples=samples, **sizes)
+        texts = (given.text, given.model_path, given.heldout_text)
+        settings = {
+            "train_samples": given.max_steps * given.gbs,
+            "tokenizer": make_tokenizer(given),
+            "answer_only_loss": given.answer_only_loss,
+            **sizes,
+        }
+        if given.packed_sequence_size:
+            from nemo_modelopt_cli.packed import PackedTextDataModule
+
+            return PackedTextDataModule(*texts, packed_sequence_size=given.packed_sequence_size, **settings)
+        return TextDataModule(*texts, **settings)
     if given.use_chat_data:
         from nemo.collections.llm.gpt.data.chat import ChatDataModule
 
@@ -56,6 +66,9 @@ def make_data(given: argparse.Namespace):
             dataset_root=given.data_paths[0],
             tokenizer=make_tokenizer(given),
             use_hf_tokenizer_chat_template=True,
+            dataset_kwargs={"index_mapping_dir": given.index_mapping_dir},
+            pin_memory=not given.cpu,
+            **loading_options(given.cpu),
             **sizes,
         )
     tokenizer = make_tokenizer(given) or checkpoint_tokenizer(given.model_path)
@@ -89,7 +102,7 @@ def make_trainer(given: argparse.Namespace):
     from megatron.core.distributed import DistributedDataParallelConfig
 
     from nemo import lightning as nl
-    from nemo_modelopt_cli import intermediate
+    from nemo_modelopt_cli import intermediate, per_token
     from nemo_modelopt_dropin.console import progress
 
     overlap = not given.cpu
@@ -110,7 +123,8 @@ def make_trainer(given: argparse.Namespace):
             overlap_grad_reduce=overlap,
             overlap_param_gather=overlap,
             check_for_nan_in_grad=True,
-            average_in_collective=True,
+            # A loss per token is divided by the tokens of all ranks instead.
+            average_in_collective=not per_token.wanted(given),
         ),
     )
     # For fp32 too: a checkpoint brings the type that it was imported in, mostly bf16.
@@ -121,6 +135,8 @@ def make_trainer(given: argparse.Namespace):
         grad_reduce_in_fp32=True,
     )
     callbacks: list[Any] = [progress.FirstFigures()]
+    if per_token.wanted(given):
+        callbacks.append(per_token.PerTokenLoss())
     if given.save_minutes and not given.dump_teacher_topk:
         callbacks.append(intermediate.Interim(interim_folder(given), given.save_minutes))
     if not given.verbose:  # else NeMo's own lines of progress are on the screen

@@ -189,17 +189,18 @@ def distillation(given: argparse.Namespace, resumes: Sequence[tuple[str, str]] =
     sizes = {"tp": given.tp_size, "pp": given.pp_size, "cp": given.cp_size, "ep": given.ep_size}
     dp = max(1, given.devices * given.num_nodes // (sizes["tp"] * sizes["pp"] * sizes["cp"]))
     width = 4 if given.precision.startswith("32") else 2
-    tokens = given.max_steps * given.gbs * given.seq_length
+    length = given.packed_sequence_size or given.seq_length
+    tokens = given.max_steps * given.gbs * length
     estimate = None
     if given.dump_teacher_topk:
         return rows + [
-            ("record", f"the teacher on {given.max_steps} steps of {given.gbs} x {given.seq_length} tokens"),
+            ("record", f"the teacher on {given.max_steps} steps of {given.gbs} x {length} tokens"),
             ("data", source),
             layout(given.devices, given.num_nodes, given.cpu, **sizes),
             ("writes", f"{given.dump_teacher_topk}: about {4 + width} bytes for each recorded entry of a token"),
         ]
     if student is not None and (teacher is not None or not given.teacher_path or given.teacher_topk):
-        tp, pp, seq = sizes["tp"], sizes["pp"], given.seq_length // sizes["cp"]
+        tp, pp, seq = sizes["tp"], sizes["pp"], length // sizes["cp"]
         estimate = model_sizes.training_memory(student, teacher, given.mbs, seq, tp, pp, dp, width, _device(given.cpu))
     minimised = (
         [("losses", loss_file.describe(given.distillation_config))] if given.teacher_path or given.teacher_topk else []
@@ -207,18 +208,29 @@ def distillation(given: argparse.Namespace, resumes: Sequence[tuple[str, str]] =
     return rows + [
         (
             "train",
-            f"{given.max_steps} steps of {given.gbs} x {given.seq_length} tokens, {millions(tokens)} in all, "
+            f"{given.max_steps} steps of {given.gbs} x {length} tokens, {millions(tokens)} in all, "
             f"warm-up in {min(given.warmup_steps, given.max_steps - 1)} of them"
             + (" (all but the last: lower --warmup_steps)" if given.warmup_steps >= given.max_steps > 1 else ""),
         ),
         *resumes,
         *minimised,
         ("data", source),
+        *_packing(given),
         layout(given.devices, given.num_nodes, given.cpu, **sizes),
         memory(estimate),
         ("writes", f"{Path(given.log_dir) / given.name}: checkpoints/ (two, with optimizer), logs, {run_file.NAME}"),
         *([("", "interim/: a checkpoint every few minutes, until the end")] if given.save_minutes else []),
     ]
+
+
+def _packing(given: argparse.Namespace) -> Rows:
+    """Return how the texts of a distillation are packed and counted."""
+    found = []
+    if given.packed_sequence_size:
+        found.append(("", f"whole rows of at most {given.seq_length} tokens, packed; each attends only to itself"))
+    if given.answer_only_loss:
+        found.append(("", "of conversations, only the assistant's replies count in the loss"))
+    return found
 
 
 def compression(job: Job, output: Path, stages: Iterable[str], waiting: Mapping[str, str]) -> Rows:

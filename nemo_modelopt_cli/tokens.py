@@ -22,7 +22,7 @@ from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization.calibration import batching, sources
 from nemo.collections.llm.modelopt.quantization.calibration.sources import Row
 from nemo_modelopt_dropin.console import screen
-from nemo_modelopt_dropin.preflight import data_files
+from nemo_modelopt_dropin.preflight import chat_rows, data_files
 
 # Documents that are tokenized in one call.
 _CHUNK = 1024
@@ -62,6 +62,32 @@ def encode(path: str | Path, tokenizer) -> np.ndarray:
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
 
 
+def counted_rows(path: str | Path, tokenizer, answer_only_loss: bool) -> Iterator[tuple[list[int], list[bool]]]:
+    """Yield the token ids of each row of a file, ended by ``tokenizer.eos_id``, and whether each counts in the loss.
+
+    Args:
+        path: what `read_documents` takes.
+        tokenizer: NeMo's tokenizer; conversations need one with a chat template.
+        answer_only_loss: count only the assistant's replies of conversations; texts and token ids count whole.
+
+    Raises:
+        ModelOptConfigError: If the file cannot be read or tokenized, or replies cannot be found.
+    """
+    for row in read_documents(path):
+        if not (answer_only_loss and isinstance(row, chat_rows.Chat)):
+            for ids in batching.tokenize([row], tokenizer, None, str(path)):
+                ended = [*ids, *([] if ids[-1] == tokenizer.eos_id else [tokenizer.eos_id])]
+                yield ended, [True] * len(ended)
+            continue
+        try:
+            ids, counted = chat_rows.encode_answers(row, tokenizer)
+        except chat_rows.ChatError as error:
+            raise ModelOptConfigError(f"{path}: {error}") from error
+        if ids and ids[-1] != tokenizer.eos_id:
+            ids, counted = [*ids, tokenizer.eos_id], [*counted, counted[-1]]
+        yield ids, counted
+
+
 def checkpoint_tokenizer(checkpoint: str | Path) -> Any:
     """Return the tokenizer in a NeMo checkpoint.
 
@@ -81,15 +107,23 @@ class Windows(Dataset):
         seq_length: tokens a sample.
         samples: how many random windows; None: consecutive windows, each token predicted once.
         seed: of the random starts.
+        counted: whether each token counts in the loss `[n]`; None: all do.
     """
 
-    def __init__(self, ids: np.ndarray, seq_length: int, samples: int | None = None, seed: int = 0):
+    def __init__(
+        self,
+        ids: np.ndarray,
+        seq_length: int,
+        samples: int | None = None,
+        seed: int = 0,
+        counted: np.ndarray | None = None,
+    ):
         if len(ids) <= seq_length:
             raise ModelOptConfigError(
                 f"A text of {len(ids)} tokens is too short for samples of {seq_length} and the next token: pass more "
                 "text, or a smaller seq_length."
             )
-        self.ids, self.seq_length, self.seed = ids, seq_length, seed
+        self.ids, self.seq_length, self.seed, self.counted = ids, seq_length, seed, counted
         self.random = samples is not None
         self.samples = samples if samples is not None else (len(ids) - 1) // seq_length
         # True where attention is masked. Megatron's local attention requires it; Transformer Engine makes its own.
@@ -108,10 +142,15 @@ class Windows(Dataset):
         return {
             "tokens": window[:-1],
             "labels": window[1:],
-            "loss_mask": torch.ones(s),
+            "loss_mask": torch.ones(s) if self.counted is None else torch.from_numpy(self._mask(start)),
             "position_ids": torch.arange(s),
             "attention_mask": self.mask,
         }
+
+    def _mask(self, start: int) -> np.ndarray:
+        """Return which tokens a window predicts that count."""
+        assert self.counted is not None
+        return self.counted[start + 1 : start + self.seq_length + 1].astype(np.float32)
 
 
 class TokenDataModule(pl.LightningDataModule):
@@ -149,8 +188,11 @@ class TokenDataModule(pl.LightningDataModule):
     def _ids(self, name: str) -> np.ndarray:
         return np.load(Path(self.folder) / f"{name}.npy")
 
+    def _dataset(self, name: str, samples: int | None) -> Dataset:
+        return Windows(self._ids(name), self.seq_length, samples, self.seed)
+
     def _loader(self, ids_name: str, samples: int | None, mode: str) -> DataLoader:
-        loader = DataLoader(Windows(self._ids(ids_name), self.seq_length, samples, self.seed), num_workers=0)
+        loader = DataLoader(self._dataset(ids_name, samples), num_workers=0)
         # NeMo's strategy reads the mode to know whether consumed samples count for this loader.
         loader.mode = mode
         return loader
@@ -187,29 +229,54 @@ class TextDataModule(TokenDataModule):
         text: training text.
         checkpoint: NeMo checkpoint whose tokenizer encodes it.
         heldout_text: text to validate on; the training text if it is None.
+        tokenizer: use it instead of the checkpoint's.
+        answer_only_loss: count only the assistant's replies of conversations in the loss.
         **sizes: the sizes, sample count and seed of `TokenDataModule`.
     """
 
-    def __init__(self, text: str | Path, checkpoint: str | Path, heldout_text: str | Path | None = None, **sizes):
-        super().__init__("", checkpoint_tokenizer(checkpoint), **sizes)
+    def __init__(
+        self,
+        text: str | Path,
+        checkpoint: str | Path,
+        heldout_text: str | Path | None = None,
+        tokenizer: Any = None,
+        answer_only_loss: bool = False,
+        **sizes,
+    ):
+        super().__init__("", tokenizer or checkpoint_tokenizer(checkpoint), **sizes)
         self.texts = {"train": str(text), "heldout": str(heldout_text or text)}
-        self.encoded: dict[str, np.ndarray] = {}
+        self.answer_only_loss = answer_only_loss
+        self.encoded: dict[str, Any] = {}
         self._remarked = False
 
-    def _ids(self, name: str) -> np.ndarray:
+    def _encode(self, path: str) -> Any:
+        if not self.answer_only_loss:
+            return encode(path, self.tokenizer), None
+        rows = list(counted_rows(path, self.tokenizer, True))
+        ids = np.asarray([token for row in rows for token in row[0]], dtype=np.int32)
+        return ids, np.asarray([one for row in rows for one in row[1]], dtype=bool)
+
+    def _of(self, name: str) -> Any:
         path = self.texts[name]
         if path not in self.encoded:
-            self.encoded[path] = encode(path, self.tokenizer)
-        if name == "train":
-            self._remark(path, len(self.encoded[path]))
+            self.encoded[path] = self._encode(path)
         return self.encoded[path]
 
-    def _remark(self, path: str, tokens: int) -> None:
+    def _ids(self, name: str) -> np.ndarray:
+        ids = self._of(name)[0]
+        if name == "train":
+            self._remark(len(ids))
+        return ids
+
+    def _dataset(self, name: str, samples: int | None) -> Dataset:
+        return Windows(self._ids(name), self.seq_length, samples, self.seed, self._of(name)[1])
+
+    def _remark(self, tokens: int) -> None:
         """Warn once if the samples cover the text several times."""
         times = self.train_samples * self.seq_length / tokens
         if times > _REMARKABLE and not self._remarked:
             screen.warn(
-                f"{path} has {tokens:,} tokens: {self.train_samples:,} samples of {self.seq_length} tokens go over it "
-                f"{times:,.0f} times."
+                f"{self.texts['train']} has {tokens:,} tokens: {self.train_samples:,} samples of {self.seq_length} "
+                f"tokens go over it {times:,.0f} times."
             )
         self._remarked = True

@@ -17,7 +17,7 @@ from nemo_modelopt_cli.parser import (
     tokenizer_problems,
 )
 from nemo_modelopt_dropin import files
-from nemo_modelopt_dropin.preflight import loss_file, model_sizes, pair_checks, tokenizer_files
+from nemo_modelopt_dropin.preflight import checkpoint_files, loss_file, model_sizes, pair_checks, tokenizer_files
 from nemo_modelopt_dropin.preflight.model_checks import pair_problems, split_problems
 from nemo_modelopt_dropin.preflight.output_checks import config_paths, input_paths, place_problems
 
@@ -37,7 +37,7 @@ def problems(given: argparse.Namespace) -> list[str]:
     read = ("distillation_config", "chat_template_path")
     found += missing_paths({f"--{name}": getattr(given, name) for name in read}, folder=False)
     texts = {"--text": given.text, "--heldout_text": given.heldout_text}
-    found += text_problems(texts) + template_problems(texts, given.model_path)
+    found += text_problems(texts) + _chat_problems(given, texts)
     found += pair_checks.same_text(("--text", given.text), ("--heldout_text", given.heldout_text))
     found += tokenizer_problems(given) + data_paths.problems(given)
     found += layout_problems(
@@ -47,10 +47,52 @@ def problems(given: argparse.Namespace) -> list[str]:
         found.append(f"--cp {given.cp_size}: context parallelism needs Transformer Engine, which runs on GPUs only")
     if sum(map(bool, (given.data_paths, given.text, given.use_mock_data))) != 1:
         found.append("use exactly one of --data_paths, --text and --use_mock_data")
-    if given.use_chat_data and (len(given.data_paths or []) != 1 or not given.tokenizer):
-        found.append("--use-chat-data needs one path in --data_paths, and --tokenizer")
     found += _teacher_problems(given) + _training_problems(given) + _tokenizer_problems(given)
     return found + _model_problems(given)
+
+
+def _chat_problems(given: argparse.Namespace, texts: dict[str, str | None]) -> list[str]:
+    """Return what is wrong with conversations, their template, and how they are packed and counted."""
+    found = []
+    if given.chat_template_path and not given.tokenizer:
+        found.append("--chat-template-path replaces the template of --tokenizer; set both")
+    elif not given.chat_template_path:
+        found += template_problems(texts, given.tokenizer or given.model_path)
+    if given.use_chat_data and (len(given.data_paths or []) != 1 or not given.tokenizer):
+        found.append("--use-chat-data needs one path in --data_paths, and --tokenizer")
+    no_template = not given.chat_template_path and checkpoint_files.has_chat_template(given.tokenizer) is False
+    if given.use_chat_data and given.tokenizer and no_template:
+        found.append(
+            f"--use-chat-data: the tokenizer in {given.tokenizer} has no chat template; set --chat-template-path, or "
+            "use the tokenizer of an instruction-tuned model"
+        )
+    return found + _packing_problems(given)
+
+
+def _packing_problems(given: argparse.Namespace) -> list[str]:
+    size, needs_text = given.packed_sequence_size, []
+    if given.answer_only_loss:
+        needs_text.append("--answer_only_loss")
+    if size is not None:
+        needs_text.append("--packed_sequence_size")
+    found = []
+    if needs_text and not given.text:
+        way = "for the conversations of --use-chat-data, pass their files as --text and --heldout_text"
+        found.append(f"{' and '.join(needs_text)} need --text; {way}")
+    if size is None:
+        return found
+    if size < 1:
+        found.append(f"--packed_sequence_size must be at least 1, got {size}")
+    elif given.seq_length and given.seq_length > size:
+        found.append(f"--packed_sequence_size {size} must be at least --seq_length {given.seq_length}")
+    if (given.mbs or 1) > 1:
+        found.append(
+            f"--packed_sequence_size {size} needs --mbs 1, got {given.mbs}: a packed sequence is a micro-batch; "
+            f"--packed_sequence_size {size * given.mbs} with --mbs 1 has as many tokens"
+        )
+    if given.cp_size > 1:
+        found.append(f"--packed_sequence_size needs --cp 1, got {given.cp_size}: the parts are not split over ranks")
+    return found
 
 
 def _output_problems(given: argparse.Namespace) -> list[str]:

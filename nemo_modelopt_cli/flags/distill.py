@@ -84,6 +84,17 @@ class Data:
         default=None,
         metadata=option("file with a chat template, instead of the tokenizer's", "--chat-template-path", path=True),
     )
+    answer_only_loss: bool = field(
+        default=False,
+        metadata=option("with --text: of conversations, count only the assistant's replies in the loss"),
+    )
+    packed_sequence_size: int | None = field(
+        default=None,
+        metadata=option(
+            "with --text: pack whole texts or conversations, of at most --seq_length tokens, into sequences of this "
+            "many tokens, in which each attends only to itself; needs --mbs 1"
+        ),
+    )
     split: str = field(default="99,1,0", metadata=shared.SPLIT)
     index_mapping_dir: str | None = field(default=None, metadata=shared.INDEX_MAPPING_DIR)
     seq_length: int = field(metadata=option("tokens per sample"))

@@ -28,6 +28,38 @@ def patch_local_attention() -> None:
     DotProductAttention.__init__ = __init__
 
 
+def patch_packed_attention() -> None:
+    """Let local attention run packed sequences: each sequence attends to itself, as in Transformer Engine's kernels.
+
+    Megatron's local class takes no packed sequences. It runs here on one sequence after the other, with the causal mask
+    or the window that it makes itself, so a packed sequence has the same output as one alone.
+    """
+    import torch
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+
+    attend = DotProductAttention.forward
+
+    @functools.wraps(attend)
+    def forward(self, query, key, value, attention_mask, *args, packed_seq_params=None, **kwargs):
+        if packed_seq_params is None:
+            return attend(self, query, key, value, attention_mask, *args, **kwargs)
+        ends = packed_seq_params.cu_seqlens_q_padded
+        ends = (packed_seq_params.cu_seqlens_q if ends is None else ends).tolist()
+        causal = self.attn_mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
+        found = []
+        for first, end in zip(ends, ends[1:], strict=False):
+            if first == end:  # as some data sets pad the list of ends
+                continue
+            mask = torch.ones(1, 1, end - first, end - first, dtype=torch.bool).triu(1) if causal else None
+            # [t, heads, channels], a part of it as [s, 1, heads, channels]
+            parts = (x[first:end, None] for x in (query, key, value))
+            found.append(attend(self, *parts, mask, *args, **kwargs).squeeze(1))
+        return torch.cat(found)
+
+    DotProductAttention.forward = forward
+
+
 def patch_attention_backend() -> None:
     """Ignore a configuration's attention backend: it selects among Transformer Engine's kernels only.
 

@@ -156,7 +156,8 @@ def patch_devices() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
-    torch.cuda.FloatTensor = torch.FloatTensor
+    # Also called: NeMo's data sets for fine-tuning count the ranks with a LongTensor.
+    torch.cuda.FloatTensor, torch.cuda.LongTensor = torch.FloatTensor, torch.LongTensor
     _CudaMeansCpu().__enter__()
 
 

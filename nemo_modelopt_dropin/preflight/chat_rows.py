@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,17 +88,77 @@ def encode(conversation: Chat, tokenizer: Any) -> list[int]:
         ChatError: If the tokenizer has no chat template, or the template rejects the conversation.
     """
     messages = [dict(message) for message in conversation.messages]
+    inner = _inner(tokenizer)
+    if inner is None:  # NeMo's SentencePiece tokenizer applies its own
+        return list(tokenizer.text_to_ids(messages))
+    return list(_format(inner, messages, tokenize=True, return_dict=False))
+
+
+def encode_answers(conversation: Chat, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Return the token ids of a conversation, and for each whether it belongs to a reply of the assistant.
+
+    Replies are what the chat template marks with ``{% generation %}``. For a template without marks, a reply is the
+    text that it adds to the conversation so far, after the prompt that asks for a reply.
+
+    Args:
+        conversation: The conversation.
+        tokenizer: NeMo's tokenizer, which wraps a fast one of Hugging Face with a chat template.
+
+    Raises:
+        ChatError: If the tokenizer or its template does not show where the replies are.
+    """
+    messages = [dict(message) for message in conversation.messages]
+    inner = _inner(tokenizer)
+    if inner is None or not getattr(inner, "is_fast", False):
+        raise ChatError(
+            "The assistant's replies cannot be found with this tokenizer. Use a fast tokenizer of Hugging Face with a "
+            "chat template, or count all tokens."
+        )
+    if marks_replies(inner.chat_template):
+        found = _format(inner, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        return list(found["input_ids"]), [bool(one) for one in found["assistant_masks"]]
+    text = _format(inner, messages, tokenize=False)
+    spans = [_span(inner, messages, place, text) for place, one in enumerate(messages) if one["role"] == "assistant"]
+    encoded = inner(text, add_special_tokens=False, return_offsets_mapping=True)
+    replies = [any(first < end and start < last for start, end in spans) for first, last in encoded["offset_mapping"]]
+    return list(encoded["input_ids"]), replies
+
+
+def marks_replies(template: Any) -> bool:
+    """Return whether a chat template marks the assistant's replies, as ``transformers`` needs for a mask of them."""
+    return isinstance(template, str) and re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+
+
+def _span(inner: Any, messages: list[dict[str, Any]], place: int, text: str) -> tuple[int, int]:
+    """Return where a reply begins and ends in the text of a conversation."""
+    before = _format(inner, messages[:place], tokenize=False, add_generation_prompt=True) if place else ""
+    after = _format(inner, messages[: place + 1], tokenize=False)
+    if not (text.startswith(after) and after.startswith(before)):
+        raise ChatError(
+            f"The tokenizer's chat template changes earlier turns, so the reply in turn {place + 1} cannot be found. "
+            "Use a template that marks replies with {% generation %} and {% endgeneration %} (--chat-template-path), "
+            "or count all tokens."
+        )
+    return len(before), len(after)
+
+
+def _inner(tokenizer: Any) -> Any:
+    """Return the tokenizer of Hugging Face with a chat template, None if NeMo's own applies one."""
     inner = getattr(tokenizer, "tokenizer", None)
-    has_template = bool(getattr(inner, "chat_template", None))
-    if not has_template and not getattr(tokenizer, "chat_template", None):
+    if inner is not None and getattr(inner, "chat_template", None):
+        return inner
+    if not getattr(tokenizer, "chat_template", None):
         raise ChatError(
             f"The data holds conversations ({' or '.join(COLUMNS)}), but the tokenizer has no chat template. Use the "
             "tokenizer of an instruction-tuned model (--tokenizer), or data with a column text."
         )
-    if not has_template or inner is None:  # NeMo's SentencePiece tokenizer applies its own
-        return list(tokenizer.text_to_ids(messages))
+    return None
+
+
+def _format(inner: Any, messages: list[dict[str, Any]], **options: Any) -> Any:
+    """Return what a chat template makes of a conversation."""
     try:
-        return list(inner.apply_chat_template(messages, tokenize=True, return_dict=False))
+        return inner.apply_chat_template(messages, **options)
     except Exception as error:  # templates raise errors of jinja2 for roles that they do not support
         if type(error).__module__.partition(".")[0] != "jinja2":
             raise

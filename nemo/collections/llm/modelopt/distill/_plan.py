@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import Strategy
 
 from . import utils
 from ._config import check_models, read_distillation_config
+from ._packed import check_packed
 from ._peft import check_adapters
 from ._pipeline_checks import refuse_virtual_pipeline
 from ._teacher import align_vocabularies, derive_teacher_config, may_leave_weights_unset, padded_vocab_size
@@ -63,6 +64,7 @@ def _checked(model: Any, strategy: Any) -> Plan:
     # The parser can be replaced.
     settings = read_distillation_config(path, utils.yaml.safe_load)
     refuse_virtual_pipeline(model.config, strategy)
+    check_packed(getattr(model.trainer, "datamodule", None), model.config)
     plan = Plan(model._teacher_config, None if path is None else settings, is_real=True)
     plan.recorded = is_recording(model._teacher_ckpt_path)
     if plan.recorded:
