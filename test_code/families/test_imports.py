@@ -1,4 +1,4 @@
-"""NeMo imports each family on a CPU, and the imported model computes what `transformers` computes."""
+"""NeMo imports entries that it ignores on a GPU, or the import is an error. `test_exports` imports each family."""
 
 from __future__ import annotations
 
@@ -10,35 +10,12 @@ from test_code.families import jobs, models
 
 # Both models compute in fp32, with sums in another order.
 TOLERANCE = 2e-6
-# Norms as layers of Transformer Engine save them, which a GPU loads.
-SAVED_NORMS = {
-    "llama-2": {"self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"},
-    "mixtral": {"self_attention.linear_qkv.layer_norm_weight", "pre_mlp_layernorm.weight"},
-    "gemma-2": {"self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc2.post_layernorm.weight"},
-    "deepseek-3": {
-        "input_layernorm.weight",
-        "self_attention.linear_q_up_proj.layer_norm_weight",
-        "self_attention.linear_kv_up_proj.layer_norm_weight",
-        "mlp.linear_fc1.layer_norm_weight",
-        "pre_mlp_layernorm.weight",
-    },
-}
 GROUPS = {"topk_method": "group_limited_greedy", "n_routed_experts": 8}
-
-
-@pytest.mark.parametrize("name", models.FAMILIES)
-def test_logits_after_import_are_those_of_transformers(ranks, tmp_path, name):
-    (found,) = ranks(1).run(jobs.import_and_compare, name, str(tmp_path))
-    assert found.get("traceback") is None
-    assert found["difference"] < TOLERANCE
-    assert found["names"] >= SAVED_NORMS.get(name, set())
 
 
 @pytest.mark.parametrize(
     ("name", "entries"),
     [
-        ("qwen2.5", {"use_sliding_window": True, "sliding_window": models.WINDOW, "max_window_layers": 1}),
-        ("qwen3-moe", {"norm_topk_prob": False}),
         ("mixtral", {"sliding_window": models.WINDOW}),
         ("gemma", {"head_dim": 32}),
         ("deepseek-2", {"n_group": 2}),  # not used with `topk_method: greedy`
@@ -56,7 +33,7 @@ def test_imports_at_the_same_time_keep_their_tokenizers(ranks, tmp_path):
     assert ranks(1).run(jobs.two_tokenizers, "llama-2", str(tmp_path)) == [(256, 257)]
 
 
-@pytest.mark.parametrize("name", ["mistral-window", "starcoder-2", "phi-3", "gemma-2", "gemma-3"])
+@pytest.mark.parametrize("name", ["mistral-window", "gemma-2"])
 def test_windows_are_exported_as_they_were(ranks, tmp_path, name):
     assert ranks(1).run(jobs.exported_window, name, str(tmp_path)) == [models.WINDOW]
 

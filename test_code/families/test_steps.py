@@ -13,14 +13,14 @@ from test_code.families import jobs, matrix, models, steps
 OWN = {
     "mistral": ["pair"],  # no `seq_length`
     "mixtral": ["width", "width-hf", "fp8-hf", "logits"],  # one size for experts and MLP, weighted outputs of experts
-    "gemma": ["width", "logits"],  # zero-centred norms, scaled embedding
+    "gemma": ["width"],  # zero-centred norms, scaled embedding
     "gemma-2": ["width", "logits", "int4_awq-hf"],  # capped scores and logits
-    "gemma-3": ["fp8", "width"],  # two kinds of layers
-    "nemotron": ["int8", "width", "int8-hf"],  # zero-centred norms with biases
+    "gemma-3": ["width"],  # two kinds of layers
+    "nemotron": ["width", "int8-hf"],  # zero-centred norms with biases
     "phi-3": ["width", "width-hf"],  # no size of heads in its configuration
-    "deepseek-2": ["plain-hf", "int8-hf"],  # no configuration of NeMo's exporter
+    "deepseek-2": ["int8-hf"],  # no configuration of NeMo's exporter
     "deepseek-3": ["width", "depth", "depth-hf", "logits", "int4_awq-hf"],  # latent attention, dense layer, biases
-    "gpt-oss": ["depth", "depth-hf", "logits", "fp8-hf"],  # windows by layer, biases of experts, stacked experts
+    "gpt-oss": ["depth", "depth-hf", "fp8-hf"],  # windows by layer, biases of experts, stacked experts
 }
 
 
