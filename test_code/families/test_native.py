@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from test_code.families import exports, steps
@@ -65,3 +67,79 @@ def test_a_nemotron_is_written(ranks, tmp_path):
     ):
         assert isinstance(found, dict), found
         assert steps.problem(step, found) is None, found
+
+
+def other_kind(kind: str):
+    """Return a small model of NeMo that is not a decoder of attention layers alone."""
+    from nemo.collections import llm
+    from test_code.support import tiny
+
+    common = {"optim": tiny.optim(), "tokenizer": tiny.tokenizer()}
+    sizes = {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4}
+    if kind == "t5":
+        return llm.T5Model(llm.T5Config(**sizes, encoder_num_layers=2), **common)
+    if kind == "mamba":
+        return llm.MambaModel(llm.BaseMambaConfig130M(num_layers=2, hidden_size=64), **common)
+    return llm.MambaModel(llm.NemotronHConfig4B(**sizes, num_query_groups=2, hybrid_override_pattern="M-*-"), **common)
+
+
+def try_all(kind: str, folder: str) -> dict[str, str]:
+    """Quantize and prune a checkpoint without weights, and distill a T5; return the error of each."""
+    from nemo.lightning.io.pl import TrainerContext
+
+    from nemo import lightning as nl
+    from nemo.collections import llm
+    from nemo.collections.llm.modelopt import ExportConfig, PruningConfig, QuantizationConfig
+    from test_code.support import jobs_quant, ranks, tiny
+
+    checkpoint = Path(folder) / "nemo"
+    (checkpoint / "context").mkdir(parents=True)
+    context = TrainerContext(model=other_kind(kind), trainer=tiny.trainer(max_steps=1), extra={})
+    context.io_dump(checkpoint / "context", yaml_attrs=["model"])
+    data = jobs_quant.corpus(Path(folder) / "text.jsonl")
+    quantization = QuantizationConfig(algorithm="fp8", calibration_dataset=data, calibration_dataset_size=8)
+    log = nl.NeMoLogger(log_dir=f"{folder}/logs", use_datetime_version=False, ckpt=None)
+    steps_ = {
+        "ptq": lambda: llm.ptq(
+            str(checkpoint),
+            ExportConfig(path=f"{folder}/quantized", export_format="nemo"),
+            devices=1,
+            quantization_config=quantization,
+        ),
+        "prune": lambda: llm.prune(
+            str(checkpoint),
+            f"{folder}/pruned",
+            PruningConfig(target_ffn_hidden_size=64),
+            data=tiny.data(global_batch_size=2, micro_batch_size=2),
+        ),
+        "distill": lambda: llm.distill(
+            checkpoint, checkpoint, tiny.data(), tiny.trainer(max_steps=1), log=log, optim=tiny.optim()
+        ),
+    }
+    found = {}
+    for name in OTHERS[kind]:
+        ranks.reset()
+        try:
+            steps_[name]()
+            found[name] = "done"
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+PACKAGES = "ModelOptConfigError: A Mamba model needs the packages transformer_engine, mamba_ssm and causal_conv1d"
+ENCODERS = "ModelOptConfigError: No modelopt layer spec supported for config type"
+OTHERS = {
+    "t5": {"ptq": ENCODERS, "prune": ENCODERS, "distill": "AssertionError: Only models based on `llm.GPTModel`"},
+    "mamba": {"ptq": PACKAGES, "prune": PACKAGES},
+    "nemotron-h": {"ptq": PACKAGES, "prune": PACKAGES},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_kinds_are_errors_before_weights_are_read(ranks, tmp_path, kind):
+    """The checkpoint has none. The packages for Mamba need a GPU."""
+    (found,) = ranks(1).run(try_all, kind, str(tmp_path))
+    assert {step: OTHERS[kind][step] in error for step, error in found.items()} == dict.fromkeys(OTHERS[kind], True), (
+        found
+    )
