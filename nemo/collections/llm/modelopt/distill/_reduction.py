@@ -72,6 +72,25 @@ class Metrics:
         return {name: value / tokens.clamp(min=1.0) for name, value in zip(self.keys, values, strict=True)}
 
 
+def sums_of_last_stage(reduction: Any, metrics: Metrics) -> Tensor:
+    """Return the sums of the last global batch on every pipeline stage; only the last stage computes them.
+
+    Args:
+        reduction: the reduction of training losses, None before its first use.
+        metrics: the metrics.
+    """
+    sums = reduction.take_sums() if reduction else None
+    if sums is None:
+        sums = metrics.no_sums(torch.cuda.current_device())
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        torch.distributed.broadcast(
+            sums,
+            src=parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+    return sums
+
+
 class DistillationValidation(MaskedTokenLossReduction):
     """NeMo's own validation loss, and the metrics of the distillation summed up on the way."""
 

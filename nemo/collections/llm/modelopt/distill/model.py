@@ -32,7 +32,7 @@ from ._finite import LossWatch
 from ._fusion import sample_length
 from ._pipeline_checks import check_student_layers, refuse_virtual_pipeline
 from ._plan import make_plan
-from ._reduction import DistillationValidation, Metrics, without_ignored
+from ._reduction import DistillationValidation, Metrics, sums_of_last_stage, without_ignored
 from ._state import state_of
 from ._update_check import check_updates
 from .loss import sum_value_over
@@ -385,7 +385,7 @@ class DistillationGPTModel(llm.GPTModel):
         if not state.observing or is_recorded(self.core_module):
             left_out.add("teacher_lm_loss")
         metrics = self._metrics
-        sums = self._sums_of_last_stage(metrics)
+        sums = sums_of_last_stage(self._training_loss_reduction, metrics)
         means = metrics.means(sums)
         for name, value in means.items():
             if name not in left_out:
@@ -393,16 +393,3 @@ class DistillationGPTModel(llm.GPTModel):
         if state.observing:
             self._watch.see(float(means["kd_logits_loss"]), state.step)
         self.log("tokens_per_second", sums[-1] / (time.perf_counter() - self._started), batch_size=1)
-
-    def _sums_of_last_stage(self, metrics: Metrics) -> Tensor:
-        reduction = self._training_loss_reduction
-        sums = reduction.take_sums() if reduction else None
-        if sums is None:
-            sums = metrics.no_sums(torch.cuda.current_device())
-        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            torch.distributed.broadcast(
-                sums,
-                src=parallel_state.get_pipeline_model_parallel_last_rank(),
-                group=parallel_state.get_pipeline_model_parallel_group(),
-            )
-        return sums
