@@ -98,27 +98,29 @@ def enable_linear() -> None:
         def apply_scaled_mm(self, **kwargs):
             raise NotImplementedError
 
-    class ReferenceInt8WeightOnly(MPLinearKernel):
+    class ReferenceIntWeightOnly(MPLinearKernel):
         @classmethod
         def get_min_capability(cls):
             return -1
 
         @classmethod
         def can_implement(cls, config):
-            return config.weight_type == scalar_types.uint8b128, "INT8 only"
+            return config.weight_type in (scalar_types.uint8b128, scalar_types.uint4b8), "INT8 and INT4 only"
 
         def process_weights_after_loading(self, layer):
             pass
 
         def apply_weights(self, layer, x, bias=None):
             packed, scale, _ = self._get_weight_params(layer)
-            codes = unpack(packed, 8)
+            codes = unpack(packed, self.config.weight_type.size_bits)
             return F.linear(x, (codes * expand(scale, codes)).to(x.dtype), bias)
 
     cpu = current_platform._enum
     linear._POSSIBLE_FP8_BLOCK_KERNELS[cpu].append(ReferenceFp8Block)
     linear._POSSIBLE_WFP8A16_KERNELS[cpu].append(ReferenceFp8WeightOnly)
-    linear._POSSIBLE_KERNELS[cpu].append(ReferenceInt8WeightOnly)
+    # vLLM's kernel for INT4 is in its build for AVX-512 only.
+    has_int4 = hasattr(torch.ops._C, "cpu_gemm_wna16")
+    linear._POSSIBLE_KERNELS[cpu].insert(len(linear._POSSIBLE_KERNELS[cpu]) if has_int4 else 0, ReferenceIntWeightOnly)
     enable_four_bits(linear)
 
 
