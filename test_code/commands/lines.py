@@ -81,6 +81,8 @@ COMPLETE = {
         f"--name n --log_dir logs {_DISTILL} --max_steps 8 --data_paths my_chats --use-chat-data "
         "--chat-template-path template.jinja --tokenizer my_tokenizer",
         f"--name n --log_dir logs {_DISTILL} --max_steps 8 --text texts.jsonl --teacher-topk old_topk --cpu",
+        f"--name n --log_dir logs {_DISTILL} --max_steps 8 --text my_chats/training.jsonl --answer_only_loss "
+        "--packed_sequence_size 128 --mbs 1 --tokenizer my_tokenizer --chat-template-path template.jinja --cpu",
     ],
     "compress": [
         f"{_TEXTS} --output out --seq-length 64 --scratch --devices 4 --num-nodes 1 --tp 2 --pp 2 --cpu "
