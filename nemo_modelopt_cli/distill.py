@@ -58,6 +58,10 @@ def make_data(given: argparse.Namespace):
             from nemo_modelopt_cli.packed import PackedTextDataModule
 
             return PackedTextDataModule(*texts, packed_sequence_size=given.packed_sequence_size, **settings)
+        if distill_checks.aligns_texts(given):
+            from nemo_modelopt_cli.aligned import AlignedTextDataModule
+
+            return AlignedTextDataModule(*texts, teacher_checkpoint=given.teacher_path, **settings)
         return TextDataModule(*texts, **settings)
     if given.use_chat_data:
         from nemo.collections.llm.gpt.data.chat import ChatDataModule

@@ -17,7 +17,14 @@ from nemo_modelopt_cli.parser import (
     tokenizer_problems,
 )
 from nemo_modelopt_dropin import files
-from nemo_modelopt_dropin.preflight import checkpoint_files, loss_file, model_sizes, pair_checks, tokenizer_files
+from nemo_modelopt_dropin.preflight import (
+    checkpoint_files,
+    data_files,
+    loss_file,
+    model_sizes,
+    pair_checks,
+    tokenizer_files,
+)
 from nemo_modelopt_dropin.preflight.model_checks import pair_problems, split_problems
 from nemo_modelopt_dropin.preflight.output_checks import config_paths, input_paths, place_problems
 
@@ -152,13 +159,42 @@ def _teacher_problems(given: argparse.Namespace) -> list[str]:
 def _tokenizer_problems(given: argparse.Namespace) -> list[str]:
     """Return how the student's tokenizer differs from the teacher's, as far as files show."""
     path = given.distillation_config
+    if aligns_texts(given):
+        return _aligned_problems(given)
     if loss_file.problems(path) or (
         path and Path(path).is_file() and loss_file.read(path).get(tokenizer_files.OVERRIDE)
     ):
         return []
     student = tokenizer_files.of_folder(given.tokenizer or given.model_path)
     found = tokenizer_files.difference(student, tokenizer_files.of_folder(given.teacher_path))
-    return [f"--teacher_path {given.teacher_path}: {tokenizer_files.message(found)}"] if found else []
+    if not found:
+        return []
+    own = given.tokenizer or given.model_path
+    return [f"--teacher_path {given.teacher_path}: {tokenizer_files.message(found, own, given.teacher_path)}"]
+
+
+def aligns_texts(given: argparse.Namespace) -> bool:
+    """Return whether the settings compare models with different tokenizers; False if they cannot be read."""
+    path = given.distillation_config
+    if not path or not Path(path).is_file() or loss_file.problems(path):
+        return False
+    return loss_file.read(path).get("logit_kl_vocabulary") == loss_file.ALIGNED_TEXT
+
+
+def _aligned_problems(given: argparse.Namespace) -> list[str]:
+    """Return what a distillation from a teacher with another tokenizer cannot have."""
+    found = []
+    if not given.text:
+        found.append("needs --text, because both models read the text")
+    elif any(path and data_files.holds_chats(path) for path in (given.text, given.heldout_text)):
+        found.append("reads texts, not conversations: their template belongs to one tokenizer")
+    if not given.teacher_path or given.teacher_topk or given.dump_teacher_topk:
+        found.append("needs --teacher_path, without a recording")
+    if given.pp_size > 1 or given.cp_size > 1:
+        found.append(f"needs --pp 1 and --cp 1, got {given.pp_size} and {given.cp_size}")
+    if given.packed_sequence_size or given.answer_only_loss:
+        found.append("takes neither --packed_sequence_size nor --answer_only_loss")
+    return [f"--distillation_config: {tokenizer_files.ALIGNED} {one}" for one in found]
 
 
 def _model_problems(given: argparse.Namespace) -> list[str]:

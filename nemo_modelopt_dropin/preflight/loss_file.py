@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,21 @@ SETTINGS = (
     "validation_metrics",
     "allow_other_tokenizer",
     "logit_kl_beta",
+    "logit_kl_vocabulary",
 )
+# Values of logit_kl_vocabulary.
+SAME, ALIGNED_TEXT = "same", "aligned-text"
+VOCABULARIES = (SAME, ALIGNED_TEXT)
+# Settings that a comparison over different vocabularies cannot have: the only value, and why.
+NOT_ALIGNED: dict[str, tuple[Any, str]] = {
+    "skip_lm_loss": (False, "only the next-token loss shows which of the sorted probabilities belongs to which token"),
+    "intermediate_layer_pairs": ([], "layer pairs compare the models token by token"),
+    "logit_kl_direction": ("forward", "the distance of sorted probabilities has no direction"),
+    "logit_kl_topk": (None, "the distance is over all entries"),
+    "logit_kl_in_place": (False, "the next-token loss needs the logits"),
+    "fused_logits": ("auto", "the distance is not fused with the output layers"),
+    "validation_metrics": (False, "the teacher does not run in validation"),
+}
 # Index of the layer in a module path: the first component that is a number.
 LAYER_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _DIVERGENCES = {"forward": "KL(teacher || student)", "reverse": "KL(student || teacher)", "jsd": "Jensen-Shannon"}
@@ -68,8 +83,23 @@ def problems(path: str | None) -> list[str]:
         legal, what = _VALUES.get(name, (None, ""))
         if legal is not None and not legal(value):
             found.append(f"{path}: {name} must be {what}, got {value!r}")
+    if settings.get("logit_kl_vocabulary") == ALIGNED_TEXT:
+        # Of these settings only skip_lm_loss has a default that does not fit.
+        allowed = {name: value for name, (value, _) in NOT_ALIGNED.items()}
+        wrong = aligned_problems({**allowed, "skip_lm_loss": True, **settings})
+        found += [f"{path}: logit_kl_vocabulary: {ALIGNED_TEXT} needs other settings: {one}" for one in wrong]
     if settings.get("logit_kl_beta") is not None and settings.get("logit_kl_direction") != "jsd":
         found.append(f"{path}: logit_kl_beta needs logit_kl_direction: jsd")
+    return found
+
+
+def aligned_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Return what a comparison over different vocabularies cannot have among settings with their defaults filled in."""
+    found = []
+    for name, (allowed, why) in NOT_ALIGNED.items():
+        value = settings.get(name)
+        if value != allowed and not (allowed == [] and not value) and not (name == "fused_logits" and value == "off"):
+            found.append(f"set {name} to {json.dumps(allowed)}: {why}")
     return found
 
 
@@ -105,6 +135,7 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "logit_kl_in_place": _SWITCH,
     "validation_metrics": _SWITCH,
     "allow_other_tokenizer": _SWITCH,
+    "logit_kl_vocabulary": (lambda value: value in VOCABULARIES, f"one of {', '.join(VOCABULARIES)}"),
     "logit_kl_direction": (lambda value: value in [*_DIVERGENCES], f"one of {', '.join(_DIVERGENCES)}"),
     "logit_kl_beta": (lambda value: value is None or 0 <= _number(value) <= 1, "a number between 0 and 1"),
     "logit_kl_topk": (lambda value: value is None or (type(value) is int and value > 0), "a positive whole number"),
@@ -125,6 +156,8 @@ def describe(path: str | None) -> str:
     kind = _DIVERGENCES.get(asked["logit_kl_direction"], asked["logit_kl_direction"])
     if asked.get("logit_kl_beta") is not None:
         kind += f" with beta {asked['logit_kl_beta']}"
+    if asked.get("logit_kl_vocabulary") == ALIGNED_TEXT:
+        kind = "distance of sorted probabilities, by aligned text,"
     parts = [f"{kind} of the logits at temperature {asked['logit_kl_temperature']}"]
     if asked.get("logit_kl_topk"):
         parts[0] += f", the teacher's top {asked['logit_kl_topk']}"

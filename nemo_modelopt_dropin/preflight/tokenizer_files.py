@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 OVERRIDE = "allow_other_tokenizer"
+ALIGNED = "logit_kl_vocabulary: aligned-text"
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,17 @@ def difference(student: Vocabulary | None, teacher: Vocabulary | None) -> str | 
     return None
 
 
-def message(found: str) -> str:
+def message(found: str, student: str, teacher: str) -> str:
     """Return the error message for a difference.
 
     Args:
         found: Result of `difference`.
+        student: Name of the student's tokenizer.
+        teacher: Name of the teacher's tokenizer.
     """
     return (
-        f"Student and teacher have different tokenizers: {found}. The teacher's logits belong to other tokens, so the "
-        f"student would learn noise. Use models of one tokenizer, or set {OVERRIDE}: true in the distillation config."
+        f"Student and teacher have different tokenizers: {found} (student: {student}, teacher: {teacher}). The "
+        "teacher's logits belong to other tokens, so the student would learn noise. Use models of one tokenizer, or "
+        f"set {ALIGNED} in the distillation config to compare sorted probabilities at the same places of the text; "
+        f"{OVERRIDE}: true distills in spite of the difference."
     )

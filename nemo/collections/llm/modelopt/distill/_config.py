@@ -16,6 +16,7 @@ import yaml
 
 from modelopt.torch.distill import DistillationLossBalancer
 from nemo_modelopt_dropin.errors import suggestion
+from nemo_modelopt_dropin.preflight import loss_file
 from nemo_modelopt_dropin.preflight.loss_file import LAYER_INDEX
 
 from .._divergence.vocab_parallel import DIRECTIONS, FORWARD, JSD
@@ -59,6 +60,8 @@ class DistillationConfig:
         allow_other_tokenizer: distill from a teacher with a tokenizer that differs from the student's.
         logit_kl_beta: weight of the teacher in the mixture of ``jsd``, from 0 (forward KL) to 1 (reverse KL); None for
             0.5.
+        logit_kl_vocabulary: ``same`` compares the logits of one vocabulary; ``aligned-text`` the sorted probabilities
+            of a teacher with another tokenizer, where the texts before both models' tokens are the same.
         sample_length: tokens of a sample, set by the model when it is built; not a setting.
 
     Raises:
@@ -81,6 +84,7 @@ class DistillationConfig:
     validation_metrics: bool = False
     allow_other_tokenizer: bool = False
     logit_kl_beta: float | None = None
+    logit_kl_vocabulary: str = loss_file.SAME
     sample_length: int | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
@@ -118,6 +122,7 @@ class DistillationConfig:
                     f"{self.logit_kl_direction!r}. Set logit_kl_direction to jsd, or remove logit_kl_beta."
                 )
         self._check_objective()
+        one_of("logit_kl_vocabulary", self.logit_kl_vocabulary, loss_file.VOCABULARIES)
 
     def _check_objective(self):
         if isinstance(self.fused_logits, bool):  # as YAML 1.1 reads on and off

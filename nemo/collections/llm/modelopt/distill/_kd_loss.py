@@ -12,6 +12,7 @@ from torch import Tensor
 from modelopt.torch.distill.loss_balancers import STUDENT_LOSS_KEY
 
 from ..errors import ModelOptConfigError
+from ._aligned import is_aligned
 from ._deferred_logits import DeferredLogits, SummedLoss, takes_summed_loss
 from ._metrics import observed
 from ._pipeline_losses import losses_of_stages
@@ -96,6 +97,8 @@ def _observed(self, student: Any, teacher: Any) -> dict[str, Tensor]:
     """Return metrics of both models' logits, [b, s] each; none if the logits were not captured."""
     if student is None or teacher is None:
         return {}
+    if is_aligned(self._distillation.settings):
+        return {}  # the entries of the vocabularies and the labels are not those of one model
     # The fused kernel counts the agreement itself.
     own = None if isinstance(student, DeferredLogits) else student
     return observed(own, teacher, self._distillation.labels, _logits_loss(self).entries)

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch.strategies import Strategy
 
 from . import utils
+from ._aligned import check_aligned, is_aligned, set_vocabulary
 from ._config import check_models, read_distillation_config
 from ._packed import check_packed
 from ._peft import check_adapters
@@ -67,7 +68,11 @@ def _checked(model: Any, strategy: Any) -> Plan:
     check_packed(getattr(model.trainer, "datamodule", None), model.config)
     plan = Plan(model._teacher_config, None if path is None else settings, is_real=True)
     plan.recorded = is_recording(model._teacher_ckpt_path)
-    if plan.recorded:
+    if is_aligned(settings):
+        check_aligned(settings, model, plan.recorded)
+        plan.teacher_config = derive_teacher_config(model.config, model._teacher_config)
+        set_vocabulary(plan.teacher_config, model._teacher_ckpt_path)
+    elif plan.recorded:
         vocab_size = padded_vocab_size(model.config, model.tokenizer)
         check_recording(model._teacher_ckpt_path, settings, model.config, vocab_size, model.tokenizer)
     else:

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 from torch import Tensor
 
+from ._aligned import is_aligned
 from ._kd_loss import PAIR
 
 # Key among the losses of a micro-batch, by the name in the log.
@@ -70,6 +71,24 @@ class Metrics:
         """Return the means over the unmasked tokens, by the name in the log."""
         *values, tokens, _ = sums
         return {name: value / tokens.clamp(min=1.0) for name, value in zip(self.keys, values, strict=True)}
+
+
+def not_logged(settings: Any, observing: bool, fused: bool, recorded: bool) -> set[str]:
+    """Return the metrics that a training step does not compute.
+
+    Args:
+        settings: a ``DistillationConfig``.
+        observing: whether the step computes the expensive metrics.
+        fused: whether the logits loss is fused, which counts the agreement itself.
+        recorded: whether the teacher is recorded.
+    """
+    aligned = is_aligned(settings)
+    left_out = {"lm_loss"} if settings.skip_lm_loss else set()
+    if aligned or (not observing and not fused):
+        left_out.add("kd_top1_agreement")
+    if aligned or not observing or recorded:
+        left_out.add("teacher_lm_loss")
+    return left_out
 
 
 def sums_of_last_stage(reduction: Any, metrics: Metrics) -> Tensor:

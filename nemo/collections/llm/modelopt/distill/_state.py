@@ -32,6 +32,7 @@ class DistillationState:
         finite: whether outputs and losses of this training step are finite.
         step: number of the training step, from 1; None outside a training.
         deferring: whether the output layers return `DeferredLogits` at the moment.
+        teacher_inputs: arguments of the teacher's next forward pass if it reads its own tokens, else None.
     """
 
     settings: Any = None
@@ -46,6 +47,7 @@ class DistillationState:
     finite: FiniteFlags = field(default_factory=FiniteFlags)
     step: int | None = None
     deferring: bool = False
+    teacher_inputs: dict[str, Tensor] | None = None
 
 
 def state_of(model: Any) -> DistillationState:

@@ -15,6 +15,7 @@ from nemo.lightning import get_vocab_size
 from nemo.lightning.io.pl import ckpt_to_weights_subdir
 from nemo.utils import logging
 
+from nemo_modelopt_dropin.preflight import tokenizer_files
 from nemo_modelopt_dropin.preflight.model_sizes import stage_layers
 
 from ..errors import ModelOptConfigError
@@ -128,7 +129,8 @@ def align_vocabularies(student: Any, teacher: Any, tokenizer: Any) -> int | None
         raise ModelOptConfigError(
             f"Student and teacher have different vocabularies: {sizes[0]} and {sizes[1]} entries, the tokenizer "
             f"{known}. Logits can only be compared over one vocabulary, and these differ in more than padding: use "
-            "models with one tokenizer, and set vocab_size to the size in each checkpoint."
+            "models with one tokenizer, and set vocab_size to the size in each checkpoint; or set "
+            f"{tokenizer_files.ALIGNED}."
         )
     logging.info(
         f"Distillation: the vocabularies of student and teacher are padded to {sizes[0]} and {sizes[1]} entries; the "

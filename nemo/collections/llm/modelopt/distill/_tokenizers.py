@@ -41,7 +41,13 @@ def check_tokenizers(teacher_path: Any, tokenizer: Any) -> None:
         return
     found = tokenizer_files.difference(own, other)
     if found:
-        raise ModelOptConfigError(tokenizer_files.message(found))
+        raise ModelOptConfigError(tokenizer_files.message(found, _name(tokenizer), str(teacher_path)))
+
+
+def _name(tokenizer: Any) -> str:
+    """Return the name of one of NeMo's tokenizers: the folder or hub name that it was loaded from, or its class."""
+    name = getattr(getattr(tokenizer, "tokenizer", None), "name_or_path", None)
+    return name if isinstance(name, str) and name else type(tokenizer).__name__
 
 
 def vocabulary(tokenizer: Any) -> Vocabulary | None:

@@ -25,6 +25,8 @@ from nemo_modelopt_dropin import moved
 from .._batches import Shown
 from .._parallel import gather_over_stages
 from .._saved_keys import strip_module_prefix
+from ._aligned import is_aligned
+from ._aligned import see as see_aligned
 from ._completed import completed
 from ._config import DistillationConfig
 from ._deferred_logits import SummedLoss, sums_tokens
@@ -32,7 +34,7 @@ from ._finite import LossWatch
 from ._fusion import sample_length
 from ._pipeline_checks import check_student_layers, refuse_virtual_pipeline
 from ._plan import make_plan
-from ._reduction import DistillationValidation, Metrics, sums_of_last_stage, without_ignored
+from ._reduction import DistillationValidation, Metrics, not_logged, sums_of_last_stage, without_ignored
 from ._state import state_of
 from ._update_check import check_updates
 from .loss import sum_value_over
@@ -267,7 +269,11 @@ class DistillationGPTModel(llm.GPTModel):
     def data_step(self, dataloader_iter) -> dict[str, Any]:
         """Return the next micro-batch, as a ``GPTModel`` does, and pass it to a recorded teacher."""
         teacher = getattr(self.core_module, "_teacher_model", None)
-        if self.training and isinstance(teacher, RecordedTeacher):
+        if self.training and is_aligned(self._settings):
+            state = state_of(self.core_module)
+            loss = state.settings.criterion[state.settings.logit_pair]
+            dataloader_iter = Shown(dataloader_iter, partial(see_aligned, state, loss))
+        elif self.training and isinstance(teacher, RecordedTeacher):
             dataloader_iter = Shown(dataloader_iter, teacher.see)
         return super().data_step(dataloader_iter)
 
@@ -379,11 +385,7 @@ class DistillationGPTModel(llm.GPTModel):
         if self._fused_logits is None:
             # The last stage decides; all stages log.
             self._fused_logits = any(gather_over_stages(state.fused))
-        left_out = {"lm_loss"} if self._settings.skip_lm_loss else set()
-        if not state.observing and not self._fused_logits:
-            left_out.add("kd_top1_agreement")
-        if not state.observing or is_recorded(self.core_module):
-            left_out.add("teacher_lm_loss")
+        left_out = not_logged(self._settings, state.observing, self._fused_logits, is_recorded(self.core_module))
         metrics = self._metrics
         sums = sums_of_last_stage(self._training_loss_reduction, metrics)
         means = metrics.means(sums)

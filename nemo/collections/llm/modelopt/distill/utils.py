@@ -33,6 +33,7 @@ from nemo_modelopt_dropin.preflight.loss_file import LAYER_INDEX
 from .._saved_keys import drop_missing_extra_state, saved_keys, saved_prefix, strip_module_prefix
 from ..errors import ModelOptConfigError
 from ..model_utils import restore_modelopt_state
+from ._aligned import SortedLogitsLoss, is_aligned
 from ._completed import completed
 from ._config import (
     INTERMEDIATE_LOSSES,
@@ -99,7 +100,11 @@ def _criterion(cfg: DistillationConfig, student_cfg, teacher_cfg) -> dict[tuple[
     criterion: dict[tuple[str, str], torch.nn.Module] = {}
     pairs: list[Any] = list(cfg.intermediate_layer_pairs)
     if is_last:
-        criterion[cfg.logit_pair] = LogitsKLLoss(student_cfg, **options_of_logits_loss(cfg))
+        criterion[cfg.logit_pair] = (
+            SortedLogitsLoss(student_cfg, cfg.logit_kl_temperature)
+            if is_aligned(cfg)
+            else LogitsKLLoss(student_cfg, **options_of_logits_loss(cfg))
+        )
         pairs = [pair for pair in pairs if stage_of_layer(pair[0], student_cfg) == last_stage(student_cfg)]
     elif pairs:
         stage = parallel_state.get_pipeline_model_parallel_rank()
@@ -282,7 +287,12 @@ def _forward_student_and_teacher(self, *args, **kwargs) -> Tensor:
             # `train()` on the model sets the teacher's mode as well. To set it walks through all modules.
             if getattr(self._teacher_model, "training", True):
                 self._teacher_model.eval()
-            teacher_output = self._teacher_model(*args, **kwargs)
+            if state.teacher_inputs is None:
+                teacher_output = self._teacher_model(*args, **kwargs)
+            else:  # it has another tokenizer
+                names = ("input_ids", "position_ids", "attention_mask")
+                given = {**dict(zip(names, args, strict=False)), **kwargs}
+                teacher_output = self._teacher_model(**{**given, **state.teacher_inputs})
         if first_step:
             state.finite.see_layers(teacher for _, teacher in captured_layers(self))
         with self.only_student_forward():
