@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo_modelopt_cli.tokens import TextDataModule, checkpoint_tokenizer, read_documents
+from nemo_modelopt_cli.tokens import InPasses, TextDataModule, checkpoint_tokenizer, read_documents
 
 
 def counterparts(student: Sequence[int], teacher: Sequence[int]) -> list[int]:
@@ -62,7 +62,7 @@ def pieces(text: str, tokenizer: Any, length: int) -> list[str]:
     return [text[first:end] for first, end in zip(cuts, cuts[1:], strict=False) if first < end]
 
 
-class AlignedTexts(Dataset):
+class AlignedTexts(InPasses):
     """Texts as the batches of NeMo's GPT, with the teacher's tokens.
 
     Args:
@@ -77,34 +77,38 @@ class AlignedTexts(Dataset):
     def __init__(
         self, texts: list[str], student: Any, teacher: Any, length: int, samples: int | None = None, seed: int = 0
     ):
-        self.texts, self.student, self.teacher, self.length, self.seed = texts, student, teacher, length, seed
-        self.random = samples is not None
-        self.samples = len(texts) if samples is None else samples
+        super().__init__(len(texts), samples, seed)
+        self.length, self.ends = length, (student.eos_id, teacher.eos_id)
+        self.rows = [self._encoded(text, student, teacher) for text in texts]
         # True where attention is masked. Megatron's local attention requires it; Transformer Engine makes its own.
         self.mask = torch.ones(length, length, dtype=torch.bool).triu(1)[None]
 
-    def __len__(self) -> int:
-        return self.samples
+    def _encoded(self, text: str, student: Any, teacher: Any) -> tuple[np.ndarray, ...]:
+        """Return the tokens of both models that fit, and the counterparts of the student's."""
+        ids, ends = encode(text, student, "student")
+        of_teacher, teacher_ends = encode(text, teacher, "teacher")
+        places = [one if one < self.length else -1 for one in counterparts(ends, teacher_ends)]
+        # The student predicts the token after the last one that fits, too.
+        parts = ids[: self.length + 1], of_teacher[: self.length], places[: self.length]
+        return tuple(np.asarray(part, dtype=np.int32) for part in parts)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        turn, place = divmod(int(index), len(self.texts))
-        if self.random:
-            place = int(np.random.default_rng((self.seed, turn)).permutation(len(self.texts))[place])
-        ids, ends = encode(self.texts[place], self.student, "student")
-        of_teacher, teacher_ends = encode(self.texts[place], self.teacher, "teacher")
-        places = [one if one < self.length else -1 for one in counterparts(ends, teacher_ends)]
+        (ids, of_teacher, places), (end, teacher_end) = self.rows[self.place(index)], self.ends
         return {
-            "tokens": self._filled(ids, self.student.eos_id),
-            "labels": self._filled([*ids[1:], self.student.eos_id], self.student.eos_id),
-            "loss_mask": self._filled([1] * len(ids), 0).float(),
+            "tokens": self._filled(ids, end),
+            "labels": self._filled(ids[1:], end),
+            "loss_mask": self._filled(np.ones_like(places), 0).float(),
             "position_ids": torch.arange(self.length),
             "attention_mask": self.mask,
-            "teacher_tokens": self._filled(of_teacher, self.teacher.eos_id),
+            "teacher_tokens": self._filled(of_teacher, teacher_end),
             "counterparts": self._filled(places, -1),
         }
 
-    def _filled(self, values: list[int], padding: int) -> torch.Tensor:
-        return torch.tensor((values + [padding] * self.length)[: self.length])
+    def _filled(self, values: np.ndarray, padding: int) -> torch.Tensor:
+        found = torch.full((self.length,), padding, dtype=torch.int64)
+        fitting = values[: self.length]
+        found[: len(fitting)] = torch.from_numpy(fitting)
+        return found
 
 
 class AlignedTextDataModule(TextDataModule):

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
-from nemo_modelopt_cli.tokens import TextDataModule, counted_rows
+from nemo_modelopt_cli.tokens import InPasses, TextDataModule, counted_rows
 from nemo_modelopt_dropin.console import screen
 
 # Token ids of a row, and whether each of them counts in the loss.
@@ -49,7 +49,7 @@ def bins(lengths: list[int], size: int) -> list[list[int]]:
     return found
 
 
-class PackedRows(Dataset):
+class PackedRows(InPasses):
     """Packed sequences as the batches of NeMo's GPT.
 
     Args:
@@ -61,21 +61,14 @@ class PackedRows(Dataset):
     """
 
     def __init__(self, rows: list[Row], size: int, padding: int, samples: int | None = None, seed: int = 0):
-        self.rows, self.size, self.padding, self.seed = rows, size, padding, seed
+        self.rows, self.size, self.padding = rows, size, padding
         self.bins = bins([len(ids) - 1 for ids, _ in rows], size)
-        self.random = samples is not None
-        self.samples = len(self.bins) if samples is None else samples
+        super().__init__(len(self.bins), samples, seed)
         # The first end is 0, and the padding may end with a part.
         self._ends = max(map(len, self.bins), default=0) + 2
 
-    def __len__(self) -> int:
-        return self.samples
-
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        turn, place = divmod(int(index), len(self.bins))
-        if self.random:
-            place = int(np.random.default_rng((self.seed, turn)).permutation(len(self.bins))[place])
-        return self._packed([self.rows[row] for row in self.bins[place]])
+        return self._packed([self.rows[row] for row in self.bins[self.place(index)]])
 
     def _packed(self, rows: list[Row]) -> dict[str, torch.Tensor]:
         ends = np.cumsum([0, *(len(ids) - 1 for ids, _ in rows)]).tolist()

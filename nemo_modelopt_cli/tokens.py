@@ -7,6 +7,7 @@ the seed and the sample's number alone: every layout and every resumed run sees 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -97,6 +98,34 @@ def checkpoint_tokenizer(checkpoint: str | Path) -> Any:
     from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
 
     return io.load_context(ckpt_to_context_subdir(checkpoint), subpath="model.tokenizer")
+
+
+@functools.lru_cache(maxsize=2)
+def _order(number: int, seed: int, turn: int) -> np.ndarray:
+    """Return the order of a pass; drawing it for each sample would take a time that grows with the data."""
+    return np.random.default_rng((seed, turn)).permutation(number)
+
+
+class InPasses(Dataset):
+    """Samples that are taken in passes, each in a new order.
+
+    Args:
+        number: how many there are.
+        samples: how many to take; None: each once, in their own order.
+        seed: of the orders.
+    """
+
+    def __init__(self, number: int, samples: int | None, seed: int):
+        self.number, self.seed, self.random = number, seed, samples is not None
+        self.samples = number if samples is None else samples
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def place(self, index: int) -> int:
+        """Return which of the samples has an index over all passes."""
+        turn, place = divmod(int(index), self.number)
+        return int(_order(self.number, self.seed, turn)[place]) if self.random else place
 
 
 class Windows(Dataset):

@@ -34,15 +34,19 @@ SETTINGS = (
 # Values of logit_kl_vocabulary.
 SAME, ALIGNED_TEXT = "same", "aligned-text"
 VOCABULARIES = (SAME, ALIGNED_TEXT)
-# Settings that a comparison over different vocabularies cannot have: the only value, and why.
-NOT_ALIGNED: dict[str, tuple[Any, str]] = {
-    "skip_lm_loss": (False, "only the next-token loss shows which of the sorted probabilities belongs to which token"),
-    "intermediate_layer_pairs": ([], "layer pairs compare the models token by token"),
-    "logit_kl_direction": ("forward", "the distance of sorted probabilities has no direction"),
-    "logit_kl_topk": (None, "the distance is over all entries"),
-    "logit_kl_in_place": (False, "the next-token loss needs the logits"),
-    "fused_logits": ("auto", "the distance is not fused with the output layers"),
-    "validation_metrics": (False, "the teacher does not run in validation"),
+# Settings that a comparison over different vocabularies restricts: the values that it can have, the default or the only
+# one first, and why.
+NOT_ALIGNED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "skip_lm_loss": (
+        (False,),
+        "only the next-token loss shows which sorted probability belongs to which token",
+    ),
+    "intermediate_layer_pairs": (([], (), None), "layer pairs compare the models token by token"),
+    "logit_kl_direction": (("forward",), "the distance of sorted probabilities has no direction"),
+    "logit_kl_topk": ((None,), "the distance is over all entries"),
+    "logit_kl_in_place": ((False,), "the next-token loss needs the logits"),
+    "fused_logits": (("auto", "off", False), "the distance is not fused with the output layers"),
+    "validation_metrics": ((False,), "the teacher does not run in validation"),
 }
 # Index of the layer in a module path: the first component that is a number.
 LAYER_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -85,7 +89,7 @@ def problems(path: str | None) -> list[str]:
             found.append(f"{path}: {name} must be {what}, got {value!r}")
     if settings.get("logit_kl_vocabulary") == ALIGNED_TEXT:
         # Of these settings only skip_lm_loss has a default that does not fit.
-        allowed = {name: value for name, (value, _) in NOT_ALIGNED.items()}
+        allowed = {name: values[0] for name, (values, _) in NOT_ALIGNED.items()}
         wrong = aligned_problems({**allowed, "skip_lm_loss": True, **settings})
         found += [f"{path}: logit_kl_vocabulary: {ALIGNED_TEXT} needs other settings: {one}" for one in wrong]
     if settings.get("logit_kl_beta") is not None and settings.get("logit_kl_direction") != "jsd":
@@ -95,12 +99,11 @@ def problems(path: str | None) -> list[str]:
 
 def aligned_problems(settings: Mapping[str, Any]) -> list[str]:
     """Return what a comparison over different vocabularies cannot have among settings with their defaults filled in."""
-    found = []
-    for name, (allowed, why) in NOT_ALIGNED.items():
-        value = settings.get(name)
-        if value != allowed and not (allowed == [] and not value) and not (name == "fused_logits" and value == "off"):
-            found.append(f"set {name} to {json.dumps(allowed)}: {why}")
-    return found
+    return [
+        f"set {name} to {json.dumps(allowed[0])}: {why}"
+        for name, (allowed, why) in NOT_ALIGNED.items()
+        if settings.get(name) not in allowed
+    ]
 
 
 def _is_positive(value: Any) -> bool:

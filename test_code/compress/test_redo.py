@@ -57,6 +57,18 @@ def test_a_redo_without_effect_is_reported_in_one_line(finished, monkeypatch, ca
     assert capsys.readouterr().err == ""
 
 
+def resolved(folder, monkeypatch, flags, **model):
+    """Return the job of a command line and the settings of its stages."""
+    command_lines.checkpoint(folder / "model", **model)
+    command_lines.checkpoint(folder / "teacher")
+    (folder / "text.jsonl").write_text('{"text": "a"}\n')
+    (folder / "heldout.jsonl").write_text('{"text": "b"}\n')
+    monkeypatch.chdir(folder)
+    command = [*command_lines.COMPRESS.split(), "--output", "out", "--cpu", *flags.split()]
+    job, output, _ = command_lines.script_of("compress").resolve(command)
+    return job, {stage.name: stage.settings for stage in plan.compression_stages(job, output)}
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -71,14 +83,7 @@ def test_a_redo_without_effect_is_reported_in_one_line(finished, monkeypatch, ca
 )
 def test_scales_of_inputs_are_moved_for_the_layout_that_lacks_them(tmp_path, monkeypatch, flags, expected):
     """The quantized NeMo checkpoint depends on it, and so does whether the step must run again."""
-    for name in ("model", "teacher"):
-        command_lines.checkpoint(tmp_path / name)
-    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
-    (tmp_path / "heldout.jsonl").write_text('{"text": "b"}\n')
-    monkeypatch.chdir(tmp_path)
-    command = [*command_lines.COMPRESS.split(), "--output", "out", "--cpu", *flags.split()]
-    job, output, _ = command_lines.script_of("compress").resolve(command)
-    settings = {stage.name: stage.settings for stage in plan.compression_stages(job, output)}
+    job, settings = resolved(tmp_path, monkeypatch, flags)
     assert job.quantization.layout_of_scales == expected
     assert settings["quantize"].get("quantization", settings["quantize"]).get("hf_layout") == expected
 
@@ -97,11 +102,5 @@ def test_experts_run_again_if_the_rule_of_their_scales_changes(tmp_path, monkeyp
     """Results from before experts were calibrated for readers have no such entry."""
     # Layers with and without experts, as in DeepSeek: their sizes are not known to the search.
     changed = {"num_moe_experts": experts, "moe_layer_freq": [0, 1]} if experts else {}
-    command_lines.checkpoint(tmp_path / "model", **changed)
-    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
-    (tmp_path / "heldout.jsonl").write_text('{"text": "b"}\n')
-    monkeypatch.chdir(tmp_path)
-    command = [*command_lines.COMPRESS.split(), "--output", "out", "--cpu", *flags.split()]
-    job, output, _ = command_lines.script_of("compress").resolve(command)
-    settings = {stage.name: stage.settings for stage in plan.compression_stages(job, output)}
+    _, settings = resolved(tmp_path, monkeypatch, flags, **changed)
     assert settings["quantize"].get("expert_inputs") == expected

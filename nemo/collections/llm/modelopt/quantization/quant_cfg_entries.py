@@ -36,14 +36,17 @@ class Entry:
         steps: Attributes of the quantizer, or of each quantizer of a sequence; empty if only ``enable`` is set. They
             are the objects in the quant_cfg, which change with them.
         enable: Whether the quantizers are enabled; None if it is not set.
-        replaces: Whether modelopt sets attributes that are not named to their defaults.
     """
 
     wildcard: str
     module_class: str | None
     steps: tuple[dict[str, Any], ...]
     enable: bool | None
-    replaces: bool = False
+
+    @property
+    def enables(self) -> bool:
+        """Return whether a quantizer is enabled, in a sequence at least one."""
+        return not self.disables and (not self.steps or any(step.get("enable", True) for step in self.steps))
 
     @property
     def disables(self) -> bool:
@@ -95,7 +98,7 @@ def _of_setting(wildcard: str, module_class: str | None, setting: Any) -> Entry:
 def _of_entry(entry: Mapping[str, Any]) -> Entry:
     attributes = entry.get("cfg") or ()
     steps = (attributes,) if isinstance(attributes, Mapping) else tuple(attributes)
-    return Entry(entry["quantizer_name"], entry.get("parent_class"), steps, entry.get("enable"), replaces=True)
+    return Entry(entry["quantizer_name"], entry.get("parent_class"), steps, entry.get("enable"))
 
 
 def is_by_class(setting: Any) -> bool:

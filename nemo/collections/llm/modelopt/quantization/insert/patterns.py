@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,33 +15,18 @@ from nemo_modelopt_dropin.errors import nearest
 from ... import _parallel
 from ...errors import ModelOptConfigError
 from .. import quant_cfg_choices as choices
-from .. import quant_cfg_entries
+from ..quant_cfg_entries import Entry, entries
 
 
-@dataclass(frozen=True)
-class Pattern:
-    """One entry of a quant_cfg: a wildcard for quantizer names, optionally for modules of one class only."""
-
-    wildcard: str
-    module_class: str | None
-    enables: bool
-
-    def __str__(self) -> str:
-        return self.wildcard if self.module_class is None else f"{self.module_class}: {self.wildcard}"
+def patterns_of(quant_cfg: dict[str, Any]) -> list[Entry]:
+    """Return the entries of a quant_cfg except those that disable every quantizer."""
+    return [entry for entry in entries(quant_cfg) if not entry.is_default]
 
 
-def patterns_of(quant_cfg: dict[str, Any]) -> Iterator[Pattern]:
-    """Yield the entries of a quant_cfg except those that disable every quantizer."""
-    for entry in quant_cfg_entries.entries(quant_cfg):
-        if not entry.is_default:
-            enables = not entry.disables and (not entry.steps or any(step.get("enable", True) for step in entry.steps))
-            yield Pattern(entry.wildcard, entry.module_class, enables)
-
-
-def shipped_exclusions() -> set[Pattern]:
+def shipped_exclusions() -> set[str]:
     """Return the disabling patterns of modelopt's presets, which are written for many models and need not match."""
     found = (pattern for preset in choices.get_modelopt_presets().values() for pattern in patterns_of(preset))
-    return {pattern for pattern in found if not pattern.enables}
+    return {str(pattern) for pattern in found if not pattern.enables}
 
 
 def check(model: torch.nn.Module, quant_cfg: dict[str, Any], from_file: bool) -> None:
@@ -59,7 +43,7 @@ def check(model: torch.nn.Module, quant_cfg: dict[str, Any], from_file: bool) ->
     Raises:
         ModelOptConfigError: With the patterns and the nearest quantizers.
     """
-    wanted = list(patterns_of(quant_cfg))
+    wanted = patterns_of(quant_cfg)
     names = [
         (name, model.get_submodule(name.rpartition(".")[0]))
         for name, module in model.named_modules()
@@ -69,7 +53,7 @@ def check(model: torch.nn.Module, quant_cfg: dict[str, Any], from_file: bool) ->
     missing = [pattern for pattern, found in zip(wanted, matched, strict=True) if not found]
     if from_file:
         shipped = shipped_exclusions()
-        missing = [pattern for pattern in missing if pattern.enables or pattern not in shipped]
+        missing = [pattern for pattern in missing if pattern.enables or str(pattern) not in shipped]
     else:
         enabling = [pattern for pattern in wanted if pattern.enables]
         missing = enabling if enabling and all(pattern in missing for pattern in enabling) else []
@@ -95,7 +79,7 @@ def checked_loop(forward_loop: Callable, quant_cfg: dict[str, Any], from_file: b
     return run
 
 
-def _matches(pattern: Pattern, names: list[tuple[str, torch.nn.Module]]) -> bool:
+def _matches(pattern: Entry, names: list[tuple[str, torch.nn.Module]]) -> bool:
     parent = None if pattern.module_class is None else QuantModuleRegistry[pattern.module_class]
     return any(
         fnmatch.fnmatch(name, pattern.wildcard) and (parent is None or isinstance(owner, parent))
