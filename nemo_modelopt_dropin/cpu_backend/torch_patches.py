@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -174,3 +176,31 @@ def patch_gloo_scalars() -> None:
         return gather(output_tensor, input_tensor, *args, **kwargs)
 
     dist.all_gather_into_tensor = all_gather_into_tensor
+
+
+def patch_gloo_devices() -> None:
+    """Let all process groups of a process share one thread for their connections.
+
+    Gloo gives each group a thread that wakes up a hundred times a second. Megatron creates dozens of groups, which
+    would take 5 % of a core on each idle rank.
+    """
+    from torch.distributed import distributed_c10d
+
+    gloo: Any = distributed_c10d.ProcessGroupGloo
+
+    @functools.cache
+    def devices(process: int):
+        # torch's own rule for the interfaces.
+        names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+        return [gloo.create_device(interface=name) for name in names] or [gloo.create_default_device()]
+
+    class SharingGloo(gloo):
+        def __init__(self, store, rank, size, timeout):
+            options = gloo._Options()
+            # Threads do not outlive a fork, so that a forked process needs devices of its own.
+            options._devices = devices(os.getpid())
+            options._threads = 2 * len(options._devices)
+            options._timeout = timeout
+            super().__init__(store, rank, size, options)
+
+    distributed_c10d.ProcessGroupGloo = SharingGloo

@@ -190,6 +190,26 @@ def test_tensor_types_go_round(cpu_backend):
     assert torch.ones(1).half().type(torch.ones(1).type()).dtype == torch.float32
 
 
+def gloo_threads(groups: int) -> tuple[int, float]:
+    """Return how many threads ``groups`` process groups add, and a sum over the ranks that one of them computed."""
+    import os
+
+    import torch
+
+    torch.distributed.init_process_group("gloo")
+    before = len(os.listdir("/proc/self/task"))
+    ranks = list(range(torch.distributed.get_world_size()))
+    made = [torch.distributed.new_group(ranks) for _ in range(groups)]
+    number = torch.ones(1)
+    torch.distributed.all_reduce(number, group=made[-1])
+    return len(os.listdir("/proc/self/task")) - before, float(number)
+
+
+def test_process_groups_share_the_thread_that_polls(ranks):
+    """Each group has two threads that sleep until there is work; a third one of its own would poll all the time."""
+    assert ranks(2).run(gloo_threads, 10) == [(20, 2.0)] * 2
+
+
 def test_pool_returns_values_in_order_of_rank(ranks):
     assert ranks(2).run(rank_and_sum, 3) == [(0, 7), (1, 7)]
 
