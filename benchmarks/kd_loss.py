@@ -51,14 +51,6 @@ PEERS_LINEAR = {
     "quick": [((64, 8000, 64, 64), FP32)],
 }
 
-PEER_NOTES = """\
-In a training step the gradient takes the memory of the teacher's logits. "Two exponentials and a write" is less than
-any loss does: read both logits, take both exponentials by PyTorch's operation, and write a tensor of their size. Only
-compiled code is faster than that bound, because it takes the exponentials in the loop that adds them up. TRL computes
-in the type of the logits: its bf16 gradients differ by 1e-2 and more. The time of Liger's and our fused losses is
-bounded by the matrix products alone. "Naive topk" is the formula in PyTorch: no other project has a top-k loss with
-all other entries as one."""
-
 
 def stock_loss_class():
     """Return stock's loss class, loaded from the installed nemo-toolkit."""
@@ -253,7 +245,9 @@ def compare_peers(shape, dtype, config, repeats):
     # No other project has a top-k divergence with the rest as one entry.
     steps["naive topk"] = step("naive topk", lambda z, y: naive_topk(z.unsqueeze(1), y.unsqueeze(1)))
     out = torch.empty_like(student)
-    steps["floor"] = lambda: peers.floor(student, teacher, out, default_chunk_rows(student))
+    rows_of_chunk = default_chunk_rows(student)
+    steps["floor"] = lambda: peers.floor(student, teacher, out, rows_of_chunk)
+    steps["topk floor"] = lambda: peers.floor(student, teacher, out, rows_of_chunk, TOPK)
     result, unit = measure(steps, repeats), student.numel() * student.element_size()
     rivals = dict.fromkeys(mine, kl) | {"topk in a training step": ["naive topk"], "jsd": jsd}
     rows = {}
@@ -262,9 +256,10 @@ def compare_peers(shape, dtype, config, repeats):
             rows[f"{name} / {other}"] = found = row(result[name], result[other], unit)
             scale = gradients[other].abs().max()
             found["gradient difference"] = float((gradients[other] - gradients[name]).abs().max() / scale)
-    rows["forward in a training step / two exponentials and a write"] = row(
-        result["forward in a training step"], result["floor"], unit
-    )
+    bounds = {"forward": ("floor", "two softmaxes"), "topk": ("topk floor", "selection, two softmaxes")}
+    for name, (bound, text) in bounds.items():
+        found = row(result[f"{name} in a training step"], result[bound], unit)
+        rows[f"{name} in a training step / {text} and a write"] = found
     return rows
 
 
@@ -337,7 +332,7 @@ def run_peers(size, repeats):
         label = f"n={shape[0]} v={shape[1]} h={shape[2]} {str(dtype)[6:]}"
         rows |= {f"{label}: {name}": found for name, found in compare_peers_linear(shape, dtype, repeats).items()}
     missing = [*peers.losses()[2], *(["liger-kernel"] if peers.liger(0.0) is None else [])]
-    return rows, PEER_NOTES + (f" Not installed: {', '.join(missing)}." if missing else "")
+    return rows, peers.NOTES + (f" Not installed: {', '.join(missing)}." if missing else "")
 
 
 def on_rank(rank, tp, port, size, repeats, pipe):

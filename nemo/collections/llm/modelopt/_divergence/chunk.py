@@ -17,6 +17,10 @@ Each row's maximum over the shard is subtracted first, so that logits with a lar
 The rest of the vocabulary enters as two numbers per token, L_z and L_y: the logarithms of the whole vocabulary's sums
 of exponentials relative to this shard's maxima. Then p = exp(z - max - L_z).
 
+Exponentials come from PyTorch's softmax, which adds them up in the loop that computes them, by a polynomial of its own
+on a CPU: 2.5 times as fast as the exponential function alone, with relative errors of up to 5e-6. The largest
+share of a row is the reciprocal of its sum.
+
 A logit more than 1e30 below its row's maximum, -inf included (a masked entry), counts as 1e30 below it. So no
 difference overflows, up to the largest fp32 numbers, and no NaN can arise. An entry that both models mask contributes
 nothing. If only the model that weighs less masks it, the divergence is huge instead of infinite.
@@ -44,10 +48,10 @@ class Chunk:
     """Reused buffers of [c, v] for a chunk of tokens, in fp32 (fp64 for logits in fp64).
 
     Attributes:
-        exp_z: student's exponentials relative to the row's maximum [c, v].
-        exp_y: those of the teacher.
+        share_z: softmax of the student's logits over this shard [c, v].
+        share_y: that of the teacher's.
         difference: y - z without the rows' maxima [c, v].
-        sums: sums of ``exp_z`` and ``exp_y`` over this shard [2, c].
+        log_sums: logarithms of this shard's sums of exponentials relative to its maxima, student and teacher [2, c].
         max_z: maxima of the student's rows, before the temperature [c, 1].
         max_y: those of the teacher.
     """
@@ -66,7 +70,7 @@ class Chunk:
         self._spare: Tensor | None = None
 
     def load(self, student: Tensor, teacher: Tensor, maxima: Tensor | None = None, difference: bool = True) -> None:
-        """Form exponentials, their sums and the difference of logits [c, v] of any floating type.
+        """Form softmax, sums of exponentials and the difference of logits [c, v] of any floating type.
 
         Args:
             student: logits [c, v].
@@ -74,38 +78,36 @@ class Chunk:
             maxima: [2, c] of the student and the teacher if they are known.
             difference: whether it is needed.
         """
-        self.exp_z, self.exp_y, self.difference = self._buffers[:, : student.shape[0]]
+        self.share_z, self.share_y, self.difference = self._buffers[:, : student.shape[0]]
         known = (None, None) if maxima is None else maxima.unsqueeze(-1)
-        self.max_z = shifted(student, self.temperature, self.exp_z, known[0])
-        self.max_y = shifted(teacher, self.temperature, self.exp_y, known[1])
-        both = self._buffers[:2, : student.shape[0]]
+        self.max_z = shifted(student, self.temperature, self.share_z, known[0])
+        self.max_y = shifted(teacher, self.temperature, self.share_y, known[1])
         if difference:
-            both.clamp_(min=LOWEST)
-            torch.sub(self.exp_y, self.exp_z, out=self.difference)
-        self.sums = both.exp_().sum(-1).clamp_(min=TINY)
-        self.sum_z, self.sum_y = self.sums
+            torch.sub(self.share_y, self.share_z, out=self.difference)
+        log_sums = normalized(self.share_z, self.max_z), normalized(self.share_y, self.max_y)
+        self.log_sums = torch.stack(log_sums)
 
     def shard_statistics(self) -> Tensor:
         """Return [4, c] in fp64: this shard's maxima of student and teacher, and the logarithms of their sums."""
         maxima = torch.cat([self.max_z, self.max_y], dim=-1).t().double() / self.temperature
-        return torch.cat([maxima, self.sums.double().log()])
+        return torch.cat([maxima, self.log_sums.double()])
 
     def mean_difference(self, direction: str) -> Tensor:
         """Return this shard's E_q[y - z] (forward) or E_p[z - y] (reverse) without the rows' maxima [c]."""
         if direction == FORWARD:
-            return torch.linalg.vecdot(self.exp_y, self.difference) / self.sum_y
-        return -torch.linalg.vecdot(self.exp_z, self.difference) / self.sum_z
+            return torch.linalg.vecdot(self.share_y, self.difference)
+        return -torch.linalg.vecdot(self.share_z, self.difference)
 
-    def jsd_parts(self, log_z: Tensor, log_y: Tensor) -> Tensor:
+    def jsd_parts(self, logs: Tensor | None = None) -> Tensor:
         """Return this shard's part of KL(p || m) and KL(q || m), [2, c]; ``log_ratio`` is log(p / m) afterwards.
 
         Args:
-            log_z: L_z of the module's docstring [c].
-            log_y: L_y.
+            logs: L_z and L_y of the module's docstring [2, c]; by default this shard is the whole vocabulary.
         """
         if self._spare is None:
             self._spare = torch.empty_like(self._buffers[:2])
         common, with_q_ratio = self._spare[:, : len(self.difference)]
+        log_z, log_y = self.log_sums if logs is None else logs
         log_q, log_p = math.log(self.beta), math.log1p(-self.beta)  # of the models' weights in m
         # The logarithm of the ratio of both summands of m.
         d = self.difference.add_((log_z - log_y + (log_q - log_p)).unsqueeze(-1))
@@ -116,34 +118,44 @@ class Chunk:
         if log_p != log_q:
             with_q_ratio.add_(log_p - log_q)
         self.log_ratio = common.sub_(d.clamp_(min=0.0))
-        with_p = torch.linalg.vecdot(self.exp_z, self.log_ratio)
-        with_q = torch.linalg.vecdot(self.exp_y, with_q_ratio)
-        return torch.stack([with_p * (-log_z).exp(), with_q * (-log_y).exp()])
+        with_p = torch.linalg.vecdot(self.share_z, self.log_ratio)
+        with_q = torch.linalg.vecdot(self.share_y, with_q_ratio)
+        parts = torch.stack([with_p, with_q])
+        return parts if logs is None else parts * (self.log_sums - logs).exp()
 
-    def write_gradient(self, out: Tensor, direction: str, log_z: Tensor, log_y: Tensor, mean: Tensor | None) -> None:
+    def write_gradient(self, out: Tensor, direction: str, mean: Tensor | None, logs: Tensor | None = None) -> None:
         """Write d loss / d student of the chunk [c, v], in the type of ``out``; overwrites the buffers.
 
         Args:
             out: [c, v].
             direction: which divergence.
-            log_z: L_z [c].
-            log_y: L_y [c].
             mean: reverse: the divergence [c]; JSD: KL(p || m) [c], after `jsd_parts`.
+            logs: L_z and L_y [2, c]; by default this shard is the whole vocabulary.
         """
         scale = 1.0 / self.temperature
+        weights = None if logs is None else (self.log_sums - logs).exp().unsqueeze(-1)
         if direction == FORWARD:
-            self.exp_y.mul_((-log_y).exp().mul_(-scale).unsqueeze(-1))
-            torch.addcmul(self.exp_y, self.exp_z, (-log_z).exp().mul_(scale).unsqueeze(-1), out=out)
+            if weights is None:
+                difference = torch.sub(self.share_z, self.share_y, out=out if scale == 1.0 else self.share_z)
+                if scale != 1.0:
+                    torch.mul(difference, scale, out=out)
+                return
+            self.share_y.mul_(weights[1].mul_(-scale))
+            torch.addcmul(self.share_y, self.share_z, weights[0].mul_(scale), out=out)
             return
         assert mean is not None
         if direction == REVERSE:
+            log_z, log_y = self.log_sums if logs is None else logs
             torch.sub((log_y - log_z - mean).unsqueeze(-1), self.difference, out=self.difference)
             factor = self.difference
         else:
             factor = self.log_ratio.sub_(mean.unsqueeze(-1))
             scale *= 1.0 - self.beta
-        self.exp_z.mul_((-log_z).exp().mul_(scale).unsqueeze(-1))
-        torch.mul(self.exp_z, factor, out=out)
+        if weights is not None:
+            self.share_z.mul_(weights[0].mul_(scale))
+        elif scale != 1.0:
+            self.share_z.mul_(scale)
+        torch.mul(self.share_z, factor, out=out)
 
 
 def resolved(direction: str, beta: float) -> str:
@@ -171,7 +183,10 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 
 
 def shifted(source: Tensor, temperature: float, out: Tensor, maximum: Tensor | None = None) -> Tensor:
-    """Write (source - maximum) / temperature [c, v] to ``out`` in its type and return the rows' maxima [c, 1]."""
+    """Write (source - maximum) / temperature [c, v] to ``out`` in its type and return the rows' maxima [c, 1].
+
+    No result is below `LOWEST`.
+    """
     if source.dtype != out.dtype:
         source = out.copy_(source)
     if maximum is None:
@@ -179,7 +194,42 @@ def shifted(source: Tensor, temperature: float, out: Tensor, maximum: Tensor | N
     torch.sub(source, maximum, out=out)
     if temperature != 1.0:
         out.mul_(1.0 / temperature)
+    out.clamp_(min=LOWEST)
     return maximum
+
+
+def normalized(logits: Tensor, maximum: Tensor) -> Tensor:
+    """Replace shifted logits [c, v] by their softmax; return the logarithms of their sums of exponentials [c].
+
+    Args:
+        logits: as `shifted` writes them, with the maximum 0.
+        maximum: of the logits before that [c, 1]. Rows without a finite logit have a negligible sum.
+    """
+    if logits.device.type == "cpu":
+        torch.softmax(logits, dim=-1, out=logits)
+    else:  # other devices may read what they have already written
+        logits.copy_(logits.softmax(-1))
+    return torch.where(maximum.squeeze(-1) <= LOWEST, math.log(TINY), -logits.amax(-1).log())
+
+
+def softmax_and_lse(source: Tensor, temperature: float, out: Tensor) -> Tensor:
+    """Write the softmax of source / temperature [c, v] to ``out`` and return their log-sum-exp [c] in fp64."""
+    maximum = shifted(source, temperature, out)
+    log_sum = normalized(out, maximum)
+    return torch.where(
+        maximum.squeeze(-1) <= LOWEST, LOWEST, maximum.squeeze(-1).double() / temperature + log_sum.double()
+    )
+
+
+def rest_and_lse(buffer: Tensor, positions: Tensor, temperature: float) -> Tensor:
+    """Replace logits by the softmax of all except those at ``positions``; return the log-sum-exp [c] of these in fp64.
+
+    Args:
+        buffer: logits [c, v] in the type of the computation.
+        positions: [c, k].
+        temperature: divides the logits.
+    """
+    return softmax_and_lse(buffer.scatter_(-1, positions, -torch.inf), temperature, buffer)
 
 
 def divergence_of_buckets(student: Tensor, teacher: Tensor, direction: str, beta: float = 0.5) -> tuple[Tensor, Tensor]:

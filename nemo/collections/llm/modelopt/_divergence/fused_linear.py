@@ -30,7 +30,7 @@ from torch import Tensor
 from nemo_modelopt_dropin.preflight import loss_memory
 
 from .._parallel import gather_tensors
-from .chunk import FORWARD, HIGHEST, autocast_dtype, shifted, wide, without_autocast
+from .chunk import FORWARD, HIGHEST, autocast_dtype, softmax_and_lse, wide, without_autocast
 from .vocab_parallel import default_chunk_rows, divergence_with_gradient, scale_rows, token_chunks
 
 
@@ -276,8 +276,7 @@ def cross_entropy(
     rows = default_chunk_rows(logits)
     buffer = logits.new_empty(min(rows, c), v, dtype=wide(logits.dtype))
     for part in token_chunks(logits, rows):
-        maximum = shifted(logits[part], 1.0, buffer[: len(logits[part])]).squeeze(-1)
-        local[0, part] = maximum.double() + buffer[: len(maximum)].exp_().sum(-1).double().log()
+        local[0, part] = softmax_and_lse(logits[part], 1.0, buffer[: len(logits[part])])
     lse, picked = local
     if group is not None and torch.distributed.get_world_size(group) > 1:
         shards = gather_tensors(local, group)
@@ -285,9 +284,9 @@ def cross_entropy(
     if gradient is not None:
         assert factors is not None
         for part in token_chunks(logits, rows):
-            probability = buffer[: len(logits[part])]
-            shifted(logits[part], 1.0, probability, lse[part].to(buffer.dtype).unsqueeze(-1))
-            gradient[part] += probability.exp_().mul_(factors[part].unsqueeze(-1))
+            share = buffer[: len(logits[part])]
+            of_whole = (softmax_and_lse(logits[part], 1.0, share) - lse[part]).exp().to(buffer.dtype)
+            gradient[part] += share.mul_((factors[part] * of_whole).unsqueeze(-1))
         gradient.scatter_add_(-1, position, torch.where(own, -factors, 0.0).unsqueeze(-1).to(gradient.dtype))
     return (lse - picked).clamp_(max=HIGHEST).to(buffer.dtype)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._parallel import gather_tensors
-from .chunk import LOWEST, TINY, divergence_of_buckets, shifted, wide
+from .chunk import LOWEST, divergence_of_buckets, rest_and_lse, wide
 from .vocab_parallel import scale_rows
 
 # Bytes of one fp32 chunk.
@@ -60,7 +60,7 @@ def top_entries(logits: Tensor, k: int, temperature: float, group=None) -> tuple
         values, places = part.topk(kept, dim=-1)
         offers.append(values)
         entries.append(places + rank * v)
-        rests.append(_rest(part, places, temperature, buffer[: len(part)])[1])
+        rests.append(rest_and_lse(buffer[: len(part)].copy_(part), places, temperature))
     values, places, rest = torch.cat(offers), torch.cat(entries), torch.cat(rests)
     if size == 1:
         return places, values, rest.float()
@@ -119,7 +119,7 @@ class _RecordedDivergence(torch.autograd.Function):
         own = torch.empty(n, buckets.shape[1], dtype=torch.float64, device=student.device)
         for start in range(0, n, len(buffer)):
             part = slice(start, start + len(buffer))
-            own[part] = _own_buckets(student[part], places[part], temperature, buffer)[0]
+            own[part] = _own_buckets(student[part], places[part], temperature, buffer)
         ours = own if group is None else _of_all_shards(own, group)
         loss, gradients = divergence_of_buckets(ours, buckets, direction, beta)
         ctx.gradient = None
@@ -147,26 +147,16 @@ class _RecordedDivergence(torch.autograd.Function):
         return gradient, None, None, None, None, None, None, None
 
 
-def _own_buckets(student, places, temperature, buffer) -> tuple[Tensor, Tensor]:
-    """Return this shard's part of the student's buckets [c, k + 1] in fp64, and the maxima of its rest [c, 1].
+def _own_buckets(student, places, temperature, buffer) -> Tensor:
+    """Return this shard's part of the student's buckets [c, k + 1] in fp64.
 
-    Afterwards ``buffer`` [c, v + 1] holds the exponentials of the rest.
+    Afterwards ``buffer`` [c, v + 1] holds the softmax of the rest.
     """
     buffer = buffer[: len(student)]
     buffer[:, :-1].copy_(student)
     buffer[:, -1] = LOWEST
     values = buffer.gather(-1, places).double().clamp_(min=LOWEST) / temperature
-    maximum, rest = _rest(buffer, places, temperature, buffer)
-    return torch.cat([values, rest.unsqueeze(-1)], dim=-1), maximum
-
-
-def _rest(source, places, temperature, buffer) -> tuple[Tensor, Tensor]:
-    """Return the maxima [c, 1] and the log-sum-exp [c] in fp64 of all entries except those at ``places`` [c, k]."""
-    buffer.copy_(source).scatter_(-1, places, -torch.inf)
-    maximum = shifted(buffer, temperature, buffer)
-    total = buffer.exp_().sum(-1)
-    rest = maximum.squeeze(-1).double() / temperature + total.clamp(min=TINY).double().log()
-    return maximum, torch.where(total > 0, rest, LOWEST)
+    return torch.cat([values, rest_and_lse(buffer, places, temperature).unsqueeze(-1)], dim=-1)
 
 
 def _of_all_shards(own: Tensor, group) -> Tensor:
@@ -189,8 +179,8 @@ def _write_gradient(out, student, places, temperature, buffer, gradients, tail) 
         tail: log-sum-exp of the student's rest over all shards [c].
     """
     buffer = buffer[: len(student)]
-    _, maximum = _own_buckets(student, places, temperature, buffer)
-    relative = (maximum.squeeze(-1).double() / temperature - tail).clamp_(max=0.0).exp()
+    own = _own_buckets(student, places, temperature, buffer)[:, -1]
+    relative = (own - tail).clamp_(max=0.0).exp()
     buffer.mul_((gradients[:, -1] * relative / temperature).to(buffer.dtype).unsqueeze(-1))
     buffer.scatter_(-1, places, (gradients[:, :-1] / temperature).to(buffer.dtype))
     out.copy_(buffer[:, :-1])

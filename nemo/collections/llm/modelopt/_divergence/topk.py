@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .._parallel import gather_tensors
-from .chunk import LOWEST, TINY, divergence_of_buckets, shifted, wide
+from .chunk import LOWEST, divergence_of_buckets, rest_and_lse, wide
 
 # Entries of a block in the selection of the top k, and the smallest number of blocks for each selected entry.
 _BLOCK, _BLOCKS_FOR_EACH = 16, 2
@@ -50,11 +50,11 @@ def topk_divergence(student, teacher, temperature, direction, group, rows, topk,
         return _sharded(student, teacher, temperature, direction, group, rows, topk, gradient, beta, loss, buffer)
     for start in range(0, n, rows):
         part = slice(start, start + rows)
-        offer, positions, maximum = _offer(student[part], teacher[part], temperature, topk, buffer)
+        offer, positions = _offer(student[part], teacher[part], temperature, topk, buffer)
         loss[part], own, tail = _choose(offer.unsqueeze(0), 0, topk, direction, beta)
         if gradient is not None:
-            # The student was loaded last, so the buffer still holds the exponentials of its tail.
-            _write_gradient(gradient[part], buffer, positions, own, tail, maximum, temperature)
+            # The student was loaded last, so the buffer still holds the softmax of its tail.
+            _write_gradient(gradient[part], buffer, positions, own, tail, offer[-1], temperature)
     return loss
 
 
@@ -65,10 +65,9 @@ def _sharded(student, teacher, temperature, direction, group, rows, topk, gradie
     # A shard with fewer than k entries offers all of them.
     local = torch.full((2 * k + 2, n), LOWEST, dtype=torch.float64, device=student.device)
     positions = torch.empty(n, kept, dtype=torch.int64, device=student.device)
-    maxima = student.new_empty(n, 1, dtype=loss.dtype)
     for start in range(0, n, rows):
         part = slice(start, start + rows)
-        offer, positions[part], maxima[part] = _offer(student[part], teacher[part], temperature, topk, buffer)
+        offer, positions[part] = _offer(student[part], teacher[part], temperature, topk, buffer)
         local[:kept, part], local[k : k + kept, part] = offer[:kept], offer[kept : 2 * kept]
         local[-2:, part] = offer[-2:]
     shards = gather_tensors(local, group)
@@ -76,27 +75,28 @@ def _sharded(student, teacher, temperature, direction, group, rows, topk, gradie
         part = slice(start, start + rows)
         loss[part], own, tail = _choose(shards[:, :, part], rank, topk, direction, beta)
         if gradient is not None:
-            _tail_exponentials(student[part], positions[part], temperature, buffer, maxima[part])
-            _write_gradient(gradient[part], buffer, positions[part], own[:kept], tail, maxima[part], temperature)
+            chunk = buffer[: len(student[part])].copy_(student[part])
+            rest = rest_and_lse(chunk, positions[part], temperature)
+            _write_gradient(gradient[part], chunk, positions[part], own[:kept], tail, rest, temperature)
     return loss
 
 
-def _offer(student, teacher, temperature, topk, buffer) -> tuple[Tensor, Tensor, Tensor]:
-    """Return [2k + 2, c] in fp64, the k positions [c, k] of this shard, and the maxima of the student's rest [c, 1].
+def _offer(student, teacher, temperature, topk, buffer) -> tuple[Tensor, Tensor]:
+    """Return [2k + 2, c] in fp64, and the k positions [c, k] of this shard.
 
     The numbers: the teacher's k logits and the student's there, then the log-sum-exp of the rest, teacher and student;
-    all divided by the temperature. ``buffer`` holds the student's exponentials of the rest afterwards.
+    all divided by the temperature. ``buffer`` holds the softmax of the student's rest afterwards.
     """
+    buffer = buffer[: len(teacher)]
     # Selecting from fp32 is faster than from narrower types.
-    positions = likeliest(buffer[: len(teacher)].copy_(teacher), min(topk, teacher.shape[1]))
+    positions = likeliest(buffer.copy_(teacher), min(topk, teacher.shape[1]))
     values, rests = [], []
     for source in (teacher, student):
         values.append((source.gather(-1, positions).double() / temperature).clamp_(min=LOWEST).t())
-        maximum = _tail_exponentials(source, positions, temperature, buffer, loaded=source is teacher)
-        total = buffer[: len(source)].sum(-1)
-        rest = maximum.squeeze(-1).double() / temperature + total.clamp(min=TINY).double().log()
-        rests.append(torch.where(total > 0, rest, LOWEST)[None])
-    return torch.cat(values + rests), positions, maximum
+        if source is student:
+            buffer.copy_(student)
+        rests.append(rest_and_lse(buffer, positions, temperature)[None])
+    return torch.cat(values + rests), positions
 
 
 def likeliest(logits: Tensor, k: int) -> Tensor:
@@ -117,17 +117,6 @@ def likeliest(logits: Tensor, k: int) -> Tensor:
     found = torch.cat([entries, logits[:, blocks * _BLOCK :]], dim=-1).topk(k, dim=-1, sorted=False).indices
     in_block = found // k * blocks + chosen.gather(1, found % k)
     return torch.where(found < entries.shape[1], in_block, found - entries.shape[1] + blocks * _BLOCK)
-
-
-def _tail_exponentials(source, positions, temperature, buffer, maximum=None, loaded=False) -> Tensor:
-    """Write exponentials of entries not at ``positions`` [c, k] to the buffer; return the entries' maxima [c, 1]."""
-    buffer = buffer[: len(source)]
-    if not loaded:
-        buffer.copy_(source)
-    buffer.scatter_(-1, positions, -torch.inf)
-    maximum = shifted(buffer, temperature, buffer, maximum)
-    buffer.exp_()
-    return maximum
 
 
 def _choose(shards: Tensor, rank: int, topk: int, direction: str, beta: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,18 +160,18 @@ def _choose(shards: Tensor, rank: int, topk: int, direction: str, beta: float) -
     return value, own, torch.stack([of_tail, tail_student])
 
 
-def _write_gradient(out, buffer, positions, own, tail, maximum, temperature) -> None:
+def _write_gradient(out, buffer, positions, own, tail, rest, temperature) -> None:
     """Write d/d(student) of a chunk [c, v].
 
     Args:
         out: [c, v].
-        buffer: exponentials of the student's tail relative to ``maximum``; overwritten.
+        buffer: softmax of this shard's part of the student's tail; overwritten.
         positions: this shard's k entries [c, k].
         own: their gradients [k, c].
         tail: gradient of the tail's bucket, and log-sum-exp of the student's tail [2, c].
-        maximum: maxima of the student's tail [c, 1].
+        rest: log-sum-exp of that part [c].
         temperature: divides the logits.
     """
-    relative = (maximum.squeeze(-1).double() / temperature - tail[1]).clamp_(max=0.0).exp()
+    relative = (rest - tail[1]).clamp_(max=0.0).exp()
     out.copy_(buffer[: len(out)].mul_((tail[0] * relative / temperature).to(buffer.dtype).unsqueeze(-1)))
     out.scatter_(-1, positions, (own.t() / temperature).to(out.dtype))

@@ -125,15 +125,15 @@ def _whole_vocabulary(chunk: Chunk, student, teacher, direction, rows, gradient)
     loss = student.new_empty(student.shape[0], dtype=wide(student.dtype))
     for part in token_chunks(student, rows):
         chunk.load(student[part], teacher[part])
-        log_z, log_y = chunk.sums.log()
         if direction == JSD:
-            mean, with_q = chunk.jsd_parts(log_z, log_y)
+            mean, with_q = chunk.jsd_parts()
             loss[part] = (1.0 - chunk.beta) * mean + chunk.beta * with_q
         else:
             sign = 1.0 if direction == FORWARD else -1.0
+            log_z, log_y = chunk.log_sums
             mean = loss[part] = chunk.mean_difference(direction) + sign * (log_z - log_y)
         if gradient is not None:
-            chunk.write_gradient(gradient[part], direction, log_z, log_y, mean)
+            chunk.write_gradient(gradient[part], direction, mean)
     return loss
 
 
@@ -156,9 +156,9 @@ def _sharded_vocabulary(chunk: Chunk, student, teacher, direction, rows, gradien
     lower = (shards[:, :2] - shards[:, :2].amax(0)).clamp_(min=LOWEST)
     sums = shards[:, 2:4] + lower
     lse = sums.logsumexp(0)
-    log_z, log_y = (lse - lower[torch.distributed.get_rank(group)]).to(maxima.dtype)
+    logs = (lse - lower[torch.distributed.get_rank(group)]).to(maxima.dtype)
     if direction == JSD:
-        return _sharded_jsd(chunk, student, teacher, rows, gradient, group, maxima, log_z, log_y)
+        return _sharded_jsd(chunk, student, teacher, rows, gradient, group, maxima, logs)
     weighed_by, sign = (1, 1.0) if direction == FORWARD else (0, -1.0)
     means = shards[:, 4] + sign * (lower[:, 1] - lower[:, 0])
     expectation = ((sums[:, weighed_by] - lse[weighed_by]).exp() * means).sum(0)
@@ -166,23 +166,23 @@ def _sharded_vocabulary(chunk: Chunk, student, teacher, direction, rows, gradien
     if gradient is not None:
         for part in token_chunks(student, rows):
             chunk.load(student[part], teacher[part], maxima[:, part], difference=direction != FORWARD)
-            chunk.write_gradient(gradient[part], direction, log_z[part], log_y[part], loss[part])
+            chunk.write_gradient(gradient[part], direction, loss[part], logs[:, part])
     return loss
 
 
-def _sharded_jsd(chunk: Chunk, student, teacher, rows, gradient, group, maxima, log_z, log_y) -> Tensor:
+def _sharded_jsd(chunk: Chunk, student, teacher, rows, gradient, group, maxima, logs) -> Tensor:
     """Compute JSD from the sums over the whole vocabulary."""
     parts = torch.empty(2, student.shape[0], dtype=torch.float64, device=student.device)
     for part in token_chunks(student, rows):
         chunk.load(student[part], teacher[part], maxima[:, part])
-        parts[:, part] = chunk.jsd_parts(log_z[part], log_y[part]).double()
+        parts[:, part] = chunk.jsd_parts(logs[:, part]).double()
     torch.distributed.all_reduce(parts, group=group)
     if gradient is not None:
         mean = parts[0].to(maxima.dtype)
         for part in token_chunks(student, rows):
             chunk.load(student[part], teacher[part], maxima[:, part])
-            chunk.jsd_parts(log_z[part], log_y[part])
-            chunk.write_gradient(gradient[part], JSD, log_z[part], log_y[part], mean[part])
+            chunk.jsd_parts(logs[:, part])
+            chunk.write_gradient(gradient[part], JSD, mean[part], logs[:, part])
     return ((1.0 - chunk.beta) * parts[0] + chunk.beta * parts[1]).to(maxima.dtype)
 
 
