@@ -1,11 +1,12 @@
 """Run module-level functions on a pool of live CPU ranks, which starts once in a test run.
 
 Importing NeMo takes 15 seconds. Ranks are therefore forked from a server that has most of it loaded (`preload`), and
-they stay alive between tests. A function runs on all ranks at the same time, with the CPU backend enabled and with the
-environment variables that torchrun sets. NeMo's strategy (or `tiny.init_parallel`) creates the process groups, and
-`reset` destroys them after the job. The return values are ordered by rank. If a rank raises an error, `RankError` shows
-the traceback and the end of the log of each rank; if a rank hangs, its log ends with the stack. After a failure the
-ranks are killed, because they may be in the middle of a collective, and the next job starts new ones.
+they stay alive between tests. A function runs on all ranks at the same time, with the CPU backend enabled (or what the
+pool sets up in its place) and with the environment variables that torchrun sets. NeMo's strategy (or
+`tiny.init_parallel`) creates the process groups, and `reset` destroys them after the job. The return values are ordered
+by rank. If a rank raises an error, `RankError` shows the traceback and the end of the log of each rank; if a rank
+hangs, its log ends with the stack. After a failure the ranks are killed, because they may be in the middle of a
+collective, and the next job starts new ones.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -38,17 +40,25 @@ class RankError(RuntimeError):
 class RankPool:
     """Keep ``world_size`` processes alive that form one gloo group."""
 
-    def __init__(self, world_size: int, log_dir: Path, env: dict[str, str] | None = None):
+    def __init__(
+        self,
+        world_size: int,
+        log_dir: Path,
+        env: dict[str, str] | None = None,
+        set_up: Callable[[], None] | None = None,
+    ):
         """Store the settings; the ranks start with the first job.
 
         Args:
             world_size: number of ranks.
             log_dir: folder of the ranks' logs, which hold everything that they print.
             env: environment variables that are set in the ranks before anything is imported.
+            set_up: module-level function that each rank calls first; by default it enables the CPU backend.
         """
         self.world_size = world_size
         self.log_dir = Path(log_dir)
         self.env = dict(env or {})
+        self._set_up = set_up or _enable_cpu_backend
         self._processes: list = []
         self._pipes: list = []
         self._reserved: socket.socket | None = None
@@ -104,7 +114,7 @@ class RankPool:
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(rank, self.world_size, port, theirs, str(self._log(rank)), self.env),
+                args=(rank, self.world_size, port, theirs, str(self._log(rank)), self.env, self._set_up),
                 daemon=False,
             )
             process.start()
@@ -200,7 +210,9 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def _serve(rank: int, world_size: int, port: int, pipe, log: str, env: dict[str, str]) -> None:
+def _serve(
+    rank: int, world_size: int, port: int, pipe, log: str, env: dict[str, str], set_up: Callable[[], None]
+) -> None:
     """Run as one rank: set it up, then execute jobs until an empty one arrives."""
     os.setpgid(0, 0)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -222,7 +234,7 @@ def _serve(rank: int, world_size: int, port: int, pipe, log: str, env: dict[str,
         **env,
     )
     try:
-        _set_up()
+        _start_as_rank(set_up)
         answer: tuple = (True, None)
     except BaseException:
         answer = (False, traceback.format_exc())
@@ -237,15 +249,19 @@ def _serve(rank: int, world_size: int, port: int, pipe, log: str, env: dict[str,
         pipe.send_bytes(_execute(job))
 
 
-def _set_up() -> None:
+def _enable_cpu_backend() -> None:
+    from nemo_modelopt_dropin import cpu_backend
+
+    cpu_backend.enable()
+
+
+def _start_as_rank(set_up: Callable[[], None]) -> None:
     import warnings
 
     import torch
 
     torch.set_num_threads(1)
-    from nemo_modelopt_dropin import cpu_backend
-
-    cpu_backend.enable()
+    set_up()
     warnings.filterwarnings("error", module=r"nemo\.collections\.llm\.modelopt")
     import nemo.collections.llm  # noqa: F401
     from test_code.support import other_sums

@@ -40,7 +40,7 @@ def sorted_distance(
         student: logits [n, v], this rank's shard of the vocabulary; gradients flow into it.
         teacher: logits [m, w], this rank's shard of another vocabulary; a constant.
         counterparts: for each token of the student [n] the teacher's token to compare with; negative for none, whose
-            loss is zero.
+            loss is zero. On the host, so that choosing the tokens to compare does not wait for the device.
         temperature: divides both logits.
         group: process group over which both vocabularies are split evenly; None if they are whole.
         chunk_rows: tokens of a chunk.
@@ -65,9 +65,11 @@ class _SortedDistance(torch.autograd.Function):
         width = student.shape[-1]
         first = 0 if group is None else width * torch.distributed.get_rank(group)
         (compared,) = torch.nonzero(counterparts >= 0, as_tuple=True)
-        for part in compared.split(rows):
+        matched = counterparts[compared]
+        compared, matched = (places.to(student.device, non_blocking=True) for places in (compared, matched))
+        for part, places in zip(compared.split(rows), matched.split(rows), strict=True):
             of_student = _probabilities(student[part].to(wide), temperature, group)
-            of_teacher = _probabilities(teacher[counterparts[part]].to(wide), temperature, group)
+            of_teacher = _probabilities(teacher[places].to(wide), temperature, group)
             loss[part], whole = _distance(of_student, of_teacher)
             if gradient is not None:
                 gradient[part] = (whole[:, first : first + width] / temperature).to(gradient.dtype)

@@ -43,7 +43,7 @@ class SortedLogitsLoss(BaseLoss):
         """
         super().__init__(model_config)
         self._temperature = temperature
-        # Of the micro-batch, [b, s]; set before each forward pass.
+        # Of the micro-batch, [b, s] on the host; set before each forward pass.
         self.counterparts: Tensor | None = None
 
     def forward(self, predictions: Tensor, targets: Tensor) -> Any:
@@ -133,8 +133,8 @@ def see(state: DistillationState, loss: Any, batch: Mapping[str, Any]) -> None:
             f"{sorted(batch)}. Use nemo_modelopt_cli.aligned.AlignedTextDataModule, or --text of the command."
         )
     device = torch.cuda.current_device()
-    tokens = batch[TEACHER_TOKENS].to(device)
-    loss.counterparts = batch[COUNTERPARTS].to(device)
+    tokens = batch[TEACHER_TOKENS].to(device, non_blocking=True)
+    loss.counterparts = batch[COUNTERPARTS]
     state.teacher_inputs = {
         "input_ids": tokens,
         "position_ids": torch.arange(tokens.shape[1], device=device).expand_as(tokens),

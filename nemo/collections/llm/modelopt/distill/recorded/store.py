@@ -175,7 +175,8 @@ class Recording:
         }
         values = gathered["values"].view(_TYPES[self.manifest.dtype])
         entries, values, rest = (
-            x.to(device).transpose(0, 1).contiguous() for x in (gathered["entries"].long(), values, gathered["rest"])
+            x.to(device, non_blocking=True).transpose(0, 1).contiguous()
+            for x in (gathered["entries"].long(), values, gathered["rest"])
         )
         return RecordedLogits(entries, values, rest, self.manifest.temperature)
 

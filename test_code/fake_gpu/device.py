@@ -1,0 +1,314 @@
+"""The fake GPU: a device whose tensors hold no numbers, process groups of any size, and the watch for host waits."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
+
+GPU = "fakegpu"
+# Older versions have no such devices.
+AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+DEVICES = 8
+_PRODUCT = os.path.join("nemo", "collections", "llm", "modelopt")
+_aten = torch.ops.aten
+
+_NUMBER, _SIZE = "reads a number", "its size depends on the data"
+_READS = {
+    _aten._local_scalar_dense.default: _NUMBER,
+    _aten.equal.default: _NUMBER,
+    _aten.nonzero.default: _SIZE,
+    _aten.masked_select.default: _SIZE,
+    _aten._unique2.default: _SIZE,
+    _aten.unique_consecutive.default: _SIZE,
+    _aten.unique_dim.default: _SIZE,
+    _aten.bincount.default: _SIZE,
+    _aten.repeat_interleave.Tensor: _SIZE,
+}
+_GETS = (_aten.index.Tensor,)
+_PUTS = (_aten.index_put_.default, _aten.index_put.default, _aten._index_put_impl_.default)
+_ALL = (_aten.all.default, _aten.all.dim)
+
+
+class HostSync(RuntimeError):
+    """The host waited for the device."""
+
+
+class Wait(NamedTuple):
+    """A wait of the host for the device.
+
+    Attributes:
+        what: operator and reason.
+        where: file and line, of the product if a frame of it is on the stack.
+        ours: whether one is.
+    """
+
+    what: str
+    where: str
+    ours: bool
+
+
+def install() -> None:
+    """Make ``device="cuda"`` the fake GPU in this process, for good. Models are built in `session` afterwards."""
+    backend_registration._setup_privateuseone_for_python_backend(GPU)
+    # These look up torch functions by identity, so they are imported before torch is patched.
+    import torch._dynamo
+    import torch.distributed._tools.fake_collectives
+    import torch.testing._internal.distributed.fake_pg  # noqa: F401
+
+    import nemo.collections.llm  # noqa: F401
+    from nemo_modelopt_dropin.cpu_backend import attention_patches, megatron_patches, torch_patches
+
+    # Streams and events, and what Megatron's local layers lack without Transformer Engine, as on CPU ranks.
+    torch_patches.patch_cuda_runtime()
+    torch_patches.patch_cuda_memory()
+    megatron_patches.patch_transformer_config()
+    megatron_patches.patch_torch_norms()
+    megatron_patches.patch_moe_router()
+    attention_patches.patch_local_attention()
+    _patch_cuda()
+    _patch_initialization()
+    _patch_product()
+
+
+def _patch_cuda() -> None:
+    """Answer questions to ``torch.cuda`` as on a machine with GPUs, and move tensors to the fake one."""
+    import megatron.core.tensor_parallel.random as mcore_random
+
+    cuda = torch.cuda
+    cuda.current_device = lambda: torch.device(GPU, 0)
+    cuda.is_available = cuda.is_initialized = lambda: True
+    cuda.device_count = lambda: DEVICES
+    cuda.get_rng_state = lambda *args, **kwargs: torch.zeros(16, dtype=torch.uint8)
+    cuda.set_rng_state = cuda.manual_seed = cuda.manual_seed_all = lambda *args, **kwargs: None
+    cuda.get_device_capability = lambda *args, **kwargs: (9, 0)
+    mcore_random._get_cuda_rng_state, mcore_random._set_cuda_rng_state = cuda.get_rng_state, cuda.set_rng_state
+
+    def to_gpu(self, *args, **kwargs):
+        return self.to(torch.device(GPU, 0))
+
+    torch.Tensor.cuda, torch.nn.Module.cuda = to_gpu, _move
+    torch.Tensor.is_cuda = property(lambda self: self.device.type == GPU)
+    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
+
+
+def _move(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+    """Move the parameters and buffers of a module that are on the host; torch cannot replace those without numbers."""
+    for module in self.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not _on_gpu(parameter):
+                moved = torch.nn.Parameter(parameter.detach().cuda(), parameter.requires_grad)
+                vars(moved).update(vars(parameter))
+                module._parameters[name] = moved
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.cuda()
+    return self
+
+
+def _patch_initialization() -> None:
+    """Create weights on the fake GPU: norms too, which torch creates on the CPU and NeMo moves later."""
+    from megatron.core.transformer import torch_norm
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    check, create = TransformerConfig.__post_init__, torch_norm.WrappedTorchNorm.__new__
+
+    @functools.wraps(check)
+    def __post_init__(self):
+        check(self)
+        self.use_cpu_initialization = False
+
+    def __new__(cls, *args, **kwargs):
+        with torch.device(GPU, 0):
+            return create(cls, *args, **kwargs)
+
+    TransformerConfig.__post_init__ = __post_init__
+    torch_norm.WrappedTorchNorm.__new__ = __new__
+
+
+def _patch_product() -> None:
+    """Let the product check fake tensors for NaN as it checks those of a GPU; it skips them elsewhere."""
+    from nemo.collections.llm.modelopt.distill import _finite
+
+    _finite.FakeTensor = ()
+
+
+@functools.cache
+def _mode() -> FakeTensorMode:
+    """Return the mode of this process: Megatron caches tensors, which cannot be used in another mode."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextlib.contextmanager
+def session(world_size: int = 1, rank: int = 0, **parallel_sizes: int) -> Iterator[None]:
+    """Be one rank of a fake process group with Megatron's groups, and compute on the fake GPU.
+
+    Args:
+        world_size: number of ranks.
+        rank: this rank.
+        **parallel_sizes: ``tensor_model_parallel_size`` and others of ``initialize_model_parallel``.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    backends = f"cpu:fake,{GPU}:fake"
+    torch.distributed.init_process_group(backends, rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        parallel_state.initialize_model_parallel(**parallel_sizes, create_gloo_process_groups=False)
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+        with _CudaMeansFake(), _mode(), _Watch():
+            yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        parallel_state.destroy_global_memory_buffer()
+        tensor_parallel.get_cuda_rng_tracker().reset()
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def count() -> Iterator[list[Wait]]:
+    """Note waits of the host inside the context instead of raising an error; inside a `session`.
+
+    The host reads that all is well: ``all`` is true, everything else is zero or false.
+    """
+    waits: list[Wait] = []
+    _watching.append(waits)
+    try:
+        yield waits
+    finally:
+        _watching.pop()
+
+
+# Lists of the contexts of `count`, the innermost last.
+_watching: list[list[Wait]] = []
+
+
+class _CudaMeansFake(TorchFunctionMode):
+    """Read ``device="cuda"`` as the fake GPU, and drop pinned memory."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = torch.device(GPU, 0)
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], torch.device(GPU, 0), *args[2:])
+        if func in (torch.tensor, torch.as_tensor) and not isinstance(args[0], torch.Tensor):
+            # torch creates these on the host and copies them, out of sight of other modes.
+            return func(*args, **{**kwargs, "device": "cpu"}).to(kwargs.get("device") or "cpu")
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, bool):
+        return False
+    return isinstance(device, int) or (isinstance(device, str | torch.device) and str(device).startswith("cuda"))
+
+
+class _Watch(TorchDispatchMode):
+    """Raise `HostSync` if the host waits for the device, or note it in the list of `count`."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not any(issubclass(kind, FakeTensor) for kind in types) and not _names_gpu(kwargs.get("device")):
+            # Tensors of the host keep their numbers.
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        what = _wait(func, args, kwargs)
+        if what is not None:
+            if not _watching:
+                raise HostSync(f"{func}: {what}")
+            _watching[-1].append(Wait(f"{func}: {what}", *_place()))
+            if func is _aten._local_scalar_dense.default:
+                return _number(args[0])
+            if func is _aten.equal.default:
+                return True
+            if _to_host(func, args, kwargs):
+                return _on_host(args[0])
+        if func is _aten._to_copy.default and not isinstance(args[0], FakeTensor):
+            args = (_mode().from_tensor(args[0]), *args[1:])
+        out = func(*args, **kwargs)
+        if func in _ALL and isinstance(out, FakeTensor):
+            out.is_well_if_true = True
+        return out
+
+
+def _wait(func: Any, args: tuple, kwargs: dict) -> str | None:
+    """Return why the host waits for the device in an operator, or None."""
+    if func in _READS:
+        return _READS[func] if _on_gpu(args[0]) else None
+    if func is _aten._to_copy.default or func is _aten.copy_.default:
+        target = args[0] if func is _aten.copy_.default else None
+        source = args[1] if target is not None else args[0]
+        to = target.device if target is not None else torch.device(kwargs.get("device") or source.device)
+        pinned = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
+        if _on_gpu(source) and to.type == "cpu":
+            return "copies to the host"
+        if source.device.type == "cpu" and to.type == GPU and not pinned:
+            return "copies from memory of the host that is not pinned"
+        return None
+    if func in _GETS or func in _PUTS:
+        return _wait_of_index(func, *args[:3])
+    return None
+
+
+def _wait_of_index(func: Any, tensor: Any, indices: Any, values: Any = None) -> str | None:
+    """Return why the host waits in an operator with indices, or None."""
+    given = [index for index in indices if index is not None]
+    if not _on_gpu(tensor):
+        return None
+    if any(index.device.type == "cpu" for index in given):
+        return "copies the index from the host"
+    # A number is filled in by a mask, without the positions.
+    if any(index.dtype in (torch.bool, torch.uint8) for index in given) and (func in _GETS or values.numel() > 1):
+        return _SIZE
+    return None
+
+
+def _names_gpu(device: Any) -> bool:
+    return device is not None and torch.device(device).type == GPU
+
+
+def _on_gpu(tensor: Any) -> bool:
+    return isinstance(tensor, torch.Tensor) and tensor.device.type == GPU
+
+
+def _to_host(func: Any, args: tuple, kwargs: dict) -> bool:
+    return func is _aten._to_copy.default and _on_gpu(args[0]) and torch.device(kwargs["device"]).type == "cpu"
+
+
+def _number(tensor: Any) -> bool | int | float:
+    """Return what the host reads from a tensor without numbers: that all is well."""
+    well = getattr(tensor, "is_well_if_true", False)
+    return bool(well) if tensor.dtype == torch.bool else float(well) if tensor.dtype.is_floating_point else int(well)
+
+
+def _on_host(tensor: Any) -> torch.Tensor:
+    """Return real numbers for a copy on the host."""
+    with unset_fake_temporarily():
+        return torch.full(tuple(tensor.shape), _number(tensor), dtype=tensor.dtype)
+
+
+def _place() -> tuple[str, bool]:
+    """Return the innermost frame of the product, else that of a library that is not torch, and whether it is ours."""
+    frame, outside = sys._getframe(2), ""
+    while frame is not None:
+        name = frame.f_code.co_filename
+        where = f"{name}:{frame.f_lineno} {frame.f_code.co_name}"
+        if _PRODUCT in name:
+            return where, True
+        if not outside and f"{os.sep}torch{os.sep}" not in name and name != __file__:
+            outside = where
+        frame = frame.f_back
+    return outside, False
