@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from test_code.fake_gpu import truth
+
 GPU = "fakegpu"
 # Older versions have no such devices.
 AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
@@ -37,7 +39,6 @@ _READS = {
 }
 _GETS = (_aten.index.Tensor,)
 _PUTS = (_aten.index_put_.default, _aten.index_put.default, _aten._index_put_impl_.default)
-_ALL = (_aten.all.default, _aten.all.dim)
 
 
 class HostSync(RuntimeError):
@@ -98,6 +99,8 @@ def _patch_cuda() -> None:
         return self.to(torch.device(GPU, 0))
 
     torch.Tensor.cuda, torch.nn.Module.cuda = to_gpu, _move
+    # torch reads fake tensors number by number.
+    FakeTensor.tolist = lambda self: self.cpu().tolist()
     torch.Tensor.is_cuda = property(lambda self: self.device.type == GPU)
     torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
 
@@ -161,6 +164,7 @@ def session(world_size: int = 1, rank: int = 0, **parallel_sizes: int) -> Iterat
     from megatron.core import parallel_state, tensor_parallel
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    _largest_double[0] = 0
     backends = f"cpu:fake,{GPU}:fake"
     torch.distributed.init_process_group(backends, rank=rank, world_size=world_size, store=FakeStore())
     try:
@@ -179,7 +183,7 @@ def session(world_size: int = 1, rank: int = 0, **parallel_sizes: int) -> Iterat
 def count() -> Iterator[list[Wait]]:
     """Note waits of the host inside the context instead of raising an error; inside a `session`.
 
-    The host reads that all is well: ``all`` is true, everything else is zero or false.
+    The host reads that all is well: numbers are finite, ``all`` is true, everything else is zero or false.
     """
     waits: list[Wait] = []
     _watching.append(waits)
@@ -189,6 +193,12 @@ def count() -> Iterator[list[Wait]]:
         _watching.pop()
 
 
+def largest_double() -> int:
+    """Return the numbers of the largest tensor in fp64, for which most GPUs are slow, in this or the last session."""
+    return _largest_double[0]
+
+
+_largest_double = [0]
 # Lists of the contexts of `count`, the innermost last.
 _watching: list[list[Wait]] = []
 
@@ -236,11 +246,16 @@ class _Watch(TorchDispatchMode):
                 return True
             if _to_host(func, args, kwargs):
                 return _on_host(args[0])
+        if func is torch.ops.c10d.allreduce_coalesced_.default:
+            # Megatron's data parallelism uses it; torch has no fake of it.
+            assert all(map(_on_gpu, args[0])), "a tensor of the host"
+            return torch._C._distributed_c10d.FakeWork().boxed()
         if func is _aten._to_copy.default and not isinstance(args[0], FakeTensor):
             args = (_mode().from_tensor(args[0]), *args[1:])
         out = func(*args, **kwargs)
-        if func in _ALL and isinstance(out, FakeTensor):
-            out.is_well_if_true = True
+        truth.follow(func, args, out)
+        if isinstance(out, FakeTensor) and out.dtype == torch.float64 and _on_gpu(out):
+            _largest_double[0] = max(_largest_double[0], out.numel())
         return out
 
 
@@ -289,9 +304,9 @@ def _to_host(func: Any, args: tuple, kwargs: dict) -> bool:
 
 
 def _number(tensor: Any) -> bool | int | float:
-    """Return what the host reads from a tensor without numbers: that all is well."""
-    well = getattr(tensor, "is_well_if_true", False)
-    return bool(well) if tensor.dtype == torch.bool else float(well) if tensor.dtype.is_floating_point else int(well)
+    """Return what the host reads from a tensor without numbers: that all is well, see `truth`."""
+    well = truth.of(tensor)
+    return well if tensor.dtype == torch.bool else float(well) if tensor.dtype.is_floating_point else int(well)
 
 
 def _on_host(tensor: Any) -> torch.Tensor:

@@ -59,8 +59,8 @@ def counted() -> tuple[list[str], list[Any]]:
     with device.session():
         numbers = torch.ones(2, device="cuda")
         with device.count() as waits:
-            read = [bool((numbers > 0).all()), bool(torch.isnan(numbers).any()), float(numbers.sum()), numbers.cpu()]
-        read[-1] = read[-1].tolist()
+            read = [bool(~torch.isfinite(numbers).all()), bool(torch.isnan(numbers).any()), float(numbers.sum())]
+            read += [bool((numbers > 0).all()), torch.isfinite(numbers.sum()).view(1).tolist(), numbers.tolist()]
     return [wait.what.partition(".")[0] for wait in waits], read
 
 
@@ -95,24 +95,39 @@ def recorded(direction: str, tp: int, **options: Any) -> None:
         _check(loss, (TOKENS, BATCH), student)
 
 
+def write_record(folder: str, keys: Any, length: int, vocabulary: int) -> None:
+    """Write a recorded teacher of a few samples.
+
+    Args:
+        folder: folder to create.
+        keys: digests of the samples [b, 2].
+        length: tokens of a sample.
+        vocabulary: entries of the vocabulary.
+    """
+    from nemo.collections.llm.modelopt.distill.recorded import store
+
+    path = Path(folder)
+    (path / store.FOLDER).mkdir(parents=True)
+    writer = store.Writer(path / store.FOLDER, 0)
+    values = torch.ones(len(keys), length, 4, dtype=torch.bfloat16)
+    writer.add(keys, torch.arange(4).expand_as(values), values, torch.zeros(len(keys), length))
+    facts = {name: getattr(writer, name) for name in ("topk", "seq_length", "largest_entry", "dtype", "shards")}
+    unused = {"temperature": 1.0, "vocab_size": vocabulary, "samples": len(keys), "teacher": {}, "tokenizer": {}}
+    store.write_manifest(path, store.Manifest(**facts, **unused))
+
+
 def read_record(folder: str, tp: int) -> None:
     """Write a recorded teacher, and compute a divergence from the logits that are read from its files."""
     import numpy as np
 
     from nemo.collections.llm.modelopt._divergence.recorded_topk import recorded_divergence
-    from nemo.collections.llm.modelopt.distill.recorded import store
+    from nemo.collections.llm.modelopt.distill.recorded.store import Recording
 
-    path, keys = Path(folder), np.arange(2 * BATCH, dtype=np.uint64).reshape(BATCH, 2)
-    (path / store.FOLDER).mkdir(parents=True)
-    writer = store.Writer(path / store.FOLDER, 0)
-    values = torch.ones(BATCH, TOKENS, 4, dtype=torch.bfloat16)
-    writer.add(keys, torch.arange(4).expand_as(values), values, torch.zeros(BATCH, TOKENS))
-    facts = {name: getattr(writer, name) for name in ("topk", "seq_length", "largest_entry", "dtype", "shards")}
-    unused = {"temperature": 1.0, "vocab_size": VOCABULARY, "samples": BATCH, "teacher": {}, "tokenizer": {}}
-    store.write_manifest(path, store.Manifest(**facts, **unused))
+    keys = np.arange(2 * BATCH, dtype=np.uint64).reshape(BATCH, 2)
+    write_record(folder, keys, TOKENS, VOCABULARY)
     with _ranks(tp) as group:
         (student,) = _tensors(torch.bfloat16, (TOKENS, BATCH, VOCABULARY // tp))
-        loss = recorded_divergence(student, store.Recording(path).find(keys, "cuda"), "forward", group)
+        loss = recorded_divergence(student, Recording(folder).find(keys, "cuda"), "forward", group)
         loss.sum().backward()
         _check(loss, (TOKENS, BATCH), student)
 
