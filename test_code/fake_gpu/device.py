@@ -7,7 +7,9 @@ import functools
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch._subclasses import FakeTensor
@@ -22,7 +24,8 @@ GPU = "fakegpu"
 # Older versions have no such devices.
 AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 DEVICES = 8
-_PRODUCT = os.path.join("nemo", "collections", "llm", "modelopt")
+_PRODUCT = str(Path(__file__).parents[2] / "nemo")
+_TORCH = os.path.dirname(torch.__file__)
 _aten = torch.ops.aten
 
 _NUMBER, _SIZE = "reads a number", "its size depends on the data"
@@ -50,8 +53,8 @@ class Wait(NamedTuple):
 
     Attributes:
         what: operator and reason.
-        where: file and line, of the product if a frame of it is on the stack.
-        ours: whether one is.
+        where: file, line and function, outside of torch.
+        ours: whether that is in the product.
     """
 
     what: str
@@ -89,14 +92,15 @@ def _patch_cuda() -> None:
     cuda = torch.cuda
     cuda.current_device = lambda: torch.device(GPU, 0)
     cuda.is_available = cuda.is_initialized = lambda: True
+    cuda.device = lambda *args, **kwargs: contextlib.nullcontext()
     cuda.device_count = lambda: DEVICES
     cuda.get_rng_state = lambda *args, **kwargs: torch.zeros(16, dtype=torch.uint8)
     cuda.set_rng_state = cuda.manual_seed = cuda.manual_seed_all = lambda *args, **kwargs: None
     cuda.get_device_capability = lambda *args, **kwargs: (9, 0)
     mcore_random._get_cuda_rng_state, mcore_random._set_cuda_rng_state = cuda.get_rng_state, cuda.set_rng_state
 
-    def to_gpu(self, *args, **kwargs):
-        return self.to(torch.device(GPU, 0))
+    def to_gpu(self, device=None, non_blocking=False, **kwargs):
+        return self.to(torch.device(GPU, 0), non_blocking=non_blocking)
 
     torch.Tensor.cuda, torch.nn.Module.cuda = to_gpu, _move
     # torch reads fake tensors number by number.
@@ -170,7 +174,7 @@ def session(world_size: int = 1, rank: int = 0, **parallel_sizes: int) -> Iterat
     try:
         parallel_state.initialize_model_parallel(**parallel_sizes, create_gloo_process_groups=False)
         tensor_parallel.model_parallel_cuda_manual_seed(1)
-        with _CudaMeansFake(), _mode(), _Watch():
+        with _CudaMeansFake(), _mode(), _Watch(), mock.patch.multiple(torch.distributed, **_OBJECTS):
             yield
     finally:
         parallel_state.destroy_model_parallel()
@@ -183,7 +187,7 @@ def session(world_size: int = 1, rank: int = 0, **parallel_sizes: int) -> Iterat
 def count() -> Iterator[list[Wait]]:
     """Note waits of the host inside the context instead of raising an error; inside a `session`.
 
-    The host reads that all is well: numbers are finite, ``all`` is true, everything else is zero or false.
+    The host reads that all is well, see `truth`.
     """
     waits: list[Wait] = []
     _watching.append(waits)
@@ -237,21 +241,21 @@ class _Watch(TorchDispatchMode):
                 return func(*args, **kwargs)
         what = _wait(func, args, kwargs)
         if what is not None:
-            if not _watching:
-                raise HostSync(f"{func}: {what}")
-            _watching[-1].append(Wait(f"{func}: {what}", *_place()))
+            _note(f"{func}: {what}")
             if func is _aten._local_scalar_dense.default:
-                return _number(args[0])
+                return truth.number(args[0])
             if func is _aten.equal.default:
                 return True
             if _to_host(func, args, kwargs):
-                return _on_host(args[0])
+                return truth.of(args[0])
         if func is torch.ops.c10d.allreduce_coalesced_.default:
             # Megatron's data parallelism uses it; torch has no fake of it.
             assert all(map(_on_gpu, args[0])), "a tensor of the host"
             return torch._C._distributed_c10d.FakeWork().boxed()
         if func is _aten._to_copy.default and not isinstance(args[0], FakeTensor):
-            args = (_mode().from_tensor(args[0]), *args[1:])
+            out = func(_mode().from_tensor(args[0]), **kwargs)
+            truth.write(out, args[0])
+            return out
         out = func(*args, **kwargs)
         truth.follow(func, args, out)
         if isinstance(out, FakeTensor) and out.dtype == torch.float64 and _on_gpu(out):
@@ -303,27 +307,33 @@ def _to_host(func: Any, args: tuple, kwargs: dict) -> bool:
     return func is _aten._to_copy.default and _on_gpu(args[0]) and torch.device(kwargs["device"]).type == "cpu"
 
 
-def _number(tensor: Any) -> bool | int | float:
-    """Return what the host reads from a tensor without numbers: that all is well, see `truth`."""
-    well = truth.of(tensor)
-    return well if tensor.dtype == torch.bool else float(well) if tensor.dtype.is_floating_point else int(well)
-
-
-def _on_host(tensor: Any) -> torch.Tensor:
-    """Return real numbers for a copy on the host."""
-    with unset_fake_temporarily():
-        return torch.full(tuple(tensor.shape), _number(tensor), dtype=tensor.dtype)
-
-
 def _place() -> tuple[str, bool]:
-    """Return the innermost frame of the product, else that of a library that is not torch, and whether it is ours."""
-    frame, outside = sys._getframe(2), ""
+    """Return the innermost frame outside of torch, and whether it is in the product."""
+    frame: Any = sys._getframe(3)
     while frame is not None:
         name = frame.f_code.co_filename
-        where = f"{name}:{frame.f_lineno} {frame.f_code.co_name}"
-        if _PRODUCT in name:
-            return where, True
-        if not outside and f"{os.sep}torch{os.sep}" not in name and name != __file__:
-            outside = where
+        if not name.startswith(_TORCH) and name != __file__ and not name.startswith("<"):
+            break
         frame = frame.f_back
-    return outside, False
+    assert frame is not None
+    return f"{name}:{frame.f_lineno} {frame.f_code.co_name}", name.startswith(_PRODUCT)
+
+
+def _gather_objects(gathered: list[Any], value: Any, group: Any = None) -> None:
+    """Gather a value of this rank as if the others had the same; torch would pickle it and unpickle what it got."""
+    _note("all_gather_object: copies to the host")
+    gathered[:] = [value] * len(gathered)
+
+
+def _broadcast_objects(values: list[Any], *args: Any, **kwargs: Any) -> None:
+    """Leave the values as they are, as if the sending rank had the same."""
+    _note("broadcast_object_list: copies to the host")
+
+
+_OBJECTS = {"all_gather_object": _gather_objects, "broadcast_object_list": _broadcast_objects}
+
+
+def _note(what: str) -> None:
+    if not _watching:
+        raise HostSync(what)
+    _watching[-1].append(Wait(what, *_place()))

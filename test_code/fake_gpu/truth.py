@@ -1,6 +1,8 @@
-"""What a tensor of booleans without numbers would say if all were well: numbers finite, conditions fulfilled.
+"""What the host reads from tensors without numbers: that all is well, and what it has written itself.
 
-It is followed from ``all`` and ``isfinite`` through the operators that combine them. All other tensors are false.
+Booleans are followed from ``all`` and ``isfinite``, which are true, through the operators that combine them. A tensor
+that the host has copied to the device keeps its numbers until something is written to it; collectives do not count, as
+if the other ranks had nothing to add. All other tensors are zero or false.
 """
 
 from __future__ import annotations
@@ -10,8 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-_NAME = "would_be_true"
+_TRUE, _WRITTEN = "would_be_true", "written_by_host"
 _aten = torch.ops.aten
 _COMBINED: dict[Any, Callable[[bool, bool], bool]] = {
     _aten.mul.Tensor: operator.and_,
@@ -36,17 +39,39 @@ _KEPT = (
 )
 
 
-def of(tensor: Any) -> bool:
-    """Return what a tensor would say."""
-    return getattr(tensor, _NAME, False)
+def of(tensor: Any) -> torch.Tensor:
+    """Return real numbers for a tensor without."""
+    with unset_fake_temporarily():
+        if hasattr(tensor, _WRITTEN):
+            return getattr(tensor, _WRITTEN).to(tensor.dtype, copy=True)
+        return torch.full(tuple(tensor.shape), int(_would_be_true(tensor)), dtype=tensor.dtype)
+
+
+def number(tensor: Any) -> bool | int | float:
+    """Return the real number for a tensor of one element without."""
+    with unset_fake_temporarily():
+        return of(tensor).item()
+
+
+def _would_be_true(tensor: Any) -> bool:
+    return getattr(tensor, _TRUE, False)
+
+
+def write(tensor: Any, numbers: torch.Tensor) -> None:
+    """Note the numbers that the host has copied to a tensor."""
+    with unset_fake_temporarily():
+        setattr(tensor, _WRITTEN, numbers.detach().clone())
 
 
 def follow(func: Any, args: tuple, out: Any) -> None:
-    """Note what the result of an operator would say if that is not false."""
+    """Note what is known about the result of an operator, and forget it about what the operator writes to."""
+    if func.namespace == "aten" and func._schema.is_mutable and args:
+        for name in (_TRUE, _WRITTEN):
+            vars(args[0]).pop(name, None)
     if not _is_true(func, args):
         return
     for tensor in out if isinstance(out, (list, tuple)) else [out]:
-        setattr(tensor, _NAME, True)
+        setattr(tensor, _TRUE, True)
 
 
 def _is_true(func: Any, args: tuple) -> bool:
@@ -58,10 +83,10 @@ def _is_true(func: Any, args: tuple) -> bool:
     if func is _aten.ne.Scalar:
         return args[1] == float("inf")
     if func in _COMBINED:
-        return _COMBINED[func](of(args[0]), of(args[1]))
+        return _COMBINED[func](_would_be_true(args[0]), _would_be_true(args[1]))
     if func in _NOT:
-        return not of(args[0])
+        return not _would_be_true(args[0])
     if func in _KEPT:
         tensors = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
-        return bool(tensors) and all(map(of, tensors))
+        return bool(tensors) and all(map(_would_be_true, tensors))
     return False

@@ -75,7 +75,8 @@ def weighted_sum(values: Tensor, weights: Tensor | None = None) -> Tensor:
     if weights is None:
         return values.double().sum()
     weights = weights.to(values.device, torch.float64)
-    return (values.double() * weights)[weights > 0].sum()
+    # The host would wait for the size of a selection; an infinite value of weight zero is left out all the same.
+    return torch.where(weights > 0, values.double() * weights, 0.0).sum()
 
 
 def divergence(logits: Tensor, original: Tensor) -> Tensor:

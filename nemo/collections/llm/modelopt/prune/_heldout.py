@@ -82,10 +82,10 @@ def observe(core: nn.Module, validate: Callable[[], None]) -> Reference:
             "target_params: the data module's val_dataloader returned no held-out batch to compare candidates on; pass "
             "it validation data (at least one global batch)."
         )
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = []
     for batch, hidden in zip(found.batches, found.hidden, strict=False):
         assert found.output is not None
-        sums += token_sums(batch, hidden.to(found.output[0].device), found.output).cpu()
+        sums.append(token_sums(batch, hidden.to(found.output[0].device, non_blocking=True), found.output))
     found.loss, _ = _means(core, sums)
     return found
 
@@ -97,14 +97,13 @@ def evaluate(core: nn.Module, reference: Reference) -> tuple[float, float]:
         core: the pruned Megatron-Core model.
         reference: what `observe` returned for the original.
     """
-    sums, position = torch.zeros(3, dtype=torch.float64), 0
+    sums: list[Tensor] = []
 
     def add(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        nonlocal position
-        original = reference.hidden[position].to(hidden.device)
+        position = len(sums)
+        original = reference.hidden[position].to(hidden.device, non_blocking=True)
         pair = (original, reference.output)
-        sums.add_(token_sums(reference.batches[position], hidden, (weight, bias), pair).cpu())
-        position += 1
+        sums.append(token_sums(reference.batches[position], hidden, (weight, bias), pair))
 
     modes = [(module, module.training) for module in core.modules()]
     core.eval()
@@ -144,10 +143,12 @@ def token_sums(
         output: weight `[v, h]` and bias `[v]` of the output layer.
         reference: the original's hidden states and output layer.
     """
-    labels = batch["labels"].to(hidden.device).T.flatten()
+    labels = batch["labels"].to(hidden.device, non_blocking=True).T.flatten()
     mask = batch.get("loss_mask")
-    weights = torch.ones(len(labels)) if mask is None else mask.T.flatten()
-    weights = weights.to(hidden.device, torch.float64)
+    if mask is None:
+        weights = torch.ones(len(labels), dtype=torch.float64, device=hidden.device)
+    else:
+        weights = mask.to(hidden.device, torch.float64, non_blocking=True).T.flatten()
     sums = torch.zeros(3, dtype=torch.float64, device=hidden.device)
     for rows in torch.arange(len(labels), device=hidden.device).split(_ROWS):
         logits = _logits(hidden.flatten(0, 1)[rows], output)
@@ -166,9 +167,11 @@ def _logits(hidden: Tensor, output: tuple[Tensor, Tensor | None]) -> Tensor:
     return functional.linear(hidden.to(weight.dtype), weight, bias).float()
 
 
-def _means(core: nn.Module, sums: Tensor) -> tuple[float, float]:
-    """Return loss and KL a token over all ranks."""
-    total = sums.to(next(core.parameters()).device)
+def _means(core: nn.Module, sums: list[Tensor]) -> tuple[float, float]:
+    """Return loss and KL a token over all ranks; the host waits for the device here, not for each micro-batch."""
+    total = torch.zeros(3, dtype=torch.float64, device=next(core.parameters()).device)
+    for part in sums:
+        total += part
     torch.distributed.all_reduce(total)
     loss, kl, weight = total.tolist()
     if weight <= 0:

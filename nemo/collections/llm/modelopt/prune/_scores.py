@@ -18,6 +18,8 @@ from ..errors import ModelOptConfigError
 from ._checks import model_sizes
 
 _FINGERPRINT = "fingerprint.json"
+# Numbers of a weight that are in fp64 at a time.
+_SUMMED = 1 << 22
 
 # Attributes of a data module that hold how far it has been read.
 _PROGRESS = ("init_global_step", "global_step", "consumed_samples")
@@ -75,11 +77,11 @@ def fingerprint(core: nn.Module, data: dict[str, Any] | None = None) -> dict[str
     import modelopt
 
     digest = hashlib.sha256()
-    for name, parameter in core.named_parameters():
-        numbers = parameter.detach().to(torch.float64)
-        digest.update(
-            f"{name} {tuple(parameter.shape)} {float(numbers.sum())!r} {float(numbers.square().sum())!r}".encode()
-        )
+    named = list(core.named_parameters())
+    # One read of all numbers.
+    sums = torch.stack([_sums(parameter.detach()) for _, parameter in named]).tolist()
+    for (name, parameter), (total, squares) in zip(named, sums, strict=True):
+        digest.update(f"{name} {tuple(parameter.shape)} {total!r} {squares!r}".encode())
     digests = _parallel.gather_objects(digest.hexdigest())
     return {
         "modelopt": modelopt.__version__,
@@ -88,6 +90,15 @@ def fingerprint(core: nn.Module, data: dict[str, Any] | None = None) -> dict[str
         "sizes": model_sizes(core),
         "weights": hashlib.sha256("".join(digests).encode()).hexdigest(),
     }
+
+
+def _sums(weight: torch.Tensor) -> torch.Tensor:
+    """Return [2] in fp64: the sum and the sum of squares, without a copy of the whole weight in fp64."""
+    total = torch.zeros(2, dtype=torch.float64, device=weight.device)
+    for part in weight.reshape(-1).split(_SUMMED):
+        numbers = part.double()
+        total += torch.stack([numbers.sum(), numbers.square().sum()])
+    return total
 
 
 def prepare(folder: str | Path, current: dict[str, Any], device: torch.device) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from . import _checks, _groups, _layer_kinds, _norms, _scores, _snapshot, _weigh
 
 # A layer that changes nothing has a score of zero, which modelopt reads as "not measured".
 _LOWEST_SCORE = 1e-30
+# Before and after the first micro-batch.
+_SCORES = (float, torch.Tensor)
 # What modelopt measures.
 _MEASURED = ("activations_per_rank", "layer_scores")
 
@@ -133,7 +136,7 @@ def prune_by_importance(
     identity: dict[str, Any] = {}
     if scores_path is not None:
         identity = _scores.fingerprint(core, dict(data or {}))
-        known = _scores.prepare(scores_path, identity, next(core.parameters()).device)
+        known = _scores.prepare(scores_path, identity, _device(core))
     hooks, measured = forward_hooks(core), False
 
     def forward_loop(converted: nn.Module) -> None:
@@ -250,16 +253,32 @@ def finish_scores(core: nn.Module, forwards: int) -> None:
             if hasattr(expert, "_activations") and expert._activations is None:  # no token came to it
                 width = expert.linear_fc2.weight.shape[1]
                 expert._activations = torch.zeros(width, device=expert.linear_fc2.weight.device)
+    finite = []
     for module in core.modules():
         measured = getattr(module, "_activations", None)
         if isinstance(measured, dict):
             module._activations = {key: _over_data(sums) for key, sums in measured.items()}
+            finite += [torch.isfinite(sums).all() for sums in module._activations.values()]
         elif isinstance(measured, torch.Tensor):
             module._activations = _over_data(measured)
-        score = getattr(module, "_scores", None)
-        if isinstance(score, float):
-            total = torch.tensor([score], dtype=torch.float64, device=next(core.parameters()).device)
-            module._scores = max(float(_over_data(total)), _LOWEST_SCORE)
+            finite.append(torch.isfinite(module._activations).all())
+    layers = [module for module in core.modules() if isinstance(getattr(module, "_scores", None), _SCORES)]
+    scores: list[float] = []
+    if layers:
+        sums = [torch.as_tensor(layer._scores, dtype=torch.float64, device=_device(core)) for layer in layers]
+        scores = _over_data(torch.stack(sums)).tolist()
+    # All are on the host after two reads, however many layers there are.
+    if not all(map(math.isfinite, scores)) or (finite and not bool(torch.stack(finite).all())):
+        raise ModelOptConfigError(
+            "An activation is infinite or not a number, so importance cannot be ranked; check the weights and the "
+            "precision of the checkpoint. The model is as it was."
+        )
+    for layer, score in zip(layers, scores, strict=True):
+        layer._scores = max(score, _LOWEST_SCORE)
+
+
+def _device(core: nn.Module) -> torch.device:
+    return next(core.parameters()).device
 
 
 def _over_data(sums: torch.Tensor) -> torch.Tensor:
@@ -268,11 +287,6 @@ def _over_data(sums: torch.Tensor) -> torch.Tensor:
     sums = sums.clone()
     if torch.distributed.get_world_size(group) > 1:
         all_reduce(sums, group=group)
-    if not bool(torch.isfinite(sums).all()):
-        raise ModelOptConfigError(
-            "An activation is infinite or not a number, so importance cannot be ranked; check the weights and the "
-            "precision of the checkpoint. The model is as it was."
-        )
     return sums
 
 

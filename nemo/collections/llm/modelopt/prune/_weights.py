@@ -36,6 +36,12 @@ class MicroBatch:
             if bool((weights != weights[0, 0]).any()) or not bool(weights[0, 0] > 0):
                 self.share = weights * len(weights) / weights.sum(0).clamp(min=torch.finfo(torch.float32).tiny)
 
+    def share_on(self, device: torch.device) -> Tensor | None:
+        """Return the share on a device; it is copied there once, as loaders return batches on the host."""
+        if self.share is not None and self.share.device != device:
+            self.share = self.share.to(device, non_blocking=True)
+        return self.share
+
 
 def weigh(core: nn.Module, before: Mapping[nn.Module, Any], micro_batch: MicroBatch) -> list[Any]:
     """Let the hooks that modelopt put on a model see weighted activations; return handles of hooks to remove.
@@ -73,27 +79,32 @@ def _weighted(hook: Callable, micro_batch: MicroBatch, module: nn.Module, args: 
             return
         args = (tokens, *args[1:])
     elif micro_batch.share is not None:
-        args, output = _scaled(args, micro_batch.share), _scaled(output, micro_batch.share)
+        args, output = _scaled(args, micro_batch), _scaled(output, micro_batch)
     hook(module, args, output)
 
 
-def _scaled(value: Any, share: Tensor) -> Any:
+def _scaled(value: Any, micro_batch: MicroBatch) -> Any:
     """Return activations `[s, b, x]` scaled by the tokens' shares; of a tuple the first element is."""
     if isinstance(value, tuple):
-        return (_scaled(value[0], share), *value[1:]) if value else value
-    if isinstance(value, Tensor) and value.shape[:2] == share.shape:
-        return value.detach().to(torch.float32) * share.to(value.device)[..., None]
+        return (_scaled(value[0], micro_batch), *value[1:]) if value else value
+    share = micro_batch.share_on(value.device) if isinstance(value, Tensor) else None
+    if share is not None and value.shape[:2] == share.shape:
+        return value.detach().to(torch.float32) * share[..., None]
     return value
 
 
 def _layer_change(micro_batch: MicroBatch, layer: Any, args: tuple, kwargs: dict, output: Any) -> None:
-    """Add a layer's block influence (arXiv 2403.03853), the mean over tokens of one minus the cosine."""
+    """Add a layer's block influence (arXiv 2403.03853), the mean over tokens of one minus the cosine.
+
+    The sum stays on the device until `_search.finish_scores`, so that the host does not wait for every layer.
+    """
     before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     after = output[0] if isinstance(output, tuple) else output
     change = 1 - functional.cosine_similarity(before.to(torch.float32), after.to(torch.float32), dim=2)  # [s, b]
-    if micro_batch.share is not None:
-        change = change * micro_batch.share.to(change.device)
-    layer._scores += change.mean().item()
+    share = micro_batch.share_on(change.device)
+    if share is not None:
+        change = change * share
+    layer._scores = layer._scores + change.mean().double()
 
 
 def _routed(micro_batch: MicroBatch, experts: Any, router: nn.Module, args: tuple, output: Any) -> None:
@@ -102,7 +113,7 @@ def _routed(micro_batch: MicroBatch, experts: Any, router: nn.Module, args: tupl
     if micro_batch.share is None:
         weight = torch.ones(len(routing), dtype=torch.bool, device=routing.device)
     else:
-        weight = (micro_batch.share > 0).flatten().to(routing.device)
+        weight = (micro_batch.share > 0).flatten().to(routing.device, non_blocking=True)
     for number, expert in enumerate(experts.local_experts):
         micro_batch.chosen[expert.linear_fc2] = weight[routing[:, number]]
 

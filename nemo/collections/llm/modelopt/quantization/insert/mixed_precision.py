@@ -228,7 +228,9 @@ def _loss_step(data_iterator, model):
 
 def _identity(core: torch.nn.Module, formats: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return what must be equal for a stored search to resume: formats, layout, layers and weights."""
-    weights = [module.weight for module in linear_layers(core).values()]
+    weights = [module.weight.detach() for module in linear_layers(core).values()]
+    # Neither a copy in fp32 nor a read for each weight.
+    sums = [torch.linalg.vector_norm(weight, 1, dtype=torch.float32) for weight in weights]
     has_experts = any(".local_experts." in name for name in linear_layers(core))
     return {
         **({"experts": "one format for each layer"} if has_experts else {}),
@@ -240,5 +242,5 @@ def _identity(core: torch.nn.Module, formats: dict[str, dict[str, Any]]) -> dict
         ),
         "layers": {name: tuple(module.weight.shape) for name, module in linear_layers(core).items()},
         # Rounded, because another device may sum in another order.
-        "weights": f"{sum(float(weight.float().abs().sum()) for weight in weights):.4e}",
+        "weights": f"{sum(torch.stack(sums).tolist()) if sums else 0.0:.4e}",
     }

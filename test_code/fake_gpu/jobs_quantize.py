@@ -1,0 +1,68 @@
+"""What the process with the fake GPU executes for the tests of quantization."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from test_code.fake_gpu import device, models
+
+
+class Quantized(NamedTuple):
+    """What a quantization did.
+
+    Attributes:
+        quantizers: number of enabled quantizers of this rank.
+        waits: functions of this package in which the host waited, in order.
+        forward: number of waits in a forward pass of the quantized model.
+    """
+
+    quantizers: int
+    waits: list[str]
+    forward: int
+
+
+def quantize(algorithm: str, tp: int, pp: int = 1, stage: int = 0, **options: Any) -> Quantized:
+    """Calibrate a model, compare it with the original and measure the errors of its layers, as `Quantizer` does.
+
+    Args:
+        algorithm: a short name.
+        tp: tensor-parallel ranks.
+        pp: pipeline stages.
+        stage: this rank's stage.
+        **options: fields of the ``QuantizationConfig``.
+    """
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    from nemo.collections.llm.modelopt.quantization import comparison, quant_cfg_choices
+    from nemo.collections.llm.modelopt.quantization.calibration import batching, steps
+    from nemo.collections.llm.modelopt.quantization.config import QuantizationConfig
+
+    presets = quant_cfg_choices.get_quant_cfg_choices()
+    with models.layout(tp, pp, stage) as layout:
+        # Large enough for blocks of 128 in every shard.
+        model_config = models.config(**layout, hidden_size=256, ffn_hidden_size=512)
+        core = model_config.configure_model(None)
+        core.eval()
+        batches = [models.batch(model_config)["tokens"] for _ in range(2)]
+        config = QuantizationConfig(algorithm=algorithm, layer_errors=True, **options)
+        quant_cfg = presets[algorithm]
+        if config.enable_kv_cache:
+            quant_cfg["quant_cfg"].update(mtq.FP8_KV_CFG["quant_cfg"])
+        plan = steps.make_plan(config, "gpt", quant_cfg, presets)
+
+        def loop(model: Any) -> None:
+            batching.run_forward(model, batches, lambda states: None, "Calibration")
+
+        with device.count() as waits:
+            before = comparison.hidden_states(core, batches, "Original model")
+            steps.calibrate(mtq, core, plan, loop, None)
+            report = steps.measure(config, core, batches, before)
+            assert "layers" in report
+        with device.count() as of_forward:
+            loop(core)
+        for name, tensor in [*core.named_parameters(), *core.named_buffers()]:
+            assert tensor.device.type == device.GPU, name
+        enabled = sum(isinstance(module, TensorQuantizer) and module.is_enabled for module in core.modules())
+    own = [wait.where.rpartition(" ")[-1] for wait in waits if wait.ours]
+    return Quantized(enabled, own, len(of_forward))

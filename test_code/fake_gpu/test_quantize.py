@@ -1,0 +1,42 @@
+"""Quantization of whole models on a fake GPU: quantizers, calibration, comparison, errors of layers."""
+
+from __future__ import annotations
+
+import pytest
+
+from nemo_modelopt_dropin.preflight import algorithms
+from test_code.fake_gpu import jobs_quantize as jobs
+
+# The functions of this package that read something, each once for a model and not for a layer or a batch.
+READS = {
+    "any_rank",  # patterns that match nothing, after the first run of the data
+    "evaluate",
+    "gather_objects",
+    "model_parallel_sum",  # numbers of quantizers
+    "table",
+}
+# AWQ's search runs eleven scales for each layer.
+_SEARCHES = ("int4_awq", "w4a8_awq", "nvfp4_awq")
+_ALGORITHMS = [pytest.param(name, marks=pytest.mark.slow) if name in _SEARCHES else name for name in algorithms.TABLE]
+LAYERS = 4 * 4  # 4 linear layers in each of 4
+
+
+@pytest.mark.parametrize("algorithm", _ALGORITHMS)
+def test_every_algorithm(gpu, algorithm):
+    found = gpu(jobs.quantize, algorithm, 2)
+    assert found.quantizers >= LAYERS
+    assert set(found.waits) <= READS and len(found.waits) <= 12
+    assert found.forward == 0
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_pipeline_stage(gpu, stage):
+    found = gpu(jobs.quantize, "fp8", 2, 2, stage)
+    assert found.quantizers == LAYERS  # of inputs and weights in half of the layers
+    assert set(found.waits) <= READS
+
+
+def test_a_quantized_cache(gpu):
+    found = gpu(jobs.quantize, "fp8", 2, enable_kv_cache=True)
+    assert found.quantizers == 2 * LAYERS + 2 * 4
+    assert found.forward == 0
