@@ -139,6 +139,7 @@ def test_what_cannot_work_is_refused_before_the_teacher_is_loaded(ranks, teacher
         "stage": settings("intermediate_layer_pairs: [[decoder.layers.1, decoder.layers.3]]"),
         "inside": settings("intermediate_layer_pairs: [[decoder.layers.3.mlp, decoder.layers.3.mlp]]"),
         "setting": settings("skip_lm_los: true"),
+        "fused": settings("fused_logits: 'on'"),
     }
     expected = {
         "vpp in the strategy": "virtual_pipeline_model_parallel_size=2",
@@ -147,6 +148,7 @@ def test_what_cannot_work_is_refused_before_the_teacher_is_loaded(ranks, teacher
         "stage": "does not fall on one pipeline stage: the student's layer is on stage 0, the teacher's on stage 1",
         "recompute": "cannot be trained",
         "setting": "Did you mean 'skip_lm_loss'",
+        "fused with fsdp": "fused_logits='on' is not supported with Megatron-FSDP",
     }
     for answers in ranks(2).run(jobs.refusals, teacher_path, paths):
         for label, text in expected.items():

@@ -520,3 +520,20 @@ def test_the_estimate_takes_the_length_of_the_samples(cpu_backend, data, expecte
     )
     sizes = _fusion._sizes(model, model, SimpleNamespace(sample_length=length, skip_lm_loss=True))
     assert (None if sizes is None else sizes.tokens) == expected
+
+
+@pytest.mark.parametrize("option", ["fsdp", "use_megatron_fsdp", "use_custom_fsdp"])
+def test_megatron_fsdp_is_not_fused(cpu_backend, option):
+    """Its output weights are whole only while their layers run."""
+    from nemo.collections.llm.modelopt.distill import _fusion
+    from nemo.collections.llm.modelopt.distill._config import DistillationConfig
+
+    strategy = tiny.strategy(fsdp="megatron") if option == "fsdp" else tiny.strategy()
+    if option != "fsdp":
+        setattr(strategy.ddp_config, option, True)
+    with pytest.raises(ModelOptConfigError, match="'on' is not supported with Megatron-FSDP .* Use 'auto' or 'off'"):
+        _fusion.settings_for(strategy, DistillationConfig(fused_logits="on"))
+    settings = DistillationConfig(logit_kl_topk=8)
+    assert _fusion.settings_for(strategy, settings) == DistillationConfig(logit_kl_topk=8, fused_logits="off")
+    assert settings.fused_logits == "auto"
+    assert _fusion.settings_for(tiny.strategy(), settings) is settings

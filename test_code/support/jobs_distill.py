@@ -379,6 +379,7 @@ def refusals(teacher_path, settings):
             {},
         ),
         "setting": ({}, {}, settings["setting"], {}),
+        "fused with fsdp": ({}, {}, settings["fused"], {"fsdp": "megatron"}),
     }
     answers = {}
     for label, (student, teacher_overrides, path, strategy) in cases.items():

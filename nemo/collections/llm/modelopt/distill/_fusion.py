@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -82,6 +83,35 @@ def _why_not_deferred(layer: Any, model: Any) -> str | None:
     if len(layer._forward_hooks) > 1 or layer._backward_hooks:
         return "has hooks that read its logits"
     return None
+
+
+def settings_for(strategy: Any, settings: Any) -> Any:
+    """Return the settings with which a strategy can train: the logits loss is not fused under Megatron-FSDP.
+
+    There the output weights are whole only while their layers run, and the fused loss reads them later.
+
+    Args:
+        strategy: the trainer's ``MegatronStrategy``.
+        settings: a ``DistillationConfig``; not changed.
+
+    Raises:
+        ModelOptConfigError: If the settings demand the fused loss.
+    """
+    if settings.fused_logits == OFF or not _shards_weights(strategy):
+        return settings
+    if settings.fused_logits == ON:
+        raise ModelOptConfigError(
+            "fused_logits='on' is not supported with Megatron-FSDP (fsdp='megatron' of the strategy), which shards the "
+            "output weights outside of their layers. Use 'auto' or 'off', or a strategy without fsdp."
+        )
+    logging.info("Distillation: output layers and logits loss are not fused: Megatron-FSDP shards the output weights.")
+    return replace(settings, fused_logits=OFF)
+
+
+def _shards_weights(strategy: Any) -> bool:
+    ddp = getattr(strategy, "ddp_config", None)
+    flags = ("use_megatron_fsdp", "use_custom_fsdp")
+    return getattr(strategy, "_fsdp", None) is not None or any(getattr(ddp, flag, False) for flag in flags)
 
 
 def slower_by(settings: Any) -> str | None:

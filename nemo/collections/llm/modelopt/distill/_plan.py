@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import Strategy
 from . import utils
 from ._aligned import check_aligned, is_aligned, set_vocabulary
 from ._config import check_models, read_distillation_config
+from ._fusion import settings_for
 from ._packed import check_packed
 from ._peft import check_adapters
 from ._pipeline_checks import refuse_virtual_pipeline
@@ -63,10 +64,12 @@ def make_plan(model: Any) -> Plan:
 def _checked(model: Any, strategy: Any) -> Plan:
     path = model._distillation_config_path
     # The parser can be replaced.
-    settings = read_distillation_config(path, utils.yaml.safe_load)
+    found = read_distillation_config(path, utils.yaml.safe_load)
+    settings = settings_for(strategy, found)
     refuse_virtual_pipeline(model.config, strategy)
     check_packed(getattr(model.trainer, "datamodule", None), model.config)
-    plan = Plan(model._teacher_config, None if path is None else settings, is_real=True)
+    is_default = path is None and settings is found
+    plan = Plan(model._teacher_config, None if is_default else settings, is_real=True)
     plan.recorded = is_recording(model._teacher_ckpt_path)
     if is_aligned(settings):
         check_aligned(settings, model, plan.recorded)
