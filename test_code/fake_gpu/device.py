@@ -27,6 +27,7 @@ DEVICES = 8
 _PRODUCT = str(Path(__file__).parents[2] / "nemo")
 _TORCH = os.path.dirname(torch.__file__)
 _aten = torch.ops.aten
+_device_of = torch.ops.prim.device.default
 
 _NUMBER, _SIZE = "reads a number", "its size depends on the data"
 _READS = {
@@ -235,6 +236,8 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is _device_of and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # a third of all calls
         if not any(issubclass(kind, FakeTensor) for kind in types) and not _names_gpu(kwargs.get("device")):
             # Tensors of the host keep their numbers.
             with unset_fake_temporarily():

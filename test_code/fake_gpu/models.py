@@ -26,11 +26,11 @@ def layout(tp: int = 1, pp: int = 1, stage: int = 0) -> Iterator[dict[str, Any]]
 
 
 def config(**overrides: Any) -> Any:
-    """Return a Llama-style configuration in bf16, small by default: 4 layers, hidden 64, vocabulary 256."""
+    """Return a Llama-style configuration in bf16, small by default: 2 layers, hidden 64, vocabulary 256."""
     from test_code.support import tiny
 
     bf16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
-    return tiny.config(**{"vocab_size": tiny.VOCABULARY, **bf16, **overrides})
+    return tiny.config(**{"num_layers": 2, "vocab_size": tiny.VOCABULARY, **bf16, **overrides})
 
 
 def llama_8b(**overrides: Any) -> Any:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from test_code.fake_gpu import jobs_distill as jobs
 
 MICRO_BATCHES = 2
-LAYERS = [f"decoder.layers.{layer}" for layer in range(4)]
-COSINE, MSE = (LAYERS[1], LAYERS[1]), (LAYERS[2], LAYERS[2], "mse")
+COSINE, MSE = ("decoder.layers.1", "decoder.layers.1"), ("decoder.layers.0", "decoder.layers.0", "mse")
 SETTINGS = {
     "logits": {},
     "top-k": {"logit_kl_topk": 8},
@@ -19,6 +19,14 @@ SETTINGS = {
     "weights": {"intermediate_layer_pairs": [COSINE], "loss_weights": {"kd_logits": 0.5, "intermediate": 0.1}},
     "fused": {"fused_logits": "on", "intermediate_layer_pairs": [COSINE]},
     "fused lm": {"fused_logits": "on", "skip_lm_loss": False, "logit_kl_topk": 8},
+}
+STUDENTS = {
+    "multi-token prediction": {"mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.1},
+    "per-token loss": {"calculate_per_token_loss": True},
+    "recomputed": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "biases": {"normalization": "LayerNorm", "add_bias_linear": True, "gated_linear_unit": False, "qk_layernorm": True},
+    # Megatron's cross entropy overwrites logits in fp32.
+    "fp32": {"bf16": False, "params_dtype": torch.float32, "pipeline_dtype": torch.float32},
 }
 
 
@@ -45,9 +53,16 @@ def test_step_with_different_padding(gpu, entries):
     assert gpu(jobs.step, {}, 2, observing=True, entries=entries) == MICRO_BATCHES
 
 
-def test_step_with_tied_embeddings(gpu):
+@pytest.mark.parametrize("student", STUDENTS.values(), ids=STUDENTS)
+def test_step_of_a_kind_of_student(gpu, student):
+    assert gpu(jobs.step, SETTINGS["lm"], 2, student=student) == MICRO_BATCHES
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_step_with_tied_embeddings(gpu, stage):
+    """The last stage has a copy of the embedding, which its fused output layer reads."""
     student = {"share_embeddings_and_output_weights": True}
-    assert gpu(jobs.step, {"fused_logits": "on"}, 2, student=student) == MICRO_BATCHES
+    assert gpu(jobs.step, {"fused_logits": "on"}, 2, 2, stage, student=student) == stage * MICRO_BATCHES
 
 
 @pytest.mark.parametrize("stage", [0, 1])
