@@ -238,6 +238,12 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is _device_of and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # a third of all calls
+        if torch.is_inference_mode_enabled():
+            # Only there composite operators arrive whole, such as `item` and `to`.
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         if not any(issubclass(kind, FakeTensor) for kind in types) and not _names_gpu(kwargs.get("device")):
             # Tensors of the host keep their numbers.
             with unset_fake_temporarily():

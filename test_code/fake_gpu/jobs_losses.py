@@ -33,6 +33,8 @@ def control(name: str) -> str:
             "mask": lambda: numbers[numbers > 0],
             "index of the host": lambda: numbers[torch.tensor([1])],
             "upload": lambda: torch.tensor([1.0, 2.0], device="cuda"),
+            "item in inference mode": torch.inference_mode()(lambda: numbers.sum().item()),
+            "upload in inference mode": torch.inference_mode()(lambda: torch.ones(2).to("cuda")),
         }
         try:
             faults[name]()

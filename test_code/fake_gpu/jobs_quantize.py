@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from test_code.fake_gpu import device, models
@@ -66,3 +67,44 @@ def quantize(algorithm: str, tp: int, pp: int = 1, stage: int = 0, **options: An
         enabled = sum(isinstance(module, TensorQuantizer) and module.is_enabled for module in core.modules())
     own = [wait.where.rpartition(" ")[-1] for wait in waits if wait.ours]
     return Quantized(enabled, own, len(of_forward))
+
+
+def export(algorithm: str, layout: str, folder: str) -> tuple[list[str], dict[str, str]]:
+    """Quantize a model and write it as a Hugging Face checkpoint.
+
+    Args:
+        algorithm: a short name.
+        layout: a name of `layouts`.
+        folder: folder of the checkpoint.
+
+    Returns:
+        The names of the files, and the type of each tensor by its name.
+    """
+    import importlib
+
+    import modelopt.torch.quantization as mtq
+    from safetensors.torch import load_file
+
+    from nemo.collections import llm
+    from nemo.collections.llm.modelopt.quantization import quant_cfg_choices
+    from nemo.collections.llm.modelopt.quantization.calibration import batching
+    from nemo.collections.llm.modelopt.quantization.export import hf_configs, hf_writer, layouts
+    from nemo.collections.llm.modelopt.quantization.insert import quantizers
+    from test_code.support import tiny
+
+    quant_cfg = quant_cfg_choices.get_quant_cfg_choices()[algorithm]
+    quant_cfg.setdefault("algorithm", "max")
+    with models.layout():
+        # Keys and values have 256 rows, so that blocks of 128 x 128 fit.
+        config = models.config(hidden_size=256, ffn_hidden_size=512, kv_channels=128)
+        model = llm.LlamaModel(config, tokenizer=tiny.tokenizer())
+        core = config.configure_model(None)
+        core.eval()
+        batches = [models.batch(config)["tokens"]]
+        with device.count(), hf_configs.in_memory(model):
+            quantizers.insert(mtq, core, quant_cfg, lambda _: batching.run_forward(core, batches), None)
+            exporter = hf_configs.exporter_of(model)
+            chosen = importlib.import_module(f"{layouts.__name__}.{layout}")
+            hf_writer.write(core, exporter, None, Path(folder), layout=chosen)
+    tensors = load_file(Path(folder) / "model.safetensors")
+    return sorted(path.name for path in Path(folder).iterdir()), {n: str(t.dtype) for n, t in tensors.items()}

@@ -27,6 +27,8 @@ MIX, WAIT = "FakeTensorDeviceMismatchError", "HostSync"
         ("mask", WAIT),
         ("index of the host", WAIT),
         ("upload", WAIT),
+        ("item in inference mode", WAIT),
+        ("upload in inference mode", WAIT),
     ],
 )
 def test_faults_are_seen(gpu, fault, error):

@@ -40,3 +40,20 @@ def test_a_quantized_cache(gpu):
     found = gpu(jobs.quantize, "fp8", 2, enable_kv_cache=True)
     assert found.quantizers == 2 * LAYERS + 2 * 2
     assert found.forward == 0
+
+
+@pytest.mark.parametrize(
+    ("layout", "algorithm"),
+    [
+        *(("modelopt", name) for name in ("fp8", "int8", "block_fp8", "int4", "nvfp4", "mxfp8")),
+        *(("compressed_tensors", name) for name in ("fp8_pc_pt", "fp8_wo", "int8_wo", "nvfp4", "w4a16_nvfp4")),
+    ],
+)
+def test_export(gpu, tmp_path, layout, algorithm):
+    """Codes and scales are computed on the device; AWQ and SmoothQuant also exchange weights, which torch cannot."""
+    files, tensors = gpu(jobs.export, algorithm, layout, str(tmp_path))
+    assert "model.safetensors" in files and "config.json" in files
+    for layer in range(2):
+        for name in ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
+            found = [tensor for tensor in tensors if tensor.startswith(f"model.layers.{layer}.{name}.weight")]
+            assert len(found) >= 2  # codes and scale
