@@ -134,6 +134,21 @@ def read_record(folder: str, tp: int) -> None:
         _check(loss, (TOKENS, BATCH), student)
 
 
+def waits_of_recording(folder: str) -> list[str]:
+    """Return the functions that wait while a micro-batch of logits is recorded."""
+    import numpy as np
+
+    from nemo.collections.llm.modelopt._divergence.recorded_topk import top_entries
+    from nemo.collections.llm.modelopt.distill.recorded.store import Writer
+
+    with _ranks(2) as group:
+        (logits,) = _tensors(torch.bfloat16, (TOKENS * BATCH, VOCABULARY // 2))
+        with device.count() as waits:
+            record = (x.view(BATCH, TOKENS, *x.shape[1:]) for x in top_entries(logits.detach(), 8, 1.0, group))
+            Writer(Path(folder), 0).add(np.zeros((BATCH, 2), dtype=np.uint64), *record)
+        return [wait.where.rpartition(" ")[-1] for wait in waits]
+
+
 def fused(direction: str, tp: int, labels: bool, **options: Any) -> None:
     """Compute fused losses and their gradients."""
     from nemo.collections.llm.modelopt._divergence.fused_linear import Objective, fused_linear_losses

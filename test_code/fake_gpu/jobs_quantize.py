@@ -69,6 +69,29 @@ def quantize(algorithm: str, tp: int, pp: int = 1, stage: int = 0, **options: An
     return Quantized(enabled, own, len(of_forward))
 
 
+def logits_in_memory(tp: int, pp: int, stage: int) -> list[str]:
+    """Return the functions of this package that wait while it computes the logits that verify an export."""
+    import modelopt.torch.quantization as mtq
+
+    from nemo.collections.llm.modelopt.quantization import quant_cfg_choices
+    from nemo.collections.llm.modelopt.quantization.calibration import batching
+    from nemo.collections.llm.modelopt.quantization.export import hf_verify
+    from nemo.collections.llm.modelopt.quantization.insert import quantizers
+
+    with models.layout(tp, pp, stage) as layout:
+        config = models.config(**layout, hidden_size=256, ffn_hidden_size=512)
+        core = config.configure_model(None)
+        batches = [models.batch(config)["tokens"]]
+        quant_cfg = quant_cfg_choices.get_quant_cfg_choices()["fp8"]
+        with device.count():
+            quantizers.insert(mtq, core, quant_cfg, lambda _: batching.run_forward(core, batches), None)
+        with device.count() as waits:
+            found = hf_verify.quantized_logits(core, config.vocab_size)
+        assert [logits.device.type for logits in found] == ["cpu", "cpu"]
+        assert [logits.shape[-1] for logits in found] == [config.vocab_size] * 2
+        return [wait.where.rpartition(" ")[-1] for wait in waits if wait.ours]
+
+
 def export(algorithm: str, layout: str, folder: str) -> tuple[list[str], dict[str, str]]:
     """Quantize a model and write it as a Hugging Face checkpoint.
 

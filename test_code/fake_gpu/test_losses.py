@@ -71,6 +71,11 @@ def test_recorded_logits_are_copied_without_a_wait(gpu, tmp_path, tp):
     gpu(jobs.read_record, str(tmp_path), tp)
 
 
+def test_a_recording_copies_three_tensors(gpu, tmp_path):
+    """Entries, values and the rest are copied to the host to be written; nothing else waits."""
+    assert gpu(jobs.waits_of_recording, str(tmp_path)) == ["add"] * 3
+
+
 @pytest.mark.parametrize("tp", TP)
 @pytest.mark.parametrize("labels", [False, True])
 @pytest.mark.parametrize(

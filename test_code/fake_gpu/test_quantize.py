@@ -57,3 +57,9 @@ def test_export(gpu, tmp_path, layout, algorithm):
         for name in ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
             found = [tensor for tensor in tensors if tensor.startswith(f"model.layers.{layer}.{name}.weight")]
             assert len(found) >= 2  # codes and scale
+
+
+@pytest.mark.parametrize(("tp", "pp", "stage"), [(1, 1, 0), (2, 1, 0), (2, 2, 0), (2, 2, 1)])
+def test_logits_that_verify_an_export(gpu, tp, pp, stage):
+    """Two forward passes: each copies the tokens to the device and the logits back, and no part of them twice."""
+    assert gpu(jobs.logits_in_memory, tp, pp, stage) == ["_logits"] * 4

@@ -108,9 +108,9 @@ class Writer:
                 "module pad all samples to seq_length."
             )
         self.seq_length, self.topk, self.dtype = s, k, str(values.dtype).removeprefix("torch.")
-        self.largest_entry = max(self.largest_entry, int(entries.max()))
         bits = values.contiguous().view(torch.int16) if values.dtype == torch.bfloat16 else values
         arrays = (keys, entries.to(torch.int32).cpu().numpy(), bits.cpu().numpy(), rest.float().cpu().numpy())
+        self.largest_entry = max(self.largest_entry, int(arrays[1].max()))
         if self._bytes == 0:
             self._name = f"rank-{self._rank:04d}.{len(self.shards):04d}"
             self.shards[self._name] = 0

@@ -146,7 +146,7 @@ def _logits(core, vocabulary: int) -> torch.Tensor:
         found = outputs[0].detach().float()
         if parallel_state.get_tensor_model_parallel_world_size() > 1:
             found = tensor_parallel.gather(found, found.dim() - 1)
-        logits = found[..., :vocabulary].contiguous().to(device)
+        logits = found[..., :vocabulary].contiguous()
     last = parallel_state.get_pipeline_model_parallel_last_rank()
     torch.distributed.broadcast(logits, last, group=parallel_state.get_pipeline_model_parallel_group())
     return logits.cpu()

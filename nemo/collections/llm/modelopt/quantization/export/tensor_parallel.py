@@ -7,7 +7,7 @@ from megatron.core import parallel_state
 
 
 def gather(part: torch.Tensor, axis: int) -> torch.Tensor:
-    """Return a whole tensor in host memory, gathered from all tensor-parallel ranks.
+    """Return a whole tensor, gathered from all tensor-parallel ranks, on the device of the parts.
 
     Args:
         part: This rank's part.
@@ -17,4 +17,4 @@ def gather(part: torch.Tensor, axis: int) -> torch.Tensor:
     sent = part.contiguous()
     parts = [torch.empty_like(sent) for _ in range(size)]
     torch.distributed.all_gather(parts, sent, group=parallel_state.get_tensor_model_parallel_group())
-    return torch.cat([p.cpu() for p in parts], dim=axis)
+    return torch.cat(parts, dim=axis)
