@@ -21,7 +21,7 @@ _FP32 = 4
 def chunk_rows(tokens: int, vocabulary: int, width: int, device: str) -> int:
     """Return the number of tokens whose logits the divergence processes at a time.
 
-    The three buffers of a chunk take at most an eighth of the logits, unless chunks would be too small to be efficient.
+    The three buffers of a chunk take at most a seventh of the logits, unless chunks would be too small to be efficient.
 
     Args:
         tokens: Tokens of the micro-batch.
@@ -30,7 +30,7 @@ def chunk_rows(tokens: int, vocabulary: int, width: int, device: str) -> int:
         device: Type of the device.
     """
     largest = CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (_FP32 * max(1, vocabulary))
-    lean = tokens * width // (_BUFFERS * _FP32 * 8)
+    lean = tokens * width // (_BUFFERS * _FP32 * 7)
     return max(1, min(largest, max(largest // 4, lean)))
 
 

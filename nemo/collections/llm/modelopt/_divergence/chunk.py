@@ -82,10 +82,10 @@ class Chunk:
         known = (None, None) if maxima is None else maxima.unsqueeze(-1)
         self.max_z = shifted(student, self.temperature, self.share_z, known[0])
         self.max_y = shifted(teacher, self.temperature, self.share_y, known[1])
+        both = self._buffers[:2, : student.shape[0]].clamp_(min=LOWEST)
         if difference:
             torch.sub(self.share_y, self.share_z, out=self.difference)
-        log_sums = normalized(self.share_z, self.max_z), normalized(self.share_y, self.max_y)
-        self.log_sums = torch.stack(log_sums)
+        self.log_sums = normalized(both, torch.stack([self.max_z, self.max_y]))
 
     def shard_statistics(self) -> Tensor:
         """Return [4, c] in fp64: this shard's maxima of student and teacher, and the logarithms of their sums."""
@@ -183,10 +183,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 
 
 def shifted(source: Tensor, temperature: float, out: Tensor, maximum: Tensor | None = None) -> Tensor:
-    """Write (source - maximum) / temperature [c, v] to ``out`` in its type and return the rows' maxima [c, 1].
-
-    No result is below `LOWEST`.
-    """
+    """Write (source - maximum) / temperature [c, v] to ``out`` in its type and return the rows' maxima [c, 1]."""
     if source.dtype != out.dtype:
         source = out.copy_(source)
     if maximum is None:
@@ -194,31 +191,29 @@ def shifted(source: Tensor, temperature: float, out: Tensor, maximum: Tensor | N
     torch.sub(source, maximum, out=out)
     if temperature != 1.0:
         out.mul_(1.0 / temperature)
-    out.clamp_(min=LOWEST)
     return maximum
 
 
 def normalized(logits: Tensor, maximum: Tensor) -> Tensor:
-    """Replace shifted logits [c, v] by their softmax; return the logarithms of their sums of exponentials [c].
+    """Replace shifted logits [..., c, v] by their softmax; return the logarithms of the sums of exponentials [..., c].
 
     Args:
-        logits: as `shifted` writes them, with the maximum 0.
-        maximum: of the logits before that [c, 1]. Rows without a finite logit have a negligible sum.
+        logits: as `shifted` writes them, with the maximum 0, and none below `LOWEST`.
+        maximum: of the logits before that [..., c, 1]. Rows without a finite logit have a negligible sum.
     """
     if logits.device.type == "cpu":
         torch.softmax(logits, dim=-1, out=logits)
     else:  # other devices may read what they have already written
         logits.copy_(logits.softmax(-1))
-    return torch.where(maximum.squeeze(-1) <= LOWEST, math.log(TINY), -logits.amax(-1).log())
+    return torch.where(maximum.squeeze(-1) <= LOWEST, math.log(TINY), logits.amax(-1).log_().neg_())
 
 
 def softmax_and_lse(source: Tensor, temperature: float, out: Tensor) -> Tensor:
     """Write the softmax of source / temperature [c, v] to ``out`` and return their log-sum-exp [c] in fp64."""
     maximum = shifted(source, temperature, out)
-    log_sum = normalized(out, maximum)
-    return torch.where(
-        maximum.squeeze(-1) <= LOWEST, LOWEST, maximum.squeeze(-1).double() / temperature + log_sum.double()
-    )
+    log_sum = normalized(out.clamp_(min=LOWEST), maximum).double()
+    maximum = maximum.squeeze(-1)
+    return torch.where(maximum <= LOWEST, LOWEST, log_sum.add_(maximum, alpha=1.0 / temperature))
 
 
 def rest_and_lse(buffer: Tensor, positions: Tensor, temperature: float) -> Tensor:
