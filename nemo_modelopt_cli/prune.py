@@ -34,7 +34,7 @@ from nemo_modelopt_cli.parser import (
     text_problems,
     tokenizer_problems,
 )
-from nemo_modelopt_dropin import files
+from nemo_modelopt_dropin import files, versions
 from nemo_modelopt_dropin.preflight import budget, model_sizes, output_checks, pair_checks, prune_layout
 from nemo_modelopt_dropin.preflight.model_checks import (
     budget_problems,
@@ -61,7 +61,9 @@ def resolve(argv: list[str] | None = None, prog: str | None = None) -> argparse.
     derive_stages(arguments, arguments.restore_path, arguments.pp_size)
     derive(arguments, "report_path", f"{(arguments.save_path or '').rstrip('/')}.report")
     given = [name for name in (*TARGETS, *BUDGETS) if getattr(arguments, name) is not None]
-    problems = no_checkpoints({"--restore_path": arguments.restore_path})
+    unsupported = versions.pruning_problem()
+    problems = [unsupported] if unsupported else []
+    problems += no_checkpoints({"--restore_path": arguments.restore_path})
     problems += output_problems(arguments)
     texts = {"--text": arguments.text, "--heldout_text": arguments.heldout_text}
     problems += text_problems(texts) + template_problems(texts, arguments.restore_path)

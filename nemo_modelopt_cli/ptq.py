@@ -86,7 +86,10 @@ def resolve(argv: list[str] | None = None, prog: str | None = None) -> argparse.
             f"--algorithm {arguments.algorithm} needs CUDA kernels, which the CPU backend does not simulate: "
             "leave --cpu out on a machine with a GPU"
         )
-    for name in arguments.auto_quantize_formats.split(","):
+    used = arguments.auto_quantize_formats.split(",")
+    for name in (arguments.algorithm, *(used if arguments.algorithm == "auto" else ())):
+        problems += [f"--algorithm {one}" for one in (algorithms.version_problem(name),) if one]
+    for name in used:
         if name not in algorithms.TABLE and not name.endswith("_CFG") and not os.path.isfile(name):
             known_names = f"one of {', '.join(algorithms.TABLE)}, or a preset of modelopt (..._CFG)"
             problems.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -11,13 +12,13 @@ if TYPE_CHECKING:
 # distribution -> (first supported, first unsupported, why the upper bound)
 SUPPORTED = {
     "nemo-toolkit": ("2.5.3", "2.8", "nemo-toolkit dropped its LLM collection after 2.7.3"),
-    "megatron-core": ("0.14", "0.16", "0.16 removed a checkpoint module that NeMo imports"),
-    "nvidia-modelopt": (
-        "0.37",
-        "0.44",
-        "0.44 turned quant_cfg into lists and needs Transformer Engine for its Megatron plugins",
-    ),
+    "megatron-core": ("0.14", "0.16", "NeMo passes an optimizer the no_weight_decay_cond that 0.16 removed"),
+    "nvidia-modelopt": ("0.37", "0.48", "later versions have not been tested"),
 }
+# From these versions of modelopt, its pruning imports Transformer Engine, and a module that the first megatron-core
+# after the supported ones has.
+_PRUNING_NEEDS_ENGINE = "0.44"
+_PRUNING_NEEDS_MEGATRON = "0.46"
 
 
 class UnsupportedVersionError(ImportError):
@@ -54,6 +55,30 @@ def check(installed: dict[str, str | None] | None = None) -> None:
             + "; ".join(problems)
             + ". Install a supported version, or set NEMO_MODELOPT=stock to use nemo-toolkit's own subpackage."
         )
+
+
+def pruning_problem(modelopt: str | None = None, has_engine: bool | None = None) -> str | None:
+    """Return why the installed nvidia-modelopt cannot prune Megatron's models, and which one can; None if it can.
+
+    Args:
+        modelopt: Its version; read from the environment by default.
+        has_engine: Whether Transformer Engine is installed; looked up by default.
+    """
+    from packaging.version import Version
+
+    found = modelopt or _installed("nvidia-modelopt")
+    if found is None or _base(found) < Version(_PRUNING_NEEDS_ENGINE):
+        return None
+    if has_engine is None:
+        has_engine = importlib.util.find_spec("transformer_engine") is not None
+    if _base(found) >= Version(_PRUNING_NEEDS_MEGATRON):
+        reason = "imports a module of Megatron (megatron.core.ssm.gated_delta_net) that megatron-core before 0.16 lacks"
+    elif has_engine:
+        return None
+    else:
+        reason = "imports Transformer Engine, which is not installed"
+    others = "0.43, or 0.44 or 0.45" if has_engine else "0.43, or 0.44 or 0.45 with Transformer Engine"
+    return f"the pruning of nvidia-modelopt {found} {reason}. Install nvidia-modelopt {others}."
 
 
 def _conflicts(installed: dict[str, str | None]) -> list[str]:

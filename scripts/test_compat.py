@@ -28,7 +28,10 @@ MARKER = "compat-pins.json"
 # modelopt 0.37 requires torchprofile, which 0.43 does not.
 MATRIX: dict[str, tuple[str, ...]] = {
     "modelopt-0.37.0": ("nvidia-modelopt==0.37.0", "torchprofile==0.1.0"),
+    "modelopt-0.44.0": ("nvidia-modelopt==0.44.0",),
+    "modelopt-0.47.0": ("nvidia-modelopt==0.47.0",),
     "nemo-2.6.2": ("nemo-toolkit==2.6.2",),
+    "nemo-2.6.2-modelopt-0.47.0": ("nemo-toolkit==2.6.2", "nvidia-modelopt==0.47.0"),
     "nemo-2.6.2-modelopt-0.37.0": ("nemo-toolkit==2.6.2", "nvidia-modelopt==0.37.0", "torchprofile==0.1.0"),
     "nemo-2.5.3": ("nemo-toolkit==2.5.3", "megatron-core==0.14.0"),
     "nemo-2.5.3-modelopt-0.37.0": (
@@ -37,6 +40,7 @@ MATRIX: dict[str, tuple[str, ...]] = {
         "nvidia-modelopt==0.37.0",
         "torchprofile==0.1.0",
     ),
+    "nemo-2.5.3-modelopt-0.47.0": ("nemo-toolkit==2.5.3", "megatron-core==0.14.0", "nvidia-modelopt==0.47.0"),
 }
 # Distribution -> the module whose file and version say what is really imported.
 MODULES = {"nemo-toolkit": "nemo", "megatron-core": "megatron.core", "nvidia-modelopt": "modelopt"}

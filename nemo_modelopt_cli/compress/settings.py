@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from nemo_modelopt_cli.options import converted, group, is_settings, may_be_none, option
 from nemo_modelopt_cli.parser import no_checkpoints, template_problems, text_problems
+from nemo_modelopt_dropin import versions
 from nemo_modelopt_dropin.errors import ModelOptConfigError, did_you_mean
 from nemo_modelopt_dropin.preflight import (
     algorithms,
@@ -153,7 +154,8 @@ class Pruning:
         """Return what is wrong with the pruning targets."""
         given = [name for name in TARGETS if getattr(self, name) is not None]
         numbers = ("num_samples", "micro_batch_size", "max_candidates", "heldout_batches")
-        found = _positive(self, (*given, *numbers), "pruning")
+        found = [f"pruning: {reason}" for reason in (versions.pruning_problem(),) if reason]
+        found += _positive(self, (*given, *numbers), "pruning")
         given += ["target_params"] if self.target_params is not None else []
         found += budget.problem("pruning: target_params", self.target_params)
         if given and self.drop_layers:
@@ -223,6 +225,7 @@ class Quantization:
         numbers = ("calibration_size", "calibration_batch_size", "calibration_seq_len", "awq_block_size")
         found = _positive(self, numbers, "quantization")
         found += unknown("algorithm", [self.algorithm], ALGORITHMS)
+        found += [f"quantization: {one}" for one in (algorithms.version_problem(self.algorithm),) if one]
         found += unknown("export format", self.formats, EXPORT_FORMATS) + unknown("verify", [self.verify], VERIFY)
         found += unknown("hf_layout", [self.hf_layout], algorithms.LAYOUT_CHOICES)
         found += shard_sizes.problem("max_shard_size", self.max_shard_size)

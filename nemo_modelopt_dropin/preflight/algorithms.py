@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from nemo_modelopt_dropin.errors import ModelOptConfigError, suggestion
@@ -68,6 +69,7 @@ class Algorithm:
         block_setting: Setting that changes the block; None if it is fixed.
         needs_cuda: Whether the quantized model runs on CUDA kernels only: the CPU backend does not simulate the format.
         remark: What else to know, in a few words.
+        since: First nvidia-modelopt that has the method, if it is not among the first supported ones.
     """
 
     preset: str | None
@@ -79,10 +81,19 @@ class Algorithm:
     block_setting: str | None = None
     needs_cuda: bool = False
     remark: str = ""
+    since: str = ""
 
 
 # The presets of modelopt that are not in the table and whose formats the CPU backend does not simulate.
-CUDA_PRESETS = frozenset({"MXINT8_DEFAULT_CFG", "NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG"})
+CUDA_PRESETS = frozenset(
+    {
+        "MXFP6_DEFAULT_CFG",
+        "MXINT8_DEFAULT_CFG",
+        "NVFP4_FOUR_OVER_SIX_CFG",
+        "NVFP4_W4A4_WEIGHT_LOCAL_HESSIAN_CFG",
+        "NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG",
+    }
+)
 
 # Stock's algorithms in stock's order, then ours.
 TABLE: dict[str, Algorithm] = {
@@ -129,6 +140,17 @@ TABLE: dict[str, Algorithm] = {
         "NVFP4_AWQ_LITE_CFG", "NVFP4", "NVFP4", 4.5, "NVFP4_AWQ", remark="AWQ's search over the calibration data"
     ),
     "w4a16_nvfp4": Algorithm(None, "NVFP4", "none", 4.5, "W4A16_NVFP4"),
+    "gptq": Algorithm(
+        None,
+        "INT4 by block of `awq_block_size`",
+        "none",
+        4.125,
+        "W4A16_AWQ",
+        block=128,
+        block_setting="awq_block_size",
+        remark="GPTQ: later columns make up for the rounding of earlier ones; needs nvidia-modelopt 0.44",
+        since="0.44",
+    ),
 }
 
 
@@ -143,6 +165,22 @@ def get(name: str) -> Algorithm:
             f"algorithm={name!r} is not in the table of algorithms; allowed: {[*TABLE]}.{suggestion(name, TABLE)}"
         )
     return TABLE[name]
+
+
+def version_problem(algorithm: str, installed: str | None = None) -> str | None:
+    """Return why the installed nvidia-modelopt cannot run an algorithm, or None.
+
+    Args:
+        algorithm: A name; those outside the table have no known problem.
+        installed: The version; read from the environment by default.
+    """
+    from packaging.version import Version
+
+    since = TABLE[algorithm].since if algorithm in TABLE else ""
+    found = installed or (metadata.version("nvidia-modelopt") if since else "")
+    if not since or Version(Version(found).base_version) >= Version(since):
+        return None
+    return f"{algorithm} needs nvidia-modelopt {since} or later, and {found} is installed"
 
 
 def of_ptq() -> tuple[str, ...]:

@@ -110,7 +110,7 @@ CHOICES = {
     ("ptq", "--kv_cache_qformat"): {"fp8", "nvfp4"},
 }
 ALGORITHMS = ("no_quant", "int8", "int8_sq", "fp8", "block_fp8", "int4_awq", "w4a8_awq", "int4", "nvfp4")
-ALGORITHMS += ("fp8_pc_pt", "fp8_wo", "int8_wo", "mxfp8", "nvfp4_awq", "w4a16_nvfp4")
+ALGORITHMS += ("fp8_pc_pt", "fp8_wo", "int8_wo", "mxfp8", "nvfp4_awq", "w4a16_nvfp4", "gptq")
 ROWS = [
     pytest.param(script, names, default, id=f"{script}{names[-1]}")
     for script, rows in FLAGS.items()

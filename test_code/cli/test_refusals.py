@@ -9,6 +9,7 @@ import pytest
 
 from nemo_modelopt_cli.checks import distill_checks
 from nemo_modelopt_cli.compress import settings as job_settings
+from nemo_modelopt_dropin import versions
 from nemo_modelopt_dropin.preflight import loss_file
 from test_code.support import command_lines
 
@@ -225,6 +226,23 @@ def test_what_does_not_fit_the_model_is_said_before_nemo_is_loaded(
     with pytest.raises(SystemExit, match="2"):
         command_lines.script_of(script).resolve(command.split())
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("script", "command"),
+    [
+        ("prune", "--restore_path model --save_path new --drop_layers 1"),
+        ("compress", "--teacher model --train-text text.jsonl --heldout-text text.jsonl --output new --drop-layers 1"),
+    ],
+)
+def test_a_modelopt_that_cannot_prune_is_said_before_nemo_is_loaded(tmp_path, monkeypatch, capsys, script, command):
+    command_lines.inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(versions, "_installed", lambda name: "0.47.0")
+    with pytest.raises(SystemExit, match="2"):
+        command_lines.script_of(script).resolve(command.split())
+    assert "the pruning of nvidia-modelopt 0.47.0 imports" in (said := capsys.readouterr().err)
+    assert "Install nvidia-modelopt 0.43" in said
 
 
 def test_what_does_not_fit_the_model_is_said_with_the_rest(tmp_path, monkeypatch, capsys):

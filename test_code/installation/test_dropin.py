@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import py_compile
+import re
 import subprocess
 import sys
 import sysconfig
@@ -208,6 +209,7 @@ GOOD = {"nemo-toolkit": "2.7.3", "megatron-core": "0.15.3", "nvidia-modelopt": "
     [
         {},
         {"nvidia-modelopt": "0.37.0"},
+        {"nvidia-modelopt": "0.47.0"},
         {"nemo-toolkit": "2.6.2"},
         {"nemo-toolkit": "2.5.3", "megatron-core": "0.14.0"},
         {"megatron-core": "0.14.0rc7"},
@@ -221,14 +223,11 @@ def test_supported_versions_pass(change):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (
-            {"nvidia-modelopt": "0.44.0"},
-            r"nvidia-modelopt 0\.44\.0 .*<0\.44; 0\.44 turned quant_cfg into lists",
-        ),
-        ({"nvidia-modelopt": "0.44.0rc1"}, r"nvidia-modelopt 0\.44\.0rc1"),
+        ({"nvidia-modelopt": "0.48.0"}, r"nvidia-modelopt 0\.48\.0 .*<0\.48; later versions have not been tested"),
+        ({"nvidia-modelopt": "0.48.0rc1"}, r"nvidia-modelopt 0\.48\.0rc1"),
         ({"nvidia-modelopt": "0.31.0"}, r"nvidia-modelopt 0\.31\.0 .*>=0\.37"),
         ({"nvidia-modelopt": None}, r"nvidia-modelopt is not installed"),
-        ({"megatron-core": "0.16.0"}, r"megatron-core 0\.16\.0 .*removed a checkpoint module"),
+        ({"megatron-core": "0.16.0"}, r"megatron-core 0\.16\.0 .*no_weight_decay_cond"),
         (
             {"nemo-toolkit": "2.5.3"},
             r"nemo-toolkit 2\.5\.3 needs megatron-core <0\.15 and 0\.15\.3 is installed",
@@ -246,6 +245,27 @@ def test_unsupported_versions_are_named(change, message):
         versions.check({**GOOD, **change})
 
 
+@pytest.mark.parametrize("modelopt, engine", [("0.37.0", False), ("0.43.0", False), ("0.44.0", True), ("0.45.1", True)])
+def test_versions_that_prune(modelopt, engine):
+    assert versions.pruning_problem(modelopt, engine) is None
+
+
+@pytest.mark.parametrize(
+    "modelopt, engine, message",
+    [
+        (
+            "0.44.0",
+            False,
+            r"nvidia-modelopt 0\.44\.0 imports Transformer Engine, which is not installed.*0\.43, or 0\.44",
+        ),
+        ("0.46.0", True, r"nvidia-modelopt 0\.46\.0 .*megatron-core before 0\.16 lacks.*0\.43, or 0\.44 or 0\.45\.$"),
+        ("0.47.0", False, r"nvidia-modelopt 0\.47\.0 .*0\.43, or 0\.44 or 0\.45 with Transformer Engine\.$"),
+    ],
+)
+def test_versions_that_do_not_prune_name_one_that_does(modelopt, engine, message):
+    assert re.search(message, versions.pruning_problem(modelopt, engine))
+
+
 def pretend(folder, name, version):
     """Put the metadata of a distribution of another version into a folder."""
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
@@ -255,14 +275,14 @@ def pretend(folder, name, version):
 
 def test_importing_with_an_unsupported_version_says_so(tmp_path):
     """A newer modelopt's metadata comes first on the path: NeMo's own import of our package shows the error."""
-    pretend(tmp_path, "nvidia-modelopt", "0.44.0")
+    pretend(tmp_path, "nvidia-modelopt", "0.48.0")
     result = run(
         sys.executable, "-c", "import nemo.collections.llm.modelopt",
         cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}, check=False,
     )  # fmt: skip
     assert result.returncode != 0
     assert "UnsupportedVersionError" in result.stderr
-    assert "nvidia-modelopt 0.44.0 is installed (supported: >=0.37,<0.44" in result.stderr
+    assert "nvidia-modelopt 0.48.0 is installed (supported: >=0.37,<0.48" in result.stderr
 
 
 @pytest.mark.parametrize(("switch", "ours"), [("", True), ("stock", False)])

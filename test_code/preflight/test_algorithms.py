@@ -31,7 +31,7 @@ from nemo_modelopt_cli.compress import settings
 from nemo_modelopt_dropin.preflight import model_checks, model_sizes
 
 assert ptq.algorithm("int3") == "int3"
-assert "w4a16_nvfp4, int3, a preset" in " ".join(ptq.parser().format_help().split())
+assert "gptq, int3, a preset" in " ".join(ptq.parser().format_help().split())
 assert not settings.unknown("algorithm", ["int3"], settings.ALGORITHMS)
 quantization = settings.Quantization(algorithm="int3", formats=("hf",))
 assert quantization.problems() == []
@@ -115,6 +115,15 @@ def test_the_presets_that_need_cuda_are_those_that_the_cpu_backend_does_not_simu
         assert choices.needs_cuda(quant_cfg) is algorithms.needs_cuda(name), name
 
 
+@pytest.mark.parametrize(
+    "installed, expected",
+    [("0.43.0", "gptq needs nvidia-modelopt 0.44 or later, and 0.43.0 is installed"), ("0.44.0rc1", None)],
+)
+def test_a_method_of_a_later_modelopt_is_refused_with_both_versions(installed, expected):
+    assert algorithms.version_problem("gptq", installed) == expected
+    assert algorithms.version_problem("fp8", installed) is None
+
+
 @pytest.mark.parametrize("name", algorithms.TABLE)
 def test_the_table_agrees_with_modelopts_presets(cpu_backend, name):
     import modelopt.torch.quantization as mtq
@@ -123,8 +132,8 @@ def test_the_table_agrees_with_modelopts_presets(cpu_backend, name):
     from nemo.collections.llm.modelopt.quantization.export.layouts import layer
 
     entry = algorithms.get(name)
-    # modelopt 0.37 has fewer presets.
-    if entry.preset is not None and not hasattr(mtq, entry.preset):
+    # modelopt 0.37 has fewer presets, and no method of 0.44.
+    if algorithms.version_problem(name) or (entry.preset is not None and not hasattr(mtq, entry.preset)):
         assert name not in choices.get_quant_cfg_choices()
         return
     quant_cfg = choices.get_quant_cfg_choices()[name]

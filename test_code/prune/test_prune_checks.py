@@ -185,6 +185,11 @@ class TestOnAModel:
         message = ranks(1).run(jobs.refused, {"target_num_layers": 2}, batches=0)[0]
         assert "limit_val_batches=0" in message
 
+    def test_a_modelopt_without_pruning_for_megatron(self, ranks, tmp_path):
+        found = ranks(1).run(jobs.refused_without_plugin, str(tmp_path / "model"), {"drop_layers": [1]})[0]
+        for message in found:
+            assert "This model cannot be pruned here: " in message
+
     def test_too_few_samples(self, ranks):
         changed, error, same, _ = ranks(1).run(jobs.what_changes, {"target_ffn_hidden_size": 64}, train_samples=3)[0]
         assert "No batch reached the model" in error

@@ -312,13 +312,15 @@ def converted():
     """Return a small quantized torch model: layers.0, layers.1 (Linear) and conv."""
     import modelopt.torch.quantization as mtq
 
+    from nemo.collections.llm.modelopt.quantization import quant_cfg_entries
+
     model = torch.nn.ModuleDict(
         {
             "layers": torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)]),
             "conv": torch.nn.Conv1d(1, 1, 1),
         }
     )
-    return mtq.quantize(model, {"quant_cfg": {"*": {"enable": False}}, "algorithm": None}, None)
+    return mtq.quantize(model, {**quant_cfg_entries.disabled("*"), "algorithm": None}, None)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,21 @@ def stage_on_two_ranks(target) -> str:
 # --- what can be exported ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("has_state", [True, False])
+def test_a_quantized_output_layer_needs_a_modelopt_that_leaves_its_state_out(cpu_backend, monkeypatch, has_state):
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+    from nemo.collections.llm.modelopt.quantization.export import support
+
+    monkeypatch.setattr(support._output_layer, "has_state", lambda: has_state)
+    head = {"quant_cfg": {"*weight_quantizer": {"num_bits": 8}}}
+    without = {"quant_cfg": {**head["quant_cfg"], "*output_layer*": {"enable": False}}}
+    support.check_saved_head("hf", head)
+    support.check_saved_head("nemo", without)
+    refused = pytest.raises(ModelOptConfigError, match="A quantized output layer cannot be saved in a NeMo checkpoint")
+    with refused if has_state else contextlib.nullcontext():
+        support.check_saved_head("nemo", head)
+
+
 @pytest.mark.parametrize("algorithm", ["MXFP4_DEFAULT_CFG", "MXINT8_DEFAULT_CFG", "W4A8_MXFP4_FP8_CFG"])
 def test_hf_raises_an_error_for_what_it_cannot_write(cpu_backend, algorithm):
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError

@@ -2,6 +2,8 @@
 
 import copy
 import fnmatch
+import json
+from pathlib import Path
 
 import modelopt.torch.quantization as mtq
 import pytest
@@ -13,6 +15,7 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo.collections.llm.modelopt.quantization import _quant_cfg_check, quant_cfg_entries
 from nemo.collections.llm.modelopt.quantization import quant_cfg_choices as choices
+from nemo.collections.llm.modelopt.quantization._quant_cfg import base_quant_cfg
 
 FP8 = {"num_bits": (4, 3), "axis": None}
 INT4 = {"num_bits": 4, "block_sizes": {-1: 128, "type": "static"}}
@@ -84,6 +87,40 @@ def test_the_native_form_is_kept_as_it_is(monkeypatch, takes_lists):
     quant_cfg = {"quant_cfg": LIST if takes_lists else DICTIONARY}
     found = quant_cfg_entries.native(quant_cfg, "q.json")
     assert found == quant_cfg and found["quant_cfg"] is not quant_cfg["quant_cfg"]
+
+
+def test_the_last_of_several_settings_with_one_wildcard_counts():
+    listed = [*LIST, {"quantizer_name": "*weight_quantizer", "cfg": FP8}, {"quantizer_name": "*input*", "cfg": FP8}]
+    off = {"quantizer_name": "*input*", "enable": False}
+    found = list(choices.quantizer_settings({"quant_cfg": listed}))
+    assert found == [("*weight_quantizer", FP8), ("*input*", FP8)]
+    assert list(choices.quantizer_settings({"quant_cfg": [*listed, off]})) == found[:1]
+
+
+@pytest.mark.parametrize(
+    "named, added",
+    [
+        ({}, 1),
+        ({"quantizer_name": "*position_embeddings.weight_quantizer", "cfg": FP8}, 0),
+        ({"quantizer_name": "*", "parent_class": "nn.Embedding", "enable": False}, 0),
+    ],
+)
+def test_embeddings_are_left_out_unless_a_setting_names_them(monkeypatch, named, added):
+    monkeypatch.setattr(quant_cfg_entries, "QUANTIZES_EMBEDDINGS", True)
+    quant_cfg = {"quant_cfg": [*LIST, *([named] if named else [])]}
+    before = len(quant_cfg["quant_cfg"])
+    quant_cfg_entries.leave_embeddings(quant_cfg)
+    assert len(quant_cfg["quant_cfg"]) == before + added
+
+
+def test_no_wildcard_of_a_file_quantizes_an_embedding(tmp_path):
+    path = tmp_path / "weights.json"
+    path.write_text(json.dumps({"quant_cfg": {"*weight_quantizer": {"num_bits": 8}, "default": {"enable": False}}}))
+    model = torch.nn.ModuleDict({"words": torch.nn.Embedding(8, 8), "linear": torch.nn.Linear(8, 8)})
+    quant_cfg, _ = base_quant_cfg(str(path), {}, lambda name: json.loads(Path(name).read_text()))
+    mtq.quantize(model, {**quant_cfg, "algorithm": "max"}, lambda model: model["linear"](model["words"].weight))
+    on = [name for name, one in model.named_modules() if isinstance(one, TensorQuantizer) and one.is_enabled]
+    assert on == ["linear.weight_quantizer"]
 
 
 @pytest.mark.parametrize(

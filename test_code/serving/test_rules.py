@@ -22,7 +22,7 @@ def written() -> list[tuple[str, str]]:
     return [
         (name, layout)
         for name, entry in algorithms.TABLE.items()
-        if entry.hf_format is not None
+        if entry.hf_format is not None and algorithms.version_problem(name) is None
         for layout in algorithms.HF_FORMATS[entry.hf_format].layouts
     ]
 

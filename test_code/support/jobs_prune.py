@@ -115,6 +115,17 @@ def refusal(request: dict, **settings) -> str:
     return ""
 
 
+def refused_without_plugin(checkpoint: str, request: dict) -> list[str]:
+    """Return the errors of a model and of a checkpoint where modelopt's plugin for Megatron was not imported."""
+    from types import SimpleNamespace
+    from unittest import mock
+
+    from nemo.collections.llm.modelopt.prune import pruner
+
+    with mock.patch.object(pruner, "mtp", SimpleNamespace(plugins=SimpleNamespace())):
+        return [refused(request), refused_by_checkpoint(checkpoint, [(request, 1)])[0]]
+
+
 def multi_token_prediction(folder: str, requests: dict, tp: int = 1) -> dict:
     """Return for each request its error, or the losses of a training that continues from the pruned checkpoint."""
     from unittest import mock

@@ -27,7 +27,7 @@ from nemo import lightning as nl
 from nemo.collections import llm
 from nemo_modelopt_dropin import moved
 
-from . import _functions, _real, _saved_keys
+from . import _functions, _output_layer, _real, _saved_keys
 from .errors import ModelOptConfigError, one_of
 
 _, HAVE_TE = safe_import("transformer_engine")
@@ -333,7 +333,7 @@ def restore_modelopt_state(
     _make_finite(core_model)
     # The teacher of a distillation model stays in full precision: only the student is converted.
     support = kv_cache.support_for(weights) if _real.holds_core(core_model) else nullcontext()
-    with _hidden_teacher(core_model), support:
+    with _hidden_teacher(core_model), _output_layer.restored_unquantized(), support:
         mto.plugins.restore_sharded_modelopt_state([core_model], weights, prefix="module.")
     row_blocks.check_restorable(core_model, weights)
     gated_amax.mend(core_model)

@@ -8,6 +8,7 @@ from typing import Any
 
 from nemo.utils import logging
 
+from nemo_modelopt_dropin import versions
 from nemo_modelopt_dropin.preflight import families
 from nemo_modelopt_dropin.preflight.model_checks import ROUNDED, TENSOR_CORE_MULTIPLE, legal_heads, size_step
 
@@ -15,6 +16,20 @@ from ..errors import ModelOptConfigError
 from . import _layer_kinds
 
 MOE_SIZES = ("num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
+
+
+def check_installed(plugins: Any) -> None:
+    """Raise an error if the installed modelopt cannot prune Megatron's models.
+
+    Args:
+        plugins: ``modelopt.torch.prune.plugins``: its functions for Megatron are there only if their imports work.
+
+    Raises:
+        ModelOptConfigError: with what is missing, and the modelopt that prunes.
+    """
+    if not hasattr(plugins, "drop_mcore_language_model_layers"):
+        reason = versions.pruning_problem() or "modelopt's pruning plugin for Megatron cannot be imported."
+        raise ModelOptConfigError(f"This model cannot be pruned here: {reason} The model is as it was.")
 
 
 def check_target(name: str, value: Any) -> None:

@@ -45,7 +45,9 @@ def base_quant_cfg(algorithm: str, presets: dict[str, Any], load: Callable) -> t
                 f"of its entries; its keys are {sorted(quant_cfg)}."
             )
         _quant_cfg_check.check(quant_cfg, algorithm)
-        return quant_cfg_entries.native(quant_cfg, algorithm), True
+        quant_cfg = quant_cfg_entries.native(quant_cfg, algorithm)
+        quant_cfg_entries.leave_embeddings(quant_cfg)
+        return quant_cfg, True
     own = choices.get_modelopt_presets()
     if algorithm in own:
         return own[algorithm], False
@@ -66,6 +68,8 @@ def _check_installed(name: str) -> None:
         ModelOptConfigError: If it lacks the preset.
     """
     entry = algorithms.TABLE.get(name)
+    if problem := algorithms.version_problem(name):
+        raise ModelOptConfigError(f"Unsupported quantization format: {name}. {problem}.")
     if entry is not None:
         raise ModelOptConfigError(
             f"Unsupported quantization format: {name}. It needs the preset {entry.preset}, which nvidia-modelopt "
@@ -183,11 +187,12 @@ def _if_number(value: Any) -> Any:
 def apply_method_options(
     quant_cfg: dict[str, Any], algorithm: str, from_file: bool, decoder_type: str | None, awq_block_size, sq_alpha
 ) -> None:
-    """Set the options of AWQ and SmoothQuant in a quant_cfg, in place.
+    """Set the options of AWQ, GPTQ and SmoothQuant in a quant_cfg, in place.
 
     The block size or the alpha in a file is kept, unless the block size option differs from its default.
     """
-    if choices.is_awq(quant_cfg) and awq_block_size and not (from_file and awq_block_size == DEFAULT_AWQ_BLOCK_SIZE):
+    has_blocks = choices.is_awq(quant_cfg) or choices.is_gptq(quant_cfg)
+    if has_blocks and awq_block_size and not (from_file and awq_block_size == DEFAULT_AWQ_BLOCK_SIZE):
         choices.set_awq_block_size(quant_cfg, awq_block_size)
     if algorithm == "w4a8_awq" and decoder_type in ("gemma", "mpt"):
         # On these models TensorRT-LLM overflows with scales from a fine search, so only alpha 0 and 1 are tried.

@@ -48,8 +48,15 @@ def calibration_methods(quant_cfg: QuantCfg) -> tuple[str, ...]:
 
 
 def quantizer_settings(quant_cfg: QuantCfg) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (pattern, attributes) of every enabled quantizer setting, including those in lists."""
-    for entry in quant_cfg_entries.entries(quant_cfg):
+    """Yield (pattern, attributes) of every enabled quantizer setting, including those in lists.
+
+    Of several settings with one pattern, the last counts.
+    """
+    listed = quant_cfg_entries.entries(quant_cfg)
+    last = {(entry.wildcard, entry.module_class): entry for entry in listed}
+    for entry in listed:
+        if last[entry.wildcard, entry.module_class] is not entry:
+            continue
         for attributes in entry.steps:
             if not entry.disables and "num_bits" in attributes and attributes.get("enable", True):
                 yield entry.wildcard, attributes
@@ -82,6 +89,11 @@ def enabled_quantizers(quant_cfg: QuantCfg, module: str, names: tuple[str, ...])
 def is_awq(quant_cfg: QuantCfg) -> bool:
     """Return whether an AWQ search is among the calibration methods (arXiv 2306.00978)."""
     return any(name.startswith("awq") for name in calibration_methods(quant_cfg))
+
+
+def is_gptq(quant_cfg: QuantCfg) -> bool:
+    """Return whether GPTQ is among the calibration methods (arXiv 2210.17323)."""
+    return "gptq" in calibration_methods(quant_cfg)
 
 
 def is_smoothquant(quant_cfg: QuantCfg) -> bool:
@@ -120,9 +132,16 @@ def bits_of(num_bits: int | tuple[int, int]) -> int:
     return 1 + sum(num_bits) if isinstance(num_bits, (tuple, list)) else int(num_bits)
 
 
-def weight_bits(quant_cfg: QuantCfg) -> int:
-    """Return the bits of a weight as modelopt's search counts them: the fewest of all quantizers, without scales."""
-    return min((bits_of(attributes["num_bits"]) for _, attributes in quantizer_settings(quant_cfg)), default=16)
+def weight_bits(quant_cfg: QuantCfg) -> float:
+    """Return the bits of a weight as modelopt's search counts them: the fewest of all quantizers.
+
+    They include the bits of the scales if the quant_cfg has ``effective_bits``, as presets of modelopt 0.47 have.
+    """
+    found = [
+        attributes.get("effective_bits") or bits_of(attributes["num_bits"])
+        for _, attributes in quantizer_settings(quant_cfg)
+    ]
+    return quant_cfg.get("effective_bits") or min(found, default=16)
 
 
 def set_awq_block_size(quant_cfg: QuantCfg, block_size: int) -> None:

@@ -16,6 +16,7 @@ from importlib import metadata
 from typing import Any
 
 from modelopt.torch.quantization import config as definitions
+from modelopt.torch.quantization import nn as quantized_modules
 
 from ..errors import ModelOptConfigError
 
@@ -24,6 +25,9 @@ DEFAULT = "default"
 FIELDS = ("quantizer_name", "parent_class", "cfg", "enable")
 # Only versions with lists define the type of an entry.
 TAKES_LISTS = hasattr(definitions, "QuantizerCfgEntry")
+# From 0.45 a wildcard such as "*weight_quantizer" matches those of embeddings, too.
+_EMBEDDING = "nn.Embedding"
+QUANTIZES_EMBEDDINGS = hasattr(quantized_modules, "QuantEmbedding")
 
 
 @dataclass(frozen=True)
@@ -189,6 +193,17 @@ def native(quant_cfg: Mapping[str, Any], where: str) -> QuantCfg:
     elif not TAKES_LISTS and not is_dictionary:
         found["quant_cfg"] = _as_dictionary(entries(found), where)
     return found
+
+
+def leave_embeddings(quant_cfg: QuantCfg) -> None:
+    """Keep embeddings out of a quant_cfg that does not name them, in place.
+
+    Args:
+        quant_cfg: The quant_cfg, in the form of the installed version.
+    """
+    named = any(entry.module_class == _EMBEDDING or "embed" in entry.wildcard for entry in entries(quant_cfg))
+    if QUANTIZES_EMBEDDINGS and not named:
+        quant_cfg["quant_cfg"].append({"quantizer_name": "*", "parent_class": _EMBEDDING, "enable": False})
 
 
 def _as_entry(entry: Entry) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ...errors import ModelOptConfigError
 from .. import comparison, layer_errors
 from .. import quant_cfg_choices as choices
 from .._quant_cfg import AUTO, auto_formats, is_file
-from ..insert import mixed_precision, quantizers, shared_scales
+from ..insert import kv_cache, mixed_precision, quantizers, shared_scales
 from . import batching, fingerprint, sources, unused_experts
 
 Batches = Callable[[], Iterator[torch.Tensor]]
@@ -217,6 +217,7 @@ def calibrate(mtq: Any, core, plan: Plan, forward_loop: Callable | None, batches
     else:
         kv_option = plan.config.enable_kv_cache
         quantized = quantizers.insert(mtq, core, plan.quant_cfg, forward_loop, kv_option, plan.from_file)
+    kv_cache.agree(core)
     unused_experts.complete(core)
     if plan.moves_scales:
         _move_scales(mtq, core, plan.quant_cfg, forward_loop)
@@ -230,6 +231,7 @@ def _move_scales(mtq: Any, core, quant_cfg: dict[str, Any], forward_loop: Callab
     changed = _parallel.any_rank([shared_scales.move(core)])[0]
     if changed and choices.has_kv_cache(quant_cfg) and forward_loop is not None:
         mixed_precision.quantize_kv_cache(mtq, core, quant_cfg, forward_loop)
+        kv_cache.agree(core)
 
 
 def measure(config: Any, core, batches: list[torch.Tensor], before: list[torch.Tensor]) -> dict[str, Any]:

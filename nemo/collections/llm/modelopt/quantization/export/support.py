@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from nemo.utils.model_utils import unwrap_model
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 from nemo_modelopt_dropin.preflight import algorithms, families
 
+from ... import _output_layer
 from ...errors import ModelOptConfigError
 from .. import _decoders, _transformers_models
 from .. import quant_cfg_choices as choices
@@ -265,6 +267,26 @@ def check_planned(planned: dict[str, dict[str, Any]], export_config: Any) -> Non
     layout_choice.check_mixture(export_config, planned)
 
 
+def check_saved_head(export_format: str, quant_cfg: dict[str, Any]) -> None:
+    """Check that a checkpoint can hold the output layer.
+
+    Raises:
+        ModelOptConfigError: If it is quantized, goes to a NeMo checkpoint, and modelopt gives it a state that Megatron
+            does not save.
+    """
+    names = ("weight_quantizer", "input_quantizer", "output_quantizer")
+    if (
+        export_format == "nemo"
+        and _output_layer.has_state()
+        and choices.enabled_quantizers(quant_cfg, _output_layer.NAME, names)
+    ):
+        raise ModelOptConfigError(
+            f"A quantized output layer cannot be saved in a NeMo checkpoint with nvidia-modelopt "
+            f"{metadata.version('nvidia-modelopt')}: Megatron's GPTModel saves no state of its quantizers. Disable "
+            '"*output_layer*" in the quant_cfg, or export to Hugging Face (export_format="hf").'
+        )
+
+
 def check_model(
     model: Any,
     export_config: Any,
@@ -299,6 +321,7 @@ def check_model(
         check_layout(export_config.export_format, inner.config, inner.config.tensor_model_parallel_size)
         check_architecture(export_config.export_format, inner, unwrap_model(model), quant_cfg)
         row_blocks.check(export_config.export_format, quant_cfg, inner)
+        check_saved_head(export_config.export_format, quant_cfg)
         core = unwrap_model(model)
         hf_kv_cache.check_or_disable(export_config.export_format, quant_cfg, core, enable_kv_cache)
         layout_choice.check_cache(core, export_config, quant_cfg, planned)

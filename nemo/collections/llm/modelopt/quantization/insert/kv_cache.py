@@ -179,3 +179,18 @@ def checkpoint_has_quantizers(weights: Path) -> bool:
 
     names = FileSystemReader(str(weights)).read_metadata().state_dict_metadata
     return any("core_attention" in name and "_bmm_quantizer" in name for name in names)
+
+
+def agree(model: torch.nn.Module) -> None:
+    """Set the KV-cache quantizers of all tensor-parallel ranks to the largest range of them.
+
+    From 0.44, modelopt does so after its plain calibration only and not after AWQ's search, and a checkpoint holds one
+    range for all ranks.
+    """
+    if not parallel_state.model_parallel_is_initialized():
+        return
+    group = parallel_state.get_tensor_model_parallel_group()
+    for name, module in model.named_modules():
+        is_calibrated = isinstance(module, TensorQuantizer) and module.is_enabled and module.amax is not None
+        if name.endswith(_NAMES) and is_calibrated:
+            torch.distributed.all_reduce(module.amax, op=torch.distributed.ReduceOp.MAX, group=group)

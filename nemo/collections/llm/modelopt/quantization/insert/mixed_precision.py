@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+import modelopt
 from modelopt.torch.opt.conversion import apply_mode
 from modelopt.torch.quantization import algorithms
 from modelopt.torch.quantization.mode import QuantizeModeRegistry
@@ -234,6 +235,8 @@ def _identity(core: torch.nn.Module, formats: dict[str, dict[str, Any]]) -> dict
     has_experts = any(".local_experts." in name for name in linear_layers(core))
     return {
         **({"experts": "one format for each layer"} if has_experts else {}),
+        # Later searches count the bits of scales, and check more before they continue.
+        **({"modelopt": modelopt.__version__} if hasattr(algorithms.QuantRecipe, "checkpoint_signature") else {}),
         "formats": repr(formats),
         "ranks": (
             torch.distributed.get_world_size(),

@@ -29,6 +29,8 @@ from ...errors import ModelOptConfigError
 _Base: Any = getattr(algorithms, "AutoQuantizeGradientSearcher", object)
 # The experts of a layer share a format, because readers of Hugging Face files have one kernel for all of them.
 _EXPERTS = r"^(.*\.experts)\.local_experts\.\d+\.linear_fc[12]$"
+# How modelopt 0.46 and later name what they compare with the search that they continue.
+_SIGNATURE = "_signature"
 # Hooks of data-parallel training that Megatron's schedule would call around a backward pass.
 _TRAINING_HOOKS = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func", "param_sync_func", "grad_scale_func")
 
@@ -99,6 +101,8 @@ class Searcher(_Base):
         common = set.intersection(*(names for _, names in answers))
         scored = all(gather_objects(bool(state.get("candidate_stats"))))
         self.quantizer_states = {recipes[name]: saved for name, saved in stored.items() if name in common}
+        for name, signature in state.get("signatures", {}).items():
+            setattr(self, name, signature)
         if scored:
             self.candidate_stats = {
                 name: {**stat, "formats": [recipes[recipe] for recipe in stat["formats"]]}
@@ -116,6 +120,7 @@ class Searcher(_Base):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         content = {
             "identity": self.config["identity"],
+            "signatures": {name: getattr(self, name) for name in self.default_state_dict if name.endswith(_SIGNATURE)},
             "quantizer_states": {str(recipe): saved for recipe, saved in self.quantizer_states.items()},
             "candidate_stats": {
                 name: {**stat, "formats": [str(recipe) for recipe in stat["formats"]]}
@@ -165,6 +170,9 @@ class Searcher(_Base):
     def _verify_constraint(self, search_recipes):
         """Do nothing: `mixed_precision.check_reachable` accounts for the layers that are not quantized."""
 
+    def _verify_resolved_constraint(self, quant_recipe_hparams):
+        """Do nothing, as above; modelopt would check the layers of one pipeline stage."""
+
 
 @contextlib.contextmanager
 def _without_training_hooks(config) -> Iterator[None]:
@@ -187,7 +195,8 @@ def _read_state(path: str | None, identity: dict[str, Any]) -> tuple[dict[str, A
         stored = state["identity"]
     except (ModelOptConfigError, OSError, TypeError, KeyError) as error:
         return {}, f"{path}: {error} Delete it to search again, or use another path."
-    changed = [name for name in identity if (stored or {}).get(name) != identity[name]]
+    stored = stored or {}
+    changed = [name for name in {**identity, **stored} if stored.get(name) != identity.get(name)]
     if changed:
         return {}, f"{path} belongs to a search with other {', '.join(changed)}; delete it or use another path."
     return state, None
