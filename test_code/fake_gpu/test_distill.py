@@ -123,7 +123,7 @@ def test_a_teacher_is_loaded_on_the_device(gpu, stage):
 
 
 @pytest.mark.parametrize("stage", range(4))
-@pytest.mark.parametrize(("kind", "fused"), [("width", "auto"), ("depth", "on")])
+@pytest.mark.parametrize(("kind", "fused"), [("width", "auto"), pytest.param("depth", "on", marks=pytest.mark.slow)])
 def test_llama_8b_on_32_ranks(gpu, kind, fused, stage):
     """A step of Llama 3.1 8B with TP=8 and PP=4, sequences of 4096 tokens, and a pair of layers on every stage."""
     assert gpu(jobs.llama_step, kind, stage, fused) == (MICRO_BATCHES if stage == 3 else 0)
