@@ -287,8 +287,21 @@ class QuantCfgCase:
             quantizer.QUANT_CFG_CHOICES[name].update(preset)
 
 
+def settings_of(quant_cfg):
+    """Return pattern to attributes, also of the list of entries that modelopt 0.44 and later take."""
+    found = quant_cfg["quant_cfg"]
+    if isinstance(found, dict):
+        return found
+    settings = {}
+    for entry in found:
+        if entry.get("parent_class") is None:
+            pattern = "default" if entry == {"quantizer_name": "*", "enable": False} else entry["quantizer_name"]
+            settings[pattern] = entry.get("cfg") or {"enable": entry["enable"]}
+    return settings
+
+
 def has_kv(quant_cfg):
-    return any("bmm_quantizer" in pattern for pattern in quant_cfg["quant_cfg"])
+    return any("bmm_quantizer" in pattern for pattern in settings_of(quant_cfg))
 
 
 @pytest.mark.drop_in
@@ -297,20 +310,20 @@ class TestQuantCfg(QuantCfgCase):
     def test_the_preset_is_inside(self, algorithm):
         preset = copy.deepcopy(quantizer.QUANT_CFG_CHOICES[algorithm])
         found = made(algorithm, "llama", enable_kv_cache=False)._get_quant_cfg(stand_in())
-        assert preset["quant_cfg"].items() <= found["quant_cfg"].items()
+        assert settings_of(preset).items() <= settings_of(found).items()
         assert found["algorithm"] == preset["algorithm"]
 
     @pytest.mark.parametrize("algorithm", ["fp8", "int8_sq", "int4_awq"])
     def test_the_projection_of_images_is_left_alone(self, algorithm):
         found = made(algorithm, "llama")._get_quant_cfg(stand_in())
-        assert found["quant_cfg"]["vision_projection.*"] == {"enable": False}
+        assert settings_of(found)["vision_projection.*"] == {"enable": False}
 
     def test_a_preset_of_ones_own(self):
         with patch.dict(
             quantizer.QUANT_CFG_CHOICES, {"mine": {"quant_cfg": {"*": {"num_bits": 8}}, "algorithm": "max"}}
         ):
             found = made("mine", "llama", enable_kv_cache=False)._get_quant_cfg(stand_in())
-        assert found["quant_cfg"]["*"] == {"num_bits": 8}
+        assert settings_of(found)["*"] == {"num_bits": 8}
         assert found["algorithm"] == "max"
 
     @pytest.mark.parametrize(
@@ -338,33 +351,35 @@ class TestQuantCfg(QuantCfgCase):
     @pytest.mark.parametrize(("qformat", "preset"), [("fp8", "FP8_KV_CFG"), ("nvfp4", "NVFP4_KV_CFG")])
     def test_kv_cache_preset(self, qformat, preset):
         found = made("fp8", "llama", enable_kv_cache=True, kv_cache_qformat=qformat)._get_quant_cfg(stand_in())
-        assert getattr(quantizer.mtq, preset)["quant_cfg"].items() <= found["quant_cfg"].items()
+        kv_cache = settings_of(getattr(quantizer.mtq, preset))
+        kv_cache.pop("default", None)
+        assert kv_cache.items() <= settings_of(found).items()
 
     def test_kv_cache_preset_of_a_replaced_modelopt(self):
         with patch(f"{MODULE}.mtq") as mtq:
             mtq.FP8_KV_CFG = {"quant_cfg": {"*own_bmm_quantizer": {"num_bits": (4, 3)}}}
             found = made("fp8", "llama", enable_kv_cache=True)._get_quant_cfg(stand_in())
-        assert found["quant_cfg"]["*own_bmm_quantizer"] == {"num_bits": (4, 3)}
+        assert settings_of(found)["*own_bmm_quantizer"] == {"num_bits": (4, 3)}
 
     def test_kv_cache_alone(self):
         with patch.dict(quantizer.QUANT_CFG_CHOICES, {"kv": {}}):
             found = made("kv", "llama", enable_kv_cache=True)._get_quant_cfg(stand_in())
         assert found["algorithm"] == "max"
-        assert found["quant_cfg"]["default"] == {"enable": False}
+        assert settings_of(found)["default"] == {"enable": False}
         assert has_kv(found)
 
     @pytest.mark.parametrize("size", [64, 128, 256])
     @pytest.mark.parametrize("algorithm", ["int4_awq", "w4a8_awq"])
     def test_awq_block_size(self, algorithm, size):
         found = made(algorithm, "llama", awq_block_size=size)._get_quant_cfg(stand_in())
-        weight = found["quant_cfg"]["*weight_quantizer"]
+        weight = settings_of(found)["*weight_quantizer"]
         weight = weight[0] if isinstance(weight, list) else weight
         assert weight["block_sizes"][-1] == size
 
     def test_awq_block_size_of_the_preset(self):
-        preset = quantizer.QUANT_CFG_CHOICES["int4_awq"]["quant_cfg"]["*weight_quantizer"]["block_sizes"][-1]
+        preset = settings_of(quantizer.QUANT_CFG_CHOICES["int4_awq"])["*weight_quantizer"]["block_sizes"][-1]
         found = made("int4_awq", "llama", awq_block_size=0)._get_quant_cfg(stand_in())
-        assert found["quant_cfg"]["*weight_quantizer"]["block_sizes"][-1] == preset
+        assert settings_of(found)["*weight_quantizer"]["block_sizes"][-1] == preset
 
     def test_awq_leaves_the_preset_as_it_was(self):
         before = copy.deepcopy(quantizer.QUANT_CFG_CHOICES["int4_awq"])
@@ -408,7 +423,8 @@ class TestQuantCfgOfFilesAndNamespaces(QuantCfgCase):
             patch(f"{MODULE}.os.path.isfile", return_value=True),
             patch(f"{MODULE}.load_quant_cfg", return_value=copy.deepcopy(content)) as load,
         ):
-            assert built._get_quant_cfg(stand_in()) == content
+            found = built._get_quant_cfg(stand_in())
+        assert {**found, "quant_cfg": settings_of(found)} == content
         load.assert_called_once_with("/fake/config.json")
 
     def test_a_real_file(self, tmp_path):
@@ -417,7 +433,7 @@ class TestQuantCfgOfFilesAndNamespaces(QuantCfgCase):
             '{"quant_cfg": {"*weight_quantizer": {"num_bits": [4, 3], "block_sizes": {"-1": 16}}}, "algorithm": "max"}'
         )
         found = made(str(path), "llama")._get_quant_cfg(stand_in())
-        assert found["quant_cfg"] == {"*weight_quantizer": {"num_bits": (4, 3), "block_sizes": {-1: 16}}}
+        assert settings_of(found) == {"*weight_quantizer": {"num_bits": (4, 3), "block_sizes": {-1: 16}}}
 
     @pytest.mark.parametrize(
         ("settings", "kv"),
@@ -441,7 +457,7 @@ class TestQuantCfgOfFilesAndNamespaces(QuantCfgCase):
         owner.quantization_config = QuantizationConfig(algorithm="fp8", enable_kv_cache=False)
         owner._get_decoder_type.return_value = "llama"
         found = Quantizer._get_quant_cfg(owner, MagicMock())
-        assert found["quant_cfg"]["vision_projection.*"] == {"enable": False}
+        assert settings_of(found)["vision_projection.*"] == {"enable": False}
         assert not has_kv(found)
 
     @pytest.mark.parametrize(("enable", "word"), [(True, "Enabled"), (False, "Disabled")])
@@ -673,7 +689,7 @@ class TestQuantizeOtherStandIns(QuantizeCase):
             )
         model = stand_in()
         assert built.quantize(model, Mock()) is model
-        assert self.mtq.quantize.call_args.args[1]["quant_cfg"]["vision_projection.*"] == {"enable": False}
+        assert settings_of(self.mtq.quantize.call_args.args[1])["vision_projection.*"] == {"enable": False}
 
 
 @pytest.mark.drop_in

@@ -154,6 +154,8 @@ def nvfp4(weight: torch.Tensor) -> torch.nn.Linear:
     """Return a layer that modelopt converted to NVFP4 and calibrated."""
     import modelopt.torch.quantization as mtq
 
+    from nemo.collections.llm.modelopt.quantization import quant_cfg_entries
+
     module = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=True)
     module.weight = torch.nn.Parameter(weight)
     model = torch.nn.Sequential(module)
@@ -169,7 +171,7 @@ def nvfp4(weight: torch.Tensor) -> torch.nn.Linear:
         "algorithm": "max",
     }
     # The kernel needs CUDA, calibration does not.
-    mtq.quantize(model, config, None)
+    mtq.quantize(model, quant_cfg_entries.native(config, "nvfp4"), None)
     model[0].weight_quantizer.amax = weight.abs().amax()
     return model[0]
 

@@ -41,6 +41,7 @@ def test_quantizers_that_files_cannot_describe_raise_an_error(cpu_backend, patte
     import modelopt.torch.quantization as mtq
 
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+    from nemo.collections.llm.modelopt.quantization import quant_cfg_entries
     from nemo.collections.llm.modelopt.quantization.export import support
 
     core = torch.nn.ModuleDict({"linear_fc1": torch.nn.Linear(4, 4)})
@@ -48,7 +49,9 @@ def test_quantizers_that_files_cannot_describe_raise_an_error(cpu_backend, patte
     support.check_contents("nemo", quant_cfg, SimpleNamespace(), core)
     with pytest.raises(ModelOptConfigError, match=message):
         support.check_contents("hf", quant_cfg, SimpleNamespace(), core)
-    mtq.quantize(core, quant_cfg, lambda model: model["linear_fc1"](torch.ones(1, 4)))
+    mtq.quantize(
+        core, quant_cfg_entries.native(quant_cfg, "patterns"), lambda model: model["linear_fc1"](torch.ones(1, 4))
+    )
     with pytest.raises(ModelOptConfigError, match=message):
         support.check_converted(core)
 

@@ -89,6 +89,16 @@ def test_the_native_form_is_kept_as_it_is(monkeypatch, takes_lists):
     assert found == quant_cfg and found["quant_cfg"] is not quant_cfg["quant_cfg"]
 
 
+@pytest.mark.parametrize("base", [DICTIONARY, LIST], ids=["dictionary", "list"])
+@pytest.mark.parametrize("other", [{"*k_bmm*": FP8}, [{"quantizer_name": "*k_bmm*", "cfg": FP8}]], ids=["dict", "list"])
+def test_settings_of_either_form_extend_those_of_the_other(base, other):
+    quant_cfg = {"quant_cfg": copy.deepcopy(base)}
+    quant_cfg_entries.extend(quant_cfg, {"quant_cfg": other})
+    assert type(quant_cfg["quant_cfg"]) is type(base)
+    last = quant_cfg_entries.entries(quant_cfg)[-1]
+    assert (last.wildcard, last.steps[0]["num_bits"], last.enables) == ("*k_bmm*", (4, 3), True)
+
+
 def test_the_last_of_several_settings_with_one_wildcard_counts():
     listed = [*LIST, {"quantizer_name": "*weight_quantizer", "cfg": FP8}, {"quantizer_name": "*input*", "cfg": FP8}]
     off = {"quantizer_name": "*input*", "enable": False}

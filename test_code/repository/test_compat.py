@@ -31,7 +31,7 @@ def test_every_row_is_of_supported_versions(compat):
         versions.check(row)
     # The promise of the README, and of versions.SUPPORTED's lower bounds.
     assert {row["nemo-toolkit"] for row in rows} == {"2.5.3", "2.6.2", "2.7.3"}
-    assert {row["nvidia-modelopt"] for row in rows} == {"0.37.0", "0.43.0"}
+    assert {row["nvidia-modelopt"] for row in rows} == {"0.37.0", "0.43.0", "0.44.0", "0.47.0"}
     assert all((row["megatron-core"] == "0.14.0") == (row["nemo-toolkit"] == "2.5.3") for row in rows)
 
 

@@ -36,7 +36,8 @@ def base_quant_cfg(algorithm: str, presets: dict[str, Any], load: Callable) -> t
     if algorithm == AUTO:
         return {**quant_cfg_entries.disabled(), "algorithm": AUTO}, False
     if algorithm in presets:
-        return copy.deepcopy(presets[algorithm]), False
+        # A preset of the user's own may have the form of another version.
+        return quant_cfg_entries.native(presets[algorithm], algorithm), False
     if os.path.isfile(algorithm):
         quant_cfg = load(algorithm)
         if not isinstance(quant_cfg.get("quant_cfg"), (dict, list)):

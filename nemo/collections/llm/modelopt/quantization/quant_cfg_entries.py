@@ -139,15 +139,18 @@ def _split(attributes: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], b
 
 
 def extend(quant_cfg: QuantCfg, other: Mapping[str, Any]) -> None:
-    """Add copies of the settings of another quant_cfg, in place; both have the same form.
+    """Add copies of the settings of another quant_cfg of any form, in place.
 
-    An entry of the other's list that disables every quantizer is left out: it would come after what is there.
+    In a list, an entry of the other that disables every quantizer is left out: it would come after what is there.
     """
-    settings, more = quant_cfg["quant_cfg"], copy.deepcopy(other["quant_cfg"])
-    if isinstance(settings, dict):
-        settings.update(more)
+    settings = quant_cfg["quant_cfg"]
+    more = entries(copy.deepcopy(dict(other)))
+    if not isinstance(settings, dict):
+        settings.extend(_as_entry(entry) for entry in more if not entry.is_default)
+    elif isinstance(other["quant_cfg"], dict):
+        settings.update(copy.deepcopy(other["quant_cfg"]))
     else:
-        settings.extend(entry for entry in more if not _of_entry(entry).is_default)
+        settings.update(_as_dictionary(more, "quant_cfg"))
 
 
 def keep(quant_cfg: QuantCfg, wanted: Callable[[str], bool]) -> None:
@@ -188,6 +191,8 @@ def native(quant_cfg: Mapping[str, Any], where: str) -> QuantCfg:
     """
     found = copy.deepcopy(dict(quant_cfg))
     is_dictionary = isinstance(found.get("quant_cfg"), dict)
+    if "quant_cfg" not in found:  # a preset for the KV cache alone
+        return found
     if TAKES_LISTS and is_dictionary:
         found["quant_cfg"] = [_as_entry(entry) for entry in entries(found)]
     elif not TAKES_LISTS and not is_dictionary:
