@@ -66,7 +66,7 @@ class Chunk:
             beta: weight of the teacher in the mixture m of the JSD, between 0 and 1.
         """
         self.temperature, self.beta = temperature, beta
-        self._buffers = logits.new_empty(3, rows, logits.shape[1], dtype=wide(logits.dtype))
+        self._memory = logits.new_empty(3 * rows * logits.shape[1], dtype=wide(logits.dtype))
         self._spare: Tensor | None = None
 
     def load(self, student: Tensor, teacher: Tensor, maxima: Tensor | None = None, difference: bool = True) -> None:
@@ -78,11 +78,12 @@ class Chunk:
             maxima: [2, c] of the student and the teacher if they are known.
             difference: whether it is needed.
         """
-        self.share_z, self.share_y, self.difference = self._buffers[:, : student.shape[0]]
+        buffers = _of_shape(self._memory, 3, student)
+        self.share_z, self.share_y, self.difference = buffers
         known = (None, None) if maxima is None else maxima.unsqueeze(-1)
         self.max_z = shifted(student, self.temperature, self.share_z, known[0])
         self.max_y = shifted(teacher, self.temperature, self.share_y, known[1])
-        both = self._buffers[:2, : student.shape[0]].clamp_(min=LOWEST)
+        both = buffers[:2].clamp_(min=LOWEST)
         if difference:
             torch.sub(self.share_y, self.share_z, out=self.difference)
         self.log_sums = normalized(both, torch.stack([self.max_z, self.max_y]))
@@ -105,8 +106,8 @@ class Chunk:
             logs: L_z and L_y of the module's docstring [2, c]; by default this shard is the whole vocabulary.
         """
         if self._spare is None:
-            self._spare = torch.empty_like(self._buffers[:2])
-        common, with_q_ratio = self._spare[:, : len(self.difference)]
+            self._spare = torch.empty_like(self._memory[: len(self._memory) // 3 * 2])
+        common, with_q_ratio = _of_shape(self._spare, 2, self.difference)
         log_z, log_y = self.log_sums if logs is None else logs
         log_q, log_p = math.log(self.beta), math.log1p(-self.beta)  # of the models' weights in m
         # The logarithm of the ratio of both summands of m.
@@ -156,6 +157,11 @@ class Chunk:
         elif scale != 1.0:
             self.share_z.mul_(scale)
         torch.mul(self.share_z, factor, out=out)
+
+
+def _of_shape(memory: Tensor, count: int, like: Tensor) -> Tensor:
+    """Return the beginning of one-dimensional memory as ``count`` contiguous tensors of a shape [count, c, v]."""
+    return memory[: count * like.numel()].view(count, *like.shape)
 
 
 def resolved(direction: str, beta: float) -> str:
