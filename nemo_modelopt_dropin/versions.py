@@ -37,16 +37,16 @@ def check(installed: dict[str, str | None] | None = None) -> None:
     from packaging.version import Version
 
     if installed is None:
-        installed = {name: _installed(name) for name in SUPPORTED}
+        installed = {name: installed_version(name) for name in SUPPORTED}
     problems = []
     for name, (low, high, why) in SUPPORTED.items():
         found = installed.get(name)
         if found is None:
             problems.append(f"{name} is not installed (supported: >={low},<{high})")
         # Containers have release candidates and local builds, which count as the version that they precede.
-        elif _base(found) < Version(low):
+        elif base(found) < Version(low):
             problems.append(f"{name} {found} is installed (supported: >={low},<{high})")
-        elif _base(found) >= Version(high):
+        elif base(found) >= Version(high):
             problems.append(f"{name} {found} is installed (supported: >={low},<{high}; {why})")
     problems += _conflicts(installed)
     if problems:
@@ -66,12 +66,12 @@ def pruning_problem(modelopt: str | None = None, has_engine: bool | None = None)
     """
     from packaging.version import Version
 
-    found = modelopt or _installed("nvidia-modelopt")
-    if found is None or _base(found) < Version(_PRUNING_NEEDS_ENGINE):
+    found = modelopt or installed_version("nvidia-modelopt")
+    if found is None or base(found) < Version(_PRUNING_NEEDS_ENGINE):
         return None
     if has_engine is None:
         has_engine = importlib.util.find_spec("transformer_engine") is not None
-    if _base(found) >= Version(_PRUNING_NEEDS_MEGATRON):
+    if base(found) >= Version(_PRUNING_NEEDS_MEGATRON):
         reason = "imports a module of Megatron (megatron.core.ssm.gated_delta_net) that megatron-core before 0.16 lacks"
     elif has_engine:
         return None
@@ -86,7 +86,7 @@ def _conflicts(installed: dict[str, str | None]) -> list[str]:
     from packaging.version import Version
 
     nemo, megatron = installed.get("nemo-toolkit"), installed.get("megatron-core")
-    if nemo and megatron and _base(nemo) < Version("2.6") and _base(megatron) >= Version("0.15"):
+    if nemo and megatron and base(nemo) < Version("2.6") and base(megatron) >= Version("0.15"):
         return [
             f"nemo-toolkit {nemo} needs megatron-core <0.15 and {megatron} is installed: it imports a class that 0.15 "
             "removed"
@@ -94,14 +94,15 @@ def _conflicts(installed: dict[str, str | None]) -> list[str]:
     return []
 
 
-def _base(version: str) -> Version:
+def base(version: str) -> Version:
     """Return a version without the part that marks a release candidate or a local build."""
     from packaging.version import Version
 
     return Version(Version(version).base_version)
 
 
-def _installed(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
+    """Return the version of a distribution, None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

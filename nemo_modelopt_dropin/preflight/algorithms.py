@@ -10,9 +10,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
+from nemo_modelopt_dropin import versions
 from nemo_modelopt_dropin.errors import ModelOptConfigError, suggestion
 from nemo_modelopt_dropin.preflight import readers
 
@@ -174,11 +174,9 @@ def version_problem(algorithm: str, installed: str | None = None) -> str | None:
         algorithm: A name; those outside the table have no known problem.
         installed: The version; read from the environment by default.
     """
-    from packaging.version import Version
-
     since = TABLE[algorithm].since if algorithm in TABLE else ""
-    found = installed or (metadata.version("nvidia-modelopt") if since else "")
-    if not since or Version(Version(found).base_version) >= Version(since):
+    found = (installed or versions.installed_version("nvidia-modelopt")) if since else None
+    if found is None or versions.base(found) >= versions.base(since):
         return None
     return f"{algorithm} needs nvidia-modelopt {since} or later, and {found} is installed"
 

@@ -238,7 +238,7 @@ def test_what_does_not_fit_the_model_is_said_before_nemo_is_loaded(
 def test_a_modelopt_that_cannot_prune_is_said_before_nemo_is_loaded(tmp_path, monkeypatch, capsys, script, command):
     command_lines.inputs(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(versions, "_installed", lambda name: "0.47.0")
+    monkeypatch.setattr(versions, "installed_version", lambda name: "0.47.0")
     with pytest.raises(SystemExit, match="2"):
         command_lines.script_of(script).resolve(command.split())
     assert "the pruning of nvidia-modelopt 0.47.0 imports" in (said := capsys.readouterr().err)
