@@ -70,8 +70,11 @@ def test_data_parallel_ranks_hold_the_same_weights(ranks, source):
     assert first[0]["weights"] == second[0]["weights"]
 
 
-def test_the_files_equal_the_model_in_memory(ranks, source, tmp_path):
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3-tied"])
+def test_the_files_equal_the_model_in_memory(ranks, source, tmp_path, family):
     checkpoint, data, _ = source
+    if family != "llama":
+        checkpoint = ranks(1).run(jobs_scales.import_family, str(tmp_path), family)[0]
     quant = {"calibration_dataset_size": 8, "awq_block_size": 16, "calibration_dataset": data}
     export = {"verify": "full", "hf_layout": "compressed-tensors"}
     ranks(1).run(jobs_quant.ptq, checkpoint, str(tmp_path / "out"), "gptq", "hf", quant=quant, export=export)
