@@ -28,7 +28,7 @@ class Format:
         attention: Algorithm of the matrices of attention, or `NO_QUANT`.
         mlp: Algorithm of the matrices of the MLPs and experts, or `NO_QUANT`.
         fp8_cache: Whether keys and values are cached in FP8 instead of 16 bits.
-        block: Weights that share an INT4 scale.
+        block: Weights that share an INT4 scale, for algorithms with this setting.
     """
 
     attention: str = NO_QUANT
@@ -54,9 +54,7 @@ class Format:
 
     def needed_block(self, group: str) -> int | None:
         """Return how many weights along the input of a group's layers share a scale, None if there are no blocks."""
-        name = self.algorithm(group)
-        # In a mixture the block of INT4 is set by the same option as that of AWQ.
-        return self.block if name == "int4" and self.is_mixed else algorithms.block_size(name, self.block)
+        return algorithms.block_size(self.algorithm(group), self.block)
 
 
 def mixtures(names: Iterable[str], layout: str = algorithms.AUTO, block: int = 128, cache: bool = True) -> list[Format]:

@@ -11,12 +11,12 @@ from typing import Any
 
 from nemo_modelopt_dropin.preflight import budget
 from nemo_modelopt_dropin.preflight.model_checks import size_step
+from nemo_modelopt_dropin.preflight.size_grid import size_choices, spread
 
 from ..errors import ModelOptConfigError
 
 # One of these is chosen as large as the budget allows, once the others are fixed.
 _FITTED = ("moe_ffn_hidden_size", "ffn_hidden_size", "hidden_size", "num_layers")
-_CHOICES = 8
 # Candidates further than this below the budget are only tried if there are none nearer.
 _TOLERANCE = 0.05
 
@@ -80,25 +80,6 @@ def resolve_budget(name: str, value: Any, total: int) -> int:
             f"{name}={value!r} is {limit:,} parameters, not fewer than the model's {total:,}; pass fewer."
         )
     return limit
-
-
-def size_choices(name: str, sizes: Mapping[str, int], floor: float, least: int = 1, multiple: int = 1) -> list[int]:
-    """Return legal sizes from a share of the original one up to it, `_CHOICES` at most and evenly spaced.
-
-    Args:
-        name: the hparam.
-        sizes: the original sizes.
-        floor: the smallest share.
-        least: the smallest size.
-        multiple: number that the size must be a multiple of; none may be legal then.
-    """
-    size = sizes[name]
-    step = sizes["num_query_groups"] if name == "num_attention_heads" else size_step(name, size)
-    step = math.lcm(step, multiple)
-    lowest = math.ceil(max(step, least, floor * size) / step) * step
-    legal = sorted({*([] if size % multiple else [size]), *range(lowest, size + 1, step)})
-    count = min(_CHOICES, len(legal))
-    return [] if not legal else sorted({legal[round(i * (len(legal) - 1) / max(1, count - 1))] for i in range(count)})
 
 
 def enumerate_sizes(
@@ -165,39 +146,6 @@ def _largest(steps: range, fits: Callable[[int], bool]) -> int | None:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(steps[middle]) else (low, middle - 1)
     return steps[low]
-
-
-def spread(combinations: Sequence[Mapping[str, int]], sizes: Mapping[str, int], count: int) -> list[int]:
-    """Return the positions of combinations that are far from each other and take from all dimensions alike.
-
-    Of the half that is most even (by the variance of the logarithms of the shares that are kept) the most even one is
-    first; each further one is the one farthest from all before.
-
-    Args:
-        combinations: all sizes of each combination.
-        sizes: the original sizes.
-        count: how many to choose at most.
-    """
-    names = [name for name in sizes if len({combination[name] for combination in combinations}) > 1]
-    points = [[math.log(combination[name] / sizes[name]) for name in names] for combination in combinations]
-
-    def unevenness(position: int) -> float:
-        point = points[position]
-        mean = sum(point) / max(1, len(point))
-        return sum((value - mean) ** 2 for value in point)
-
-    order = sorted(range(len(points)), key=unevenness)
-    order = order[: max(count, len(order) // 2)]
-    chosen: list[int] = []
-    distance = dict.fromkeys(order, math.inf)
-    while distance and len(chosen) < count:
-        # The first of equals: the most even.
-        farthest = max(distance, key=lambda position: distance[position])
-        chosen.append(farthest)
-        del distance[farthest]
-        for position in distance:
-            distance[position] = min(distance[position], math.dist(points[position], points[farthest]))
-    return chosen
 
 
 def _smallest(
