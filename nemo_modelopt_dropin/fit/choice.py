@@ -95,9 +95,10 @@ class Point:
         sizes: Sizes by the names of `grid.SIZES`.
         format: The format.
         figures: Bytes on disk, bytes of memory, seconds per token.
-        from_shape: Predicted or measured increase of the loss by pruning.
+        from_shape: Predicted increase of the loss by pruning.
         from_format: Predicted increase by quantization.
         measured: Measured increase by both together, None if it was not measured.
+        measured_shape: Measured increase by pruning alone, None if it was not measured.
     """
 
     sizes: Mapping[str, int]
@@ -106,6 +107,7 @@ class Point:
     from_shape: float
     from_format: float
     measured: float | None = None
+    measured_shape: float | None = None
 
     @property
     def predicted(self) -> float:
@@ -115,7 +117,8 @@ class Point:
     def after(self, recovery: float) -> float:
         """Return the expected increase after distillation, which regains a share of what pruning cost."""
         found = self.predicted if self.measured is None else self.measured
-        return found - recovery * max(0.0, self.from_shape)
+        by_pruning = self.from_shape if self.measured_shape is None else self.measured_shape
+        return found - recovery * max(0.0, by_pruning)
 
 
 def format_loss(sensitivities: Mapping[str, Mapping[str, float]], found: Format) -> float | None:
@@ -278,7 +281,8 @@ def promising(points: Iterable[Point], recovery: float, count: int) -> list[Poin
     """
     order = sorted(points, key=lambda point: (point.after(recovery), point.figures[limits.DISK]))
     seen: set[Format] = set()
-    firsts, rest = [], []
+    firsts: list[Point] = []
+    rest: list[Point] = []
     for point in order:
         (rest if replace(point.format, fp8_cache=False) in seen else firsts).append(point)
         seen.add(replace(point.format, fp8_cache=False))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from nemo_modelopt_dropin.preflight import model_checks, size_grid
 from nemo_modelopt_dropin.preflight.model_sizes import Shape
@@ -32,7 +33,8 @@ def with_sizes(shape: Shape, sizes: Mapping[str, int]) -> Shape:
     """Return a shape with other sizes; without query groups, their number follows that of the heads."""
     is_joint = shape.num_query_groups == shape.num_attention_heads
     heads = sizes.get("num_attention_heads", shape.num_attention_heads)
-    return replace(shape, **{**sizes, "num_query_groups": heads if is_joint else shape.num_query_groups})
+    changed: dict[str, Any] = {**sizes, "num_query_groups": heads if is_joint else shape.num_query_groups}
+    return replace(shape, **changed)
 
 
 def targets(shape: Shape, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -112,14 +114,15 @@ def probes(found: Mapping[str, Sequence[int]]) -> list[Sizes]:
     original = {name: max(values) for name, values in found.items()}
     result: list[Sizes] = []
     for share in _PROBES:
-        nearest = {
-            name: min(values, key=lambda size, wanted=share * original[name]: abs(size - wanted))
-            for name, values in found.items()
-        }
+        nearest = {name: _nearest(values, share * original[name]) for name, values in found.items()}
         result += [{**original, name: size} for name, size in nearest.items()]
         result.append(nearest)
     distinct = {tuple(sizes.values()): sizes for sizes in result if sizes != original}
     return list(distinct.values())
+
+
+def _nearest(values: Sequence[int], wanted: float) -> int:
+    return min(values, key=lambda size: abs(size - wanted))
 
 
 def smallest(shape: Shape, fixed: Mapping[str, int], multiples: Mapping[str, int]) -> Shape:

@@ -56,7 +56,7 @@ def parse(kind: str, value: str) -> Limit:
             raise ModelOptConfigError(
                 f"{kind} {value}: a share of the original model lies between 0x and 1x, such as 0.5x."
             )
-        return Limit(kind, float(share[1]), True, text)
+        return Limit(kind, float(share[1]), True, str(value))
     if kind == LATENCY:
         found = _TIME.fullmatch(text)
         if not found or not float(found[1]):
@@ -64,9 +64,9 @@ def parse(kind: str, value: str) -> Limit:
                 f"{kind} {value} is not a time per token; use a number and a unit, such as '15ms', or a share of the "
                 "original model's, such as '0.5x'."
             )
-        return Limit(kind, float(found[1]) * _SECONDS[found[2]], False, text)
+        return Limit(kind, float(found[1]) * _SECONDS[found[2]], False, str(value))
     try:
-        return Limit(kind, shard_sizes.parse(text), False, text)
+        return Limit(kind, shard_sizes.parse(text), False, str(value))
     except ValueError:
         raise ModelOptConfigError(
             f"{kind} {value} is not a number of bytes; use a number and a unit, such as '600MB' or '22GiB', or a share "

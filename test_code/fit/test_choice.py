@@ -84,7 +84,7 @@ def test_an_impossible_budget_has_an_error_with_the_smallest_figure(kind):
     least = choice.smallest_figures(problem())[kind]
     text = f"{least * 1e6 * 0.9:.4f}us" if kind == "latency" else f"{int(least * 0.9)}B"
     (found,) = choice.impossible(problem([(kind, text)]))
-    assert f"fit-{kind} {text.lower()} is below the smallest that can be reached, {choice.shown(kind, least)}" in found
+    assert f"fit-{kind} {text} is below the smallest that can be reached, {choice.shown(kind, least)}" in found
     more = f"{least * 1e6 * 1.01:.6f}us" if kind == "latency" else f"{int(least * 1.01)}B"
     assert choice.impossible(problem([(kind, more)])) == []
 
