@@ -20,7 +20,7 @@ def quantizer_for(data, algorithm="fp8", export=None, **settings):
     from nemo.collections.llm.modelopt import ExportConfig, QuantizationConfig, Quantizer
 
     own = {"calibration_dataset": str(data), "calibration_dataset_size": 20, "calibration_batch_size": 4}
-    config = QuantizationConfig(algorithm=algorithm, calibration_seq_len=32, **{**own, **settings})
+    config = QuantizationConfig(algorithm=algorithm, **{"calibration_seq_len": 32, **own, **settings})
     return Quantizer(config, None if export is None else ExportConfig(**export))
 
 

@@ -16,6 +16,7 @@ from ... import _parallel
 from ...errors import ModelOptConfigError
 from .. import _transformers_models, comparison
 from .. import quant_cfg_choices as choices
+from ..calibration import awq_search
 from . import gated_amax, kv_cache, patterns
 
 # The largest values of the formats whose input amax has a lower bound.
@@ -83,7 +84,10 @@ def insert(
         return mtq.quantize(core, quant_cfg, forward_loop)
     with kv_cache.attention_support(choices.has_kv_cache(quant_cfg)):
         kv_cache.settle(core, quant_cfg, enable_kv_cache)
-        loop = forward_loop and patterns.checked_loop(forward_loop, quant_cfg, from_file)
+        loop = forward_loop
+        if loop and choices.is_awq(quant_cfg):
+            loop = awq_search.one_batch_a_layer(loop)
+        loop = loop and patterns.checked_loop(loop, quant_cfg, from_file)
         quantized = mtq.quantize(core, quant_cfg, loop)
     if forward_loop is None:
         patterns.check(core, quant_cfg, from_file)

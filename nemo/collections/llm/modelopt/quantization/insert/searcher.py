@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from nemo_modelopt_dropin.console import screen
 from ... import tensor_file
 from ..._parallel import gather_objects
 from ...errors import ModelOptConfigError
+from ..calibration import awq_search
 
 _Base: Any = getattr(algorithms, "AutoQuantizeGradientSearcher", object)
 # The experts of a layer share a format, because readers of Hugging Face files have one kernel for all of them.
@@ -60,6 +61,8 @@ class Searcher(_Base):
     Megatron fuses q, k and v, and gate and up, so each of these groups is one layer with one format.
     """
 
+    # The title of the last passes over the data, and the function that runs them.
+    _awq_loop: tuple[str | None, Callable] = (None, print)
     quant_grouping_rules = (_EXPERTS, *getattr(_Base, "quant_grouping_rules", ()))
 
     def layers_of(self, name: str) -> list[str]:
@@ -77,7 +80,11 @@ class Searcher(_Base):
         return {**super().default_state_dict, "identity": None}
 
     def _run_func(self, func, num_iters=1, desc=""):
-        func(self.model, self.config["data_loader"][:num_iters], desc)
+        # AWQ's calibration calls twice, with one title; the second call needs what the first one recorded.
+        batches = self.config["data_loader"][:num_iters]
+        if self._awq_loop[0] != desc:
+            self._awq_loop = desc, awq_search.one_batch_a_layer(lambda model: func(model, batches, desc))
+        self._awq_loop[1](self.model)
 
     def _get_checkpoint_path(self):
         """Return this rank's file; in a folder it has the suffix of our format, which is not a pickle."""
