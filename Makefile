@@ -4,6 +4,7 @@
 # make test-families   every step with a small model of every family; prints the table. FAMILY="mixtral gemma" for some, WRITE=--write for docs/families.md
 # make test-serving   vLLM on this machine's CPU serves what is exported; builds build/serving (3.4 GB) when it is missing
 # make test-te   Transformer Engine's own layers on this machine's CPU; builds build/te_on_cpu (1 MB) when it is missing
+# make test-eval   lm-eval scores what is exported; builds build/eval (95 MB) when it is missing
 # make docs   the documentation as a site, build/site/index.html
 # make test-compat   the tests on the other supported versions; ROW=nemo-2.6.2 TESTS="test_code/test_pruner.py" for a part
 PYTHON ?= python3
@@ -20,7 +21,7 @@ PROSE := $(PAGES) $(SOURCES)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-slow test-families test-serving test-te test-compat lint types docs bench clean
+.PHONY: setup demo test test-slow test-families test-serving test-te test-eval test-compat lint types docs bench clean
 
 setup: $(READY)
 
@@ -65,8 +66,18 @@ $(TE)/.ready: test_code/te_on_cpu/requirements.txt | $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(TE) -r test_code/te_on_cpu/requirements.txt
 	@touch $@
 
-test: lint types docs $(TE)/.ready
+# A folder of its own, on the path of lm-eval's process only.
+EVAL ?= build/eval
+EVAL_PYTEST = EVAL_PATH=$(abspath $(EVAL)) $(BIN)/python -m pytest -m evaluation test_code/evaluation
+$(EVAL)/.ready: test_code/evaluation/requirements.txt constraints.txt | $(READY)
+	rm -rf $(EVAL)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(EVAL) -c constraints.txt \
+	  -r test_code/evaluation/requirements.txt
+	@touch $@
+
+test: lint types docs $(TE)/.ready $(EVAL)/.ready
 	$(TE_PYTEST)/test_train.py -m te
+	$(EVAL_PYTEST)/test_lm_eval.py
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # `SLOW_TIMEOUT` bounds one test, in seconds.
@@ -92,6 +103,9 @@ test-serving: $(READY) $(SERVING)/.ready
 
 test-te: $(READY) $(TE)/.ready
 	$(TE_PYTEST) -m te $(TESTS)
+
+test-eval: $(READY) $(EVAL)/.ready
+	$(EVAL_PYTEST) $(TESTS)
 
 test-compat: $(READY)
 	$(BIN)/python scripts/test_compat.py $(if $(ROW),--row $(ROW)) $(if $(TESTS),-- $(TESTS))

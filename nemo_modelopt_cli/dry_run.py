@@ -278,7 +278,17 @@ def compression(job: Job, output: Path, stages: Iterable[str], waiting: Mapping[
             if "hf" in job.quantization.formats
             else []
         ),
+        *evaluation(job),
         layout(own.devices, own.num_nodes, own.cpu, tp=own.tp, pp=own.pp),
         memory(estimate),
         ("writes", f"{output}: {', '.join(files)}"),
     ]
+
+
+def evaluation(job: Job) -> Rows:
+    """Return the row of the scores on tasks of lm-eval; none without tasks."""
+    own = job.evaluation
+    if not own.names:
+        return []
+    rows = "all rows" if own.limit is None else f"at most {own.limit} rows of each task"
+    return [("evaluate", f"{' and '.join(own.ordered)} on {', '.join(own.names)}, {rows}, loaded by {own.reader}")]

@@ -60,6 +60,11 @@ COMMANDS = {
             "nemo_modelopt_cli.compress.command",
             "prune, distill, quantize, export and report in one resumable command",
         ),
+        Command(
+            "evaluate",
+            "nemo_modelopt_cli.evaluate",
+            "score Hugging Face folders and checkpoints on tasks of EleutherAI's lm-eval",
+        ),
         Command("compare", "nemo_modelopt_cli.compare", "compare two finished runs of compress on one page"),
         Command("demo", "nemo_modelopt_cli.demo", "compress a small GPT on this machine's CPU"),
     )

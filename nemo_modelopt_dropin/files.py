@@ -33,9 +33,10 @@ REPORT = "report"
 TRAINING_CHECKPOINT = "training checkpoint"
 TRAINING_RUN = "training run"
 COMPRESSION_RUN = "compression run"
+EVALUATION = "evaluation"
 STAGE = "stage of a compression run"
 # Folders that are written in place.
-_STAYING = (TRAINING_RUN, COMPRESSION_RUN)
+_STAYING = (TRAINING_RUN, COMPRESSION_RUN, EVALUATION)
 _FORMATS = {"nemo": "NeMo checkpoint", "hf": "Hugging Face checkpoint", "trtllm": "TensorRT-LLM checkpoint"}
 
 _SHOWN = 3

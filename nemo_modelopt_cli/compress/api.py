@@ -10,6 +10,7 @@ from nemo_modelopt_cli.compress import plan, stages
 from nemo_modelopt_cli.compress.digests import Digests
 from nemo_modelopt_cli.compress.settings import Job, SettingsError, raise_all
 from nemo_modelopt_dropin import ranks
+from nemo_modelopt_dropin.errors import ModelOptConfigError
 from nemo_modelopt_dropin.preflight import output_checks
 
 
@@ -75,7 +76,9 @@ def compress(job: Job, output: str, verbose: bool = False, redo: Collection[str]
     steps = plan.compression_stages(job, folder, digests=digests)
     try:
         stages.check_redo(steps, folder, redo)
-    except stages.StageError as error:
+        if ranks.leads():
+            stages.check_ready(steps, folder)
+    except (stages.StageError, ModelOptConfigError) as error:
         raise SettingsError(str(error)) from None
     code = execute(job, folder, steps, digests, verbose, redo=redo)
     if code:

@@ -33,6 +33,7 @@ from nemo_modelopt_cli.compress.settings import (
     raise_all,
 )
 from nemo_modelopt_cli.compress.stages import Stage
+from nemo_modelopt_cli.evaluation import tasks
 from nemo_modelopt_cli.parser import Parser, default_devices, default_nodes
 from nemo_modelopt_dropin import files, ranks
 from nemo_modelopt_dropin.errors import ModelOptConfigError
@@ -190,6 +191,9 @@ def make_job(found: dict[str, Any], reported: Collection[str] = ()) -> Job:
     """
     required = ("teacher", "train_text", "heldout_text")
     problems: list[str] = []
+    if isinstance(chosen := found.get("evaluation"), dict) and isinstance(chosen.get("tasks"), (str, list, tuple)):
+        given = [chosen["tasks"]] if isinstance(chosen["tasks"], str) else map(str, chosen["tasks"])
+        found["evaluation"] = {**chosen, "tasks": tasks.absolute(given)}
     missing = [f"--{name.replace('_', '-')}" for name in required if not found.get(name) and name not in reported]
     if missing:
         problems.append(f"missing: {', '.join(missing)} (as flags or in --config)")
@@ -229,6 +233,7 @@ def show_plan(job: Job, output: Path, planned: Sequence[Stage], redo: Collection
     try:
         runner.check_place(planned, output)
         stages.check_redo(planned, output, redo)
+        stages.check_ready(planned, output)
         report_unused_redo(planned, output, redo)
     except (stages.StageError, ModelOptConfigError) as error:
         sys.stderr.write(f"error: {error}\n")

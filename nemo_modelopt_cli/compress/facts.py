@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from nemo_modelopt_cli.compress.settings import Job
 from nemo_modelopt_cli.compress.stages import Record
@@ -37,4 +38,7 @@ def done(records: Mapping[str, Record], job: Job) -> list[str]:
         found.append(f"Quantized: {job.quantization.algorithm}.")
     if "export" in records:
         found.append(f"Exported: {', '.join(job.quantization.formats)}.")
+    if "evaluate" in records:
+        names = [Path(name).name for name in job.evaluation.names]
+        found.append(f"Scored with lm-eval: {', '.join(names)}.")
     return found

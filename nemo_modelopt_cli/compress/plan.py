@@ -7,13 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from nemo_modelopt_cli.compress import expert_scales
+from nemo_modelopt_cli.compress import evaluating, expert_scales
 from nemo_modelopt_cli.compress.digests import Digests
 from nemo_modelopt_cli.compress.facts import MODELS as MODELS
 from nemo_modelopt_cli.compress.settings import Job, Quantization, Training
 from nemo_modelopt_cli.compress.stages import Record, Stage
 
-_STEPS = ("tokens", "teacher", "prune", "distill", "scratch", "quantize", "export")
+_STEPS = ("tokens", "teacher", "prune", "distill", "scratch", "quantize", "export", "evaluate")
 # Settings of quantization that only the export step depends on, those that it always records first.
 _OF_EXPORT = ("formats", "verify", "hf_layout", "max_shard_size")
 
@@ -23,11 +23,12 @@ _Work = Callable[[Any, Path, "TextIO | None"], dict[str, Any]]
 
 def step_names(job: Job) -> list[str]:
     """Return the names of a job's steps in order, without reading its inputs."""
-    return [name for name in _STEPS if name != "scratch" or job.scratch]
+    optional = {"scratch": job.scratch, "evaluate": bool(job.evaluation.names)}
+    return [name for name in _STEPS if optional.get(name, True)]
 
 
 def compression_stages(job: Job, root: Path, before: str | None = None, digests: Digests | None = None) -> list[Stage]:
-    """Return the steps tokens, teacher, prune, distill, (scratch,) quantize, export.
+    """Return the steps tokens, teacher, prune, distill, (scratch,) quantize, export(, evaluate).
 
     Args:
         job: checked settings.
@@ -98,12 +99,25 @@ def compression_stages(job: Job, root: Path, before: str | None = None, digests:
             formats,
             ("quantize",),
         ),
+        _step(
+            "evaluate",
+            lambda jobs, folder, out: evaluating.evaluate(folder, job, root),
+            evaluating.settings(job, digests),
+            ("export",),
+            keeps_progress=True,
+            ready=lambda: evaluating.ready(job),
+        ),
     ]
     return [step for step in steps if step.name in step_names(job)]
 
 
 def _step(
-    name: str, work: _Work, settings: Mapping[str, Any], after: tuple[str, ...], keeps_progress: bool = False
+    name: str,
+    work: _Work,
+    settings: Mapping[str, Any],
+    after: tuple[str, ...],
+    keeps_progress: bool = False,
+    ready: Callable[[], None] | None = None,
 ) -> Stage:
     """Return a step that imports NeMo only when it runs."""
 
@@ -112,7 +126,7 @@ def _step(
 
         return work(jobs, folder, out)
 
-    return Stage(name, run, settings, after, keeps_progress)
+    return Stage(name, run, settings, after, keeps_progress, ready)
 
 
 def outcome(training: Training) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from nemo_modelopt_cli.compress.stages import (
     Record,
     Stage,
     StageError,
+    check_ready,
     check_redo,
     pending,
     read_record,
@@ -78,6 +79,8 @@ def _execute(
     try:
         check_place(stages, root)
         check_redo(stages, root, redo)
+        if ranks.leads():
+            check_ready(stages, root)
     except (StageError, ModelOptConfigError) as error:  # before anything is started or loaded
         sys.stderr.write(f"error: {error}\n")
         return USAGE

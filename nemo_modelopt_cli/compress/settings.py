@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from nemo_modelopt_cli.evaluation.harness_settings import Evaluation
 from nemo_modelopt_cli.options import converted, group, is_settings, may_be_none, option
 from nemo_modelopt_cli.parser import no_checkpoints, template_problems, text_problems
 from nemo_modelopt_dropin import versions
@@ -256,6 +257,7 @@ class Job:
     pruning: Pruning = field(default_factory=Pruning, metadata=group("prune"))
     distillation: Training = field(default_factory=Training, metadata=group("distill", "distill-"))
     quantization: Quantization = field(default_factory=Quantization, metadata=group("quantize and export"))
+    evaluation: Evaluation = field(default_factory=Evaluation, metadata=group("evaluate", "evaluate-"))
     scratch: bool = field(
         default=False,
         metadata=option("also train a model of the student's shape from random weights, as a baseline"),
@@ -276,6 +278,9 @@ class Job:
         """Return everything that is wrong; empty paths are not looked for."""
         found = self.layout.problems() + self.pruning.problems()
         found += self.distillation.problems("distillation", self.layout) + self.quantization.problems()
+        own, shape = self.quantization, model_sizes.known(self.teacher) if teacher_exists else None
+        experts = bool(shape is not None and shape.experts)
+        found += self.evaluation.problems(own.algorithm, own.hf_layout, own.formats, experts)
         if self.distill_config and not Path(self.distill_config).is_file():
             found.append(f"distill_config {self.distill_config}: there is no such file")
         if teacher_exists:

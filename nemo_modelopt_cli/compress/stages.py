@@ -53,6 +53,7 @@ class Stage:
         settings: everything on which the outcome depends, JSON-serialisable.
         after: names of the stages whose outcome this one uses.
         keeps_progress: True if ``run`` can resume from what an interrupted attempt left in the folder.
+        ready: raises an error if something outside of the job that ``run`` needs is missing; None: it needs nothing.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Stage:
     settings: Mapping[str, Any] = field(default_factory=dict)
     after: tuple[str, ...] = ()
     keeps_progress: bool = False
+    ready: Callable[[], None] | None = None
 
 
 class Ranks(Protocol):
@@ -344,3 +346,15 @@ def pending(stages: Sequence[Stage], root: Path) -> list[str]:
         else:
             names.append(stage.name)
     return names
+
+
+def check_ready(stages: Sequence[Stage], root: Path) -> None:
+    """Raise an error now if a stage that would run, maybe hours later, lacks something that the job does not make.
+
+    Raises:
+        ModelOptConfigError: from the stage.
+    """
+    waiting = pending(stages, root)
+    for stage in stages:
+        if stage.ready is not None and stage.name in waiting:
+            stage.ready()

@@ -59,6 +59,7 @@ def build(records: Mapping[str, Record], title: str, job: Job) -> dict[str, Any]
         "recovery": recovery(records, job),
         "sensitivity": records["quantize"].result.get("weight_errors", []) if "quantize" in records else [],
         "exports": exports,
+        "evaluation": records["evaluate"].result if "evaluate" in records else {},
         "checks": checks(losses),
         "settings": {"job": job.as_dict(), **{name: record.settings for name, record in records.items()}},
         "versions": _versions(),
@@ -189,12 +190,14 @@ def finish(records: Mapping[str, Record], root: Path, title: str, job: Job, stri
 
     from rich.console import Console
 
-    from nemo_modelopt_dropin.report import page
+    from nemo_modelopt_dropin.report import page, scores
 
     content = build(records, title, job)
     page.write(content, root)
     screen = Console(file=sys.stdout)
     screen.print(page.table(content))
+    if content["evaluation"]:
+        screen.print(scores.table(content["evaluation"]))
     failed = [check for check in content["checks"] if not check["ok"]]
     for check in content["checks"]:
         mark = "[green]ok[/green]  " if check["ok"] else "[red]FAIL[/red]"

@@ -67,6 +67,9 @@ class StoreRanks:
         if self.rank == 0:
             # No pickle: anyone who can reach the store's port could run code with one.
             self.store.set(key, json.dumps(value).encode())
+        # A step in which only rank zero works may take longer than any patience; a lost store ends this.
+        while not self.store.check([key]):
+            time.sleep(0.05)
         found = json.loads(self.store.get(key))
         self.store.add(f"{key}/seen", 1)
         while self.store.add(f"{key}/seen", 0) < int(os.environ["WORLD_SIZE"]):

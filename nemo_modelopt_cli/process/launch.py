@@ -68,6 +68,11 @@ def free_port(host: str = "127.0.0.1") -> int:
     raise OSError("no free port for local ranks")
 
 
+def threads(count: int) -> str:
+    """Return the number of threads of one of ``count`` ranks that share this machine."""
+    return str(max(1, (os.cpu_count() or 1) // count))
+
+
 def _environment(rank: int, count: int, port: int) -> dict[str, str]:
     return {
         **os.environ,
@@ -78,7 +83,7 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         ranks.STARTED_BY_US: str(count),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads(count)),
         "TORCHELASTIC_RUN_ID": "local",  # Lightning then starts no processes itself
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_MAX_RESTARTS": "0",

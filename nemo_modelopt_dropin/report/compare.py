@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_modelopt_dropin import files
 from nemo_modelopt_dropin.report import charts as report_charts
-from nemo_modelopt_dropin.report import headline
+from nemo_modelopt_dropin.report import headline, scores
 from nemo_modelopt_dropin.report import page as report
 
 if TYPE_CHECKING:
@@ -76,8 +76,21 @@ def numbers(contents: list[dict[str, Any]]) -> list[dict[str, str]]:
             pair = [of_run.get(name, {}).get(key) for of_run in models]
             if any(value is not None for value in pair):
                 found.append({"model": name, "number": title, **_pair(pair, as_text)})
+        found += _scores(name, contents)
     exact = [content["total_seconds"] for content in contents]
     return found + [{"model": "all job steps", "number": "time", **_pair(exact, report.duration)}]
+
+
+def _scores(name: str, contents: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Return one row per score of a model on a task of lm-eval that either run has."""
+    of_runs = [scores.of_model(content.get("evaluation"), name) for content in contents]
+    found = []
+    for key in dict.fromkeys(key for of_run in of_runs for key in of_run):
+        pair = [of_run.get(key) for of_run in of_runs]
+        change = _pair([None if one is None else one["value"] for one in pair], str)["change"]
+        shown = dict(zip(("first", "second"), map(scores.text, pair), strict=True))
+        found.append({"model": name, "number": " ".join(key), **shown, "change": change})
+    return found
 
 
 def _pair(pair: list[Any], as_text) -> dict[str, str]:

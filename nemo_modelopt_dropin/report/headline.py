@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from nemo_modelopt_dropin.report import scores
+
 # Checkpoints of one run differ in type (fp32 on CPU ranks, bf16 on GPUs, mixed after quantization), so models are
 # compared at the same number of bytes per parameter.
 _BF16_BYTES = 2
@@ -58,7 +60,7 @@ def answers(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     exports = content.get("exports") or {}
     return [
         _how_small(teacher, student, quantized, exports),
-        _how_good(teacher, quantized or student, exports.get("hf") or {}),
+        _how_good(teacher, quantized or student, exports.get("hf") or {}, content.get("evaluation")),
         _how_fast(teacher, student, models),
     ]
 
@@ -87,7 +89,9 @@ def _how_small(teacher, student, quantized, exports: Mapping[str, Any]) -> dict[
     )
 
 
-def _how_good(teacher, last, exported: Mapping[str, Any]) -> dict[str, Any]:
+def _how_good(
+    teacher, last, exported: Mapping[str, Any], evaluation: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     name, loss = f"the {last['name']} model", last["heldout_loss"]
     unmeasured = ""
     if exported.get("heldout_loss") is not None:
@@ -103,6 +107,7 @@ def _how_good(teacher, last, exported: Mapping[str, Any]) -> dict[str, Any]:
         f"Held-out loss of {name}: {loss:.4f} nats per token, of the teacher {reference:.4f}.",
         f"Perplexity: {_perplexity(loss)}, the teacher {_perplexity(reference)}.",
         unmeasured,
+        *scores.sentences(evaluation),
     )
 
 

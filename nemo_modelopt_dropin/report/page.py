@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_modelopt_dropin import files
 from nemo_modelopt_dropin.preflight.output_checks import REPORT_FILES
 from nemo_modelopt_dropin.report import charts as report_charts
-from nemo_modelopt_dropin.report import headline
+from nemo_modelopt_dropin.report import headline, scores
 from nemo_modelopt_dropin.report.headline import megabytes, millions
 
 if TYPE_CHECKING:
@@ -62,6 +62,9 @@ def render(content: Mapping[str, Any], charts: Mapping[str, Mapping[str, Any]] |
     charts = report_charts.charts(content) if charts is None else charts
     values = {"title": content["title"], "rows": rows(content), "remark": remark(content)}
     values |= {"answers": headline.answers(content), "sizes": headline.SIZES}
+    evaluation = content.get("evaluation")
+    values |= {"scores": scores.rows(evaluation), "scores_of_members": scores.rows(evaluation, members=True)}
+    values |= {"scores_note": f"{scores.described(evaluation)}. {scores.NOTE}" if evaluation else ""}
     return render_template(_TEMPLATE, charts, content, report=content, **values)
 
 

@@ -95,6 +95,10 @@ COMPLETE = {
         "--calibration-seq-len 32 --hf-layout modelopt --max-shard-size 500MB",
         f"{_TEXTS} --output out --target-params 70% --max-candidates 3 --heldout-batches 2",
         f"{_TEXTS} --output out --drop-layers 2 3",
+        # The program false stands for an interpreter without lm-eval: the plan ends with an error everywhere.
+        f"{_TEXTS} --output out --target-num-layers 2 --evaluate arc_easy,mmlu --evaluate-models teacher distilled "
+        "--evaluate-limit 5 --evaluate-fewshot 2 --evaluate-batch-size 4 --evaluate-backend vllm "
+        "--evaluate-chat-template --evaluate-model-args dtype=float32 --evaluate-python false",
     ],
     "demo": ["--output out --devices 1 --algorithm int8 --steps-scale 0.5 --fresh"],
 }
