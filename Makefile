@@ -66,7 +66,7 @@ $(TE)/.ready: test_code/te_on_cpu/requirements.txt | $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(TE) -r test_code/te_on_cpu/requirements.txt
 	@touch $@
 
-# A folder of its own, on the path of lm-eval's process only.
+# A folder of its own, on the path of lm-eval's process only. The first part needs no process that imports NeMo.
 EVAL ?= build/eval
 EVAL_PYTEST = EVAL_PATH=$(abspath $(EVAL)) $(BIN)/python -m pytest -m evaluation test_code/evaluation
 $(EVAL)/.ready: test_code/evaluation/requirements.txt constraints.txt | $(READY)
@@ -77,7 +77,7 @@ $(EVAL)/.ready: test_code/evaluation/requirements.txt constraints.txt | $(READY)
 
 test: lint types docs $(TE)/.ready $(EVAL)/.ready
 	$(TE_PYTEST)/test_train.py -m te
-	$(EVAL_PYTEST)/test_lm_eval.py
+	$(EVAL_PYTEST)/test_lm_eval.py --confcutdir=test_code/evaluation
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # `SLOW_TIMEOUT` bounds one test, in seconds.

@@ -24,7 +24,7 @@ from typing import Any, TextIO
 
 from nemo_modelopt_cli import options
 from nemo_modelopt_cli.evaluation import check, folders, scoring, tasks
-from nemo_modelopt_cli.evaluation.harness_settings import Harness
+from nemo_modelopt_cli.evaluation.harness_settings import Harness, conversion_problems
 from nemo_modelopt_cli.options import option
 from nemo_modelopt_cli.parser import Parser, no_checkpoints
 from nemo_modelopt_cli.process import processes, signals
@@ -75,7 +75,7 @@ def resolve(argv: list[str] | None = None, prog: str | None = None) -> tuple[Opt
         problems.append("tasks: set at least one")
     for name, folder in found.items():
         if is_nemo(folder):
-            problems += no_checkpoints({name: str(folder)})
+            problems += no_checkpoints({name: str(folder)}) or conversion_problems(str(folder))
         elif not (folder / "config.json").is_file():
             kind = "no such folder" if not folder.is_dir() else "neither a Hugging Face folder nor a NeMo 2 checkpoint"
             problems.append(f"{name}: {kind}")

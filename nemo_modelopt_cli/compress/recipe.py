@@ -3,7 +3,7 @@
 import nemo_run as run
 
 from nemo_modelopt_cli.compress import api
-from nemo_modelopt_cli.compress.settings import Job, Layout, Pruning, Quantization, Training
+from nemo_modelopt_cli.compress.settings import Evaluation, Job, Layout, Pruning, Quantization, Training
 
 NAME = "default"
 
@@ -49,5 +49,6 @@ def compress_recipe(
         pruning=run.Config(Pruning),
         distillation=run.Config(Training),
         quantization=run.Config(Quantization),
+        evaluation=run.Config(Evaluation),
     )
     return run.Partial(api.compress, job=job, output=output)

@@ -278,9 +278,8 @@ class Job:
         """Return everything that is wrong; empty paths are not looked for."""
         found = self.layout.problems() + self.pruning.problems()
         found += self.distillation.problems("distillation", self.layout) + self.quantization.problems()
-        own, shape = self.quantization, model_sizes.known(self.teacher) if teacher_exists else None
-        experts = bool(shape is not None and shape.experts)
-        found += self.evaluation.problems(own.algorithm, own.hf_layout, own.formats, experts)
+        own, teacher = self.quantization, self.teacher if teacher_exists else None
+        found += self.evaluation.problems(own.algorithm, own.hf_layout, own.formats, teacher)
         if self.distill_config and not Path(self.distill_config).is_file():
             found.append(f"distill_config {self.distill_config}: there is no such file")
         if teacher_exists:

@@ -56,7 +56,8 @@ def of_tasks(names: Iterable[str]) -> dict[str, Any]:
             built_in = True
             continue
         found = tasks.chosen(name)
-        wanted += [str(one.path) for one in found]
+        # lm-eval 0.4.13 loads tasks by their paths, but groups only by name, from the folders that it searches.
+        wanted += [str(one.path) if one.members is None else one.name for one in found]
         folders += [str(folder) for folder in tasks.searched(name)]
         # A group may name tasks of lm-eval.
         built_in = built_in or any(one.members is not None for one in found)

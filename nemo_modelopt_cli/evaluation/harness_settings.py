@@ -7,12 +7,13 @@ import re
 import shutil
 import sys
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from nemo_modelopt_cli.evaluation import tasks as task_files
 from nemo_modelopt_cli.options import option
 from nemo_modelopt_dropin.errors import did_you_mean
-from nemo_modelopt_dropin.preflight import algorithms, readers
+from nemo_modelopt_dropin.preflight import algorithms, families, model_sizes, readers
 
 # The program that loads the model -> its name in the table of readers.
 BACKENDS = {"hf": readers.TRANSFORMERS, "vllm": readers.VLLM}
@@ -130,14 +131,14 @@ class Evaluation(Harness):
         """The models to score, in the order of the job."""
         return tuple(name for name in MODELS if name in self.models)
 
-    def problems(self, algorithm: str, hf_layout: str, formats: tuple[str, ...], experts: bool) -> list[str]:
+    def problems(self, algorithm: str, hf_layout: str, formats: tuple[str, ...], teacher: str | None) -> list[str]:
         """Return what is wrong with the settings, and whether the exported files cannot be loaded.
 
         Args:
             algorithm: of the quantization.
             hf_layout: requested layout of Hugging Face files.
             formats: of the export.
-            experts: whether the model has experts.
+            teacher: checkpoint of the teacher; None if it does not exist yet.
         """
         if not self.names:
             usual = Evaluation()
@@ -153,8 +154,11 @@ class Evaluation(Harness):
         ]
         if not self.models:
             found.append(f"evaluation: set at least one model, any of {', '.join(MODELS)}")
+        if {*self.models} - {EXPORTED, *unknown}:
+            found += [f"evaluation: {problem}" for problem in conversion_problems(teacher)]
         if EXPORTED in self.models and not found:
-            found += self._export_problems(algorithm, hf_layout, formats, experts)
+            shape = model_sizes.known(teacher)
+            found += self._export_problems(algorithm, hf_layout, formats, bool(shape is not None and shape.experts))
         return found
 
     def _export_problems(self, algorithm: str, hf_layout: str, formats: tuple[str, ...], experts: bool) -> list[str]:
@@ -187,6 +191,22 @@ class Evaluation(Harness):
             f"evaluation: {self.reader} cannot load the exported files ({algorithm} in the layout {layout}): {reason}; "
             f"{choices}"
         ]
+
+
+def conversion_problems(checkpoint: str | None) -> list[str]:
+    """Return why a NeMo checkpoint, or a pruned one of it, cannot be written as Hugging Face files with a tokenizer.
+
+    Args:
+        checkpoint: the checkpoint; None for none.
+    """
+    context = Path(checkpoint or "") / "context"
+    if not checkpoint or not context.is_dir():
+        return []
+    problem = families.file_problem(model_sizes.config_of(checkpoint), algorithms.NO_QUANT)
+    found = [f"{checkpoint} cannot be written as Hugging Face files: {problem}"] if problem else []
+    if any(context.rglob("*.model")) and not any(context.rglob("tokenizer_config.json")):
+        found.append(f"the tokenizer of {checkpoint} is not one of transformers, which lm-eval needs")
+    return found
 
 
 def unreadable(hf_format: str, layout: str, reader: str, experts: bool = False) -> str | None:

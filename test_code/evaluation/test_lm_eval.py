@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_modelopt_cli.compress import corpus
 from nemo_modelopt_cli.evaluation import check, scores, scoring
 from nemo_modelopt_cli.evaluation.harness_settings import Harness
 from nemo_modelopt_dropin.errors import ModelOptConfigError
@@ -25,17 +26,14 @@ def lm_eval(monkeypatch):
 def model(tmp_path_factory) -> Path:
     """Write a small Llama with random weights."""
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    from test_code.support import tiny
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("hf")
-    tokenizer = AutoTokenizer.from_pretrained(tiny.tokenizer_folder())
+    corpus.train_tokenizer(local.TEXTS, 300, folder)
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=256, initializer_range=0.3, **sizes)
+    config = LlamaConfig(vocab_size=300, max_position_embeddings=256, initializer_range=0.3, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -68,8 +68,8 @@ def test_arguments_of_the_model(settings, devices, expected):
     assert Harness(**settings).arguments(devices) == expected
 
 
-def _problems(evaluation: Evaluation, algorithm="int8", layout="auto", formats=("nemo", "hf"), experts=False):
-    return evaluation.problems(algorithm, layout, formats, experts)
+def _problems(evaluation: Evaluation, algorithm="int8", layout="auto", formats=("nemo", "hf"), teacher=None):
+    return evaluation.problems(algorithm, layout, formats, teacher)
 
 
 def test_without_tasks_nothing_is_wrong_unless_other_settings_expect_some():
@@ -108,6 +108,16 @@ def test_what_is_offered_instead_works(algorithm, backend):
     assert _problems(Evaluation(tasks=("a",), backend=backend, models=("distilled", "teacher")), algorithm) == []
 
 
+def test_a_teacher_whose_tokenizer_lm_eval_cannot_use_is_reported(tmp_path):
+    (tmp_path / "context").mkdir()
+    (tmp_path / "context" / "tokenizer.model").write_bytes(b"a model of SentencePiece")
+    evaluation = Evaluation(tasks=("arc_easy",), models=("teacher",))
+    (found,) = _problems(evaluation, teacher=str(tmp_path))
+    assert f"the tokenizer of {tmp_path} is not one of transformers" in found
+    (tmp_path / "context" / "tokenizer_config.json").write_text("{}")
+    assert _problems(evaluation, teacher=str(tmp_path)) == []
+
+
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
@@ -142,6 +152,7 @@ def test_of_a_folder_the_groups_and_the_tasks_in_none_are_chosen(tmp_path):
     assert [one.name for one in tasks.chosen(str(folder))] == ["pair", "tiny_target"]
     request = check.of_tasks((str(folder / "group.yaml"), str(folder / "tiny_choice.yaml")))
     assert request["include"] == [str(folder)] and request["built_in"]
+    assert request["tasks"] == ["pair", str(folder / "tiny_choice.yaml")]
     assert not check.of_tasks((str(folder / "tiny_choice.yaml"),))["built_in"]
 
 
