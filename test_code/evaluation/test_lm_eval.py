@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -66,6 +67,16 @@ def test_a_limit_uses_the_first_rows_of_a_task(model, tmp_path):
     task = str(local.write(tmp_path) / "tiny_choice.yaml")
     (found,) = _scored(model, (task,), limit=2, batch_size="1")
     assert found["rows"] == 2
+
+
+def test_the_task_of_the_documentation_is_one(model, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    text = page.partition('```yaml title="my_task.yaml"\n')[2].partition("```")[0]
+    (tmp_path / "my_task.yaml").write_text(text)
+    (tmp_path / "my_questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in local.ROWS))
+    monkeypatch.chdir(tmp_path)
+    (found,) = _scored(model, ("my_task.yaml",))
+    assert (found["task"], found["metric"], found["rows"]) == ("my_task", "acc", len(local.ROWS))
 
 
 def test_a_group_of_local_tasks_is_scored_with_its_members(model, tmp_path):
