@@ -93,6 +93,11 @@ def is_nemo(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("context", "io.json"))
 
 
+def is_quantized(folder: Path) -> bool:
+    """Return whether a NeMo 2 checkpoint has a state of modelopt: it is then written in compressed-tensors' layout."""
+    return any((folder / "weights").glob("modelopt_state*"))
+
+
 def labels(given: Sequence[str]) -> dict[str, str]:
     """Return a short name for each model: the name of its folder, or the path as it was given if that is not unique."""
     short = {name: Path(name).resolve().name for name in given}
@@ -105,16 +110,29 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
 
     chosen, found, dry_run, verbose = resolve(argv, prog)
     layouts = [folders.quantization(folder)[1] for folder in found.values()]
+    compressed = readers.COMPRESSED_TENSORS in layouts or any(map(is_quantized, found.values()))
     try:
-        packages = check.check(
-            tasks.names(chosen.tasks), chosen, readers.COMPRESSED_TENSORS in layouts, flag="--python"
-        )
+        packages = check.check(tasks.names(chosen.tasks), chosen, compressed, flag="--python")
     except ModelOptConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         return runner.USAGE
     if dry_run:
         return _show_plan(chosen, found, packages)
-    return signals.guarded(lambda: _execute(chosen, found, verbose), signals.NOTHING_WRITTEN)
+    after = _Interrupted(Path(chosen.output) / RESULT)
+    return signals.guarded(lambda: _execute(chosen, found, verbose, after), after)
+
+
+@dataclass
+class _Interrupted:
+    """What is printed after an interruption, put together at that time."""
+
+    result: Path
+    scored: int = 0
+
+    def __str__(self) -> str:
+        if not self.scored:
+            return signals.NOTHING_WRITTEN
+        return f"interrupted; {self.result} holds the scores of the first {self.scored} models"
 
 
 def _show_plan(chosen: Options, found: dict[str, Path], packages: dict[str, str]) -> int:
@@ -130,7 +148,7 @@ def _show_plan(chosen: Options, found: dict[str, Path], packages: dict[str, str]
     return dry_run.show([*rows, ("writes", str(Path(chosen.output) / RESULT))])
 
 
-def _execute(chosen: Options, found: dict[str, Path], verbose: bool) -> int:
+def _execute(chosen: Options, found: dict[str, Path], verbose: bool, after: _Interrupted) -> int:
     from nemo_modelopt_cli.compress import runner
 
     output = Path(chosen.output).resolve()
@@ -138,9 +156,7 @@ def _execute(chosen: Options, found: dict[str, Path], verbose: bool) -> int:
         with locks.lock(output):
             files.own(output, files.EVALUATION, RESULT, _CONVERTED, _LOG)
             log = None if verbose else output / _LOG / "evaluate.txt"
-            code = runner.guarded(
-                lambda out: _work(chosen, found, output, out), log, signals.NOTHING_WRITTEN, output=output
-            )
+            code = runner.guarded(lambda out: _work(chosen, found, output, out, after), log, after, output=output)
     except (InUseError, ModelOptConfigError) as error:
         sys.stderr.write(f"error: {error}\n")
         return runner.FAILED if isinstance(error, InUseError) else runner.USAGE
@@ -149,7 +165,7 @@ def _execute(chosen: Options, found: dict[str, Path], verbose: bool) -> int:
     return code
 
 
-def _work(chosen: Options, found: dict[str, Path], output: Path, out: TextIO) -> None:
+def _work(chosen: Options, found: dict[str, Path], output: Path, out: TextIO, after: _Interrupted) -> None:
     from nemo_modelopt_cli.compress.stages import StageError
 
     names, wanted = labels([*found]), tasks.names(chosen.tasks)
@@ -165,6 +181,7 @@ def _work(chosen: Options, found: dict[str, Path], output: Path, out: TextIO) ->
         result["packages"] |= answer["packages"]
         result["models"].append({"model": names[name], "path": str(folder), **scoring.summary(answer)})
         files.write_json(output / RESULT, result, default=str)
+        after.scored = number
 
 
 @contextlib.contextmanager
@@ -180,25 +197,16 @@ def _readable(folder: Path, target: Path, chosen: Options) -> Iterator[Path]:
         yield folder
         return
     shutil.rmtree(target, ignore_errors=True)
-    words = [
-        "ptq",
-        "-nc",
-        str(folder),
-        "-algo",
-        "no_quant",
-        "--export_format",
-        "hf",
-        "-out",
-        str(target),
-        "--no_report",
-    ]
+    words = ["ptq", "-nc", str(folder), "-algo", "no_quant", "--export_format", "hf", "--no_report"]
+    words += ["-out", str(target)]
     words += ["--hf-layout", readers.COMPRESSED_TENSORS] if chosen.backend == "hf" else []
     command = [sys.executable, "-m", "nemo_modelopt_cli", *words, *(["--cpu"] if chosen.cpu else [])]
     try:
         end = functools.partial(processes.end_with, os.getpid())
         done = subprocess.run(command, stdin=subprocess.DEVNULL, preexec_fn=end, check=False)
         if done.returncode:
-            raise StageError(f"{folder} was not written as Hugging Face files; the log has the reason")
+            log = target.parent / _LOG
+            raise StageError(f"{folder} was not written as Hugging Face files; see {log}, or show the reason with -v")
         if problems := folders.problems(target, chosen.backend):
             raise StageError("; ".join(problems))
         yield target

@@ -215,6 +215,20 @@ def test_bars_move_ours_and_other_lines_go_to_the_log(tmp_path, capsys):
     assert "a line" in capsys.readouterr().err
 
 
+def test_an_interruption_ends_lm_eval(tmp_path):
+    script, number = tmp_path / "python", tmp_path / "number"
+    script.write_text(f"#!/bin/sh\necho $$ > {number}\nprintf 'requests:  50%%|##  | 1/2 [\\r' >&2\nexec sleep 60\n")
+    script.chmod(0o755)
+
+    def interrupted(title: str, done: int, whole: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        child.ask(str(script), {}, interrupted)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(number.read_text()), 0)
+
+
 # --- the job step -----------------------------------------------------------------------------------------------------
 
 
