@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 _SHOWN = 3
 _ARROWS = {True: " ↑", False: " ↓", None: ""}
 
-NOTE = "± is one standard error, estimated by lm-eval from the rows of a task. ↑: higher is better, ↓: lower is."
+NOTE = "± is one standard error, estimated by lm-eval from a task's rows. ↑: higher is better, ↓: lower is better."
 
 
 def rows(evaluation: Mapping[str, Any] | None, members: bool = False) -> list[dict[str, str]]:
