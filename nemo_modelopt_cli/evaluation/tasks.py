@@ -34,7 +34,10 @@ def names(tasks: Iterable[str]) -> tuple[str, ...]:
 
 def is_path(name: str) -> bool:
     """Return whether a task is meant as a file or folder, and not as a name of lm-eval."""
-    return name.endswith(_ENDINGS) or os.sep in name or name in (".", "..")
+    if name.endswith(_ENDINGS) or os.sep in name or name in (".", ".."):
+        return True
+    folder = Path(name)
+    return folder.is_dir() and any(file.suffix in _ENDINGS for file in folder.iterdir())
 
 
 def absolute(tasks: Iterable[str]) -> tuple[str, ...]:

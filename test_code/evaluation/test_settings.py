@@ -130,6 +130,13 @@ def test_only_paths_become_absolute(tmp_path, monkeypatch):
     assert tasks.absolute(("arc_easy,own/task.yaml",)) == ("arc_easy", str(tmp_path / "own" / "task.yaml"))
 
 
+def test_a_folder_of_tasks_needs_no_separator_in_its_name(tmp_path, monkeypatch):
+    local.write(tmp_path)
+    (tmp_path / "arc_easy").mkdir()  # without tasks: the name is lm-eval's
+    monkeypatch.chdir(tmp_path)
+    assert tasks.absolute(("tasks", "arc_easy")) == (str(tmp_path / "tasks"), "arc_easy")
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
