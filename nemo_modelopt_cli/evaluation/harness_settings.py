@@ -96,6 +96,10 @@ class Harness:
             devices: GPUs to split a model over.
         """
         found: dict[str, Any] = {"dtype": "auto"}
+        if self.backend == "hf":
+            # lm-eval's default is the model's type: in bf16, log probabilities near -5 have steps of 0.03, which hide
+            # what compression changes.
+            found["softmax_dtype"] = "float32"
         if devices > 1:
             found |= {"tensor_parallel_size": devices} if self.backend == "vllm" else {"parallelize": True}
         for one in _split(self.model_args):

@@ -57,18 +57,23 @@ def write(folder: Path) -> Path:
     return tasks
 
 
-def directly(folder: Path) -> dict[tuple[str, str], float]:
-    """Return what lm-eval must find for the model in a folder, from one forward pass in fp32 for each text."""
+def directly(folder: Path, dtype: str = "float32") -> dict[tuple[str, str], float]:
+    """Return what lm-eval must find for the model in a folder, from one forward pass for each text.
+
+    Args:
+        folder: the model.
+        dtype: in which it computes; log probabilities are computed in fp32.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 
     def likelihood(context: list[int], continuation: list[int]) -> float:
         with torch.no_grad():
             logits = model(torch.tensor([context + continuation])).logits[0, len(context) - 1 : -1]
-        return float(torch.log_softmax(logits, -1)[range(len(continuation)), continuation].sum())
+        return float(torch.log_softmax(logits.float(), -1)[range(len(continuation)), continuation].sum())
 
     def of_pair(question: str, choice: str) -> float:
         context, whole = tokenizer.encode(question), tokenizer.encode(question + choice)

@@ -54,14 +54,21 @@ def test_batch_sizes_that_lm_eval_takes(size):
     assert Harness(batch_size=size).harness_problems() == []
 
 
+FP32 = {"softmax_dtype": "float32"}
+
+
 @pytest.mark.parametrize(
     ("settings", "devices", "expected"),
     [
-        ({}, 1, {"dtype": "auto"}),
-        ({}, 4, {"dtype": "auto", "parallelize": True}),
+        ({}, 1, {"dtype": "auto"} | FP32),
+        ({}, 4, {"dtype": "auto", "parallelize": True} | FP32),
         ({"backend": "vllm"}, 4, {"dtype": "auto", "tensor_parallel_size": 4}),
-        ({"model_args": "dtype=float32, max_length=128"}, 1, {"dtype": "float32", "max_length": 128}),
-        ({"model_args": "parallelize=false,x=0.5"}, 4, {"dtype": "auto", "parallelize": False, "x": 0.5}),
+        ({"model_args": "dtype=float32, max_length=128"}, 1, {"dtype": "float32", "max_length": 128} | FP32),
+        (
+            {"model_args": "parallelize=false,softmax_dtype=none,x=0.5"},
+            4,
+            {"dtype": "auto", "parallelize": False, "softmax_dtype": None, "x": 0.5},
+        ),
     ],
 )
 def test_arguments_of_the_model(settings, devices, expected):
