@@ -95,8 +95,7 @@ def table(evaluation: Mapping[str, Any]) -> Table:
     )
     shown = rows(evaluation)
     for name in shown[0] if shown else ("task",):
-        words = name in ("task", "metric")  # these break between lines if there are many models; numbers do not
-        found.add_column(name, justify="left" if words else "right", overflow="fold", no_wrap=not words)
+        found.add_column(name, justify="left" if name in ("task", "metric") else "right", overflow="fold")
     for row in shown:
         found.add_row(*row.values())
     return found
