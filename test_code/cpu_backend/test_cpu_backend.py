@@ -222,3 +222,13 @@ def test_pool_shows_the_traceback_of_the_rank_that_failed_and_recovers(tmp_path)
     with pytest.raises(RankError, match=r"(?s)rank 0: finished.*rank 1: no answer \(limit 2 s\).*in hang_on"):
         pool.run(hang_on, 1, timeout=2)
     pool.close()
+
+
+@pytest.mark.parametrize(
+    ("port", "count", "expected"),
+    [(2001, 1, 2002), (2998, 1, 2999), (2999, 1, 2001), (2999, 600, 2600), (3500, 500, 3001)],
+)
+def test_a_pool_that_runs_out_of_ports_starts_again_with_its_own(port, count, expected):
+    from test_code.support import ranks
+
+    assert ranks.later_port(port, count) == expected

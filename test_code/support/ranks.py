@@ -198,6 +198,12 @@ def _reserve_ports() -> socket.socket:
     raise RankError(f"no free block of {_PORTS} ports below 20000")
 
 
+def later_port(port: int, count: int = 1) -> int:
+    """Return the port that comes ``count`` after one: the block of a pool is a ring, so none is of another pool."""
+    first = port - port % _PORTS + 1
+    return first + (port - first + count) % (_PORTS - 1)
+
+
 def _is_free(port: int) -> bool:
     """Return whether no process, for example a service of the machine, listens on a port."""
     with socket.socket() as probe:
@@ -299,7 +305,7 @@ def world(rank: int, size: int, port_offset: int):
         port_offset: offset from the pool's port; worlds that exist at the same time need different offsets.
     """
     changed = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    changed["MASTER_PORT"] = int(os.environ["MASTER_PORT"]) + port_offset
+    changed["MASTER_PORT"] = later_port(int(os.environ["MASTER_PORT"]), port_offset)
     kept = {name: os.environ[name] for name in changed}
     os.environ.update({name: str(value) for name, value in changed.items()})
     try:
@@ -339,4 +345,4 @@ def reset() -> None:
         dist.barrier()
         dist.destroy_process_group()
     # The next group uses another port, because the old store may not have released its own yet.
-    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    os.environ["MASTER_PORT"] = str(later_port(int(os.environ["MASTER_PORT"])))
