@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from test_code.support import installed
+
 FOLDER = Path(__file__).parent / "drop_in"
 FILES = (
     "test_quantizer.py",
@@ -81,6 +83,7 @@ def test_the_child_runs_stock(stock):
     assert "site-packages" in stock["served from"]
 
 
+@installed.stock_quantizes
 def test_every_one_passes_on_stock(stock):
     failed = {name: outcome for name, outcome in stock["outcomes"].items() if outcome != "passed"}
     assert not failed, stock["log"]

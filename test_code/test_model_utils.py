@@ -266,6 +266,7 @@ def test_a_quantized_checkpoint_trains_on(ranks, quantized):
     assert sum(losses[-5:]) < sum(losses[:5])
 
 
+@installed.stock_quantizes
 def test_stock_reads_what_we_write_and_we_read_what_stock_writes(ranks, stock_ranks, quantized, tmp_path):
     stock = stock_ranks(1)
     assert installed.is_stock(stock.run(jobs.which_package)[0])

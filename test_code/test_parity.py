@@ -85,6 +85,7 @@ def quantized(request, both, quantization_cases):
     return list(zip(ours, stock, strict=True))[: request.param]
 
 
+@installed.stock_quantizes
 @pytest.mark.parametrize("case", [*CASES, "int4", "json", "own data"])
 def test_quantizers_weights_and_outputs_equal_stock(quantized, case):
     for ours, stock in quantized:
@@ -94,6 +95,7 @@ def test_quantizers_weights_and_outputs_equal_stock(quantized, case):
         assert ours[case]["kv_cache"] == stock[case]["kv_cache"] == 0
 
 
+@installed.stock_quantizes
 def test_smoothquant_deviates_by_its_alpha(both):
     """Stock never reads sq_alpha: it runs with modelopt's 1.0 although it documents 0.5."""
     cases = {alpha: {"algorithm": "int8_sq", "sq_alpha": alpha, "enable_kv_cache": False} for alpha in (0.5, 1.0)}
@@ -106,6 +108,7 @@ def test_smoothquant_deviates_by_its_alpha(both):
         assert not torch.equal(ours[0.5]["state"][name], ours[1.0]["state"][name])
 
 
+@installed.stock_quantizes
 def test_the_kv_cache_deviates_by_being_quantized(both):
     """Stock logs that KV-cache quantization is enabled, and makes no quantizer on Megatron's attention."""
     cases = {"kv": {"algorithm": "fp8", "enable_kv_cache": True}}
@@ -147,6 +150,7 @@ def test_pruned_weights_equal_stock(both, ranks_factory, tmp_path, case):
     assert losses
 
 
+@installed.stock_prunes
 def test_pruning_deviates_by_running(stock_ranks):
     """Stock stops without Transformer Engine, and with modelopt 0.43, which needs the model out of NeMo's wrapper."""
     norms, *wrapper = stock_ranks(4).run(jobs_parity.pruning_errors, REQUESTS["depth"])[0]

@@ -206,6 +206,7 @@ class TestOracle:
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
+    @installed.stock_prunes
     def test_same_weights_as_stock_after_dropping_layers(self, ranks, stock_ranks):
         where, theirs = stock_ranks(1).run(jobs.stock_drop, [2, 4])[0]
         assert installed.is_stock(where)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_modelopt_dropin import versions
 from test_code.support import jobs_distill, jobs_quant
 
 ERRORS = {"error": RuntimeError, "interruption": KeyboardInterrupt}
@@ -30,12 +31,14 @@ def _patched() -> dict[str, object]:
     """Return what modelopt and we replace at times, by name."""
     from megatron.core.tensor_parallel import layers
     from modelopt.torch.export import unified_export_megatron
-    from modelopt.torch.nas.plugins import megatron as nas_plugin
     from modelopt.torch.quantization.nn import QuantModuleRegistry
 
     owners = {"layers": layers, "functional": torch.nn.functional, "exporter": unified_export_megatron.GPTModelExporter}
     found = {f"{owner}.{name}": value for owner, module in owners.items() for name, value in vars(module).items()}
-    found["dist"] = nas_plugin.dist
+    if versions.pruning_problem() is None:
+        from modelopt.torch.nas.plugins import megatron as nas_plugin
+
+        found["dist"] = nas_plugin.dist
     found["registry"] = sorted(str(key) for key in QuantModuleRegistry._registry)
     return found
 

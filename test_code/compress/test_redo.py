@@ -7,12 +7,13 @@ import pytest
 from nemo_modelopt_cli.compress import plan, runner, stages
 from nemo_modelopt_cli.compress.stages import Stage
 from nemo_modelopt_dropin import files
-from test_code.support import command_lines
+from test_code.support import command_lines, installed
 
 
 @pytest.fixture
 def finished(tmp_path, monkeypatch):
     """Finish a job whose stages do nothing, and return its command line."""
+    installed.need_pruning()
     for name in ("model", "teacher"):
         command_lines.checkpoint(tmp_path / name)
     (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')

@@ -15,7 +15,7 @@ from nemo_modelopt_cli.compress import plan, stages
 from nemo_modelopt_cli.compress.digests import Digests
 from nemo_modelopt_cli.compress.stages import Stage
 from nemo_modelopt_dropin import files, ranks
-from test_code.support import command_lines
+from test_code.support import command_lines, installed
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,6 +50,7 @@ _MODEL = {
 @pytest.fixture
 def finished(tmp_path, monkeypatch):
     """Finish a job on two ranks whose steps do nothing, and return its command line."""
+    installed.need_pruning()
     command_lines.checkpoint(tmp_path / "model")
     for name in ("text", "heldout"):
         (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name}"}}\n')

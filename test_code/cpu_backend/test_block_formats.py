@@ -49,7 +49,15 @@ def assert_as_packed(values: torch.Tensor, kind) -> None:
     amax = values.abs().amax()
     found = block_formats.quantized(values, block, amax, *kind)
     assert found.dtype == values.dtype
-    assert torch.equal(found, packer(values, block, amax))
+    expected = packer(values, block, amax)
+    if kind == NVFP4:
+        # A block whose scale is rounded to zero is zero, as on a GPU and in our files; 0.47's packer keeps a part.
+        largest = values.float().unflatten(-1, (-1, block)).abs().amax(dim=-1, keepdim=True)
+        share = (largest / amax.float() * 448).nan_to_num().to(torch.float8_e4m3fn).float()
+        lost = ((share == 0) & (largest > 0)).expand(-1, -1, block).flatten(-2)
+        assert not found[lost].any()
+        expected = expected.masked_fill(lost, 0)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("kind", PACKERS)

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from test_code.support import jobs_prune, tiny
+from test_code.support import installed, jobs_prune, tiny
 
 
 def stack_spec():
@@ -243,6 +243,7 @@ class TestPatterns:
         assert vars(core.config) == {"hybrid_override_pattern": "M*", "hybrid_attention_ratio": 0.5}
 
 
+@installed.prunes
 class TestHybrids:
     def test_dropped_layers_leave_the_pattern(self, ranks):
         out = ranks(1).run(prune, {"drop_layers": [2, 3]}, "*--*", 4)[0]

@@ -308,19 +308,28 @@ INT8 = {"num_bits": 8, "axis": None}
 
 
 @pytest.fixture(scope="module")
-def converted():
-    """Return a small quantized torch model: layers.0, layers.1 (Linear) and conv."""
-    import modelopt.torch.quantization as mtq
-
-    from nemo.collections.llm.modelopt.quantization import quant_cfg_entries
-
-    model = torch.nn.ModuleDict(
+def network():
+    """Return a small torch model: layers.0, layers.1 (Linear) and conv."""
+    return torch.nn.ModuleDict(
         {
             "layers": torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)]),
             "conv": torch.nn.Conv1d(1, 1, 1),
         }
     )
-    return mtq.quantize(model, {**quant_cfg_entries.disabled("*"), "algorithm": None}, None)
+
+
+def quantized_by(network, quant_cfg):
+    """Return a copy of the network with quantizers by that quant_cfg, uncalibrated."""
+    import copy
+
+    import modelopt.torch.quantization as mtq
+
+    from nemo.collections.llm.modelopt.quantization import quant_cfg_entries
+    from nemo.collections.llm.modelopt.quantization.insert import patterns
+
+    native = quant_cfg_entries.native({"quant_cfg": quant_cfg, "algorithm": None}, "a test")
+    with patterns.checked_here():
+        return mtq.quantize(copy.deepcopy(network), native, None)
 
 
 @pytest.mark.parametrize(
@@ -337,29 +346,46 @@ def converted():
         ({"*experts*weight_quantizer": INT8, "default": {"enable": False}}, False, r"\*experts\*weight_quantizer"),
     ],
 )
-def test_patterns(converted, quant_cfg, from_file, message):
+def test_patterns(network, quant_cfg, from_file, message):
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
     from nemo.collections.llm.modelopt.quantization.insert import patterns
 
+    model = quantized_by(network, quant_cfg)
     if message is None:
-        patterns.check(converted, {"quant_cfg": quant_cfg}, from_file)
+        patterns.check(model, {"quant_cfg": quant_cfg}, from_file)
         return
     with pytest.raises(ModelOptConfigError, match=f"match no quantizer of this model: .*{message}"):
-        patterns.check(converted, {"quant_cfg": quant_cfg}, from_file)
+        patterns.check(model, {"quant_cfg": quant_cfg}, from_file)
+
+
+@pytest.mark.parametrize("from_file", [True, False])
+def test_weights_that_a_later_setting_leaves_unquantized(network, from_file):
+    from nemo.collections.llm.modelopt.errors import ModelOptConfigError
+    from nemo.collections.llm.modelopt.quantization.insert import patterns
+
+    off = {"enable": False}
+    quant_cfg = {"default": off, "*layers*weight_quantizer": INT8, "*layers*": off}
+    with pytest.raises(ModelOptConfigError, match=r"quantizes no weight: \*layers\*weight_quantizer should"):
+        patterns.check(quantized_by(network, quant_cfg), {"quant_cfg": quant_cfg}, from_file)
+    inputs = {"default": off, "*layers*input_quantizer": INT8, "*layers*weight_quantizer": off}
+    patterns.check(quantized_by(network, inputs), {"quant_cfg": inputs}, from_file)
 
 
 def test_patterns_of_a_file_on_pipeline_stages(ranks, work):
     def file(name, quant_cfg):
         (work / name).write_text(json.dumps({"quant_cfg": quant_cfg, "algorithm": "max"}))
-        return {"algorithm": str(work / name), "comparison_size": 0}
+        # Not a NeMo checkpoint, which cannot hold a quantized output layer with modelopt from 0.45.
+        return {"algorithm": str(work / name), "comparison_size": 0, "export_format": "hf"}
 
     last_stage_only = {"*output_layer.weight_quantizer": INT8, "default": {"enable": False}}
     runs = [
         file("good.json", last_stage_only),
         file("bad.json", {**last_stage_only, "*linear_fc3.weight_quantizer": INT8}),
         file("none.json", {"*fc9*": INT8}),
+        file("off.json", {**last_stage_only, "*output_layer*": {"enable": False}}),
     ]
     for result in ranks(2).run(jobs_auto.quantize_many, str(work / "llama"), str(work / "text.jsonl"), 1, 2, runs):
         assert result[0] == ""
         assert "'*linear_fc3.weight_quantizer' (nearest: ['decoder.layers.*.mlp.linear_fc" in result[1]
         assert result[2].startswith("ModelOptConfigError: quant_cfg patterns that match no quantizer")
+        assert result[3].startswith("ModelOptConfigError: The quant_cfg quantizes no weight: *output_layer.weight_q")

@@ -172,9 +172,10 @@ def test_files_and_sizes(ranks, work):
     found = json.loads((folder / "report.json").read_text())
     assert {name: found[name] for name in report} == report and found["settings"]["algorithm"] == "int8"
     weights = sum(p.stat().st_size for p in (out / "weights").glob("*.distcp"))
-    # Of a NeMo checkpoint the model's entries count: the original's optimizer (twice the weights) does not.
+    # Of a NeMo checkpoint the model's entries count: the original's optimizer (twice the weights) does not. The states
+    # of the quantizers are 1 % of these small weights, and 13 % with modelopt from 0.44.
     assert report["disk_bytes_after"] == pytest.approx(weights, rel=0.1)
-    assert report["disk_bytes_before"] == pytest.approx(report["disk_bytes_after"], rel=0.1)
+    assert report["disk_bytes_before"] == pytest.approx(report["disk_bytes_after"], rel=0.15)
     page = (folder / "report.html").read_text()
     for text in ("Quantization with int8", 'id="layers"', 'id="sensitivity"', report["layers"][0]["layer"], "on disk"):
         assert text in page

@@ -110,27 +110,33 @@ def test_the_last_of_several_settings_with_one_wildcard_counts():
 @pytest.mark.parametrize(
     "named, added",
     [
-        ({}, 1),
-        ({"quantizer_name": "*position_embeddings.weight_quantizer", "cfg": FP8}, 0),
-        ({"quantizer_name": "*", "parent_class": "nn.Embedding", "enable": False}, 0),
+        ({}, ["nn.Embedding", "nn.LayerNorm"]),
+        ({"quantizer_name": "*position_embeddings.weight_quantizer", "cfg": FP8}, ["nn.LayerNorm"]),
+        ({"quantizer_name": "*", "parent_class": "nn.Embedding", "enable": False}, ["nn.LayerNorm"]),
+        ({"quantizer_name": "*input_layernorm.input_quantizer", "cfg": FP8}, ["nn.Embedding"]),
     ],
 )
-def test_embeddings_are_left_out_unless_a_setting_names_them(monkeypatch, named, added):
-    monkeypatch.setattr(quant_cfg_entries, "QUANTIZES_EMBEDDINGS", True)
+def test_embeddings_and_norms_are_left_out_unless_a_setting_names_them(monkeypatch, named, added):
+    monkeypatch.setattr(quant_cfg_entries, "_NEWLY_QUANTIZED", {"nn.Embedding": "embed", "nn.LayerNorm": "norm"})
     quant_cfg = {"quant_cfg": [*LIST, *([named] if named else [])]}
     before = len(quant_cfg["quant_cfg"])
-    quant_cfg_entries.leave_embeddings(quant_cfg)
-    assert len(quant_cfg["quant_cfg"]) == before + added
+    quant_cfg_entries.leave_as_before(quant_cfg)
+    assert [entry["parent_class"] for entry in quant_cfg["quant_cfg"][before:]] == added
 
 
-def test_no_wildcard_of_a_file_quantizes_an_embedding(tmp_path):
+@pytest.mark.parametrize("algorithm", ["weights.json", "INT8_DEFAULT_CFG", "FP8_DEFAULT_CFG"])
+def test_no_wildcard_quantizes_an_embedding_or_a_norm(tmp_path, algorithm):
     path = tmp_path / "weights.json"
-    path.write_text(json.dumps({"quant_cfg": {"*weight_quantizer": {"num_bits": 8}, "default": {"enable": False}}}))
-    model = torch.nn.ModuleDict({"words": torch.nn.Embedding(8, 8), "linear": torch.nn.Linear(8, 8)})
-    quant_cfg, _ = base_quant_cfg(str(path), {}, lambda name: json.loads(Path(name).read_text()))
-    mtq.quantize(model, {**quant_cfg, "algorithm": "max"}, lambda model: model["linear"](model["words"].weight))
+    both = {"*weight_quantizer": {"num_bits": 8}, "*input_quantizer": {"num_bits": 8}}
+    path.write_text(json.dumps({"quant_cfg": {**both, "default": {"enable": False}}}))
+    model = torch.nn.ModuleDict(
+        {"words": torch.nn.Embedding(8, 8), "ln": torch.nn.LayerNorm(8), "linear": torch.nn.Linear(8, 8)}
+    )
+    name = str(path) if algorithm == path.name else algorithm
+    quant_cfg, _ = base_quant_cfg(name, {}, lambda name: json.loads(Path(name).read_text()))
+    mtq.quantize(model, {**quant_cfg, "algorithm": "max"}, lambda m: m["linear"](m["ln"](m["words"].weight)))
     on = [name for name, one in model.named_modules() if isinstance(one, TensorQuantizer) and one.is_enabled]
-    assert on == ["linear.weight_quantizer"]
+    assert on == ["linear.input_quantizer", "linear.weight_quantizer"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from test_code.support import jobs_quant
+from test_code.support import installed, jobs_quant
 
 
 def export(folder: str, how: str) -> dict:
@@ -44,6 +44,11 @@ def export(folder: str, how: str) -> dict:
     return calls
 
 
+@pytest.mark.xfail(
+    not installed.OWN_WRITER_RUNS,
+    reason="modelopt's writer needs a module of a later Megatron: see docs/versions.md",
+    strict=True,
+)
 @pytest.mark.parametrize("how", ["attribute", "package"])
 def test_a_replaced_writer_writes_a_real_model(ranks, tmp_path, how):
     ((call,),) = ranks(1).run(export, str(tmp_path), how)

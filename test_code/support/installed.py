@@ -5,7 +5,10 @@ from __future__ import annotations
 from importlib import metadata
 from pathlib import Path
 
+import pytest
 from packaging.version import Version
+
+from nemo_modelopt_dropin import versions
 
 # The folder of nemo-toolkit; elsewhere than the rest where another version was put first on the path.
 NEMO = Path(str(metadata.distribution("nemo-toolkit").locate_file("")))
@@ -17,9 +20,29 @@ LEARNED_POSITIONS_PRUNE = KV_CACHE
 EXPERTS_PRUNE = KV_CACHE
 # Its search for mixed precision has no parallel ranks: algorithm="auto" raises an error.
 AUTO = KV_CACHE
+# From 0.46, its writer of Hugging Face checkpoints names a class of Megatron's hybrid models even where it is absent.
+OWN_WRITER_RUNS = (
+    Version(metadata.version("nvidia-modelopt")) < Version("0.46")
+    or Path(str(metadata.distribution("megatron-core").locate_file("megatron/core/models/hybrid"))).exists()
+)
 # It takes a model in NeMo's wrapper, which later ones refuse.
 WRAPPED_PRUNE = not KV_CACHE
+# Stock reads modelopt's presets as dictionaries; they are lists from 0.44. It also imports all of the pruning by name.
+STOCK_QUANTIZES = Version(metadata.version("nvidia-modelopt")) < Version("0.44")
+stock_quantizes = pytest.mark.xfail(
+    not STOCK_QUANTIZES, reason="stock cannot quantize with this modelopt, whose presets are lists", strict=True
+)
+prunes = pytest.mark.skipif(bool(versions.pruning_problem()), reason=versions.pruning_problem() or "")
+stock_prunes = pytest.mark.xfail(
+    bool(versions.pruning_problem()), reason="stock cannot prune with this modelopt", strict=True
+)
 KV_CACHE_REFUSAL = r"enable_kv_cache=True: modelopt 0\.\d+\.\d+ cannot keep KV-cache quantizers .*modelopt 0\.43"
+
+
+def need_pruning() -> None:
+    """Skip a test whose fixture prunes if the installed modelopt cannot."""
+    if problem := versions.pruning_problem():
+        pytest.skip(problem)
 
 
 def is_stock(path: str | Path) -> bool:

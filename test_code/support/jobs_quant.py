@@ -100,7 +100,9 @@ def restored_amax(checkpoint, tp: int = 1, pp: int = 1) -> dict[str, torch.Tenso
     return amax_of(model)
 
 
-def quantize_loaded(checkpoint, data, tp: int = 1, pp: int = 1, algorithm="fp8", before=None, **quant) -> dict:
+def quantize_loaded(
+    checkpoint, data, tp: int = 1, pp: int = 1, algorithm="fp8", before=None, export_format="nemo", **quant
+) -> dict:
     """Restore a checkpoint on all ranks (what TP and PP leave over is data parallel) and quantize it.
 
     With ``before``, an algorithm, it is quantized with that one first, and a refusal is returned.
@@ -119,7 +121,7 @@ def quantize_loaded(checkpoint, data, tp: int = 1, pp: int = 1, algorithm="fp8",
 
     def quantizer_of(name) -> Quantizer:
         config = QuantizationConfig(algorithm=name, calibration_seq_len=32, **{**settings, **quant})
-        return Quantizer(config, ExportConfig(path="unused", export_format="nemo"))
+        return Quantizer(config, ExportConfig(path="unused", export_format=export_format))
 
     quantizer = quantizer_of(algorithm)
     model, _ = setup_trainer_and_restore_model_with_modelopt_spec(

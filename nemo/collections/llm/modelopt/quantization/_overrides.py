@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from . import quant_cfg_entries
 from .calibration import steps
 
 
@@ -18,6 +19,23 @@ def accepts(method: Callable, name: str) -> bool:
 def call(method: Callable, model: Any, **ours: Any) -> Any:
     """Call a method with the model and with those of our own arguments that it accepts."""
     return method(model, **{name: value for name, value in ours.items() if accepts(method, name)})
+
+
+def quant_cfg_of(method: Callable, model: Any, decoder_type: str | None) -> dict[str, Any]:
+    """Return what ``_get_quant_cfg`` returns, in the form that the installed modelopt takes.
+
+    A subclass written for modelopt before 0.44 returns a dictionary; such versions quantized fewer kinds of layers.
+
+    Args:
+        method: The method, with our parameters or with stock's.
+        model: The ``llm.GPTModel``.
+        decoder_type: Its decoder type, None if it is unknown.
+    """
+    quant_cfg = call(method, model, decoder_type=decoder_type)
+    found = quant_cfg_entries.native(quant_cfg, "the quant_cfg of _get_quant_cfg")
+    if isinstance(quant_cfg.get("quant_cfg"), dict) and not isinstance(found["quant_cfg"], dict):
+        quant_cfg_entries.leave_as_before(found)
+    return found
 
 
 def own_loop(quantizer: Any, model: Any, plan: steps.Plan, mtq: Any) -> Callable | None:

@@ -37,7 +37,7 @@ def base_quant_cfg(algorithm: str, presets: dict[str, Any], load: Callable) -> t
         return {**quant_cfg_entries.disabled(), "algorithm": AUTO}, False
     if algorithm in presets:
         # A preset of the user's own may have the form of another version.
-        return quant_cfg_entries.native(presets[algorithm], algorithm), False
+        return _native(presets[algorithm], algorithm), False
     if os.path.isfile(algorithm):
         quant_cfg = load(algorithm)
         if not isinstance(quant_cfg.get("quant_cfg"), (dict, list)):
@@ -46,12 +46,10 @@ def base_quant_cfg(algorithm: str, presets: dict[str, Any], load: Callable) -> t
                 f"of its entries; its keys are {sorted(quant_cfg)}."
             )
         _quant_cfg_check.check(quant_cfg, algorithm)
-        quant_cfg = quant_cfg_entries.native(quant_cfg, algorithm)
-        quant_cfg_entries.leave_embeddings(quant_cfg)
-        return quant_cfg, True
+        return _native(quant_cfg, algorithm), True
     own = choices.get_modelopt_presets()
     if algorithm in own:
-        return own[algorithm], False
+        return _native(own[algorithm], algorithm), False
     _check_installed(algorithm)
     try:
         one_of("algorithm", algorithm, [None, AUTO, *presets, *own])
@@ -60,6 +58,14 @@ def base_quant_cfg(algorithm: str, presets: dict[str, Any], load: Callable) -> t
             f"Unsupported quantization format: {algorithm}. {error} A path must name an existing JSON file."
         ) from None
     raise AssertionError("unreachable: the name is among the presets")
+
+
+def _native(quant_cfg: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a copy in the form of the installed modelopt that quantizes what earlier versions would."""
+    found = quant_cfg_entries.native(quant_cfg, where)
+    if found.get("quant_cfg"):
+        quant_cfg_entries.leave_as_before(found)
+    return found
 
 
 def _check_installed(name: str) -> None:

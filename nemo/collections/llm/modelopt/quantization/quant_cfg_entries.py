@@ -10,6 +10,7 @@ that the installed version takes.
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -25,9 +26,16 @@ DEFAULT = "default"
 FIELDS = ("quantizer_name", "parent_class", "cfg", "enable")
 # Only versions with lists define the type of an entry.
 TAKES_LISTS = hasattr(definitions, "QuantizerCfgEntry")
-# From 0.45 a wildcard such as "*weight_quantizer" matches those of embeddings, too.
-_EMBEDDING = "nn.Embedding"
-QUANTIZES_EMBEDDINGS = hasattr(quantized_modules, "QuantEmbedding")
+# From 0.45 a wildcard such as "*weight_quantizer" matches those of embeddings, too; from 0.44 one such as
+# "*input_quantizer" those of PyTorch's norms. By class: what a wildcard that means them contains.
+_NEWLY_QUANTIZED = {
+    name: word
+    for name, word, module in (
+        ("nn.Embedding", "embed", "quant_embedding"),
+        ("nn.LayerNorm", "norm", "quant_layernorm"),
+    )
+    if importlib.util.find_spec(f"{quantized_modules.__name__}.modules.{module}") is not None
+}
 
 
 @dataclass(frozen=True)
@@ -200,15 +208,18 @@ def native(quant_cfg: Mapping[str, Any], where: str) -> QuantCfg:
     return found
 
 
-def leave_embeddings(quant_cfg: QuantCfg) -> None:
-    """Keep embeddings out of a quant_cfg that does not name them, in place.
+def leave_as_before(quant_cfg: QuantCfg) -> None:
+    """Keep layers that only later versions of modelopt quantize out of a quant_cfg that does not name them, in place.
+
+    They are embeddings and norms. Readers quantize neither, and a quant_cfg written for earlier versions means neither.
 
     Args:
         quant_cfg: The quant_cfg, in the form of the installed version.
     """
-    named = any(entry.module_class == _EMBEDDING or "embed" in entry.wildcard for entry in entries(quant_cfg))
-    if QUANTIZES_EMBEDDINGS and not named:
-        quant_cfg["quant_cfg"].append({"quantizer_name": "*", "parent_class": _EMBEDDING, "enable": False})
+    known = entries(quant_cfg)
+    for module_class, word in _NEWLY_QUANTIZED.items():
+        if not any(entry.module_class == module_class or word in entry.wildcard for entry in known):
+            quant_cfg["quant_cfg"].append({"quantizer_name": "*", "parent_class": module_class, "enable": False})
 
 
 def _as_entry(entry: Entry) -> dict[str, Any]:

@@ -167,7 +167,7 @@ class Quantizer:
         _functions.always_put_back()
         self.report = {}
         decoder_type = self._get_decoder_type(model, optional=True)
-        quant_cfg = _overrides.call(self._get_quant_cfg, model, decoder_type=decoder_type)
+        quant_cfg = _overrides.quant_cfg_of(self._get_quant_cfg, model, decoder_type)
         planned = planned_quant_cfgs(config, QUANT_CFG_CHOICES, load_quant_cfg)
         support.check_model(model, self.export_config, quant_cfg, planned, config.enable_kv_cache)
         core = unwrap_for_modelopt_operations(model)

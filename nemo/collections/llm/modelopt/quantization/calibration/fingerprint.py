@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +127,24 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         for key, inner in value.items():
             yield from _flat(inner, f"{name}.{key}" if name else str(key))
     elif isinstance(value, (list, tuple)):
-        yield name, list(value)
+        if value and all(isinstance(entry, dict) and "quantizer_name" in entry for entry in value):
+            yield from _flat(_by_quantizer(value), name)
+        else:
+            yield name, list(value)
     else:
         yield name, value
+
+
+def _by_quantizer(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the entries of a quant_cfg (modelopt from 0.44) by the quantizers that they are for."""
+    found: dict[str, Any] = {}
+    for entry in entries:
+        others = {field: value for field, value in entry.items() if field not in ("quantizer_name", "parent_class")}
+        parent = entry.get("parent_class")
+        label = entry["quantizer_name"] if parent is None else f"{parent}: {entry['quantizer_name']}"
+        earlier = sum(known.partition(" (entry ")[0] == label for known in found)
+        found[f"{label} (entry {earlier + 1})" if earlier else label] = others
+    return found
 
 
 def _clipped(value: Any) -> str:

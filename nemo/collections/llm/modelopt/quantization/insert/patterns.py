@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from ... import _parallel
 from ...errors import ModelOptConfigError
 from .. import quant_cfg_choices as choices
 from ..quant_cfg_entries import Entry, entries
+
+# modelopt 0.47 reads it; earlier versions do not check.
+_SKIP_CHECK = "MODELOPT_SKIP_WEIGHT_QUANT_CHECK"
 
 
 def patterns_of(quant_cfg: dict[str, Any]) -> list[Entry]:
@@ -41,7 +46,8 @@ def check(model: torch.nn.Module, quant_cfg: dict[str, Any], from_file: bool) ->
         from_file: Whether it is the user's own.
 
     Raises:
-        ModelOptConfigError: With the patterns and the nearest quantizers.
+        ModelOptConfigError: With the patterns and the nearest quantizers; or if weights should be quantized, and the
+            last settings leave those of every rank disabled.
     """
     wanted = patterns_of(quant_cfg)
     names = [
@@ -66,6 +72,49 @@ def check(model: torch.nn.Module, quant_cfg: dict[str, Any], from_file: bool) ->
         raise ModelOptConfigError(
             f"quant_cfg patterns that match no quantizer of this model: {'; '.join(lines)}. Patterns are wildcards of "
             "quantizer names, such as '*mlp*weight_quantizer'."
+        )
+    _check_effect(model, wanted)
+
+
+@contextlib.contextmanager
+def checked_here() -> Iterator[None]:
+    """Switch off modelopt's own check of the weights (from 0.47), which looks at one pipeline stage alone.
+
+    A stage without a quantized layer raises an error there, while the others wait for it; `check` looks at all stages.
+    """
+    before = os.environ.get(_SKIP_CHECK)
+    os.environ[_SKIP_CHECK] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_SKIP_CHECK, None)
+        else:
+            os.environ[_SKIP_CHECK] = before
+
+
+def _check_effect(model: torch.nn.Module, wanted: Sequence[Entry]) -> None:
+    """Check that some rank quantizes weights, if the last entry of a pattern for weights asks for it.
+
+    Raises:
+        ModelOptConfigError: With the patterns.
+    """
+    last = {str(entry): entry for entry in wanted}
+    weights = [
+        name
+        for name, entry in last.items()
+        if entry.enables
+        and ("weight_quantizer" in entry.wildcard or fnmatch.fnmatch("weight_quantizer", entry.wildcard))
+    ]
+    enabled = any(
+        "weight_quantizer" in name and module.is_enabled
+        for name, module in model.named_modules()
+        if isinstance(module, TensorQuantizer)
+    )
+    if weights and not _parallel.any_rank([enabled])[0]:
+        raise ModelOptConfigError(
+            f"The quant_cfg quantizes no weight: {', '.join(weights)} should, but a later setting disables every "
+            "quantizer that they match. Put settings that disable before those that enable."
         )
 
 

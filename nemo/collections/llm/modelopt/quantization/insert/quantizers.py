@@ -88,7 +88,8 @@ def insert(
         if loop and choices.is_awq(quant_cfg):
             loop = awq_search.one_batch_a_layer(loop)
         loop = loop and patterns.checked_loop(loop, quant_cfg, from_file)
-        quantized = mtq.quantize(core, quant_cfg, loop)
+        with patterns.checked_here():
+            quantized = mtq.quantize(core, quant_cfg, loop)
     if forward_loop is None:
         patterns.check(core, quant_cfg, from_file)
     gated_amax.mend(quantized)
