@@ -20,7 +20,7 @@ from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 from nemo_modelopt_cli import run_file
 from nemo_modelopt_cli.compress import runner
 from nemo_modelopt_dropin.console import screen
-from test_code.support import command_lines
+from test_code.support import command_lines, installed
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("compress", "demo", "distill", "prune", "ptq")
@@ -299,7 +299,9 @@ NO_GPU = {
 }
 
 
-@pytest.mark.parametrize("script", NO_GPU)
+@pytest.mark.parametrize(
+    "script", [pytest.param(name, marks=[installed.prunes] if name == "compress" else []) for name in NO_GPU]
+)
 def test_without_a_gpu_and_without_cpu_it_is_said_what_to_give(script, tmp_path):
     command_lines.shell(tmp_path / "model")
     for name in "ab":

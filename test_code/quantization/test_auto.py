@@ -358,17 +358,19 @@ def test_patterns(network, quant_cfg, from_file, message):
         patterns.check(model, {"quant_cfg": quant_cfg}, from_file)
 
 
-@pytest.mark.parametrize("from_file", [True, False])
-def test_weights_that_a_later_setting_leaves_unquantized(network, from_file):
+def test_weights_that_a_later_setting_leaves_unquantized(network):
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
     from nemo.collections.llm.modelopt.quantization.insert import patterns
 
     off = {"enable": False}
     quant_cfg = {"default": off, "*layers*weight_quantizer": INT8, "*layers*": off}
     with pytest.raises(ModelOptConfigError, match=r"quantizes no weight: \*layers\*weight_quantizer should"):
-        patterns.check(quantized_by(network, quant_cfg), {"quant_cfg": quant_cfg}, from_file)
-    inputs = {"default": off, "*layers*input_quantizer": INT8, "*layers*weight_quantizer": off}
-    patterns.check(quantized_by(network, inputs), {"quant_cfg": inputs}, from_file)
+        patterns.check_weights(quantized_by(network, quant_cfg), {"quant_cfg": quant_cfg})
+    for good in (
+        {"default": off, "*layers*input_quantizer": INT8, "*layers*weight_quantizer": off},
+        {"default": off, "*conv*": off, "*layers.1.weight_quantizer": INT8},
+    ):
+        patterns.check_weights(quantized_by(network, good), {"quant_cfg": good})
 
 
 def test_patterns_of_a_file_on_pipeline_stages(ranks, work):

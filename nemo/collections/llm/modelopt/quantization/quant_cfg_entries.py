@@ -219,7 +219,16 @@ def leave_as_before(quant_cfg: QuantCfg) -> None:
     known = entries(quant_cfg)
     for module_class, word in _NEWLY_QUANTIZED.items():
         if not any(entry.module_class == module_class or word in entry.wildcard for entry in known):
-            quant_cfg["quant_cfg"].append({"quantizer_name": "*", "parent_class": module_class, "enable": False})
+            quant_cfg["quant_cfg"].append(_as_entry(_off(module_class)))
+
+
+def left_as_before() -> set[str]:
+    """Return the names of the entries that `leave_as_before` may add."""
+    return {str(_off(module_class)) for module_class in _NEWLY_QUANTIZED}
+
+
+def _off(module_class: str) -> Entry:
+    return Entry("*", module_class, (), False)
 
 
 def _as_entry(entry: Entry) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import contextlib
 import fnmatch
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from nemo_modelopt_dropin.errors import nearest
 from ... import _parallel
 from ...errors import ModelOptConfigError
 from .. import quant_cfg_choices as choices
-from ..quant_cfg_entries import Entry, entries
+from ..quant_cfg_entries import Entry, entries, left_as_before
 
 # modelopt 0.47 reads it; earlier versions do not check.
 _SKIP_CHECK = "MODELOPT_SKIP_WEIGHT_QUANT_CHECK"
@@ -29,9 +29,9 @@ def patterns_of(quant_cfg: dict[str, Any]) -> list[Entry]:
 
 
 def shipped_exclusions() -> set[str]:
-    """Return the disabling patterns of modelopt's presets, which are written for many models and need not match."""
+    """Return the disabling patterns of modelopt's presets and ours, which are for many models and need not match."""
     found = (pattern for preset in choices.get_modelopt_presets().values() for pattern in patterns_of(preset))
-    return {str(pattern) for pattern in found if not pattern.enables}
+    return {str(pattern) for pattern in found if not pattern.enables} | left_as_before()
 
 
 def check(model: torch.nn.Module, quant_cfg: dict[str, Any], from_file: bool) -> None:
@@ -46,8 +46,7 @@ def check(model: torch.nn.Module, quant_cfg: dict[str, Any], from_file: bool) ->
         from_file: Whether it is the user's own.
 
     Raises:
-        ModelOptConfigError: With the patterns and the nearest quantizers; or if weights should be quantized, and the
-            last settings leave those of every rank disabled.
+        ModelOptConfigError: With the patterns and the nearest quantizers.
     """
     wanted = patterns_of(quant_cfg)
     names = [
@@ -73,14 +72,13 @@ def check(model: torch.nn.Module, quant_cfg: dict[str, Any], from_file: bool) ->
             f"quant_cfg patterns that match no quantizer of this model: {'; '.join(lines)}. Patterns are wildcards of "
             "quantizer names, such as '*mlp*weight_quantizer'."
         )
-    _check_effect(model, wanted)
 
 
 @contextlib.contextmanager
 def checked_here() -> Iterator[None]:
     """Switch off modelopt's own check of the weights (from 0.47), which looks at one pipeline stage alone.
 
-    A stage without a quantized layer raises an error there, while the others wait for it; `check` looks at all stages.
+    A stage without a quantized layer raises an error there, while the others wait for it; `check_weights` looks at all.
     """
     before = os.environ.get(_SKIP_CHECK)
     os.environ[_SKIP_CHECK] = "1"
@@ -93,13 +91,17 @@ def checked_here() -> Iterator[None]:
             os.environ[_SKIP_CHECK] = before
 
 
-def _check_effect(model: torch.nn.Module, wanted: Sequence[Entry]) -> None:
+def check_weights(model: torch.nn.Module, quant_cfg: dict[str, Any]) -> None:
     """Check that some rank quantizes weights, if the last entry of a pattern for weights asks for it.
+
+    Args:
+        model: This rank's calibrated model (GPTQ disables quantizers meanwhile); all ranks must call it.
+        quant_cfg: The quant_cfg by which the quantizers were set.
 
     Raises:
         ModelOptConfigError: With the patterns.
     """
-    last = {str(entry): entry for entry in wanted}
+    last = {str(entry): entry for entry in patterns_of(quant_cfg)}
     weights = [
         name
         for name, entry in last.items()

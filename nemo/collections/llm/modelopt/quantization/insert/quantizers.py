@@ -78,7 +78,8 @@ def insert(
         What ``mtq.quantize`` returned.
 
     Raises:
-        ModelOptConfigError: If requested KV-cache quantizers are impossible, or a pattern matches nothing.
+        ModelOptConfigError: If requested KV-cache quantizers are impossible, a pattern matches nothing, or weights that
+            should be quantized are not.
     """
     if not isinstance(core, torch.nn.Module):
         return mtq.quantize(core, quant_cfg, forward_loop)
@@ -92,6 +93,8 @@ def insert(
             quantized = mtq.quantize(core, quant_cfg, loop)
     if forward_loop is None:
         patterns.check(core, quant_cfg, from_file)
+    if quantized is core:  # not a stand-in's answer
+        patterns.check_weights(core, quant_cfg)
     gated_amax.mend(quantized)
     return quantized
 
