@@ -1,5 +1,6 @@
 # make demo   watch a GPT being pruned, distilled, quantized and exported on this machine's CPU
-# make test   lint, types, the documentation and every CPU test
+# make test   lint, types, the documentation and every test: on the GPUs of this machine if it has any, else on its CPU
+# make test-gpu   every test on GPUs; fails where there are none. TESTS chooses tests: TESTS="test_code/test_pruner.py"
 # make test-slow   the tests that take minutes: interruptions at random moments, many random models, an older processor's arithmetic
 # make test-families   every step with a small model of every family; prints the table. FAMILY="mixtral gemma" for some, WRITE=--write for docs/families.md
 # make test-serving   vLLM on this machine's CPU serves what is exported; builds build/serving (3.4 GB) when it is missing
@@ -21,7 +22,7 @@ PROSE := $(PAGES) $(SOURCES)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-slow test-families test-serving test-te test-eval test-compat lint types docs bench clean
+.PHONY: setup demo test test-gpu test-slow test-families test-serving test-te test-eval test-compat lint types docs bench clean
 
 setup: $(READY)
 
@@ -59,7 +60,7 @@ docs: $(DOCS_VENV)/.ready
 # A folder of its own, on the path of these tests only: other tests run as on a machine without Transformer Engine. They
 # need neither a test process that imports NeMo nor the suite's fixtures, hence --confcutdir. TESTS chooses tests: TESTS="-k prune".
 TE ?= build/te_on_cpu
-TE_PYTEST = PYTHONPATH=$(abspath $(TE)):$(abspath test_code/te_on_cpu/startup) $(BIN)/python -m pytest \
+TE_PYTEST = TEST_DEVICE=cpu PYTHONPATH=$(abspath $(TE)):$(abspath test_code/te_on_cpu/startup) $(BIN)/python -m pytest \
   --confcutdir=test_code/te_on_cpu test_code/te_on_cpu
 $(TE)/.ready: test_code/te_on_cpu/requirements.txt | $(READY)
 	rm -rf $(TE)
@@ -76,14 +77,19 @@ $(EVAL)/.ready: test_code/evaluation/requirements.txt constraints.txt | $(READY)
 	@touch $@
 
 test: lint types docs $(TE)/.ready $(EVAL)/.ready
-	$(TE_PYTEST)/test_train.py -m te
+	$(TE_PYTEST) -m 'te and main'
 	$(EVAL_PYTEST)/test_lm_eval.py --confcutdir=test_code/evaluation
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+# PYTEST chooses the interpreter, for a container that has NeMo: PYTEST="python -m pytest".
+PYTEST ?= $(BIN)/python -m pytest
+test-gpu: $(if $(filter $(BIN)/%,$(PYTEST)),$(READY))
+	TEST_DEVICE=cuda $(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # `SLOW_TIMEOUT` bounds one test, in seconds.
 SLOW_TIMEOUT ?= 3600
 test-slow: $(READY)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'slow and not gpu' --timeout $(SLOW_TIMEOUT)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow --timeout $(SLOW_TIMEOUT)
 
 test-families: $(READY)
 	$(BIN)/python -m test_code.families.matrix $(FAMILY) $(WRITE)

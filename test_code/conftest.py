@@ -1,4 +1,4 @@
-"""Fixtures of the suite: the CPU backend in this process, and the pool of live ranks."""
+"""Fixtures of the suite: the pools of live ranks, and which tests run on the device that `devices` chooses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import warnings
 from pathlib import Path
 
 import pytest
+
+from test_code.support import devices
+
+# GPUs are hidden before anything uses them.
+devices.prepare()
 
 _ROOT = Path(__file__).resolve().parent
 
@@ -74,12 +79,10 @@ def commands():
 
 @pytest.fixture(scope="session")
 def cpu_backend():
-    """Enable the CPU backend in the test process itself, unless there is a GPU."""
-    import torch
-
+    """Enable the CPU backend in the test process itself, unless the tests run on GPUs."""
     from nemo_modelopt_dropin import cpu_backend as backend
 
-    if not torch.cuda.is_available():
+    if not devices.machine().on_gpus:
         backend.enable()
     return backend
 
@@ -104,8 +107,12 @@ _LONGEST = (
 )
 
 
-def pytest_collection_modifyitems(items):
-    """Begin with the files that take longest."""
+def pytest_collection_modifyitems(config, items):
+    """Leave out the tests of the other device, and begin with the files that take longest."""
+    kept, others = devices.select(items)
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = kept
     ranking = {str(_ROOT / name): number for number, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: ranking.get(str(item.path), len(ranking)))
 
@@ -123,16 +130,29 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_deselected(items):
-    """Keep the number for `pytest_testnodedown`: test processes side by side do not report it by themselves."""
+    """Keep the numbers for `pytest_testnodedown`: test processes side by side do not report them by themselves."""
     if items and hasattr(items[0].config, "workeroutput"):
         output = items[0].config.workeroutput
-        output["deselected"] = output.get("deselected", 0) + len(items)
+        output.setdefault("deselected", []).extend(devices.other_device(item) or "" for item in items)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node, error):
     """Let the closing line count what was deselected, as it does for a single process; every process has the same."""
     reporter = node.config.pluginmanager.get_plugin("terminalreporter")
-    count = getattr(node, "workeroutput", {}).get("deselected", 0)
-    if reporter is not None and "deselected" not in reporter.stats and count:
-        reporter.stats["deselected"] = [types.SimpleNamespace() for _ in range(count)]
+    names = getattr(node, "workeroutput", {}).get("deselected", ())
+    if reporter is not None and "deselected" not in reporter.stats and names:
+        reporter.stats["deselected"] = [types.SimpleNamespace(other_device=name) for name in names]
+
+
+def pytest_report_header():
+    return f"device: {devices.machine()}"
+
+
+def pytest_terminal_summary(terminalreporter):
+    """End with the device, and with the numbers of tests that it leaves out."""
+    stats = terminalreporter.stats
+    reasons = [str(report.longrepr) for report in stats.get("skipped", ())]
+    names = [getattr(item, "other_device", None) or devices.other_device(item) for item in stats.get("deselected", ())]
+    for line in devices.closing_lines(reasons, names):
+        terminalreporter.write_line(line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from test_code.support import installed, jobs_distill
+from test_code.support import installed, jobs_distill, tolerances
 from test_code.support import jobs_checkpoints as jobs
 
 # What is saved, at which layout, how, and the layout at which it is loaded.
@@ -101,7 +101,7 @@ def test_an_interrupted_distillation_goes_on_as_if_it_had_not_been(
     ]
     assert len(curves[0]) == len(curves[1]) == 6
     # Within a layout it is bit for bit; another one sums in another order.
-    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert curves[1] == pytest.approx(curves[0], rel=tolerances.of("loss"))
     assert interrupted[3] != interrupted[6] or curves[1] == curves[0]
 
 

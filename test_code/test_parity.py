@@ -11,7 +11,7 @@ import json
 import pytest
 import torch
 
-from test_code.support import installed, jobs_distill, jobs_parity, jobs_scales
+from test_code.support import installed, jobs_distill, jobs_parity, jobs_scales, tolerances
 from test_code.support.ranks import RankError
 
 JSON_CFG = {
@@ -214,4 +214,4 @@ def test_six_steps_at_tp2_pp2_equal_stock(both, teacher_path, tmp_path):
         for label, losses in theirs.items():
             assert len(losses) == 6
             # fp32 sums in another order, six optimizer steps on: 1e-5 of the loss.
-            assert mine[label] == pytest.approx(losses, rel=1e-5), label
+            assert mine[label] == pytest.approx(losses, rel=tolerances.of("loss")), label

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from test_code.drop_in.prune import TestDropLayers, TestPrune, TestPruningConfig, TestSave  # noqa: F401
-from test_code.support import installed, tiny
+from test_code.support import devices, installed, tiny, tolerances
 from test_code.support import jobs_prune as jobs
 from test_code.support.other_sums import assert_equal_but_for_sums
 
@@ -258,7 +258,7 @@ class TestLayouts:
         assert all(torch.equal(joined[name], one["after"][name]) for name in joined)
         # fp32 losses of the same numbers: the stages sum them up in another order.
         losses = [_losses(rank["report"]) for rank in (*two, one)]
-        assert losses[0] == losses[1] == pytest.approx(losses[2], rel=1e-5)
+        assert losses[0] == losses[1] == pytest.approx(losses[2], rel=tolerances.of("loss"))
         assert two[0]["report"] == two[1]["report"] == one["report"]
 
     def test_two_data_parallel_ranks_prune_as_one(self, ranks):
@@ -399,8 +399,8 @@ class TestCheckpoints:
         _, tensor = ranks(2).run(jobs.loaded_weights, path, tp=2)[0]
         _, pipeline = ranks(2).run(jobs.loaded_weights, path, pp=2)[0]
         # The same sums in another order.
-        assert tensor == pytest.approx(one, rel=1e-5)
-        assert pipeline == pytest.approx(one, rel=1e-5)
+        assert tensor == pytest.approx(one, rel=tolerances.of("loss"))
+        assert pipeline == pytest.approx(one, rel=tolerances.of("loss"))
 
     def test_two_stages_write_the_same_checkpoint(self, ranks, checkpoints):
         source, target = str(checkpoints / "original"), str(checkpoints / "pruned-pp2")
@@ -425,7 +425,7 @@ class TestCheckpoints:
         source, there, alone = (str(tmp_path / name) for name in ("source", "there", "alone"))
         # The embedding is padded to a multiple of 96 x TP: 384 rows in the checkpoint, 288 where it is pruned.
         ranks(2).run(jobs.save_checkpoint, source, tp=2, sp=True, num_layers=3, make_vocab_size_divisible_by=96)
-        command = ["--restore_path", source, "--cpu", "--text", str(text), "--seq_length", "32", "--mbs", "2"]
+        command = ["--restore_path", source, *devices.flags(), "--text", str(text), "--seq_length", "32", "--mbs", "2"]
         command += ["--num_train_samples", "8", "--target_ffn_hidden_size", "64", "--target_num_layers", "2"]
         said = ranks(2).run(jobs.prune_by_script, [*command, "--no_report", "--save_path", there, "--tp", "2"])[0]
         assert [text for text in said if "restored at TP=1 with 2 pipeline stages (1 layers in the first, 2" in text]

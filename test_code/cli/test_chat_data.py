@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_modelopt_dropin.preflight import chat_rows
-from test_code.support import chats, command_lines, jobs_packed
+from test_code.support import chats, command_lines, devices, jobs_packed
 
 
 @pytest.fixture
@@ -187,7 +187,8 @@ def models(ranks_factory, tmp_path_factory):
 )  # fmt: skip
 def test_the_command_distills_on_conversations(ranks, models, tmp_path, size, data):
     line = (
-        f"--cpu --name kd --log_dir {tmp_path} --model_path {models}/student --teacher_path {models}/teacher "
+        f"{' '.join(devices.flags())} --name kd --log_dir {tmp_path} "
+        f"--model_path {models}/student --teacher_path {models}/teacher "
         f"--tokenizer {models}/tokenizer --seq_length 64 --gbs 2 --max_steps 2 --warmup_steps 0 --log_interval 1 "
         f"--val_check_interval 2 --limit_val_batches 1 {data.format(models, tmp_path)}"
     )

@@ -21,6 +21,8 @@ from nemo_modelopt_cli.compress import stages
 from nemo_modelopt_cli.process import signals
 from test_code.support import started
 
+pytestmark = pytest.mark.cpu
+
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 

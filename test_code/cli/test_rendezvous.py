@@ -10,6 +10,8 @@ import pytest
 
 from nemo_modelopt_cli.process import launch, rendezvous
 
+pytestmark = pytest.mark.cpu
+
 _RANK = """
     import ipaddress, json, os, sys
     from datetime import timedelta

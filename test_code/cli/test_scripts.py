@@ -299,6 +299,7 @@ NO_GPU = {
 }
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     "script", [pytest.param(name, marks=[installed.prunes] if name == "compress" else []) for name in NO_GPU]
 )
@@ -314,6 +315,7 @@ def test_without_a_gpu_and_without_cpu_it_is_said_what_to_give(script, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "model"]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("layout", [[], ["--tp", "2"]], ids=["one rank", "two ranks"])
 def test_ctrl_c_ends_with_130_and_leaves_nothing(layout, tmp_path):
     command_lines.shell(tmp_path / "model")
@@ -366,6 +368,7 @@ def test_exit_codes_and_what_is_seen(ranks, tmp_path):
     assert "noise on a descriptor" in "\n".join(found["verbose"][1])
 
 
+@pytest.mark.cpu
 def test_distill_and_ptq_and_prune_on_cpu(ranks, tmp_path, monkeypatch):
     """The three scripts in a row on a tiny checkpoint: prune, distill into a checkpoint, quantize through NeMo-Run."""
     from test_code.support import jobs_compress

@@ -11,6 +11,8 @@ import pytest
 from test_code.commands import jobs, lines, observe, recording
 from test_code.support.ranks import RankPool
 
+pytestmark = pytest.mark.cpu
+
 RECORDED = recording.read()
 
 

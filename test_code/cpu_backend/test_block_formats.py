@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from nemo_modelopt_dropin.cpu_backend import block_formats
 from test_code.support import jobs_quant, jobs_scales
 
+pytestmark = pytest.mark.cpu
+
 NVFP4, MXFP8, MXFP4 = ((2, 1), (4, 3)), ((4, 3), (8, 0)), ((2, 1), (8, 0))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Every tie between two neighbouring FP4 numbers, and the numbers themselves.

@@ -13,6 +13,8 @@ import torch
 from nemo_modelopt_dropin import cpu_backend as backend_module
 from test_code.support.ranks import RankError, RankPool
 
+pytestmark = pytest.mark.cpu
+
 # Layouts reorder fp32 sums: 4 steps of Adam at lr 1e-3 keep the losses together to this.
 LAYOUT_TOLERANCE = 2e-5
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import settings as profile
 from hypothesis import strategies as st
 
-from test_code.support import command_lines, jobs_aligned, jobs_packed, tiny
+from test_code.support import command_lines, devices, jobs_aligned, jobs_packed, tiny
 
 # fp32 exponentials and sums of a few hundred probabilities.
 FP32 = {"rtol": 2e-5, "atol": 2e-6}
@@ -189,7 +189,8 @@ def test_the_command_reports_it_before_nemo_is_imported(here, capsys, flags, cha
 
 def test_the_command_distills_from_a_teacher_with_another_tokenizer(ranks, folder, tmp_path):
     line = (
-        f"--cpu --name kd --log_dir {tmp_path} --model_path {folder}/student --teacher_path {folder}/teacher "
+        f"{' '.join(devices.flags())} --name kd --log_dir {tmp_path} "
+        f"--model_path {folder}/student --teacher_path {folder}/teacher "
         f"--text {folder}/text.txt --distillation_config {folder}/losses.yaml --seq_length 24 --gbs 4 --mbs 2 "
         "--max_steps 2 --warmup_steps 0 --log_interval 1 --val_check_interval 2 --limit_val_batches 1"
     )

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 
-from test_code.support import installed
+from test_code.support import installed, tolerances
 from test_code.support import jobs_distill as jobs
 
 PAIR = "intermediate_layer_pairs: [[decoder.final_layernorm, decoder.final_layernorm]]\n"
@@ -66,7 +66,7 @@ def test_training_losses_equal_stock(both, layout, objective):
         mine, theirs = ours[rank][layout, objective], stock[rank][layout, objective]
         assert len(mine) == 6
         # fp32 sums in another order, six optimizer steps on: 1e-5 of the loss.
-        assert mine == pytest.approx(theirs, rel=1e-5)
+        assert mine == pytest.approx(theirs, rel=tolerances.of("loss"))
 
 
 @pytest.mark.parametrize("objective", ["logits", "pair"])
@@ -105,13 +105,13 @@ def test_a_cross_entropy_that_overwrites_bf16_logits_leaves_them_to_the_kl(ranks
     paths = [settings("skip_lm_loss: true\n"), settings("skip_lm_loss: false\nfused_logits: 'off'\n")]
     for alone, mixed in ranks(2).run(jobs.first_logits_loss_in_bf16, teacher_path, paths):
         # The same bf16 logits; the sum over tokens is in fp32.
-        assert mixed["kd_logits_loss"] == pytest.approx(alone["kd_logits_loss"], rel=1e-5)
+        assert mixed["kd_logits_loss"] == pytest.approx(alone["kd_logits_loss"], rel=tolerances.of("loss"))
 
 
 def test_per_token_loss_does_not_depend_on_micro_batches(ranks, teacher_path):
     for curves in ranks(2).run(jobs.curves_by_micro_batch, teacher_path, True):
         for curve in curves[1:]:
-            assert curve == pytest.approx(curves[0], rel=1e-5)
+            assert curve == pytest.approx(curves[0], rel=tolerances.of("loss"))
 
 
 def test_without_it_the_first_logged_loss_is_the_token_mean_all_the_same(ranks, teacher_path):

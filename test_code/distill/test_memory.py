@@ -15,6 +15,8 @@ from nemo_modelopt_cli import dry_run
 from nemo_modelopt_dropin.preflight import model_sizes
 from test_code.support import command_lines, jobs_prune, tiny
 
+pytestmark = pytest.mark.cpu
+
 # Wide enough that logits, weights and activations are each a good part of the whole.
 SIZES = {"vocab_size": 4096, "hidden_size": 128, "ffn_hidden_size": 512}
 BATCHES = [(2, 32), (16, 64)]  # weights outweigh what a batch needs, and the other way round

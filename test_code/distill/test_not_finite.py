@@ -143,6 +143,7 @@ def broken_command(folder, arguments, step):
     return messages
 
 
+@pytest.mark.cpu
 @pytest.mark.slow
 def test_the_command_keeps_its_checkpoint_and_resumes_from_it(ranks, tmp_path):
     """Two data-parallel ranks, one with NaN."""

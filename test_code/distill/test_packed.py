@@ -33,6 +33,7 @@ def settings(folder, name):
     return str(folder / "losses.yaml")
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     "overrides",
     [

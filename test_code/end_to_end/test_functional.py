@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from test_code.support import command_lines, jobs_checkpoints, jobs_hf, jobs_prune, jobs_quant, tiny
+from test_code.support import (
+    command_lines,
+    devices,
+    jobs_checkpoints,
+    jobs_hf,
+    jobs_prune,
+    jobs_quant,
+    tiny,
+    tolerances,
+)
 
 PRUNED = {"hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4, "num_query_groups": 4, "num_layers": 2}
 
@@ -49,7 +58,7 @@ def prepare(folder: str) -> None:
 def run_script(name: str, layout: str, *arguments: str) -> int:
     """Run a script as a rank that torchrun started; return its exit code."""
     with jobs_checkpoints.world_of(layout):
-        return command_lines.script_of(name).main(["--cpu", *arguments])
+        return command_lines.script_of(name).main([*devices.flags(), *arguments])
 
 
 def quantized_logits(hf: str, nemo: str):
@@ -119,10 +128,10 @@ def test_distillation_at_pp2_from_a_yaml(ranks, folder, data):
             }
     (name, weights, loss), (_, alone, loss_alone) = loaded
     assert name == "LlamaModel" and 4 < loss < 6
-    # fp32 sums in another order, five optimizer steps on.
-    assert loss == pytest.approx(loss_alone, rel=1e-5)
+    # Sums in another order, five optimizer steps on.
+    assert loss == pytest.approx(loss_alone, rel=tolerances.of_scripts("loss"))
     for key, value in weights.items():
-        torch.testing.assert_close(value, alone[key], rtol=1e-4, atol=1e-5)
+        assert (value - alone[key]).abs().max() < tolerances.of_scripts("weight"), key
 
 
 def test_ptq_at_tp2_to_nemo_and_hf(ranks, folder):

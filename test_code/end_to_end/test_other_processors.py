@@ -12,6 +12,8 @@ import torch
 
 from test_code.support import other_sums
 
+pytestmark = pytest.mark.cpu
+
 FOLDER = Path(__file__).resolve().parents[1]
 # Files that compare numbers of a model; the others do not depend on how products are rounded.
 FILES = [

@@ -63,8 +63,12 @@ class Wait(NamedTuple):
     ours: bool
 
 
-def install() -> None:
-    """Make ``device="cuda"`` the fake GPU in this process, for good. Models are built in `session` afterwards."""
+def install(rank: int) -> None:
+    """Make ``device="cuda"`` the fake GPU in this process, for good. Models are built in `session` afterwards.
+
+    Args:
+        rank: number of the process in its pool.
+    """
     backend_registration._setup_privateuseone_for_python_backend(GPU)
     # These look up torch functions by identity, so they are imported before torch is patched.
     import torch._dynamo
@@ -103,7 +107,7 @@ def _patch_cuda() -> None:
     def to_gpu(self, device=None, non_blocking=False, **kwargs):
         return self.to(torch.device(GPU, 0), non_blocking=non_blocking)
 
-    torch.Tensor.cuda, torch.nn.Module.cuda = to_gpu, _move
+    torch.Tensor.cuda, torch.nn.Module.cuda, torch.nn.Module.bfloat16 = to_gpu, _move, _to_bf16
     # torch reads fake tensors number by number.
     FakeTensor.tolist = lambda self: self.cpu().tolist()
     torch.Tensor.is_cuda = property(lambda self: self.device.type == GPU)
@@ -114,13 +118,24 @@ def _move(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
     """Move the parameters and buffers of a module that are on the host; torch cannot replace those without numbers."""
     for module in self.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None and not _on_gpu(parameter):
+            if parameter is not None and not on_gpu(parameter):
                 moved = torch.nn.Parameter(parameter.detach().cuda(), parameter.requires_grad)
                 vars(moved).update(vars(parameter))
                 module._parameters[name] = moved
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.cuda()
+    return self
+
+
+def _to_bf16(self: torch.nn.Module) -> torch.nn.Module:
+    """Convert the parameters of a module; torch cannot replace those without numbers."""
+    for module in self.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.dtype != torch.bfloat16:
+                converted = torch.nn.Parameter(parameter.detach().bfloat16(), parameter.requires_grad)
+                vars(converted).update(vars(parameter))
+                module._parameters[name] = converted
     return self
 
 
@@ -259,7 +274,7 @@ class _Watch(TorchDispatchMode):
                 return truth.of(args[0])
         if func is torch.ops.c10d.allreduce_coalesced_.default:
             # Megatron's data parallelism uses it; torch has no fake of it.
-            assert all(map(_on_gpu, args[0])), "a tensor of the host"
+            assert all(map(on_gpu, args[0])), "a tensor of the host"
             return torch._C._distributed_c10d.FakeWork().boxed()
         if func is _aten._to_copy.default and not isinstance(args[0], FakeTensor):
             out = func(_mode().from_tensor(args[0]), **kwargs)
@@ -267,7 +282,7 @@ class _Watch(TorchDispatchMode):
             return out
         out = func(*args, **kwargs)
         truth.follow(func, args, out)
-        if isinstance(out, FakeTensor) and out.dtype == torch.float64 and _on_gpu(out):
+        if isinstance(out, FakeTensor) and out.dtype == torch.float64 and on_gpu(out):
             _largest_double[0] = max(_largest_double[0], out.numel())
         return out
 
@@ -275,13 +290,13 @@ class _Watch(TorchDispatchMode):
 def _wait(func: Any, args: tuple, kwargs: dict) -> str | None:
     """Return why the host waits for the device in an operator, or None."""
     if func in _READS:
-        return _READS[func] if _on_gpu(args[0]) else None
+        return _READS[func] if on_gpu(args[0]) else None
     if func is _aten._to_copy.default or func is _aten.copy_.default:
         target = args[0] if func is _aten.copy_.default else None
         source = args[1] if target is not None else args[0]
         to = target.device if target is not None else torch.device(kwargs.get("device") or source.device)
         pinned = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
-        if _on_gpu(source) and to.type == "cpu":
+        if on_gpu(source) and to.type == "cpu":
             return "copies to the host"
         if source.device.type == "cpu" and to.type == GPU and not pinned:
             return "copies from memory of the host that is not pinned"
@@ -294,7 +309,7 @@ def _wait(func: Any, args: tuple, kwargs: dict) -> str | None:
 def _wait_of_index(func: Any, tensor: Any, indices: Any, values: Any = None) -> str | None:
     """Return why the host waits in an operator with indices, or None."""
     given = [index for index in indices if index is not None]
-    if not _on_gpu(tensor):
+    if not on_gpu(tensor):
         return None
     if any(index.device.type == "cpu" for index in given):
         return "copies the index from the host"
@@ -308,12 +323,13 @@ def _names_gpu(device: Any) -> bool:
     return device is not None and torch.device(device).type == GPU
 
 
-def _on_gpu(tensor: Any) -> bool:
+def on_gpu(tensor: Any) -> bool:
+    """Return whether a tensor is on the fake GPU."""
     return isinstance(tensor, torch.Tensor) and tensor.device.type == GPU
 
 
 def _to_host(func: Any, args: tuple, kwargs: dict) -> bool:
-    return func is _aten._to_copy.default and _on_gpu(args[0]) and torch.device(kwargs["device"]).type == "cpu"
+    return func is _aten._to_copy.default and on_gpu(args[0]) and torch.device(kwargs["device"]).type == "cpu"
 
 
 def _place() -> tuple[str, bool]:

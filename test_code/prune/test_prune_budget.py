@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from test_code.support import installed
+from test_code.support import installed, tolerances
 from test_code.support import jobs_prune as jobs
 
 needs_experts = pytest.mark.skipif(
@@ -309,8 +309,10 @@ class TestSearch:
         }
         kl = ((logs["before"].exp() * (logs["before"] - logs["after"])).sum(-1) * mask).sum() / mask.sum()
         # fp32 logits of another matmul.
-        assert chosen["loss"] == pytest.approx(float(losses["after"]), rel=1e-5)
-        assert searched["report"]["original_heldout_loss"] == pytest.approx(float(losses["before"]), rel=1e-5)
+        assert chosen["loss"] == pytest.approx(float(losses["after"]), rel=tolerances.of("loss"))
+        assert searched["report"]["original_heldout_loss"] == pytest.approx(
+            float(losses["before"]), rel=tolerances.of("loss")
+        )
         assert chosen["kl"] == pytest.approx(float(kl), rel=1e-4)
 
     def test_importance_is_measured_once(self, searched):
@@ -331,7 +333,9 @@ class TestSearch:
                 assert mine["sizes"] == other["sizes"]
                 assert mine["chosen"] == other["chosen"]
                 # The same sums in another order.
-                assert (mine["loss"], mine["kl"]) == pytest.approx((other["loss"], other["kl"]), rel=1e-5)
+                assert (mine["loss"], mine["kl"]) == pytest.approx(
+                    (other["loss"], other["kl"]), rel=tolerances.of("loss")
+                )
             assert all(torch.equal(value, searched["weights"][name]) for name, value in rank["weights"].items())
 
     def test_sizes_given_too_stay_fixed(self, ranks):

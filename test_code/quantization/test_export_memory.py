@@ -24,16 +24,16 @@ def peak(folder: str, quantized: bool) -> tuple[int, int, int]:
 
     from nemo.collections import llm
     from nemo.collections.llm.modelopt.quantization.export import hf_configs, hf_writer
-    from test_code.support import tiny
+    from test_code.support import devices, tiny
 
     tiny.init_parallel()
     sizes = {"num_layers": LAYERS, "hidden_size": 128, "ffn_hidden_size": 256, "kv_channels": 64}
     model = llm.LlamaModel(tiny.config(**sizes), tokenizer=tiny.tokenizer())
     model.configure_model()
-    core = tiny.core(model).to(torch.bfloat16)
+    core = devices.place(tiny.core(model).to(torch.bfloat16))
     if quantized:
         tokens = torch.arange(32)[None]
-        mtq.quantize(core, mtq.FP8_DEFAULT_CFG, lambda core: core(tokens, tokens, None))
+        mtq.quantize(core, mtq.FP8_DEFAULT_CFG, lambda core: tiny.run(core, tokens))
     with hf_configs.in_memory(model):
         exporter = hf_configs.exporter_of(model)
         found = tiny.peak_bytes(

@@ -69,13 +69,13 @@ def fp32_export_and_logits(nemo: str, target: str) -> tuple[torch.Tensor, torch.
     from nemo.collections.llm.modelopt import setup_trainer_and_restore_model_with_modelopt_spec
     from nemo.collections.llm.modelopt.quantization.export import hf_verify
     from nemo.collections.llm.modelopt.quantization.quantizer import export_hf_checkpoint
-    from test_code.support import tiny
+    from test_code.support import devices, tiny
 
     model, _ = setup_trainer_and_restore_model_with_modelopt_spec(nemo)
     export_hf_checkpoint(nemo, target, model=model, dtype=torch.float32, hf_layout="modelopt")
     tokens = torch.arange(3, 35).unsqueeze(0)
     with torch.no_grad():
-        ours = tiny.core(model).eval()(tokens, torch.arange(32).unsqueeze(0), None)
+        ours = devices.on_host(tiny.run(tiny.core(model).eval(), tokens))
         return hf_verify.load(Path(target))(tokens).logits, ours
 
 

@@ -59,7 +59,7 @@ def by_hand(checkpoint, data, layer: str) -> dict[str, float]:
 
     def logits(model):
         with torch.no_grad():
-            outputs = [model(b, torch.arange(b.shape[1]).expand(b.shape), None) for b in batches]
+            outputs = [tiny.run(model, b) for b in batches]
         return torch.cat([out.double().flatten(0, 1) for out in outputs]).log_softmax(-1)
 
     before = logits(core)

@@ -76,7 +76,7 @@ def logits(checkpoint) -> torch.Tensor:
 
     model, _ = setup_trainer_and_restore_model_with_modelopt_spec(str(checkpoint))
     with torch.no_grad():
-        return tiny.core(model).eval()(torch.arange(3, 35).unsqueeze(0), torch.arange(32).unsqueeze(0), None)
+        return tiny.run(tiny.core(model).eval(), torch.arange(3, 35).unsqueeze(0))
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def everything_of(model, tp, pp) -> dict:
     from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 
     from nemo.collections.llm.modelopt.quantization.calibration import batching
-    from test_code.support import tiny
+    from test_code.support import devices, tiny
 
     core = tiny.core(model).eval()
     tensors = {n: v for n, v in core.state_dict().items() if not n.endswith("_extra_state")}
@@ -66,7 +66,7 @@ def everything_of(model, tp, pp) -> dict:
         if isinstance(module, (TensorQuantizer, SequentialQuantizer)):
             found[f"settings {name}"] = sorted((key, str(v)) for key, v in module.get_modelopt_state().items())
     outputs: list[torch.Tensor] = []
-    batching.run_forward(core, [torch.arange(3, 35).unsqueeze(0)], outputs.append, "Outputs")
+    batching.run_forward(core, [devices.place(torch.arange(3, 35).unsqueeze(0))], outputs.append, "Outputs")
     if outputs:
         found["outputs"] = outputs[0].clone()
     return found

@@ -143,6 +143,7 @@ def prepared(ranks_factory, tmp_path_factory):
     return folder
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.stem)
 def test_page(page, prepared, ranks, tmp_path):
     for item in prepared.iterdir():

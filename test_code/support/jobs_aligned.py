@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from test_code.support import jobs_distill, ranks, tiny
+from test_code.support import devices, jobs_distill, ranks, tiny
 
 
 def other_tokenizer():
@@ -73,10 +73,10 @@ def sharded_distance(width, other):
     counterparts = torch.full((6,), -1)
     for own, one in pairs:
         counterparts[own] = one
-    shards = [x.chunk(2, -1)[rank].contiguous() for x in (whole, teacher_logits)]
+    shards = devices.place(*(x.chunk(2, -1)[rank].contiguous() for x in (whole, teacher_logits)))
     leaf = shards[0].requires_grad_()
-    value = sorted_distance(leaf, shards[1], counterparts, 1.5, group, chunk_rows=3)
-    (value * torch.linspace(0.5, 1.5, 6)).sum().backward()
+    value = sorted_distance(leaf, shards[1], devices.place(counterparts), 1.5, group, chunk_rows=3)
+    (value * torch.linspace(0.5, 1.5, 6, device=value.device)).sum().backward()
     expected, gradient = reference(whole, teacher_logits, pairs, 1.5)
     return value.detach().double(), expected, leaf.grad.double(), gradient.chunk(2, -1)[rank]
 

@@ -21,7 +21,7 @@ def whole(model) -> dict[str, torch.Tensor]:
     sharded = tiny.core(model).sharded_state_dict()
     apply_factories(sharded)
     mine = [
-        (value.key, value.global_shape, value.global_offset, value.prepend_axis_num, value.data.detach().clone())
+        (value.key, value.global_shape, value.global_offset, value.prepend_axis_num, value.data.detach().cpu().clone())
         for value in nested_values(sharded)
         if isinstance(value, ShardedTensor)
     ]

@@ -14,7 +14,7 @@ from nemo.collections import llm
 from nemo_modelopt_cli import tokens
 from nemo_modelopt_cli.compress import jobs, stages, training
 from nemo_modelopt_cli.compress.settings import Job, Layout, Pruning, Quantization
-from test_code.support import tiny
+from test_code.support import devices, tiny
 
 
 def make_teacher(folder: str, in_bf16: bool = False, llama: bool = False) -> None:
@@ -41,8 +41,14 @@ def make_teacher(folder: str, in_bf16: bool = False, llama: bool = False) -> Non
 def _pruning(here: Path, layout: dict, pruning: dict, quantization: dict | None = None) -> Job:
     texts = {f"{name}_text": str(here / f"{name}.jsonl") for name in ("train", "heldout")}
     settings = Pruning(num_samples=8, **pruning)
-    return Job(str(here / "checkpoint"), **texts, seq_length=32, layout=Layout(cpu=True, **layout), pruning=settings,
-        quantization=Quantization(**(quantization or {})))  # fmt: skip
+    return Job(
+        str(here / "checkpoint"),
+        **texts,
+        seq_length=32,
+        layout=Layout(cpu=not devices.machine().on_gpus, **layout),
+        pruning=settings,
+        quantization=Quantization(**(quantization or {})),
+    )
 
 
 def tokenize(folder: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
-from test_code.support import ranks, tiny
+from test_code.support import devices, ranks, tiny
 
 
 class Metrics(pl.Callback):
@@ -168,8 +168,10 @@ def sharded_kl(all_sizes, tp):
         student = torch.randn(5, 2, sum(sizes), generator=generator) * 3
         teacher = distinct(5, 2, sum(sizes), generator=generator)
         weights = torch.rand(5, 2, generator=generator)
+        student, teacher, weights = devices.place(student, teacher, weights)
         padded = [
-            x.clone().index_fill_(-1, torch.arange(sum(sizes) - 4, sum(sizes)), -1e30) for x in (student, teacher)
+            x.clone().index_fill_(-1, torch.arange(sum(sizes) - 4, sum(sizes), device=x.device), -1e30)
+            for x in (student, teacher)
         ]
         cases = {
             "plain": (student, teacher, 1.0, fp32),
@@ -220,7 +222,7 @@ def sharded_extremes():
     group, rank = torch.distributed.group.WORLD, torch.distributed.get_rank()
     found = {}
     for direction, temperature, topk in itertools.product(DIRECTIONS, (0.25, 1.0, 4.0), (None, 2)):
-        student, teacher = extreme_logits()
+        student, teacher = devices.place(*extreme_logits())
         part = slice(2 * rank, 2 * rank + 2)
         own, whole = student[:, part].clone().requires_grad_(), student.clone().requires_grad_()
         value = kl_divergence(own, teacher[:, part].contiguous(), temperature, direction, group, topk=topk)
@@ -240,7 +242,8 @@ def collectives_of_kl() -> dict[str, tuple[int, int]]:
 
     tiny.init_parallel(tp=2)
     names = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
-    student, teacher = torch.randn(4, 2, 9, requires_grad=True), torch.randn(4, 2, 9)
+    student, teacher = devices.place(torch.randn(4, 2, 9), torch.randn(4, 2, 9))
+    student.requires_grad_()
     counts = {}
     for direction, topk in itertools.product(("forward", "reverse", "jsd"), (None, 3)):
         with contextlib.ExitStack() as stack:
@@ -268,6 +271,7 @@ def kl_loss_against_plugin():
     rank = torch.distributed.get_rank()
     generator = torch.Generator().manual_seed(3)
     student, teacher = (torch.randn(5, 2, 32, generator=generator)[..., 16 * rank :][..., :16] for _ in range(2))
+    student, teacher = devices.place(student, teacher)
     config = SimpleNamespace(tensor_model_parallel_size=2, sequence_parallel=False)
     mine, tp_reduce, _ = LogitsKLLoss(config)(student, teacher)
     assert not tp_reduce
@@ -296,7 +300,7 @@ def first_logits_loss(teacher_path, settings_paths):
     return first
 
 
-class _Fused(pl.Callback):
+class TECrossEntropy(pl.Callback):
     """Let a model use Transformer Engine's cross entropy, which the CPU backend replaces by Megatron's."""
 
     def on_train_start(self, trainer, pl_module):
@@ -323,7 +327,7 @@ def first_logits_loss_in_bf16(teacher_path, settings_paths):
         for path in settings_paths:
             bf16 = nl.MegatronMixedPrecision("bf16-mixed", params_dtype=torch.bfloat16, autocast_enabled=False)
             model, recorder = distillation_model(teacher_path, path, te, te), Metrics()
-            tiny.fit(model, tiny.data(), max_steps=1, callbacks=[recorder, _Fused()], tp=2, plugins=bf16)
+            tiny.fit(model, tiny.data(), max_steps=1, callbacks=[recorder, TECrossEntropy()], tp=2, plugins=bf16)
             first.append(recorder.steps[0])
             ranks.reset()
     finally:
@@ -451,6 +455,7 @@ def reduction_over_context_parallel(per_token):
     token_losses = torch.rand(2, 2, 8, generator=generator)  # micro-batches, b, s
     masks = (torch.rand(2, 2, 8, generator=generator) < 0.6).float()
     masks[1] = 0
+    token_losses, masks = devices.place(token_losses, masks)
     half = slice(4 * rank, 4 * rank + 4)
     results = []
     for tokens, mask in zip(token_losses, masks, strict=True):
@@ -460,7 +465,9 @@ def reduction_over_context_parallel(per_token):
             per_token_loss=per_token,
         )
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            loss, *count, report = reduction.forward({"loss_mask": mask[:, half]}, torch.zeros(2, 4))
+            loss, *count, report = reduction.forward(
+                {"loss_mask": mask[:, half]}, torch.zeros(2, 4, device=mask.device)
+            )
         reductions = sum(event.name == "c10d::allreduce_" for event in profile.events())
         assert reductions == 3, "the number of tokens, the language-model loss and the distillation loss"
         loss.backward()

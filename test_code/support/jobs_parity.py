@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import torch
 
-from test_code.support import jobs_distill, ranks, tiny
+from test_code.support import devices, jobs_distill, ranks, tiny
 
 
 @contextlib.contextmanager
@@ -48,7 +48,7 @@ def batches() -> list[torch.Tensor]:
 
 
 def forward(core, tokens) -> torch.Tensor:
-    return core(tokens, torch.arange(tokens.shape[1]).expand(tokens.shape), None)
+    return tiny.run(core, tokens)
 
 
 def calibrate(core) -> None:
@@ -223,11 +223,11 @@ def losses_and_gradients(tp: int) -> dict[str, tuple]:
         generator = torch.Generator().manual_seed(11)
         vocabulary = 48 // tp
         logits = [3 * torch.randn(6, 3, 48, generator=generator) for _ in range(2)]
-        logits = [t[..., vocabulary * rank :][..., :vocabulary].contiguous() for t in logits]
-        narrow, equal, target = (torch.randn(6, 3, h, generator=generator) for h in (32, 64, 64))
+        logits = devices.place(*(t[..., vocabulary * rank :][..., :vocabulary].contiguous() for t in logits))
+        narrow, equal, target = devices.place(*(torch.randn(6, 3, h, generator=generator) for h in (32, 64, 64)))
         torch.manual_seed(3)
-        projection = module.ProjectionLayer(config, wide)
-        weigh = torch.rand(3, 6, generator=generator)
+        projection = devices.place(module.ProjectionLayer(config, wide))
+        weigh = devices.place(torch.rand(3, 6, generator=generator))
         cases = {
             "kl": (module.LogitsKLLoss(config), *logits),
             "kl, temperature 2": (module.LogitsKLLoss(config, temperature=2.0), *logits),

@@ -11,6 +11,8 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
+from test_code.support import devices
+
 
 def build(tp: int = 1, pp: int = 1, data=None, batches: int = 4, stages=None, **overrides):
     """Train a tiny model for one step and set weights that depend on their names only, not on the layout.
@@ -84,7 +86,7 @@ def logits(model, tokens=None):
     tokens = torch.arange(64).view(2, 32) * 3 % 251 if tokens is None else tokens
     mask = torch.ones(1, 1, 32, 32, dtype=torch.bool).triu(1)
     with torch.no_grad():
-        return core(tokens, torch.arange(32).expand(len(tokens), 32), mask)
+        return tiny.run(core, tokens, mask)
 
 
 def run_prune(model, request, module=None, run=None):
@@ -204,7 +206,7 @@ def measured(model, module, run):
 
     def keep_weights(_, args, kwargs):
         tokens = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        mask = torch.stack([rows[tuple(row.tolist())] for row in tokens]).T
+        mask = devices.place(torch.stack([rows[tuple(row.tolist())] for row in tokens]).T)
         weights[:] = [mask / mask.sum(0)]
 
     handles.append(core.register_forward_pre_hook(keep_weights, with_kwargs=True))
@@ -260,7 +262,7 @@ def masked_and_pruned(request: dict, **settings):
     handles = []
 
     def mask(kept, width):
-        gate = torch.zeros(width)
+        gate = torch.zeros(width, device=devices.device())
         gate[kept] = 1
         return lambda _, args: (args[0] * gate, *args[1:])
 
@@ -318,6 +320,7 @@ def fingerprint_of_state(model, module, run):
         "callbacks": [type(callback).__name__ for callback in run.callbacks],
         "modes": [part.training for part in tiny.core(model).modules()],
         "torch": torch.get_rng_state().tolist(),
+        "cuda": torch.cuda.get_rng_state().tolist() if devices.machine().on_gpus else None,
         "python": random.getstate(),
         "numpy": str(np.random.get_state()),
         "tracker": {name: state.tolist() for name, state in tracker.items()},

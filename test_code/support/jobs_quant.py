@@ -223,11 +223,12 @@ def quantize_with_loop(checkpoint) -> dict:
         Quantizer,
         setup_trainer_and_restore_model_with_modelopt_spec,
     )
+    from test_code.support import tiny
 
     model, _ = setup_trainer_and_restore_model_with_modelopt_spec(str(checkpoint))
 
     def loop(core):
-        core(torch.arange(3, 35).unsqueeze(0), torch.arange(32).unsqueeze(0), None)
+        tiny.run(core, torch.arange(3, 35).unsqueeze(0))
 
     quantizer = Quantizer(QuantizationConfig(algorithm="int8"), ExportConfig(path="unused", export_format="nemo"))
     said: list[str] = []
@@ -245,13 +246,13 @@ def plain_logits(folder, checkpoint) -> tuple[torch.Tensor, torch.Tensor]:
     from transformers import AutoModelForCausalLM
 
     from nemo.collections.llm.modelopt import setup_trainer_and_restore_model_with_modelopt_spec
-    from test_code.support import tiny
+    from test_code.support import devices, tiny
 
     tokens = torch.arange(3, 35).unsqueeze(0)
     model, _ = setup_trainer_and_restore_model_with_modelopt_spec(str(checkpoint))
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)(tokens).logits
-        ours = tiny.core(model).eval()(tokens, torch.arange(32).unsqueeze(0), None)
+        ours = devices.on_host(tiny.run(tiny.core(model).eval(), tokens))
     return theirs, ours
 
 
@@ -303,7 +304,7 @@ def quantize_and_save(checkpoint, path) -> dict[str, torch.Tensor]:
     from test_code.support import tiny
 
     def loop(core):
-        core(torch.arange(3, 35).unsqueeze(0), torch.arange(32).unsqueeze(0), None)
+        tiny.run(core, torch.arange(3, 35).unsqueeze(0))
 
     # Stock's own set-up function fails without Transformer Engine: these are its steps.
     model = nl.io.load_context(path=ckpt_to_context_subdir(checkpoint), subpath="model")

@@ -125,7 +125,7 @@ def starved(expert: int | None):
 
     def without(self, *args, **kwargs):
         logits = gating(self, *args, **kwargs)
-        return logits.index_fill(-1, torch.tensor([expert]), -1e9)
+        return logits.index_fill(-1, torch.tensor([expert], device=logits.device), -1e9)
 
     TopKRouter.gating = gating if expert is None else without
     try:

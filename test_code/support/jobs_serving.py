@@ -131,11 +131,10 @@ def export(checkpoint, target, algorithm, **settings) -> InMemory:
 def log_probabilities(core) -> torch.Tensor:
     """Return the log probabilities `[p, s - 1, v]` of the prompts; entry i belongs to token i + 1."""
     tokens = prompts()
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     was_training = core.training
     core.eval()
     with torch.no_grad():
-        logits = core(tokens, positions, None).float()
+        logits = tiny.run(core, tokens).float()
     core.train(was_training)
     return logits[..., : tiny.VOCABULARY].log_softmax(-1)[:, :-1]
 

@@ -15,6 +15,8 @@ import warnings
 
 import torch
 
+from test_code.support import tolerances
+
 VARIABLE = "TEST_OTHER_SUMS"
 # Half a unit in the last place. Partial sums of n terms of random sign are at most about |a| |b| / sqrt(n), and n
 # rounding errors of that size add up to about this number times |a| |b| (Higham, Accuracy and Stability of Numerical
@@ -54,7 +56,7 @@ def _pattern(terms: int, columns: int) -> torch.Tensor:
     return torch.rand(columns, generator=generator) * 2 - 1
 
 
-def assert_equal_but_for_sums(found: torch.Tensor, expected: torch.Tensor, limit: float = 1e-4) -> None:
+def assert_equal_but_for_sums(found: torch.Tensor, expected: torch.Tensor, limit: float | None = None) -> None:
     """Compare two fp32 results of the same computation whose sums run in different orders.
 
     Errors of this kind are relative to the terms of a sum and not to its value, so the largest expected number is the
@@ -64,6 +66,7 @@ def assert_equal_but_for_sums(found: torch.Tensor, expected: torch.Tensor, limit
     Args:
         found: any shape.
         expected: the same shape.
-        limit: largest difference as a share of the largest expected number.
+        limit: largest difference as a share of the largest expected number; that of logits by default.
     """
+    limit = tolerances.of(tolerances.LOGITS) if limit is None else limit
     torch.testing.assert_close(found, expected, rtol=0, atol=limit * float(expected.abs().max()))

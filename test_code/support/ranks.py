@@ -1,8 +1,9 @@
-"""Run module-level functions on a pool of live CPU ranks, which starts once in a test run.
+"""Run module-level functions on a pool of live ranks, which starts once in a test run.
 
 Importing NeMo takes 15 seconds. Ranks are therefore forked from a server that has most of it loaded (`preload`), and
-they stay alive between tests. A function runs on all ranks at the same time, with the CPU backend enabled (or what the
-pool sets up in its place) and with the environment variables that torchrun sets. NeMo's strategy (or
+they stay alive between tests. A function runs on all ranks at the same time, on the device that `devices` chooses (or
+with what the pool sets up in its place) and with the environment variables that torchrun sets. Ranks on GPUs are
+started without the server, and hold one GPU each. NeMo's strategy (or
 `tiny.init_parallel`) creates the process groups, and `reset` destroys them after the job. The return values are ordered
 by rank. If a rank raises an error, `RankError` shows the traceback and the end of the log of each rank; if a rank
 hangs, its log ends with the stack. After a failure the ranks are killed, because they may be in the middle of a
@@ -15,6 +16,7 @@ import contextlib
 import faulthandler
 import gc
 import importlib
+import io
 import multiprocessing
 import os
 import pickle
@@ -28,6 +30,8 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
 
+from test_code.support import devices
+
 _START_TIMEOUT = 240.0
 _GRACE = 5.0
 _PORTS = 1000
@@ -38,14 +42,14 @@ class RankError(RuntimeError):
 
 
 class RankPool:
-    """Keep ``world_size`` processes alive that form one gloo group."""
+    """Keep ``world_size`` processes alive that form one process group."""
 
     def __init__(
         self,
         world_size: int,
         log_dir: Path,
         env: dict[str, str] | None = None,
-        set_up: Callable[[], None] | None = None,
+        set_up: Callable[[int], None] | None = None,
     ):
         """Store the settings; the ranks start with the first job.
 
@@ -53,12 +57,13 @@ class RankPool:
             world_size: number of ranks.
             log_dir: folder of the ranks' logs, which hold everything that they print.
             env: environment variables that are set in the ranks before anything is imported.
-            set_up: module-level function that each rank calls first; by default it enables the CPU backend.
+            set_up: module-level function that each rank calls first, with its number; by default
+                `devices.start_rank`.
         """
         self.world_size = world_size
         self.log_dir = Path(log_dir)
         self.env = dict(env or {})
-        self._set_up = set_up or _enable_cpu_backend
+        self._set_up = set_up or devices.start_rank
         self._processes: list = []
         self._pipes: list = []
         self._reserved: socket.socket | None = None
@@ -77,7 +82,10 @@ class RankPool:
 
         Raises:
             RankError: If a rank raised an error, died or did not finish in time.
+            pytest.skip.Exception: If the ranks need more GPUs than there are.
         """
+        if self._set_up is devices.start_rank:
+            devices.need(self.world_size)
         if not self._processes:
             self._start()
         job = pickle.dumps((function.__module__, function.__qualname__, args, kwargs))
@@ -105,8 +113,9 @@ class RankPool:
 
     def _start(self) -> None:
         self.log_dir.mkdir(parents=True, exist_ok=True)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["test_code.support.preload"])
+        context = multiprocessing.get_context(devices.machine().start_method)
+        if context.get_start_method() == "forkserver":
+            context.set_forkserver_preload(["test_code.support.preload"])
         self._free_ports()
         self._reserved = _reserve_ports()
         port = self._reserved.getsockname()[1] + 1
@@ -217,7 +226,7 @@ def _is_free(port: int) -> bool:
 
 
 def _serve(
-    rank: int, world_size: int, port: int, pipe, log: str, env: dict[str, str], set_up: Callable[[], None]
+    rank: int, world_size: int, port: int, pipe, log: str, env: dict[str, str], set_up: Callable[[int], None]
 ) -> None:
     """Run as one rank: set it up, then execute jobs until an empty one arrives."""
     os.setpgid(0, 0)
@@ -240,7 +249,7 @@ def _serve(
         **env,
     )
     try:
-        _start_as_rank(set_up)
+        _start_as_rank(set_up, rank)
         answer: tuple = (True, None)
     except BaseException:
         answer = (False, traceback.format_exc())
@@ -255,19 +264,13 @@ def _serve(
         pipe.send_bytes(_execute(job))
 
 
-def _enable_cpu_backend() -> None:
-    from nemo_modelopt_dropin import cpu_backend
-
-    cpu_backend.enable()
-
-
-def _start_as_rank(set_up: Callable[[], None]) -> None:
+def _start_as_rank(set_up: Callable[[int], None], rank: int) -> None:
     import warnings
 
     import torch
 
     torch.set_num_threads(1)
-    set_up()
+    set_up(rank)
     warnings.filterwarnings("error", module=r"nemo\.collections\.llm\.modelopt")
     import nemo.collections.llm  # noqa: F401
     from test_code.support import other_sums
@@ -283,7 +286,7 @@ def _execute(job: bytes) -> bytes:
     sys.stdout.write(f"=== {module}.{name}\n")
     try:
         function = getattr(importlib.import_module(module), name)
-        answer = pickle.dumps((True, function(*args, **kwargs)))
+        answer = _pickled((True, function(*args, **kwargs)))
     except BaseException:
         # The pool kills its ranks after a failure; a reset would wait for ranks that hang.
         return pickle.dumps((False, traceback.format_exc()))
@@ -293,6 +296,23 @@ def _execute(job: bytes) -> bytes:
         answer = pickle.dumps((False, "while resetting the rank: " + traceback.format_exc()))
     sys.stdout.flush()
     return answer
+
+
+class _HostPickler(pickle.Pickler):
+    """Pickle tensors of a GPU as tensors on the CPU, because tests compare them there."""
+
+    def reducer_override(self, value):
+        import torch
+
+        if isinstance(value, torch.Tensor) and value.is_cuda:
+            return value.detach().cpu().__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+        return NotImplemented
+
+
+def _pickled(value) -> bytes:
+    stream = io.BytesIO()
+    _HostPickler(stream, pickle.HIGHEST_PROTOCOL).dump(value)
+    return stream.getvalue()
 
 
 @contextlib.contextmanager
@@ -313,6 +333,8 @@ def world(rank: int, size: int, port_offset: int):
         reset()
     finally:
         os.environ.update(kept)
+        # NeMo has chosen the GPU by its number in the smaller world.
+        devices.hold_gpu(int(kept["LOCAL_RANK"]))
 
 
 def reset() -> None:
@@ -344,5 +366,6 @@ def reset() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+    devices.release()
     # The next group uses another port, because the old store may not have released its own yet.
     os.environ["MASTER_PORT"] = str(later_port(int(os.environ["MASTER_PORT"])))

@@ -1,6 +1,6 @@
 """Build small real models, data and trainers for the tests: NeMo's and Megatron's own classes in small sizes.
 
-Import it after `cpu_backend.enable()`, which the ranks and ``conftest.py`` call.
+Import it after `devices.start_rank`, which the ranks call. Device, process group and layer spec are those of `devices`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import lightning.pytorch as pl
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
-from nemo.collections.llm.gpt.model.base import local_layer_spec
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from nemo.utils.model_utils import unwrap_model
 
 from nemo import lightning as nl
 from nemo.collections import llm
+from test_code.support import devices
 
 VOCABULARY = 256
 SEQ_LENGTH = 32
@@ -92,7 +92,10 @@ def config(**overrides) -> llm.GPTConfig:
         "bf16": False,
         "params_dtype": torch.float32,
         "pipeline_dtype": torch.float32,
-        "transformer_layer_spec": local_layer_spec,
+        "transformer_layer_spec": devices.layer_spec(),
+        # Kernels of packages that need not be installed; the CPU backend switches them off, too.
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
     }
     return llm.GPTConfig(**{**settings, **overrides})
 
@@ -143,7 +146,7 @@ def trainer(
 ) -> nl.Trainer:
     """Return a trainer over all ranks of the process group that neither logs nor writes files."""
     settings = {
-        "accelerator": "cpu",
+        "accelerator": devices.machine().accelerator,
         "devices": int(os.environ.get("WORLD_SIZE", 1)),
         "num_nodes": 1,
         "max_steps": max_steps,
@@ -220,17 +223,33 @@ def data(global_batch_size: int = 4, micro_batch_size: int = 2, seq_length: int 
 
 
 def init_parallel(tp: int = 1, pp: int = 1, cp: int = 1, seed: int = 1234, **kw) -> None:
-    """Initialise gloo, Megatron's groups and its random number trackers, for jobs without a trainer."""
+    """Initialise collectives, Megatron's groups and its random number trackers, for jobs without a trainer."""
     from megatron.core import parallel_state, tensor_parallel
 
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group(devices.machine().backend)
 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp, **kw
     )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def run(model, tokens: torch.Tensor, mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+    """Run a Megatron model on tokens `[b, s]`, on the device of the tests, and return what it returns.
+
+    Args:
+        model: the model.
+        tokens: token numbers; positions count from zero in each row.
+        mask: attention mask, or None for the model's own.
+        **kwargs: passed to the model.
+
+    Returns:
+        The logits, on the model's device; `devices.on_host` moves them.
+    """
+    positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+    return model(*devices.place(tokens, positions, mask), **kwargs)
 
 
 def core(wrapped) -> torch.nn.Module:
@@ -318,7 +337,12 @@ def fit(
 
 
 def peak_bytes(function) -> int:
-    """Return the peak of the bytes that a function allocates, counted from the allocator's events."""
+    """Return the peak of the bytes that a function allocates on the device of the tests."""
+    if devices.machine().on_gpus:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
