@@ -33,6 +33,51 @@ def shared_values() -> dict[str, list]:
     }
 
 
+def wait_for_rank_zero(fail: bool) -> dict:
+    """Let rank zero work for longer than a collective may take; return how long this rank was there, and its error."""
+    import datetime
+    import time
+
+    import torch
+
+    from nemo.collections.llm.modelopt import _parallel
+    from test_code.support import devices
+
+    limit = datetime.timedelta(seconds=1)
+    torch.distributed.init_process_group(devices.machine().backend, timeout=limit)
+    found: dict = {"error": None}
+    for _ in range(2):  # the second time must not be answered by the first
+        torch.distributed.barrier()
+        started = time.monotonic()
+        try:
+            with _parallel.while_rank_zero_works():
+                if torch.distributed.get_rank() == 0:
+                    time.sleep(2.5)
+                    if fail:
+                        raise OSError("the disk is gone")
+        except OSError as error:
+            found["error"] = str(error)
+        found.setdefault("seconds", []).append(time.monotonic() - started)
+    # The group still works.
+    found["ranks"] = _parallel.gather_objects(torch.distributed.get_rank())
+    return found
+
+
+@pytest.mark.parametrize("fail", [False, True])
+def test_rank_zero_may_work_for_longer_than_a_collective(ranks, fail):
+    zero, other = ranks(2).run(wait_for_rank_zero, fail)
+    assert min(*zero["seconds"], *other["seconds"]) > 2.4
+    assert (zero["error"], other["error"]) == ("the disk is gone" if fail else None, None)
+    assert zero["ranks"] == other["ranks"] == [0, 1]
+
+
+def test_a_rank_alone_waits_for_nobody():
+    from nemo.collections.llm.modelopt import _parallel
+
+    with _parallel.while_rank_zero_works():
+        pass
+
+
 def test_tied_embeddings_are_counted_once(ranks):
     (whole, pruned), *_ = ranks(1).run(count)
     for layout in ({"pp": 2}, {"tp": 2}):

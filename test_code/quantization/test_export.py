@@ -270,6 +270,38 @@ def test_a_wrong_scale_is_found(exported, tmp_path, algorithm, leaf):
             hf_verify.compare(folder, expected, hf_verify.tolerance(torch.float32))
 
 
+def test_a_checkpoint_is_loaded_for_comparison_without_random_weights(exported):
+    """Drawing them takes longer than the comparison, and they would be in memory twice."""
+    from nemo.collections.llm.modelopt.quantization.export import hf_files, hf_verify
+
+    folder = exported("fp8")[1]
+    before = torch.get_rng_state()
+    model = hf_verify.load(folder)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    norm = "model.norm.weight"
+    assert torch.equal(model.get_parameter(norm), dict(hf_files.read_tensors(folder))[norm].float())
+
+
+def test_a_long_comparison_is_announced_and_takes_all_cores(exported, monkeypatch):
+    from nemo.collections.llm.modelopt.quantization.export import hf_verify
+
+    folder, said = exported("fp8")[1], []
+    monkeypatch.setattr(hf_verify.logging, "info", said.append)
+    hf_verify.announce(folder)
+    assert said == [], "it takes a moment"
+    monkeypatch.setattr(hf_verify, "_WORTH_TELLING", 0.0)
+    monkeypatch.setattr(hf_verify, "_cores", lambda: 3)
+    hf_verify.announce(folder)
+    assert "parameters in fp32 on 3 cores of rank zero's CPU take about 1 min. The other ranks wait" in said[0]
+    # 70 billion parameters in FP8.
+    assert 300 < hf_verify.expected_seconds(70_000_000_000, 70_000_000_000) < 3600
+    before = torch.get_num_threads()
+    with hf_verify.all_cores():
+        assert torch.get_num_threads() == 3
+    assert torch.get_num_threads() == before
+
+
 # --- TensorRT-LLM -----------------------------------------------------------------------------------------------------
 
 

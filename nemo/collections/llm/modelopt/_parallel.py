@@ -5,12 +5,18 @@ Without a process group each function answers for this process alone. All ranks 
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
+from torch.distributed import distributed_c10d
+
+# Seconds between two questions to the store.
+_STORE_INTERVAL = 0.05
 
 
 def is_distributed() -> bool:
@@ -80,6 +86,28 @@ def barrier() -> None:
     """Wait for all ranks."""
     if is_distributed():
         torch.distributed.barrier()
+
+
+@contextlib.contextmanager
+def while_rank_zero_works() -> Iterator[None]:
+    """Let the other ranks wait at the end of the context until rank zero has left it, for as long as that takes.
+
+    They ask the store of the process group. In a collective, for example one that shares the outcome, NCCL would end
+    the job after ten minutes. Rank zero leaves the context with an error, too.
+    """
+    if not is_distributed() or torch.distributed.get_world_size() == 1:
+        yield
+        return
+    store, rank = distributed_c10d._get_default_store(), torch.distributed.get_rank()
+    # Counted by the store of this group: processes that change groups would disagree on a count of their own.
+    key = f"rank_zero_works/{store.add(f'rank_zero_works_of/{rank}', 1)}"
+    try:
+        yield
+    finally:
+        if rank == 0:
+            store.set(key, b"done")
+    while rank != 0 and not store.check([key]):
+        time.sleep(_STORE_INTERVAL)
 
 
 def global_name(core: torch.nn.Module, name: str) -> str:

@@ -47,7 +47,8 @@ class Contents:
 
     def add_codes(self, codes: torch.Tensor) -> None:
         """Count codes that are stored as one byte each."""
-        self.codes += torch.bincount(codes.contiguous().view(torch.uint8).flatten().int(), minlength=256).cpu()
+        # Bytes are counted as they are: wider integers would take a multiple of the weight's memory on its device.
+        self.codes += torch.bincount(codes.contiguous().view(torch.uint8).flatten(), minlength=256).cpu()
 
     def add_scale(self, name: str, scale: torch.Tensor) -> None:
         """Add the scale of a tensor, or the scales of its rows or blocks."""
@@ -135,7 +136,7 @@ def check(core: torch.nn.Module, folder: Path, dtype: torch.dtype = torch.bfloat
     layout = hf_stored.layout(folder)
     with layout.scales_as_stored(core, dtype):
         gathered = _parallel.gather_objects(dict(of_model(core, layout)))
-    with fail_together("The check of the codes"):
+    with fail_together("The check of the codes"), _parallel.while_rank_zero_works():
         if torch.distributed.get_rank() == 0:
             expected: dict[str, Contents] = defaultdict(Contents)
             for number, part in (item for rank in gathered for item in rank.items()):

@@ -7,6 +7,7 @@ rounded inputs, an input near the boundary between two codes may be rounded eith
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,12 @@ _CHECKED_TOKENS = 32
 # 16 bits each layer adds a rounding error.
 _TOLERANCE_FP32 = 1e-4
 _TOLERANCE_COMPUTED_16 = 0.08
+# What the time of a comparison is made of, for `expected_seconds`: reading the files from a disk, and decoding weights
+# and two forward passes in fp32 on a few cores.
+_BYTES_PER_SECOND = 1e9
+_SECONDS_PER_BILLION = 8.0
+# Seconds from which on the duration is reported beforehand.
+_WORTH_TELLING = 20.0
 # With rounded inputs the difference is at most this multiple of the change that rounding causes. If every rounding
 # were independent, it would be the square root of two.
 _FLIPS = 2.0
@@ -60,12 +67,15 @@ def load(folder: Path) -> torch.nn.Module:
     The inputs of its linear layers are scaled and quantized as in the checkpoint, by modelopt's quantizers.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.modeling_utils import no_init_weights
 
     formats = hf_stored.formats(folder)
     tensors = dict(hf_files.read_tensors(folder))
     # The default implementation of attention ignores Gemma's capped scores.
     settings = {"torch_dtype": torch.float32, "attn_implementation": "eager"}
-    model = AutoModelForCausalLM.from_config(hf_files.plain_config(folder), **settings).eval()
+    # All weights are replaced; drawing random ones first would take longer than the comparison.
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(hf_files.plain_config(folder), **settings).eval()
     weights, quantized = {}, {}
     for name in hf_stored.quantized_names(tensors):
         parts = {leaf: value for leaf in formats.leaves() if (value := tensors.get(f"{name}.{leaf}")) is not None}
@@ -75,7 +85,9 @@ def load(folder: Path) -> torch.nn.Module:
     for name, value in tensors.items():
         if not hf_files.is_scale(name) and hf_stored.split(name)[0] not in quantized or name.endswith(".bias"):
             weights[name] = value.float()
-    model.load_state_dict(weights, strict=False)
+    # Assigned, not copied: one fp32 model is in memory, and not two.
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
     for name, layer in quantized.items():
         _quantize_like(model.get_submodule(name), layer)
     hf_kv_cache.attach(model, tensors, hf_files.kv_cache_of(folder))
@@ -264,6 +276,46 @@ def compare(folder: Path, expected: Logits, limit: float) -> float:
     return error
 
 
+def announce(folder: Path) -> None:
+    """Log how large the comparison is and about how long it takes, if that is worth waiting for."""
+    parameters = sum(shape.numel() for shape in hf_files.expected_shapes(folder).values())
+    seconds = expected_seconds(parameters, sum(file.stat().st_size for file in folder.glob("*.safetensors")))
+    if seconds >= _WORTH_TELLING:
+        with screen.results():
+            logging.info(
+                f"Comparing the logits of the written checkpoint with the model in memory: {parameters / 1e9:.1f} "
+                f"billion parameters in fp32 on {_cores()} cores of rank zero's CPU take about "
+                f"{max(1, round(seconds / 60))} min. The other ranks wait. "
+                "ExportConfig(verify='files') leaves this comparison out."
+            )
+
+
+def expected_seconds(parameters: int, stored_bytes: int) -> float:
+    """Return about how long a comparison takes.
+
+    Args:
+        parameters: of the checkpoint.
+        stored_bytes: size of its files.
+    """
+    return stored_bytes / _BYTES_PER_SECOND + parameters / 1e9 * _SECONDS_PER_BILLION
+
+
+def _cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def all_cores() -> Iterator[None]:
+    """Let PyTorch use all cores inside the context: torchrun gives each rank one thread, and the others wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(_cores())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
@@ -290,5 +342,8 @@ def check_logits(core, folder: Path, dtype: torch.dtype) -> None:
         return
     with hf_stored.layout(folder).scales_as_stored(core, dtype), rounded(core, dtype):
         expected = quantized_logits(core, vocabulary)
-    if is_global_rank_zero():
-        compare(folder, expected, tolerance(next(core.parameters()).dtype))
+    with _parallel.while_rank_zero_works():
+        if is_global_rank_zero():
+            announce(folder)
+            with all_cores():
+                compare(folder, expected, tolerance(next(core.parameters()).dtype))

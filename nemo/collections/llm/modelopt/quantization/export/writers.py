@@ -15,7 +15,7 @@ from nemo.utils.get_rank import is_global_rank_zero
 from nemo_modelopt_dropin import files
 from nemo_modelopt_dropin.preflight import shard_sizes
 
-from ... import _real, _staging
+from ... import _parallel, _real, _staging
 from .. import _checks, _decoders, _transformers_models
 from .._collaborators import Collaborators
 from ..insert import routed_experts
@@ -191,7 +191,7 @@ def _write_core(tools: Collaborators, model, core, exporter, folder: Path, **kwa
 
 def _finish_hf(tools: Collaborators, model, model_dir: Any, core, folder: Path, level: str, dtype: torch.dtype) -> None:
     """Write the files that go with the weights, and verify the checkpoint at the requested level."""
-    with _staging.fail_together("The check of the checkpoint"):
+    with _staging.fail_together("The check of the checkpoint"), _parallel.while_rank_zero_works():
         if tools.is_global_rank_zero():
             hf_files.name_dtype(folder, dtype)
             hf_describe.write_generation_config(model, folder)
