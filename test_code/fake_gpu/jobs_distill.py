@@ -30,6 +30,9 @@ def step(
     student: dict[str, Any] | None = None,
     observing: bool = False,
     entries: int | None = None,
+    teacher: dict[str, Any] | None = None,
+    adapters: bool = False,
+    **more: int,
 ) -> int:
     """Build a small distillation and run a training step of one rank, which may not wait.
 
@@ -41,13 +44,18 @@ def step(
         student: overrides of the student's configuration.
         observing: whether the metrics of a logging step are computed.
         entries: vocabulary entries that both models have.
+        teacher: overrides of the teacher's configuration.
+        adapters: whether only adapters of the student are trained.
+        **more: further arguments of `models.layout`.
 
     Returns:
         Number of micro-batches that this rank computed a loss of.
     """
-    with models.layout(tp, pp, stage) as layout:
+    with models.layout(tp, pp, stage, **more) as layout:
         config = models.config(**layout, **(student or {}))
-        model = build(config, models.config(**TEACHER), settings)
+        model = build(config, models.config(**{**TEACHER, **(teacher or {})}), settings)
+        if adapters:
+            add_adapters(model)
         model._distillation.observing = observing
         if entries is not None:
             model._distillation.settings.criterion["output_layer", "output_layer"].entries = entries
@@ -255,7 +263,9 @@ def build(student: Any, teacher: Any, settings: dict[str, Any], recorded: str | 
     from nemo.collections.llm.modelopt.distill.recorded.teacher import recorded_teacher
 
     teacher = derive_teacher_config(student, teacher)
-    chosen = utils.load_distillation_config(DistillationConfig(**settings), student, teacher)
+    with device.count():
+        # The numbers of a projection are drawn on the host.
+        chosen = utils.load_distillation_config(DistillationConfig(**settings), student, teacher)
     chosen.sample_length = student.seq_length
     parts: dict[str, Any] = {"criterion": chosen.criterion, "loss_balancer": chosen.loss_balancer}
     parts["teacher_model"] = (
@@ -264,12 +274,29 @@ def build(student: Any, teacher: Any, settings: dict[str, Any], recorded: str | 
     model = mtd.convert(student.configure_model(None), mode=[("kd_loss", parts)])
     utils.adjust_distillation_model_for_mcore(model, chosen)
     with device.count():
-        # NeMo moves and converts the model too: the projection of hidden states is created on the host, in fp32.
+        # NeMo moves and converts the model too: the projection of hidden states is created in fp32.
         for loss in chosen.criterion.values():
+            assert all(device.on_gpu(weight) for weight in loss.parameters())
             loss.bfloat16()
         model.cuda()
     model.train()
     return model
+
+
+def add_adapters(model: Any) -> None:
+    """Freeze the student and add NeMo's LoRA to its attention, as its callback does."""
+    from nemo.collections.llm.peft import lora, utils
+
+    from nemo.collections.llm import fn
+
+    if not lora.HAVE_TE:  # NeMo asks for a class of Transformer Engine
+        lora.te, utils.HAVE_TE = SimpleNamespace(Linear=type("Absent", (), {})), False
+    model.requires_grad_(False)
+    with device.count():
+        fn.walk(model, lora.LoRA(target_modules=["linear_qkv", "linear_proj"], dim=4).transform)
+        model.cuda()
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained and all(".adapter." in name and "_teacher_model" not in name for name in trained)
 
 
 def train(wrapped: Any, config: Any, micro_batches: int = 2, reduction: Any = None) -> list[Any]:

@@ -12,16 +12,20 @@ from test_code.fake_gpu import device
 
 
 @contextlib.contextmanager
-def layout(tp: int = 1, pp: int = 1, stage: int = 0) -> Iterator[dict[str, Any]]:
-    """Let this process be the last tensor-parallel rank of a stage, and yield the fields of the configurations.
+def layout(tp: int = 1, pp: int = 1, stage: int = 0, cp: int = 1, ep: int = 1) -> Iterator[dict[str, Any]]:
+    """Let this process be the last rank of a pipeline stage, and yield the fields of the configurations.
 
     Args:
         tp: tensor-parallel ranks, which also share the sequence.
         pp: pipeline stages.
         stage: this rank's stage.
+        cp: context-parallel ranks. The fields do not have them, because Megatron's own attention does not support them:
+            models see a part of a sequence, and the groups of the losses are those of all parts.
+        ep: expert-parallel ranks, which are data parallel otherwise.
     """
-    sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
-    with device.session(tp * pp, tp * stage + tp - 1, **sizes):
+    sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "expert_model_parallel_size": ep}
+    ranks = tp * cp * ep
+    with device.session(ranks * pp, ranks * stage + ranks - 1, context_parallel_size=cp, **sizes):
         yield {**sizes, "sequence_parallel": tp > 1}
 
 

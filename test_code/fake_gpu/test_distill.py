@@ -7,6 +7,8 @@ import torch
 
 from test_code.fake_gpu import jobs_distill as jobs
 
+pytestmark = pytest.mark.cpu
+
 MICRO_BATCHES = 2
 COSINE, MSE = ("decoder.layers.1", "decoder.layers.1"), ("decoder.layers.0", "decoder.layers.0", "mse")
 SETTINGS = {
@@ -28,6 +30,19 @@ STUDENTS = {
     # Megatron's cross entropy overwrites logits in fp32.
     "fp32": {"bf16": False, "params_dtype": torch.float32, "pipeline_dtype": torch.float32},
 }
+# A fixed number of tokens for each expert, so that shapes do not depend on the data.
+EXPERTS = {
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 64,
+    "moe_grouped_gemm": False,
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_expert_capacity_factor": 1.0,
+    "moe_pad_expert_input_to_capacity": True,
+    "moe_aux_loss_coeff": 0.01,
+}
+# Rotary positions of a part of the sequence need Transformer Engine's attention.
+POSITIONS = {"position_embedding_type": "learned_absolute"}
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -56,6 +71,27 @@ def test_step_with_different_padding(gpu, entries):
 @pytest.mark.parametrize("student", STUDENTS.values(), ids=STUDENTS)
 def test_step_of_a_kind_of_student(gpu, student):
     assert gpu(jobs.step, SETTINGS["lm"], 2, student=student) == MICRO_BATCHES
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+@pytest.mark.parametrize("settings", [{}, SETTINGS["fused lm"]], ids=["logits", "fused lm"])
+def test_step_with_experts(gpu, settings, ep):
+    """Each expert takes a fixed number of tokens; otherwise Megatron reads how many it gets."""
+    assert gpu(jobs.step, settings, 1, student=EXPERTS, teacher=EXPERTS, ep=ep) == MICRO_BATCHES
+
+
+@pytest.mark.parametrize("name", ["logits", "lm", "weights", "fused lm"])
+def test_step_of_a_part_of_the_sequence(gpu, name):
+    """With two context-parallel ranks, the sums of losses and tokens are those of the whole sequence."""
+    assert gpu(jobs.step, SETTINGS[name], 2, student=POSITIONS, teacher=POSITIONS, cp=2) == MICRO_BATCHES
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_step_of_adapters(gpu, tp):
+    """The gradient passes through frozen weights, and the fused loss computes none of the output weight."""
+    same = {"hidden_size": 64}
+    for settings in (SETTINGS["pairs"], {"fused_logits": "on"}):
+        assert gpu(jobs.step, settings, tp, teacher=same, adapters=True) == MICRO_BATCHES
 
 
 @pytest.mark.parametrize("stage", [0, 1])

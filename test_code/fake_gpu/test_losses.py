@@ -6,6 +6,8 @@ import pytest
 
 from test_code.fake_gpu import jobs_losses as jobs
 
+pytestmark = pytest.mark.cpu
+
 DIRECTIONS = ("forward", "reverse", "jsd")
 TP = (1, 2)
 MIX, WAIT = "FakeTensorDeviceMismatchError", "HostSync"

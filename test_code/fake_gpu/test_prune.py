@@ -7,7 +7,10 @@ import pytest
 from test_code.fake_gpu import jobs_prune as jobs
 from test_code.support import installed
 
-pytestmark = pytest.mark.skipif(not installed.KV_CACHE, reason="modelopt 0.37 prunes in other steps")
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(not installed.KV_CACHE, reason="modelopt 0.37 prunes in other steps"),
+]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,10 @@ from nemo_modelopt_dropin.preflight import algorithms
 from test_code.fake_gpu import jobs_quantize as jobs
 from test_code.support import installed
 
-pytestmark = pytest.mark.skipif(not installed.KV_CACHE, reason="modelopt 0.37 reads other numbers")
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(not installed.KV_CACHE, reason="modelopt 0.37 reads other numbers"),
+]
 
 # The functions of this package that read something, each once for a model and not for a layer or a batch.
 READS = {

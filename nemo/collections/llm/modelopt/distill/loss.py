@@ -301,6 +301,9 @@ class ProjectionLayer(MegatronModule):
         sizes = student_config.hidden_size, teacher_config.hidden_size
         self._fit: nn.Module = nn.Identity() if sizes[0] == sizes[1] else nn.Linear(*sizes)
         self.apply(self._init_weights)
+        # Drawn on the host, so that the numbers of a seed are stock's; then where Megatron creates its weights.
+        if not getattr(student_config, "use_cpu_initialization", True) and torch.cuda.is_available():
+            self.cuda()
 
     def forward(self, student_tensor: Tensor):
         """Return the student's activations [s, b, h] in the teacher's hidden size."""
