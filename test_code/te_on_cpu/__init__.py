@@ -5,7 +5,8 @@ grouped linear layers for experts, an attention of its own, and an ``_extra_stat
 uses Megatron's local layers instead, so the other tests never meet these names, parameters and checkpoints.
 
 The package ``transformer-engine`` is pure Python; its kernels are in an extension module, ``transformer_engine_torch``,
-and in Triton. `extension.py` and `permutation.py` are references for those kernels in PyTorch, forward and backward.
+and in Triton. `extension.py`, `permutation.py` and `cross_entropy.py` are references for those kernels in PyTorch,
+forward and backward.
 Everything else is TE's own code: modules, initialisation, autograd functions, collectives, Adam, state dicts.
 
 How it starts:
@@ -17,7 +18,10 @@ How it starts:
   with a GPU.
 - The tests are marked ``te`` and deselected otherwise. `test_*.py` compare numbers with the local layer spec, from the
   same weights, which a checkpoint carries from one spec to the other.
+- ``make test`` runs those that are marked ``main`` as well: about a third, of each of training, saving, quantization,
+  export, pruning and distillation.
 
 Not covered: FP8 training, user buffers (communication overlapped with matrix products), CUDA graphs, cuDNN and flash
-attention (TE's unfused attention runs, which is PyTorch), bf16 kernels bit for bit.
+attention (TE's unfused attention runs, which is PyTorch) and with them context parallelism, which TE's unfused
+attention does not support; bf16 kernels bit for bit.
 """

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 
 from nemo_modelopt_dropin.cpu_backend import megatron_patches
-from test_code.te_on_cpu import permutation
+from test_code.te_on_cpu import cross_entropy, permutation
 
 _PERMUTATIONS = (
     "moe_permute",
@@ -27,6 +27,7 @@ def apply() -> None:
     import transformer_engine.pytorch as te
     from transformer_engine.pytorch import permutation as te_permutation
     from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
+    from transformer_engine.pytorch.triton import cross_entropy as loss_kernels
     from transformer_engine.pytorch.triton import permutation as kernels
 
     TransformerEngineBaseModule.__init__ = _with_cuda_available(TransformerEngineBaseModule.__init__)
@@ -38,6 +39,8 @@ def apply() -> None:
         setattr(te, name, adapted)
     for kernel in permutation.KERNELS:
         setattr(kernels, kernel.__name__, kernel)
+    for kernel in cross_entropy.KERNELS:
+        setattr(loss_kernels, kernel.__name__, kernel)
     _describe_a_device()
     # These two have references here; a configuration that sets them keeps them.
     fusions = set(megatron_patches._GPU_ONLY_FUSIONS) - {"moe_grouped_gemm", "moe_permute_fusion"}

@@ -6,7 +6,11 @@ import importlib.util
 
 import pytest
 
+from test_code.support import devices
 from test_code.te_on_cpu import jobs
+
+# These tests run on the CPU on every machine.
+devices.prepare()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,14 +6,7 @@ from pathlib import Path
 
 import torch
 
-SPECS = {"local": "local_layer_spec", "te": "transformer_engine_layer_spec"}
-
-
-def spec(name: str):
-    """Return NeMo's layer spec for a name of `SPECS`."""
-    from nemo.collections.llm.gpt.model import base
-
-    return getattr(base, SPECS[name])
+from test_code.support.devices import SPECS, layer_spec
 
 
 def layers_of(core) -> set[str]:
@@ -31,7 +24,7 @@ def make_pair(folder: str, llama: bool = False, layout: dict | None = None, **ov
 
     made = {}
     for name in SPECS:
-        model = _model(llama, transformer_layer_spec=spec(name), **overrides)
+        model = _model(llama, transformer_layer_spec=layer_spec(name), **overrides)
         first = name == "local"
         model.optim = tiny.optim(lr=1e-3 if first else 0.0)
         model.optim.connect(model)
@@ -64,7 +57,7 @@ def train_from(checkpoint: str, name: str, steps: int = 3, layout: dict | None =
     """Train with a spec from a checkpoint; return the losses and the weights afterwards by their saved names."""
     from test_code.support import ranks, tiny
 
-    model = tiny.model(transformer_layer_spec=spec(name), **overrides)
+    model = tiny.model(transformer_layer_spec=layer_spec(name), **overrides)
     losses = tiny.fit(model, restore=checkpoint, max_steps=steps, **(layout or {}))
     trained = saved_weights(tiny.core(model))
     ranks.reset()
@@ -77,6 +70,21 @@ def in_fp32() -> dict:
 
     plugin = nl.MegatronMixedPrecision(precision="32", params_dtype=torch.float32, autocast_enabled=False)
     return {"plugins": plugin}
+
+
+def in_bf16(overrides: dict) -> dict:
+    """Add bf16 to the settings of a model, and return the arguments of a trainer that computes in it."""
+    from nemo import lightning as nl
+
+    overrides |= {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
+    return {"plugins": nl.MegatronMixedPrecision("bf16-mixed", params_dtype=torch.bfloat16, autocast_enabled=False)}
+
+
+def train_in_bf16(checkpoint: str, name: str) -> list[float]:
+    """Return what `train_from` does for a model in bf16, without its weights."""
+    overrides: dict = {}
+    layout = in_bf16(overrides)
+    return train_from(checkpoint, name, layout=layout, **overrides)[0]
 
 
 def train_again(path: str, layout: dict | None = None) -> list[float]:
@@ -138,20 +146,41 @@ def keys_that_are_missing(path: str) -> list[str]:
     return [name for name in names if name not in saved]
 
 
-def distill(teacher: str, student: str, name: str, settings: str | None = None, layout: dict | None = None):
-    """Distill a student of half the MLP's width for three steps with a spec for both models; return the losses."""
-    from nemo.collections.llm.modelopt import DistillationGPTModel
-    from test_code.support import tiny
+def distill(
+    teacher: str,
+    student: str,
+    name: str,
+    settings: str | None = None,
+    layout: dict | None = None,
+    bf16: bool = False,
+    te_loss: bool = False,
+):
+    """Distill a student of half the MLP's width for three steps and return the losses.
 
+    Args:
+        teacher: checkpoint.
+        student: checkpoint.
+        name: layer spec of both models.
+        settings: file of the distillation's settings.
+        layout: arguments of the trainer.
+        bf16: whether to compute in bf16.
+        te_loss: whether TE computes the language-model loss; it overwrites the logits.
+    """
+    from nemo.collections.llm.modelopt import DistillationGPTModel
+    from test_code.support import jobs_distill, tiny
+
+    overrides: dict = {"transformer_layer_spec": layer_spec(name)}
+    layout = {**(layout or {}), **(in_bf16(overrides) if bf16 else {})}
     model = DistillationGPTModel(
-        tiny.config(ffn_hidden_size=64, transformer_layer_spec=spec(name)),
-        tiny.config(transformer_layer_spec=spec(name)),
+        tiny.config(ffn_hidden_size=64, **overrides),
+        tiny.config(**overrides),
         teacher,
         settings,
         optim=tiny.optim(),
         tokenizer=tiny.tokenizer(),
     )
-    return tiny.fit(model, restore=student, max_steps=3, **(layout or {}))
+    callbacks = [jobs_distill.TECrossEntropy()] if te_loss else []
+    return tiny.fit(model, restore=student, max_steps=3, callbacks=callbacks, **layout)
 
 
 def refused_distillation(teacher: str, student: str, settings: str) -> str:
@@ -199,3 +228,14 @@ def distill_twice(student: str, teacher: str, folder: str) -> tuple[list[float],
     stops = {1: "1 rank", 2: "1 rank"}
     losses = jobs_checkpoints.distill_with_resume(student, teacher, None, folder, stops)
     return losses, jobs_checkpoints.last(folder)
+
+
+def write_texts(folder: str) -> None:
+    """Write training and held-out texts for the command ``compress``."""
+    import json
+
+    from test_code.support import tiny
+
+    texts = tiny.texts(120)
+    for name, rows in (("train", texts[:100]), ("heldout", texts[100:])):
+        (Path(folder) / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))

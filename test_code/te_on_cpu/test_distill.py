@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from test_code.support import tolerances
 from test_code.te_on_cpu import jobs
 
 pytestmark = pytest.mark.te
 
-# As in test_train.py.
-LOSS = 1e-5
+LOSS = tolerances.of(tolerances.LOSS)
+# Both losses, so that the language-model loss is computed before the logits are compared.
+BOTH = "skip_lm_loss: false\n"
 PAIRS = "intermediate_layer_pairs: [[{0}, {0}]]\n"
 # An output of a row-parallel layer, of a fused norm and column-parallel layer, and of a norm of its own.
 LAYERS = ["decoder.layers.1.mlp.linear_fc2", "decoder.layers.2.self_attention.linear_qkv", "decoder.final_layernorm"]
@@ -27,7 +29,7 @@ def losses(pool, llama, students, name, settings=None, **layout):
     return pool.run(jobs.distill, llama[0][name], students[name], name, settings, layout)[0]
 
 
-@pytest.mark.parametrize("layer", [None, *LAYERS])
+@pytest.mark.parametrize("layer", [pytest.param(None, marks=pytest.mark.main), *LAYERS])
 def test_losses_equal_those_of_local_layers(ranks, llama, students, tmp_path, layer):
     settings = None
     if layer:
@@ -41,9 +43,31 @@ def test_losses_equal_those_of_local_layers(ranks, llama, students, tmp_path, la
 def test_losses_equal_those_of_one_rank(ranks, llama, students, layout):
     local = losses(ranks(1), llama, students, "local")
     # Sums over ranks are added in another order.
-    assert losses(ranks(2), llama, students, "te", **layout) == pytest.approx(local, rel=2e-5)
+    assert losses(ranks(2), llama, students, "te", **layout) == pytest.approx(local, rel=2 * LOSS)
 
 
+@pytest.mark.main
+def test_losses_in_bf16_equal_those_of_local_layers(ranks, llama, students):
+    """Both round after each layer, but TE's norms and products are fused: other roundings, the same losses."""
+    pool, found = ranks(1), {}
+    for name in jobs.SPECS:
+        found[name] = pool.run(jobs.distill, llama[0][name], students[name], name, bf16=True)[0]
+    assert found["te"] == pytest.approx(found["local"], rel=tolerances.of(tolerances.LOSS, tolerances.BF16))
+
+
+@pytest.mark.parametrize("bf16", [pytest.param(False, marks=pytest.mark.main), True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_logits_are_compared_before_the_cross_entropy_overwrites_them(ranks, llama, students, tmp_path, tp, bf16):
+    """TE's cross entropy leaves its gradient in the logits that the distillation loss compares."""
+    path = tmp_path / "distillation.yaml"
+    path.write_text(BOTH)
+    arguments = (llama[0]["te"], students["te"], "te", str(path), {"tp": tp})
+    own, other = (ranks(tp).run(jobs.distill, *arguments, bf16=bf16, te_loss=te)[0] for te in (True, False))
+    dtype = tolerances.BF16 if bf16 else tolerances.FP32
+    assert own == pytest.approx(other, rel=tolerances.of(tolerances.LOSS, dtype))
+
+
+@pytest.mark.main
 def test_a_norm_that_is_fused_into_a_layer_is_refused_with_the_layer_to_use(ranks, llama, students, tmp_path):
     path = tmp_path / "distillation.yaml"
     path.write_text(PAIRS.format("decoder.layers.1.input_layernorm"))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 
 from test_code.families import jobs as families
+from test_code.support import tolerances
 from test_code.te_on_cpu import jobs
 
 pytestmark = pytest.mark.te
 
 # Both models compute in fp32, with sums in another order (`test_code/families/test_imports.py`).
 TOLERANCE = 2e-6
+LOSS = 2 * tolerances.of(tolerances.LOSS)
 LAYERS = {
+    "gemma": {"TELayerNormColumnParallelLinear", "TERowParallelLinear"},
     "llama-3.2": {"TELayerNormColumnParallelLinear", "TERowParallelLinear"},
     "mixtral": {"SequentialMLP", "TEColumnParallelLinear", "TERowParallelLinear"},
     "qwen3-moe": {"TEGroupedMLP", "TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear"},
@@ -19,7 +22,9 @@ LAYERS = {
 }
 
 
-@pytest.fixture(scope="module", params=LAYERS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(n, marks=pytest.mark.main) if n == "qwen3-moe" else n for n in LAYERS]
+)
 def family(request, ranks_factory, tmp_path_factory):
     """Return a family's name, its folder with the imported checkpoint, and the classes of the imported model."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -31,6 +36,17 @@ def test_logits_equal_those_of_transformers(family):
     name, _, found = family
     assert LAYERS[name] <= found["layers"]
     assert found["own"] < TOLERANCE and found["modelopt"] < TOLERANCE
+
+
+def test_experts_on_two_ranks_train_as_on_one(ranks, family):
+    """With expert parallelism: each rank has half of the experts, and they exchange tokens."""
+    name, folder, found = family
+    if "TEGroupedMLP" not in found["layers"]:
+        pytest.skip("no grouped experts")
+    layout = {"strategy_kwargs": {"expert_model_parallel_size": 2}}
+    one = ranks(1).run(jobs.train_again, str(folder / "nemo"))[0]
+    assert ranks(2).run(jobs.train_again, str(folder / "nemo"), layout=layout)[0] == pytest.approx(one, rel=LOSS)
+    assert ranks(2).run(families.compare_layout, str(folder / "nemo"), str(folder), ep=2)[0] < TOLERANCE
 
 
 def test_a_pruned_model_trains_in_its_own_layers(ranks, family):

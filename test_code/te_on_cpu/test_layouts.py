@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from test_code.support import jobs_prune, jobs_quant
+from test_code.support import jobs_prune, jobs_quant, tolerances
 from test_code.te_on_cpu import jobs
 
 pytestmark = pytest.mark.te
 
 LAYOUTS = {"TP=2": {"tp": 2}, "TP=2 SP": {"tp": 2, "sp": True}, "PP=2": {"pp": 2}}
-# Sums over ranks are added in another order; three steps of Adam with a rate of 1e-3 enlarge the difference.
-LOSS = 2e-5
+# Sums over ranks are added in another order, too.
+LOSS = 2 * tolerances.of(tolerances.LOSS)
+AMAX = tolerances.of(tolerances.AMAX)
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,9 @@ def on_one_rank(ranks_factory, llama):
     return ranks_factory(1).run(jobs.train_from, llama[0]["local"], "local")[0][0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.main) if name == "TP=2 SP" else name for name in LAYOUTS]
+)
 def test_training_equals_that_of_one_rank_of_local_layers(ranks, llama, on_one_rank, layout):
     losses = ranks(2).run(jobs.train_from, llama[0]["te"], "te", layout=LAYOUTS[layout])[0][0]
     assert losses == pytest.approx(on_one_rank, rel=LOSS)
@@ -36,7 +39,7 @@ def test_scales_equal_those_of_one_rank(ranks, llama, texts, tmp_path, layout):
     assert restored.keys() == expected.keys()
     for name, amax in expected.items():
         # Row-parallel layers see sums over ranks, in another order.
-        assert ((restored[name] - amax).abs() <= 1e-5 * amax.abs()).all(), name
+        assert ((restored[name] - amax).abs() <= AMAX * amax.abs()).all(), name
 
 
 def test_a_model_pruned_on_two_stages_loads_with_tensor_parallelism(ranks, llama, tmp_path):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from test_code.support import jobs_prune, jobs_quant
+from test_code.support import jobs_prune, jobs_quant, tolerances
 from test_code.te_on_cpu import jobs
 
 pytestmark = pytest.mark.te
 
-# As in test_train.py; what pruning keeps does not depend on the last bits of the importance.
-LOSS = 1e-5
+# What pruning keeps does not depend on the last bits of the importance.
+LOSS = tolerances.of(tolerances.LOSS)
 
 REQUESTS = {
     "width": {"target_ffn_hidden_size": 64, "target_hidden_size": 32, "target_num_attention_heads": 2},
@@ -36,6 +36,7 @@ def test_other_checkpoints_without_extra_state_of_norms_load(ranks, llama, tmp_p
     assert len(losses) == 3
 
 
+@pytest.mark.main
 def test_a_pruned_checkpoint_has_all_keys_of_its_model(ranks, llama, tmp_path):
     """Without any tolerance when loading: NeMo without this package reads it, too."""
     target = str(tmp_path / "pruned")
@@ -43,6 +44,7 @@ def test_a_pruned_checkpoint_has_all_keys_of_its_model(ranks, llama, tmp_path):
     assert ranks(1).run(jobs.keys_that_are_missing, target)[0] == []
 
 
+@pytest.mark.main
 def test_what_follows_pruning_equals_local_layers(ranks, llama, texts, tmp_path):
     """Distil from the original, resume, and quantize: as in ``compress``, each step loads what the one before wrote."""
     found = {}
