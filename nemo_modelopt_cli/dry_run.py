@@ -8,8 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from nemo_modelopt_cli import run_file
+from nemo_modelopt_cli.compress import fit_settings
 from nemo_modelopt_cli.compress.settings import TARGETS, Job
 from nemo_modelopt_cli.run_script import Rows, aligned
+from nemo_modelopt_dropin.fit import choice
+from nemo_modelopt_dropin.fit import files as fit_files
 from nemo_modelopt_dropin.preflight import algorithms, loss_file, model_sizes, pair_checks, prune_layout, readers
 from nemo_modelopt_dropin.preflight.model_sizes import Memory, Shape, UnknownModel
 from nemo_modelopt_dropin.report.page import megabytes, millions
@@ -251,16 +254,18 @@ def compression(job: Job, output: Path, stages: Iterable[str], waiting: Mapping[
     estimate = None
     files = [_REPORT, "a checkpoint below each stage's folder", run_file.NAME]
     if shape is not None:
-        small = shape.pruned(targets, job.pruning.drop_layers)
+        # Before a search, what follows is at most.
+        small = shape if job.fit.is_set else shape.pruned(targets, job.pruning.drop_layers)
         limit = job.pruning.target_params
-        if limit is None:
+        if job.fit.is_set:
+            rows += _search(job, shape)
+        elif limit is None:
             rows += [("pruned", size(small)), ("", f"{small.parameters / shape.parameters:.0%} of the parameters")]
         else:  # sizes are known only once candidates are measured: what follows is at most
             tried = f"the best of up to {job.pruning.max_candidates} candidates by held-out loss"
             rows.append(("pruned", f"params at most {limit}, {tried}"))
         if "hf" in job.quantization.formats:
-            amount = model_sizes.quantized_bytes(small, algorithms.get(job.quantization.algorithm).bits)
-            files.append(f"export/hf, about {megabytes(amount)}")
+            files.append(f"export/hf, {_exported_size(job, small)}")
         batch = job.distillation.micro_batch_size
         estimate = model_sizes.training_memory(
             small, shape, batch, job.seq_length, own.tp, own.pp, dp, width, _device(own.cpu)
@@ -272,10 +277,10 @@ def compression(job: Job, output: Path, stages: Iterable[str], waiting: Mapping[
             f"{job.distillation.steps} steps of {job.distillation.global_batch_size} x {job.seq_length} tokens",
         ),
         ("losses", loss_file.describe(job.distill_config)),
-        ("quantize", f"{job.quantization.algorithm}, as {' and '.join(job.quantization.formats)}"),
+        ("quantize", f"{_quantized(job)}, as {' and '.join(job.quantization.formats)}"),
         *(
             hf_layout(job.quantization.algorithm, job.quantization.hf_layout)
-            if "hf" in job.quantization.formats
+            if "hf" in job.quantization.formats and not job.fit.is_set
             else []
         ),
         *evaluation(job),
@@ -292,3 +297,35 @@ def evaluation(job: Job) -> Rows:
         return []
     rows = "all rows" if own.limit is None else f"at most {own.limit} rows of each task"
     return [("evaluate", f"{' and '.join(own.ordered)} on {', '.join(own.names)}, {rows}, loaded by {own.reader}")]
+
+
+def _exported_size(job: Job, shape: Shape) -> str:
+    """Return how large the Hugging Face files of a shape will be."""
+    if job.fit.is_set:
+        return f"at most {job.fit.disk}" if job.fit.disk else "of a size that the search chooses"
+    tokenizer = fit_files.tokenizer_bytes(job.teacher)
+    amount = fit_files.disk_bytes(shape, job.quantization.weights, tokenizer, job.quantization.hf_layout)
+    return f"about {megabytes(amount)}"
+
+
+def _quantized(job: Job) -> str:
+    return "a format that the search chooses" if job.fit.is_set else job.quantization.weights.name
+
+
+def _search(job: Job, shape: Shape) -> Rows:
+    """Return what a search under budgets would do."""
+    problem, fit = fit_settings.problem_of(job, shape), job.fit
+    least, original, most = choice.smallest_figures(problem), problem.original, problem.resolved()
+    rows = [
+        (
+            f"fit {kind}",
+            f"at most {choice.shown(kind, value)}; the original in 16 bits has {choice.shown(kind, original[kind])}, "
+            f"the smallest possible {choice.shown(kind, least[kind])}",
+        )
+        for kind, value in most.items()
+    ]
+    possible = problem.possible()
+    names = "; ".join(one.name for one in possible if not one.fp8_cache)
+    names += "; each also with a KV cache in fp8" if any(one.fp8_cache for one in possible) else ""
+    measured = f"losses are measured for at most {fit.minutes:g} minutes, of {fit.candidates} combinations at the end"
+    return [*rows, ("formats", names), ("", measured)]

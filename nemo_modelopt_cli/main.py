@@ -60,6 +60,7 @@ COMMANDS = {
             "nemo_modelopt_cli.compress.command",
             "prune, distill, quantize, export and report in one resumable command",
         ),
+        Command("fit", "nemo_modelopt_cli.compress.fit_command", "choose sizes and formats that keep a budget"),
         Command(
             "evaluate",
             "nemo_modelopt_cli.evaluate",

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_modelopt_cli.compress import plan, stages
+from nemo_modelopt_cli.compress import fit_plan, plan, stages
 from nemo_modelopt_cli.compress.digests import Digests
 from nemo_modelopt_cli.compress.settings import Job, SettingsError, raise_all
 from nemo_modelopt_dropin import ranks
@@ -36,14 +36,20 @@ def execute(
     """
     from nemo_modelopt_cli.compress import runner, summary
 
-    saved: dict[str, Any] = {"output": str(output), **job.as_dict()}
-    for section, name in derived:
-        del saved[section][name]
-
     def finish(records):
         return summary.finish(records, output, f"Compression of {Path(job.teacher).name}", job)
 
-    return runner.execute(steps, output, job.layout, finish, verbose, saved, redo, digests.for_ranks())
+    return runner.execute(
+        steps, output, job.layout, finish, verbose, saved(job, output, derived), redo, digests.for_ranks()
+    )
+
+
+def saved(job: Job, output: Path, derived: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Return the settings for ``run.yaml``, without those that follow from others."""
+    found: dict[str, Any] = {"output": str(output), **job.as_dict()}
+    for section, name in derived:
+        del found[section][name]
+    return found
 
 
 def compress(job: Job, output: str, verbose: bool = False, redo: Collection[str] = ()) -> str:
@@ -64,15 +70,7 @@ def compress(job: Job, output: str, verbose: bool = False, redo: Collection[str]
             started, or if finished steps that ``redo`` does not name would run again.
         RuntimeError: If a step fails.
     """
-    job.check()
-    inputs = {name: getattr(job, name) for name in ("teacher", "train_text", "heldout_text", "distill_config")}
-    raise_all(output_checks.place_problems("output", output, inputs))
-    if job.layout.devices > 1 and not ranks.is_rank():
-        raise SettingsError(
-            f"the job needs {job.layout.devices} ranks and this is one process: start it with torchrun, for example "
-            f"run.LocalExecutor(launcher='torchrun', ntasks_per_node={job.layout.devices})"
-        )
-    folder, digests = Path(output).resolve(), Digests.of_this_process()
+    folder, digests = _checked(job, output), Digests.of_this_process()
     steps = plan.compression_stages(job, folder, digests=digests)
     try:
         stages.check_redo(steps, folder, redo)
@@ -84,3 +82,49 @@ def compress(job: Job, output: str, verbose: bool = False, redo: Collection[str]
     if code:
         raise RuntimeError(f"The compression failed with code {code}; see {folder / 'log'} for the full traceback.")
     return str(folder / "report.html")
+
+
+def search(job: Job, output: str, verbose: bool = False, redo: Collection[str] = ()) -> dict[str, Any]:
+    """Choose the sizes and formats with which a job keeps its budgets, and return the plan.
+
+    Args:
+        job: settings of the job, with a budget in ``fit``.
+        output: the run's folder; `compress` with the same job continues there.
+        verbose: show what the libraries write.
+        redo: see `compress`.
+
+    Raises:
+        SettingsError: If something is wrong with the job, or it has no budget.
+        RuntimeError: If a step fails.
+    """
+    from nemo_modelopt_cli.compress import runner
+
+    folder, digests = _checked(job, output), Digests.of_this_process()
+    if not job.fit.is_set:
+        raise SettingsError("the job has no budget: set disk, memory or latency of its settings fit")
+    steps = plan.search_stages(plan.compression_stages(job, folder, digests=digests))
+    settings = saved(job, folder, ())
+    code = runner.execute(
+        steps, folder, job.layout, lambda records: runner.OK, verbose, settings, redo, digests.for_ranks()
+    )
+    found = fit_plan.read(folder)
+    if code or found is None:
+        raise RuntimeError(f"The search failed with code {code}; see {folder / 'log'} for the full traceback.")
+    return found
+
+
+def _checked(job: Job, output: str) -> Path:
+    """Return the run's folder after checking the job.
+
+    Raises:
+        SettingsError: If something is wrong with it, or its ranks were not started.
+    """
+    job.check()
+    inputs = {name: getattr(job, name) for name in ("teacher", "train_text", "heldout_text", "distill_config")}
+    raise_all(output_checks.place_problems("output", output, inputs))
+    if job.layout.devices > 1 and not ranks.is_rank():
+        raise SettingsError(
+            f"the job needs {job.layout.devices} ranks and this is one process: start it with torchrun, for example "
+            f"run.LocalExecutor(launcher='torchrun', ntasks_per_node={job.layout.devices})"
+        )
+    return Path(output).resolve()

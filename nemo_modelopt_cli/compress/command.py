@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_modelopt_cli import options, run_file
-from nemo_modelopt_cli.compress import api, plan, stages
+from nemo_modelopt_cli.compress import api, fit_plan, plan, stages
 from nemo_modelopt_cli.compress.digests import Digests
 from nemo_modelopt_cli.compress.settings import (
     TARGETS,
@@ -37,6 +37,7 @@ from nemo_modelopt_cli.evaluation import tasks
 from nemo_modelopt_cli.parser import Parser, default_devices, default_nodes
 from nemo_modelopt_dropin import files, ranks
 from nemo_modelopt_dropin.errors import ModelOptConfigError
+from nemo_modelopt_dropin.fit import limits
 from nemo_modelopt_dropin.preflight.output_checks import config_paths, formats_in, place_problems
 
 TARGET_FLAGS = (*TARGETS, "target_params", "drop_layers")
@@ -93,10 +94,10 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def fill_in(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """Set the settings that follow from others if they are not set: the ranks and the warm-up.
+    """Set the settings that follow from others if they are not set: the ranks, the warm-up and the formats.
 
     The ranks are those that torchrun started, else as many as one copy of the model needs; the warm-up is at most a
-    tenth of the steps.
+    tenth of the steps; a budget is that of Hugging Face files.
 
     Returns:
         Section and name of each setting that was filled in; ``run.yaml`` omits them.
@@ -121,15 +122,27 @@ def fill_in(found: dict[str, Any]) -> list[tuple[str, str]]:
         if section.get(key) is None:
             section[key] = value
             done.append((name, key))
+    fit, quantization = found.get("fit"), found.setdefault("quantization", {})
+    has_budget = isinstance(fit, dict) and any(fit.get(kind) is not None for kind in limits.KINDS)
+    if has_budget and isinstance(quantization, dict) and not quantization.get("formats"):
+        quantization["formats"] = ["hf"]
+        done.append(("quantization", "formats"))
     return done
 
 
-def resolve(argv: list[str] | None = None, prog: str | None = None) -> tuple[Job | None, Path, argparse.Namespace]:
+def resolve(
+    argv: list[str] | None = None, prog: str | None = None, make_parser: Callable[[str | None], Parser] = parser
+) -> tuple[Job | None, Path, argparse.Namespace]:
     """Return the checked job, its folder and the arguments; the job is None if two runs are to be compared.
 
     Exits with status 2 after listing everything that is wrong.
+
+    Args:
+        argv: the command line; None for that of this process.
+        prog: the words that start the command.
+        make_parser: returns the parser.
     """
-    line = parser(prog)
+    line = make_parser(prog)
     arguments = line.read(argv)
     if arguments.compare:
         return None, checked_comparison(line, arguments.compare, arguments.output, "--compare "), arguments
@@ -140,6 +153,7 @@ def resolve(argv: list[str] | None = None, prog: str | None = None) -> tuple[Job
         output = Path(found.pop("output", None) or output).resolve()
         line.problems += output_problems(output, found, arguments.config)
         job = make_job(found, line.told)
+        fit_plan.check_point(output, job)
     except SettingsError as error:
         line.refuse(str(error).splitlines())
     line.refuse(stages.unknown(plan.step_names(job), arguments.redo) if job is not None else [])
@@ -229,8 +243,12 @@ def show_plan(job: Job, output: Path, planned: Sequence[Stage], redo: Collection
     for change in stages.changed(planned, output):
         waiting[change.name] = f"would run again: {'; '.join(change.settings)}"
         waiting |= dict.fromkeys(change.also, f"would run again after {change.name}")
-    dry_run.show(dry_run.compression(job, output, [stage.name for stage in planned], waiting))
     try:
+        found = fit_plan.read(output) if job.fit.is_set and fit_plan.STAGE not in waiting else None
+        used = fit_plan.applied(job, found) if found else job
+        dry_run.show(dry_run.compression(used, output, [stage.name for stage in planned], waiting))
+        if found:
+            fit_plan.show(found, job)
         runner.check_place(planned, output)
         stages.check_redo(planned, output, redo)
         stages.check_ready(planned, output)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from nemo_modelopt_cli.compress import fit_plan
 from nemo_modelopt_cli.compress.digests import Digests
 from nemo_modelopt_cli.compress.settings import Job
 from nemo_modelopt_cli.compress.stages import StageError, write_json
@@ -56,7 +57,8 @@ def evaluate(folder: Path, job: Job, root: Path) -> dict[str, Any]:
     """
     own = job.evaluation
     sources = {"teacher": Path(job.teacher)}
-    sources |= {name: root / step / "checkpoint" for name, step in (("pruned", "prune"), ("distilled", "distill"))}
+    sources |= {"pruned": fit_plan.made(root, job, ("prune",))}
+    sources |= {"distilled": fit_plan.made(root, job, ("prune", "distill"))}
     # First all conversions: the other ranks take part in these only, and must not wait for lm-eval in one.
     for name in own.ordered:
         if name in sources and not (folder / f"{name}.json").exists() and not _files(folder, name).exists():

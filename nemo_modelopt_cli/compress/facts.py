@@ -35,7 +35,7 @@ def done(records: Mapping[str, Record], job: Job) -> list[str]:
         tokens = training.steps * training.global_batch_size * job.seq_length
         found.append(f"Distilled: {training.steps} steps, {tokens:,} tokens, peak learning rate {training.lr:g}.")
     if "quantize" in records:
-        found.append(f"Quantized: {job.quantization.algorithm}.")
+        found.append(f"Quantized: {job.quantization.weights.name}.")
     if "export" in records:
         found.append(f"Exported: {', '.join(job.quantization.formats)}.")
     if "evaluate" in records:

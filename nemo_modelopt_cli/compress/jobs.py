@@ -15,8 +15,9 @@ from nemo.collections import llm
 from nemo.collections.llm.modelopt import ExportConfig, ModelOptConfigError, PruningConfig, QuantizationConfig
 from nemo.collections.llm.modelopt.quantization import comparison
 from nemo_modelopt_cli import intermediate, run_script, tokens
-from nemo_modelopt_cli.compress import expert_scales, exported, heldout, training
+from nemo_modelopt_cli.compress import expert_scales, exported, fit_plan, fit_search, heldout, quantizing, training
 from nemo_modelopt_cli.compress.settings import TARGETS, Job, Layout, Training
+from nemo_modelopt_cli.compress.stages import SKIPPED, read_record
 from nemo_modelopt_dropin import files, ranks
 from nemo_modelopt_dropin.console import screen
 from nemo_modelopt_dropin.preflight import algorithms, model_sizes, pair_checks, prune_layout
@@ -51,13 +52,28 @@ def tokenize(folder: Path, job: Job) -> dict[str, Any]:
     return counts
 
 
-def prune(folder: Path, job: Job, token_folder: Path) -> dict[str, Any]:
+def search(folder: Path, job: Job, token_folder: Path, root: Path) -> dict[str, Any]:
+    """Choose sizes and formats under the job's budgets, and write the plan."""
+    return fit_search.run(folder, job, token_folder, root)
+
+
+def skipped(root: Path, step: str) -> dict[str, Any]:
+    """Return the result of a step that has nothing to do: that of the step before."""
+    record = read_record(root / step)
+    return {**(record.result if record is not None else {}), SKIPPED: True}
+
+
+def prune(folder: Path, job: Job, token_folder: Path, root: Path | None = None) -> dict[str, Any]:
     """Prune the teacher with llm.prune; ranks that would be data parallel become pipeline stages.
 
     Importance is measured on whole layers and llm.prune runs one micro-batch at a time, so tensor- and data-parallel
-    ranks would have no work.
+    ranks would have no work. Scores of a search are used.
     """
+    if root is not None and not fit_plan.prunes(job):
+        return skipped(root, "teacher")
     settings, layout = job.pruning, job.layout
+    searched = root / fit_plan.STAGE / fit_search.SCORES if root is not None else None
+    scores = searched if searched is not None and searched.exists() else folder / _SCORES
     world = layout.devices * layout.num_nodes
     stages = world // layout.tp
     shared: dict[str, Any] = {"tp_size": layout.tp, "pp_size": stages}
@@ -70,7 +86,7 @@ def prune(folder: Path, job: Job, token_folder: Path) -> dict[str, Any]:
         drop_layers=list(settings.drop_layers) if settings.drop_layers else None,
         **{name: getattr(settings, name) for name in ("target_params", "max_candidates", "heldout_batches")},
         size_multiples=job.size_multiples() or None,
-        scores_path=None if settings.drop_layers else str(folder / _SCORES),
+        scores_path=None if settings.drop_layers else str(scores),
         report_path=str(folder / _REPORT),
     )
     batch, samples = settings.micro_batch_size, settings.num_samples
@@ -152,8 +168,12 @@ def logger(folder: Path) -> nl.NeMoLogger:
     return nl.NeMoLogger(name="log", log_dir=str(folder), use_datetime_version=False, log_global_rank_0_only=True)
 
 
-def distill(folder: Path, job: Job, student: Path, token_folder: Path, out: TextIO | None) -> dict[str, Any]:
+def distill(
+    folder: Path, job: Job, student: Path, token_folder: Path, out: TextIO | None, root: Path | None = None
+) -> dict[str, Any]:
     """Train the pruned student on the teacher's logits with llm.distill; a complete training is not repeated."""
+    if root is not None and student == Path(job.teacher):
+        return {**skipped(root, "prune"), "curve": []}
     if not (folder / _CHECKPOINT).exists():
         _train_student(folder, job, student, token_folder, out)
     intermediate.Steps(folder / training.STEPS).remove()  # a kill may have left them next to the complete checkpoint
@@ -214,9 +234,11 @@ def _layout_for_readers(settings: Any, student: Path) -> str:
     return settings.layout_of_scales or expert_scales.layout(settings, student) or algorithms.AUTO
 
 
-def quantize(folder: Path, job: Job, student: Path, token_folder: Path) -> dict[str, Any]:
+def quantize(folder: Path, job: Job, student: Path, token_folder: Path, root: Path | None = None) -> dict[str, Any]:
     """Quantize the student with llm.ptq, calibrated on the training text, into a NeMo checkpoint."""
     settings, layout = job.quantization, job.layout
+    if root is not None and quantizing.is_plain(settings):
+        return skipped(root, "distill")
     check_blocks(student, job)
     training.release()
     llm.ptq(
@@ -233,15 +255,7 @@ def quantize(folder: Path, job: Job, student: Path, token_folder: Path) -> dict[
         **model_sizes.unequal_stages(student, layout.pp),
         devices=layout.devices,
         num_nodes=layout.num_nodes,
-        quantization_config=QuantizationConfig(
-            algorithm=settings.algorithm,
-            awq_block_size=settings.awq_block_size,
-            enable_kv_cache=settings.enable_kv_cache,
-            calibration_dataset=job.train_text,
-            calibration_dataset_size=settings.calibration_size,
-            calibration_batch_size=settings.calibration_batch_size,
-            calibration_seq_len=settings.calibration_seq_len,
-        ),
+        quantization_config=quantizing.config_of(settings, job.train_text, folder),
     )
     return {**measure(folder / _CHECKPOINT, token_folder, job), **_compared(folder / _REPORT)}
 
@@ -276,15 +290,7 @@ def export(folder: Path, job: Job, quantized: Path, token_folder: Path, root: Pa
         path = quantized if target == "nemo" else folder / target
         if target != "nemo":
             with files.written(path, files.checkpoint(target)) as beside, training.alone():
-                llm.export_ckpt(
-                    path=quantized,
-                    target=target,
-                    output_path=beside,
-                    overwrite=True,
-                    modelopt_export_kwargs={
-                        name: getattr(job.quantization, name) for name in ("verify", "hf_layout", "max_shard_size")
-                    },
-                )
+                _write(quantized, target, beside, job)
                 if target == "hf":
                     exported.describe(beside, job, root)
         result[target] = {"path": str(path), "bytes": comparison.bytes_on_disk(path)}
@@ -293,3 +299,14 @@ def export(folder: Path, job: Job, quantized: Path, token_folder: Path, root: Pa
             batch = job.distillation.micro_batch_size
             result[target]["heldout_loss"] = exported.heldout_loss(path, ids, job.seq_length, batch)
     return result
+
+
+def _write(checkpoint: Path, target: str, path: Path, job: Job) -> None:
+    """Write a checkpoint in another format, from this one process; without quantization in 16 bits."""
+    names = ("verify", "hf_layout", "max_shard_size")
+    options = {name: getattr(job.quantization, name) for name in names}
+    if quantizing.is_plain(job.quantization):
+        config = ExportConfig(path=str(path), export_format=target, dtype="bf16", **options)
+        llm.ptq(str(checkpoint), config, devices=1, quantization_config=QuantizationConfig(algorithm=None))
+        return
+    llm.export_ckpt(path=checkpoint, target=target, output_path=path, overwrite=True, modelopt_export_kwargs=options)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any
 
+from nemo_modelopt_cli.compress import fit_settings
+from nemo_modelopt_cli.compress.fit_settings import Fit
+from nemo_modelopt_cli.compress.setting_checks import SettingsError as SettingsError
+from nemo_modelopt_cli.compress.setting_checks import from_dict as from_dict
+from nemo_modelopt_cli.compress.setting_checks import positive, raise_all, unknown
 from nemo_modelopt_cli.evaluation.harness_settings import Evaluation
-from nemo_modelopt_cli.options import converted, group, is_settings, may_be_none, option
+from nemo_modelopt_cli.options import group, option
 from nemo_modelopt_cli.parser import no_checkpoints, template_problems, text_problems
 from nemo_modelopt_dropin import versions
-from nemo_modelopt_dropin.errors import ModelOptConfigError, did_you_mean
+from nemo_modelopt_dropin.fit.formats import GROUPS, Format, mixture_problem
 from nemo_modelopt_dropin.preflight import (
     algorithms,
     budget,
@@ -25,7 +30,7 @@ from nemo_modelopt_dropin.preflight import (
 )
 from nemo_modelopt_dropin.preflight.model_sizes import Shape
 
-ALGORITHMS = tuple(algorithms.TABLE)
+ALGORITHMS = (*algorithms.TABLE, algorithms.NO_QUANT)
 EXPORT_FORMATS = ("nemo", "hf")
 VERIFY = ("full", "files", "none")
 TARGETS = (
@@ -34,15 +39,12 @@ TARGETS = (
     "target_num_attention_heads",
     "target_num_query_groups",
     "target_num_layers",
+    "target_num_moe_experts",
+    "target_moe_ffn_hidden_size",
 )
 
-_Settings = TypeVar("_Settings")
 _NOTHING = "pruning: nothing to prune"
 _TOGETHER = "pruning: target_num_attention_heads and target_num_query_groups go together"
-
-
-class SettingsError(ModelOptConfigError):
-    """Settings that cannot work; the message lists every problem found."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Layout:
 
     def problems(self) -> list[str]:
         """Return what is wrong with the layout."""
-        found = _positive(self, ("devices", "num_nodes", "tp", "pp"))
+        found = positive(self, ("devices", "num_nodes", "tp", "pp"))
         world = self.devices * self.num_nodes
         if not found and world % (self.tp * self.pp):
             found.append(
@@ -95,7 +97,7 @@ class Training:
 
     def problems(self, name: str, layout: Layout) -> list[str]:
         """Return what is wrong with the run called ``name``."""
-        found = _positive(self, ("steps", "global_batch_size", "micro_batch_size", "lr"), name)
+        found = positive(self, ("steps", "global_batch_size", "micro_batch_size", "lr"), name)
         found += [
             f"{name}: {setting} must not be negative, got {getattr(self, setting)}"
             for setting in ("min_lr", "warmup_steps", "weight_decay", "clip_grad", "seed")
@@ -150,18 +152,24 @@ class Pruning:
     )
     max_candidates: int = field(default=16, metadata=option("combinations of sizes to try when --target-params is set"))
     heldout_batches: int = field(default=16, metadata=option("held-out batches on which those are compared"))
+    target_num_moe_experts: int | None = field(default=None, metadata=option("experts of an MoE model"))
+    target_moe_ffn_hidden_size: int | None = field(default=None, metadata=option("inner size of an expert"))
 
-    def problems(self) -> list[str]:
-        """Return what is wrong with the pruning targets."""
+    def problems(self, searched: bool = False) -> list[str]:
+        """Return what is wrong with the pruning targets.
+
+        Args:
+            searched: whether a search under a budget chooses the sizes that are not set.
+        """
         given = [name for name in TARGETS if getattr(self, name) is not None]
         numbers = ("num_samples", "micro_batch_size", "max_candidates", "heldout_batches")
         found = [f"pruning: {reason}" for reason in (versions.pruning_problem(),) if reason]
-        found += _positive(self, (*given, *numbers), "pruning")
+        found += positive(self, (*given, *numbers), "pruning")
         given += ["target_params"] if self.target_params is not None else []
         found += budget.problem("pruning: target_params", self.target_params)
         if given and self.drop_layers:
             found.append(f"pruning: drop_layers cannot be combined with {', '.join(given)}")
-        if not given and not self.drop_layers:
+        if not given and not self.drop_layers and not searched:
             names = ", ".join((*TARGETS, "target_params"))
             found.append(f"{_NOTHING}; set at least one of {names} or drop_layers")
         if (self.target_num_attention_heads is None) != (self.target_num_query_groups is None):
@@ -207,6 +215,10 @@ class Quantization:
     max_shard_size: str = field(
         default="5GB", metadata=option("largest size of a weight file of Hugging Face files", metavar="SIZE")
     )
+    attention_algorithm: str | None = field(
+        default=None,
+        metadata=option("algorithm of the attention's layers, if it is not that of the MLPs; no_quant for 16 bits"),
+    )
 
     @property
     def layout_of_scales(self) -> str | None:
@@ -224,8 +236,9 @@ class Quantization:
     def problems(self) -> list[str]:
         """Return what is wrong with the quantization settings."""
         numbers = ("calibration_size", "calibration_batch_size", "calibration_seq_len", "awq_block_size")
-        found = _positive(self, numbers, "quantization")
+        found = positive(self, numbers, "quantization")
         found += unknown("algorithm", [self.algorithm], ALGORITHMS)
+        found += self._mixture_problems()
         found += [f"quantization: {one}" for one in (algorithms.version_problem(self.algorithm),) if one]
         found += unknown("export format", self.formats, EXPORT_FORMATS) + unknown("verify", [self.verify], VERIFY)
         found += unknown("hf_layout", [self.hf_layout], algorithms.LAYOUT_CHOICES)
@@ -237,9 +250,27 @@ class Quantization:
             found.append(f"quantization: calibration size {sizes}")
         return found
 
+    def _mixture_problems(self) -> list[str]:
+        """Return why attention and MLP cannot have the two algorithms."""
+        if self.attention_algorithm is None:
+            return []
+        found = unknown("attention_algorithm", [self.attention_algorithm], ALGORITHMS)
+        known = self.algorithm in ALGORITHMS and not found and self.attention_algorithm != self.algorithm
+        if known and (reason := mixture_problem(self.attention_algorithm, self.algorithm, self.hf_layout)):
+            found.append(f"quantization: attention_algorithm {self.attention_algorithm}: {reason}")
+        return found
+
+    @property
+    def weights(self) -> Format:
+        """The format of the attention's and the MLPs' weights."""
+        return Format(
+            self.attention_algorithm or self.algorithm, self.algorithm, bool(self.enable_kv_cache), self.awq_block_size
+        )
+
     def block(self) -> int | None:
         """Return the number of weights that share a scale, None if there are no blocks."""
-        return algorithms.block_size(self.algorithm, self.awq_block_size)
+        blocks = [self.weights.needed_block(group) for group in GROUPS]
+        return max((block for block in blocks if block), default=None)
 
 
 @dataclass(frozen=True)
@@ -257,6 +288,7 @@ class Job:
     pruning: Pruning = field(default_factory=Pruning, metadata=group("prune"))
     distillation: Training = field(default_factory=Training, metadata=group("distill", "distill-"))
     quantization: Quantization = field(default_factory=Quantization, metadata=group("quantize and export"))
+    fit: Fit = field(default_factory=Fit, metadata=group("fit a budget", "fit-"))
     evaluation: Evaluation = field(default_factory=Evaluation, metadata=group("evaluate", "evaluate-"))
     scratch: bool = field(
         default=False,
@@ -276,7 +308,7 @@ class Job:
 
     def problems(self, teacher_exists: bool = True) -> list[str]:
         """Return everything that is wrong; empty paths are not looked for."""
-        found = self.layout.problems() + self.pruning.problems()
+        found = self.layout.problems() + self.pruning.problems(searched=self.fit.is_set) + self.fit.problems()
         found += self.distillation.problems("distillation", self.layout) + self.quantization.problems()
         own, teacher = self.quantization, self.teacher if teacher_exists else None
         found += self.evaluation.problems(own.algorithm, own.hf_layout, own.formats, teacher)
@@ -294,6 +326,7 @@ class Job:
             found += prune_layout.problems(self.teacher, self.layout.devices * self.layout.num_nodes)
         if teacher_exists and self.teacher:
             found += model_checks.split_problems(self.teacher, self.layout.tp, self.layout.pp) + self._size_problems()
+            found += fit_settings.job_problems(self)
         return found
 
     def _size_problems(self) -> list[str]:
@@ -301,8 +334,9 @@ class Job:
         shape, layers = model_sizes.known(self.teacher), model_sizes.layers(self.teacher)
         pruning = self.pruning
         targets = {name: getattr(pruning, name) for name in TARGETS}
-        unfit = model_checks.target_problems(shape, targets, pruning.target_params is not None)
-        unfit += model_checks.family_problems(self.teacher, targets, pruning.target_params is not None)
+        searched = pruning.target_params is not None or self.fit.is_set
+        unfit = model_checks.target_problems(shape, targets, searched)
+        unfit += model_checks.family_problems(self.teacher, targets, searched)
         unfit += model_checks.drop_problems(layers, pruning.drop_layers)
         unfit += (
             []
@@ -313,7 +347,7 @@ class Job:
         for export_format in self.quantization.formats:
             unwritten = model_checks.file_problems(self.teacher, self.quantization.algorithm, export_format)
             found += [f"quantization: {one}" for one in unwritten]
-        left = None if pruning.target_params is not None else pruning.target_num_layers or layers
+        left = None if searched else pruning.target_num_layers or layers
         if left is not None and pruning.drop_layers:
             left -= len(pruning.drop_layers)
         found += model_checks.pair_problems(self.distill_config, {"student": left, "teacher": layers})
@@ -321,6 +355,8 @@ class Job:
 
     def _block_problems(self, shape: Shape, targets: Mapping[str, int | None]) -> list[str]:
         """Return the sizes of the pruned model that are not multiples of the weight blocks."""
+        if self.fit.is_set:  # the search keeps to the blocks of the formats that it chooses from
+            return []
         if self.pruning.target_params is None:
             return self.block_problems(shape.pruned(targets))
         # A search chooses only sizes that fit; targets, and sizes that are too small already, stay wrong.
@@ -360,64 +396,3 @@ class Job:
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as nested dictionaries."""
         return asdict(self)
-
-
-def raise_all(problems: list[str]) -> None:
-    """Raise one error that lists every problem, if there are any.
-
-    Raises:
-        SettingsError: with one line per problem.
-    """
-    if problems:
-        raise SettingsError("\n".join(problems))
-
-
-def unknown(what: str, values: Iterable[str], allowed: Iterable[str]) -> list[str]:
-    """Return a sentence for each value that is not allowed, with the nearest name."""
-    allowed = list(allowed)
-    found = []
-    for value in values:
-        if value not in allowed:
-            hint = did_you_mean(value, allowed)
-            found.append(f"unknown {what} {value!r}; allowed: {', '.join(allowed)}{hint}")
-    return found
-
-
-def from_dict(cls: type[_Settings], content: Mapping[str, Any], where: str = "") -> _Settings:
-    """Build a settings dataclass from nested dictionaries; texts get the type of their setting, as flags do.
-
-    Raises:
-        SettingsError: listing unknown names, each with the nearest one, and values that do not fit.
-    """
-    hints: dict[str, Any] = get_type_hints(cls)
-    problems = unknown(f"setting{f' in {where}' if where else ''}", content, hints)
-    values = {}
-    for name, value in content.items():
-        hint = hints.get(name)
-        try:
-            if hint is None:
-                continue  # reported as unknown
-            if not is_settings(hint):
-                values[name] = converted(value, hint)
-            elif isinstance(value, Mapping):
-                values[name] = from_dict(hint, value, name)
-            elif isinstance(value, hint):
-                values[name] = value
-            else:
-                problems.append(f"{name} must hold settings by name, got {value!r}")
-        except SettingsError as error:
-            problems += str(error).splitlines()
-        except ValueError as error:
-            problems.append(f"{where + ': ' if where else ''}{name} {error}, got {value!r}")
-    raise_all(problems)
-    # None is a value only if the setting may be None; else it stands for the default.
-    return cls(**{name: value for name, value in values.items() if value is not None or may_be_none(hints[name])})
-
-
-def _positive(settings: Any, names: Iterable[str], where: str = "") -> list[str]:
-    prefix = f"{where}: " if where else ""
-    return [
-        f"{prefix}{name} must be positive, got {getattr(settings, name)}"
-        for name in names
-        if not getattr(settings, name) > 0
-    ]

@@ -25,6 +25,8 @@ from nemo_modelopt_dropin.errors import did_you_mean
 
 __all__ = ["DONE", "WORKING", "Record", "Stage", "StageError", "run_stages", "write_json"]
 
+# Entry of the result of a stage that had nothing to do.
+SKIPPED = "skipped"
 _FORMAT = 1  # raise it if the meaning of a stage's folder changes: old folders then count as unfinished
 _DIGEST = re.compile("[0-9a-f]{64}")
 

@@ -11,9 +11,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from nemo_modelopt_cli.compress import fit_plan
 from nemo_modelopt_cli.compress.facts import MODELS, done
 from nemo_modelopt_cli.compress.settings import Job
-from nemo_modelopt_cli.compress.stages import Record
+from nemo_modelopt_cli.compress.stages import SKIPPED, Record
 
 # Limits that the demo enforces; a run that misses one is not a good compression, whatever its exit code.
 RECOVERED_AT_LEAST = 0.5
@@ -35,7 +36,16 @@ _CURVES = {"pretrain": "teacher", "distill": "distilled", "scratch": "from scrat
 
 
 def build(records: Mapping[str, Record], title: str, job: Job) -> dict[str, Any]:
-    """Return everything that the page and the table show, as plain data."""
+    """Return everything that the page and the table show, as plain data.
+
+    Args:
+        records: of the finished steps; those that had nothing to do are left out.
+        title: of the page.
+        job: the settings.
+    """
+    found = searched(records, job)
+    used = fit_plan.applied(job, found["plan"]) if found else job
+    records = {k: r for k, r in records.items() if not r.result.get(SKIPPED)}
     models = [_model(MODELS[name], records[name].result) for name in MODELS if name in records]
     losses = {model["name"]: model["heldout_loss"] for model in models}
     exports = records["export"].result if "export" in records else {}
@@ -44,7 +54,7 @@ def build(records: Mapping[str, Record], title: str, job: Job) -> dict[str, Any]
     return {
         "title": title,
         "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "done": done(records, job),
+        "done": done(records, used),
         "models": models,
         "stages": [
             {"name": record.name, "seconds": record.seconds, "attempts": record.attempts} for record in records.values()
@@ -57,6 +67,7 @@ def build(records: Mapping[str, Record], title: str, job: Job) -> dict[str, Any]
         ],
         "importance": records["prune"].result.get("importance", {}) if "prune" in records else {},
         "recovery": recovery(records, job),
+        "fit": found or {},
         "sensitivity": records["quantize"].result.get("weight_errors", []) if "quantize" in records else [],
         "exports": exports,
         "evaluation": records["evaluate"].result if "evaluate" in records else {},
@@ -65,6 +76,21 @@ def build(records: Mapping[str, Record], title: str, job: Job) -> dict[str, Any]
         "versions": _versions(),
         "machine": _machine(records),
     }
+
+
+def searched(records: Mapping[str, Record], job: Job) -> dict[str, Any] | None:
+    """Return the plan of a job with budgets, its points and what was chosen as text, and what became of it."""
+    if fit_plan.STAGE not in records:
+        return None
+    plan = records[fit_plan.STAGE].result["plan"]
+    sentences = fit_plan.sentences(plan, job.fit)
+    exported = (records["export"].result.get("hf") or {}) if "export" in records else {}
+    if exported.get("bytes"):
+        predicted = fit_plan.point_of(plan, job.fit)["figures"]["disk"]
+        sentences.append(
+            f"The exported folder has {exported['bytes'] / 1e6:,.3f} MB; {predicted / 1e6:,.3f} MB were predicted."
+        )
+    return {"plan": plan, "rows": fit_plan.rows(plan, job.fit), "sentences": sentences}
 
 
 def recovery(records: Mapping[str, Record], job: Job) -> list[dict[str, Any]]:
@@ -198,6 +224,8 @@ def finish(records: Mapping[str, Record], root: Path, title: str, job: Job, stri
     screen.print(page.table(content))
     if content["evaluation"]:
         screen.print(scores.table(content["evaluation"]))
+    for sentence in (content.get("fit") or {}).get("sentences", []):
+        screen.print(sentence, highlight=False)
     failed = [check for check in content["checks"] if not check["ok"]]
     for check in content["checks"]:
         mark = "[green]ok[/green]  " if check["ok"] else "[red]FAIL[/red]"

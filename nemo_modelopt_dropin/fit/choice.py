@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from nemo_modelopt_dropin.errors import ModelOptConfigError
 from nemo_modelopt_dropin.fit import files, grid, latency, limits, pareto, serving
@@ -17,8 +17,8 @@ from nemo_modelopt_dropin.preflight.model_sizes import Shape
 
 # Points of the page: enough for a curve, few enough for a table.
 _SHOWN = 16
-_UNITS = {limits.DISK: 1e6, limits.MEMORY: 1e6, limits.LATENCY: 1e-3}
-_NAMES = {limits.DISK: "MB", limits.MEMORY: "MB", limits.LATENCY: "ms"}
+_BYTES = (("GB", 1e9), ("MB", 1e6), ("KB", 1e3))
+_UNITS = {limits.DISK: _BYTES, limits.MEMORY: _BYTES, limits.LATENCY: (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))}
 
 Figures = dict[str, float]
 ShapeLoss = Callable[[Mapping[str, int]], float]
@@ -174,11 +174,8 @@ def impossible(problem: Problem) -> list[str]:
 
 def shown(kind: str, value: float) -> str:
     """Return a figure with its unit."""
-    return (
-        f"{value / _UNITS[kind]:,.3g} {_NAMES[kind]}"
-        if value < 100 * _UNITS[kind]
-        else (f"{value / _UNITS[kind]:,.0f} {_NAMES[kind]}")
-    )
+    name, unit = next((name, unit) for name, unit in _UNITS[kind] if value >= unit or unit == _UNITS[kind][-1][1])
+    return f"{value / unit:.3g} {name}" if value < 1000 * unit else f"{value / unit:,.0f} {name}"
 
 
 def under_budget(
@@ -271,23 +268,28 @@ def everywhere(
     return found
 
 
-def promising(points: Iterable[Point], recovery: float, count: int) -> list[Point]:
-    """Return the points to measure: the best one, the best of each other format, then the next best shapes.
+def next_to_try(
+    points: Iterable[Point], tried: Sequence[Point], recovery: float, other_format: bool = False
+) -> Point | None:
+    """Return the point with the lowest expected loss that was not tried, None if there is none.
 
     Args:
         points: What `under_budget` returned.
+        tried: Points that were measured.
         recovery: Share of the loss by pruning that distillation regains.
-        count: How many at most.
+        other_format: Prefer weights in a format that was not tried, if there are any.
     """
-    order = sorted(points, key=lambda point: (point.after(recovery), point.figures[limits.DISK]))
-    seen: set[Format] = set()
-    firsts: list[Point] = []
-    rest: list[Point] = []
-    for point in order:
-        (rest if replace(point.format, fp8_cache=False) in seen else firsts).append(point)
-        seen.add(replace(point.format, fp8_cache=False))
-    # Half of the measurements go to different formats, because shapes next to each other differ little.
-    return (firsts[: max(1, (count + 1) // 2)] + rest + firsts[(count + 1) // 2 :])[:count]
+    done = {(*point.sizes.items(), point.format) for point in tried}
+    left = [point for point in points if (*point.sizes.items(), point.format) not in done]
+    if other_format:
+        known = {(point.format.attention, point.format.mlp) for point in tried}
+        left = [point for point in left if (point.format.attention, point.format.mlp) not in known] or left
+    # Of equals the smaller one, and the one whose cache has 16 bits.
+    return min(
+        left,
+        key=lambda point: (point.after(recovery), point.figures[limits.DISK], point.format.fp8_cache),
+        default=None,
+    )
 
 
 def pareto_points(points: Sequence[Point], kinds: Sequence[str], recovery: float) -> list[Point]:

@@ -18,8 +18,9 @@ from nemo_modelopt_dropin.preflight.model_sizes import Shape
 
 WIDTHS = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "I8": 1, "U8": 1, "I32": 4, "I64": 8}
 _BLOCK_2D, _NVFP4_BLOCK, _MXFP8_BLOCK = 128, 16, 32
-# Config, generation config and model card; the description of a mixture lists every matrix in two files.
-_TEXT_BYTES, _MIXED_BYTES_OF_MATRIX = 7_000, 320
+# Config, generation config and model card. Of a mixture, two files list every matrix; of a model that is quantized in
+# part, the names of the others.
+_TEXT_BYTES, _MIXED_BYTES_OF_MATRIX, _EXCLUDED_BYTES_OF_MATRIX = 4_000, 320, 70
 # What an entry of the header has besides name, dtype, shape and offsets: {"dtype":"","shape":[],"data_offsets":[,]}
 _ENTRY = 46
 # The longest usual beginning of the names of a layer's tensors.
@@ -208,9 +209,17 @@ def disk_bytes(shape: Shape, found: Format, tokenizer: int = 0, layout: str = al
         tokenizer: Bytes of the tokenizer's files.
         layout: Layout of the Hugging Face files.
     """
-    listed = sum(matrix.count for matrix in matrices(shape)) * shape.num_layers if found.is_mixed else 0
-    text = _TEXT_BYTES + _MIXED_BYTES_OF_MATRIX * listed
+    text = _TEXT_BYTES + _listed_bytes(shape, found)
     return weight_bytes(shape, found, layout) + header_bytes(shape, found, layout) + text + tokenizer
+
+
+def _listed_bytes(shape: Shape, found: Format) -> int:
+    """Return the bytes of names of matrices in the configuration."""
+    if not found.is_mixed:
+        return 0
+    plain = {group for group in formats.GROUPS if found.algorithm(group) == algorithms.NO_QUANT}
+    size = _EXCLUDED_BYTES_OF_MATRIX if plain else _MIXED_BYTES_OF_MATRIX
+    return size * shape.num_layers * sum(one.count for one in matrices(shape) if not plain or one.group in plain)
 
 
 def tokenizer_bytes(checkpoint: str | Path) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nemo_modelopt_dropin.report import figures as report_figures
+from nemo_modelopt_dropin.report import fit_figures
 
 if TYPE_CHECKING:
     import altair as alt
@@ -78,7 +79,8 @@ def charts(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         "sizes": ("Parameters", "Body: all parameters except embedding and output layer.", _sizes),
         "times": ("Time by job step", "Wall-clock seconds of the attempt that completed.", _times),
     }
-    return figures({name: (title, caption, maker(content)) for name, (title, caption, maker) in makers.items()})
+    made = {name: (title, caption, maker(content)) for name, (title, caption, maker) in makers.items()}
+    return figures(fit_figures.made((content.get("fit") or {}).get("plan")) | made)
 
 
 def comparison(names: tuple[str, str], contents: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

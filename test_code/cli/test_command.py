@@ -17,7 +17,7 @@ from nemo_modelopt_cli.process import launch
 from test_code.support import command_lines
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("ptq", "prune", "distill", "compress", "evaluate", "compare", "demo")
+NAMES = ("ptq", "prune", "distill", "compress", "fit", "evaluate", "compare", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_nothing_heavy_is_imported(words):
     assert "HEAVY []" in shown.stdout, shown.stderr
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("compare", "evaluate")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("fit", "compare", "evaluate")])
 def test_commands_have_the_flags_of_the_scripts(name, command):
     shown = _run(command, name, "--help").stdout
     script = _run(sys.executable, str(ROOT / "scripts" / f"{name}.py"), "--help").stdout
@@ -84,7 +84,7 @@ def test_commands_have_the_flags_of_the_scripts(name, command):
     [
         ([], 2, "usage: nemo-modelopt"),
         (["ptg"], 2, "nemo-modelopt: unknown command 'ptg'; did you mean ptq?"),
-        (["bananas"], 2, "nemo-modelopt: the commands are ptq, prune, distill, compress, evaluate, compare, demo"),
+        (["bananas"], 2, "nemo-modelopt: the commands are ptq, prune, distill, compress, fit, evaluate, compare, demo"),
         (["--versoin"], 2, "unrecognized arguments: --versoin"),
         (["--print-completion", "tcsh"], 2, "invalid choice: 'tcsh'"),
         (["ptq"], 2, "nemo-modelopt ptq: missing: --nemo_checkpoint"),

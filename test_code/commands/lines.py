@@ -40,6 +40,10 @@ DOCUMENTED = {
         "--prune-batch-size 4 --distill-steps 4 --distill-global-batch-size 4 --distill-micro-batch-size 2 "
         "--distill-evaluate-every 2 --distill-save-every 2 --distill-warmup-steps 1 --calibration-size 32 "
         "--calibration-batch-size 8",
+        f"--cpu {_TEXTS} --output runs/small --fit-disk 0.6x --fit-candidates 2 --awq-block-size 32 --seq-length 64 "
+        "--prune-samples 32 --prune-batch-size 4 --heldout-batches 2 --distill-steps 4 "
+        "--distill-global-batch-size 4 --distill-micro-batch-size 2 --distill-warmup-steps 1 --calibration-size 32 "
+        "--calibration-batch-size 8",
     ],
     "demo": [""],
 }
@@ -99,6 +103,10 @@ COMPLETE = {
         f"{_TEXTS} --output out --target-num-layers 2 --evaluate arc_easy,mmlu --evaluate-models teacher distilled "
         "--evaluate-limit 5 --evaluate-fewshot 2 --evaluate-batch-size 4 --evaluate-backend vllm "
         "--evaluate-chat-template --evaluate-model-args dtype=float32 --evaluate-python false",
+        f"{_TEXTS} --output out --fit-disk 0.9x --fit-memory 0.9x --fit-latency 0.9x --context 128 --batch 2 "
+        "--fit-device l4 --fit-formats fp8 int8_wo --fit-minutes 5 --fit-candidates 2 --fit-recovery 0.7 --fit-point 1",
+        f"{_TEXTS} --output out --algorithm fp8 --attention-algorithm no_quant --target-num-moe-experts 2 "
+        "--target-moe-ffn-hidden-size 64",
     ],
     "demo": ["--output out --devices 1 --algorithm int8 --steps-scale 0.5 --fresh"],
 }

@@ -44,7 +44,7 @@ def test_every_point_keeps_the_budget_and_almost_fills_it(kind, share):
     most = searched.resolved()[kind]
     points = choice.under_budget(searched, increase, SENSITIVITIES)
     assert all(point.figures[kind] <= most for point in points)
-    best = choice.promising(points, RECOVERY, 1)[0]
+    best = choice.next_to_try(points, [], RECOVERY)
     assert best.after(RECOVERY) == min(point.after(RECOVERY) for point in points)
     # The largest MLP that fits leaves at most a step of its size, unless it is the whole one.
     step = max(128, *searched.multiples(best.format).values()) if searched.multiples(best.format) else 64
@@ -58,7 +58,8 @@ def test_joint_choice_is_at_least_as_good_as_pruning_or_quantizing_alone():
         budget = [("disk", f"{share}x")]
         joint = choice.under_budget(problem(budget), increase, SENSITIVITIES)
         pruned = choice.under_budget(problem(budget, formats=[formats.Format()]), increase, SENSITIVITIES)
-        assert choice.promising(joint, 0.0, 1)[0].predicted <= choice.promising(pruned, 0.0, 1)[0].predicted
+        best, best_pruned = (choice.next_to_try(points, [], 0.0) for points in (joint, pruned))
+        assert best.predicted <= best_pruned.predicted
 
 
 def test_several_budgets_hold_together():
@@ -77,6 +78,22 @@ def test_blocks_of_weights_stay_whole_and_given_sizes_stay():
             assert not point.sizes["hidden_size"] % 128 and not point.sizes["ffn_hidden_size"] % 128
         heads = grid.with_sizes(searched.shape, point.sizes)
         assert heads.num_attention_heads % heads.num_query_groups == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "text"),
+    [
+        ("disk", 1234.0, "1.23 KB"),
+        ("disk", 5.58e6, "5.58 MB"),
+        ("memory", 22.5e9, "22.5 GB"),
+        ("memory", 2.5e12, "2,500 GB"),
+        ("latency", 3.2e-5, "32 us"),
+        ("latency", 0.0151, "15.1 ms"),
+        ("latency", 2e-8, "0.02 us"),
+    ],
+)
+def test_figures_have_units(kind, value, text):
+    assert choice.shown(kind, value) == text
 
 
 @pytest.mark.parametrize("kind", limits.KINDS)
@@ -111,14 +128,26 @@ def test_formats_whose_blocks_are_larger_than_the_model_are_left_out():
     assert "smaller than a block of weights" in choice.impossible(only)[0]
 
 
+def tried_of(points, count: int) -> list[choice.Point]:
+    """Return the points that a search would try, one after the other."""
+    found: list[choice.Point] = []
+    while len(found) < count:
+        found.append(choice.next_to_try(points, found, RECOVERY, other_format=len(found) % 2 == 1))
+    return found
+
+
 @pytest.mark.parametrize("count", [1, 2, 4, 9])
-def test_points_to_measure_are_distinct_and_begin_with_the_best(count):
+def test_points_to_try_are_distinct_and_begin_with_the_best(count):
     points = choice.under_budget(problem([("disk", "0.4x")]), increase, SENSITIVITIES)
-    found = choice.promising(points, RECOVERY, count)
-    assert len(found) == count and len({(tuple(one.sizes.values()), one.format) for one in found}) == count
+    found = tried_of(points, count)
+    assert len({(tuple(one.sizes.values()), one.format) for one in found}) == count
     assert found[0].after(RECOVERY) == min(point.after(RECOVERY) for point in points)
-    if count >= 4:
-        assert len({one.format for one in found}) >= 2
+    assert count < 2 or len({one.format for one in found}) >= 2
+
+
+def test_there_is_nothing_to_try_when_all_is_tried():
+    points = choice.under_budget(problem([("disk", "0.3x")], fixed={"num_layers": 2}), increase, SENSITIVITIES)
+    assert choice.next_to_try(points, points, RECOVERY) is None
 
 
 def test_loss_of_a_mixture_is_the_sum_of_its_groups():

@@ -202,5 +202,29 @@ def sensitivity(core: torch.nn.Module, measure: Callable[[str], dict[str, float]
     return sorted(rows, key=lambda row: [-row[key] for key in ranked])
 
 
+def with_only(core: torch.nn.Module, wanted: Callable[[str], bool], measure: Callable[[], float]) -> float:
+    """Return what a function measures while only some of the enabled quantizers quantize; see `sensitivity`.
+
+    Args:
+        core: This rank's quantized Megatron-Core model.
+        wanted: Whether a quantizer quantizes, by its name.
+        measure: Runs the model.
+    """
+    off = [
+        part
+        for name, quantizer in enabled_quantizers(core)
+        if not wanted(name)
+        for part in _parts(quantizer)
+        if part.is_enabled
+    ]
+    for part in off:
+        part.disable_quant()
+    try:
+        return measure()
+    finally:
+        for part in off:
+            part.enable_quant()
+
+
 def _natural(name: str) -> list[Any]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
