@@ -40,6 +40,7 @@ PATCHES: tuple[Callable[[], None], ...] = (
     megatron_patches.patch_moe_router,
     megatron_patches.patch_expert_bias,
     megatron_patches.patch_expert_dispatch,
+    megatron_patches.patch_checkpoint_results,
     attention_patches.patch_local_attention,
     attention_patches.patch_packed_attention,
     attention_patches.patch_attention_backend,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 from torch.nn import functional
 
-from nemo_modelopt_dropin.cpu_backend import zero_centred
+from nemo_modelopt_dropin.cpu_backend import results_queue, zero_centred
 from nemo_modelopt_dropin.cpu_backend.state import CpuBackendError
 
 _GPU_ONLY_FUSIONS = (
@@ -183,3 +184,11 @@ def patch_expert_dispatch() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+
+
+def patch_checkpoint_results() -> None:
+    """Pass the results of checkpoint writers through memory, not through a spawned process; see `results_queue`."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if hasattr(os, "memfd_create"):  # Linux
+        filesystem_async._get_write_results_queue = results_queue.of_this_process
