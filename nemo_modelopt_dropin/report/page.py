@@ -6,6 +6,7 @@ embeds too; `charts` makes the figures.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -78,7 +79,6 @@ def render_template(template: str, charts: Mapping[str, Mapping[str, Any]], data
         **values: variables of the template.
     """
     import jinja2
-    from vl_convert import javascript_bundle
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -91,9 +91,17 @@ def render_template(template: str, charts: Mapping[str, Mapping[str, Any]], data
         charts=charts,
         data=_embedded(data),
         specs=_embedded({name: chart["spec"] for name, chart in charts.items()}),
-        vega=javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script"),
+        vega=_library(),
         **values,
     )
+
+
+@functools.cache
+def _library() -> str:
+    """Return the library that draws the figures; putting it together takes one or two seconds for each page."""
+    from vl_convert import javascript_bundle
+
+    return javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
 
 
 def rows(content: Mapping[str, Any]) -> list[dict[str, str]]:
