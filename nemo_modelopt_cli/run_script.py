@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from typing import TextIO
 
 from nemo_modelopt_cli import run_file
 from nemo_modelopt_cli.parser import saved_settings
-from nemo_modelopt_cli.process import entry, rendezvous, signals
+from nemo_modelopt_cli.process import entry, forks, rendezvous, signals
 from nemo_modelopt_dropin import files, locks, ranks
 from nemo_modelopt_dropin.errors import InUseError, ModelOptConfigError
 
@@ -72,30 +73,60 @@ def execute(script: Script, given: argparse.Namespace, work: Callable[[argparse.
 
 
 def _execute(
-    script: Script, given: argparse.Namespace, work: Callable[[argparse.Namespace], Rows | None], after: _Interrupted
+    script: Script,
+    given: argparse.Namespace,
+    work: Callable[[argparse.Namespace], Rows | None],
+    after: _Interrupted,
+    started: float | None = None,
 ) -> int:
     from nemo_modelopt_cli.compress import runner
 
-    rank = ranks.number()
+    started = started or time.perf_counter()
     with contextlib.ExitStack() as held:
         try:
-            for output in (script.output, *script.others) if rank == 0 else ():
+            for output in (script.output, *script.others) if ranks.is_first() else ():
                 held.enter_context(locks.lock(output))
         except (InUseError, ModelOptConfigError) as error:
             sys.stderr.write(f"error: {error}\n")
             return runner.FAILED if isinstance(error, InUseError) else runner.USAGE
-        if starts_ranks(given.devices, given.cpu):
-            held.close()  # rank zero holds them: it is the one that writes
-            code = run_local_ranks(given.devices)
-            locks.tidy(script.output, *script.others)
-            if signals.is_ours(code):
-                sys.stderr.write(f"{after}\n")
+        if not starts_ranks(given.devices, given.cpu):
+            return _as_rank(script, given, work, after, started)
+        if forks.possible() and (code := _load_for_ranks(script, given, after)):
             return code
-        return _as_rank(script, given, work, after)
+    # The locks are free again: rank zero takes them, which is the rank that writes.
+    found = run_local_ranks(given.devices)
+    if found is None:
+        return _execute(script, given, work, after, started)
+    locks.tidy(script.output, *script.others)
+    if signals.is_ours(found):
+        sys.stderr.write(f"{after}\n")
+    return found
+
+
+def _load_for_ranks(script: Script, given: argparse.Namespace, after: _Interrupted) -> int:
+    """Import NeMo in this process, so that ranks can be forked from it, and return the exit code."""
+    from nemo_modelopt_cli.compress import runner
+
+    log = None if given.verbose else _log_file(script.name, 0)
+    code = runner.load_for_ranks(f"{script.name}: ", log, after, keep_log=False, output=script.output)
+    _discard(log, code)
+    return code
+
+
+def _discard(log: Path | None, code: int) -> None:
+    """Remove a rank's log unless it explains what went wrong."""
+    from nemo_modelopt_cli.compress import runner
+
+    if log is not None and (code in (runner.OK, runner.USAGE, entry.CLOSED_SCREEN) or signals.is_ours(code)):
+        log.unlink(missing_ok=True)
 
 
 def _as_rank(
-    script: Script, given: argparse.Namespace, work: Callable[[argparse.Namespace], Rows | None], after: _Interrupted
+    script: Script,
+    given: argparse.Namespace,
+    work: Callable[[argparse.Namespace], Rows | None],
+    after: _Interrupted,
+    started: float,
 ) -> int:
     from nemo_modelopt_cli.compress import runner
 
@@ -103,14 +134,14 @@ def _as_rank(
     settings = saved_settings(given, script.paths)
 
     def on_this_rank(out: TextIO) -> None:
-        if rank == 0:
-            out.write(f"{script.name}: loading NeMo\n")
-        started = time.perf_counter()
+        if rank == 0 and not forks.is_rank():
+            out.write(f"{script.name}: {runner.LOADING}\n")
         if given.cpu:
             start_on_cpu()
         else:
             runner.require_gpu()
         rendezvous.keep_on_loopback()
+        gc.freeze()  # what was imported stays: a collection took half a second to visit it
         if rank == 0 and script.keeps_progress:
             save(script, settings)
         found = work(given)
@@ -127,8 +158,7 @@ def _as_rank(
     kept = script.output / run_file.NAME
     if code != runner.OK and script.keeps_progress and rank == 0 and script.output.exists() and not kept.exists():
         save(script, settings)  # NeMo moves what lay there before
-    if log is not None and (code in (runner.OK, runner.USAGE, entry.CLOSED_SCREEN) or signals.is_ours(code)):
-        log.unlink(missing_ok=True)
+    _discard(log, code)
     return code
 
 
@@ -184,9 +214,9 @@ def starts_ranks(devices: int, cpu: bool) -> bool:
     return cpu and devices != 1 and not ranks.is_rank()
 
 
-def run_local_ranks(devices: int) -> int:
-    """Start ``devices`` CPU ranks of this command and return their exit code."""
+def run_local_ranks(devices: int) -> int | None:
+    """Start or fork ``devices`` CPU ranks of this command and return their exit code, or None in a rank."""
     from nemo_modelopt_cli.process import launch
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
-    return launch.run_ranks(devices)
+    return launch.fork_ranks(devices) if forks.are_ready() else launch.run_ranks(devices)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import sys
@@ -26,13 +27,14 @@ from nemo_modelopt_cli.compress.stages import (
     read_record,
     run_stages,
 )
-from nemo_modelopt_cli.process import entry, launch, rendezvous, signals
+from nemo_modelopt_cli.process import entry, forks, launch, rendezvous, signals
 from nemo_modelopt_dropin import files, locks, ranks
 from nemo_modelopt_dropin.console import screen
 from nemo_modelopt_dropin.errors import InUseError, ModelOptConfigError
 from nemo_modelopt_dropin.preflight import output_checks
 
 OK, FAILED, USAGE = 0, 1, 2
+LOADING = "loading NeMo"
 _RANK_ZERO_FIRST_S = 3.0
 
 Finish = Callable[[Mapping[str, Record]], int]
@@ -103,10 +105,10 @@ def _execute(
             sys.stderr.write(f"error: {error}\n")
             return FAILED
     if not ranks.is_rank() and (layout.devices > 1 and waiting):
-        code = launch.run_ranks(layout.devices, environment=environment)
-        locks.tidy(root)
-        if signals.is_ours(code):
-            sys.stderr.write(f"{signals.RESUMABLE}\n")
+        found = _on_new_ranks(root, layout, verbose, environment)
+        if found is None:
+            return _execute(stages, root, layout, finish, verbose, settings, redo, environment)
+        code = found
     else:
         code = _as_rank(stages, root, layout, verbose, settings, redo)
     if code == OK and leads:
@@ -117,8 +119,48 @@ def _execute(
         if waiting:
             from nemo_modelopt_dropin.report.page import duration
 
-            sys.stdout.write(f"Total time, including loading NeMo on every rank: {duration(whole)}.\n")
+            sys.stdout.write(f"Total time, including loading NeMo: {duration(whole)}.\n")
     return code
+
+
+def _on_new_ranks(root: Path, layout: Layout, verbose: bool, environment: Mapping[str, str] | None) -> int | None:
+    """Start or fork this job's ranks and return their exit code, or None in a rank that was forked."""
+    if layout.cpu and forks.possible():
+        with locks.lock(root):
+            code = load_for_ranks("", _log(root, 0, verbose), signals.RESUMABLE, output=root)
+        if code:
+            return code
+    found = (launch.fork_ranks if forks.are_ready() else launch.run_ranks)(layout.devices, environment=environment)
+    if found is not None:
+        locks.tidy(root)
+        if signals.is_ours(found):
+            sys.stderr.write(f"{signals.RESUMABLE}\n")
+    return found
+
+
+def load_for_ranks(
+    prefix: str, log: Path | None, on_interrupt: object, keep_log: bool = True, output: Path = Path()
+) -> int:
+    """Import NeMo in this process, so that CPU ranks can be forked from it, and return the exit code.
+
+    Args:
+        prefix: precedes the line on the screen.
+        log: as for `guarded`, as the other arguments.
+        on_interrupt: what is printed after Ctrl-C or SIGTERM.
+        keep_log: whether the log stays if a signal ends this process.
+        output: folder to which the command writes.
+    """
+
+    def load(out: TextIO) -> None:
+        out.write(f"{prefix}{LOADING}\n")
+        cpu_environment()
+        forks.load()
+
+    return guarded(load, log, on_interrupt, keep_log, output, carry=True)
+
+
+def _log(root: Path, rank: int, verbose: bool) -> Path | None:
+    return None if verbose else root / "log" / f"rank{rank}.txt"
 
 
 def check_place(stages: Iterable[Stage], root: Path) -> None:
@@ -165,8 +207,7 @@ def _as_rank(
             on_event = _renewing(show, stages, root, settings) if rank == 0 else show
             _run_all(stages, root, layout, out, on_event, redo)
 
-    log = None if verbose else root / "log" / f"rank{rank}.txt"
-    return guarded(work, log, signals.RESUMABLE, output=root)
+    return guarded(work, _log(root, rank, verbose), signals.RESUMABLE, output=root)
 
 
 def _renewing(on_event: OnEvent, stages: Sequence[Stage], root: Path, settings: Mapping[str, Any] | None) -> OnEvent:
@@ -213,7 +254,12 @@ def require_gpu() -> None:
 
 
 def guarded(
-    work: Callable[[TextIO], None], log: Path | None, on_interrupt: object, keep_log: bool = True, output: Path = Path()
+    work: Callable[[TextIO], None],
+    log: Path | None,
+    on_interrupt: object,
+    keep_log: bool = True,
+    output: Path = Path(),
+    carry: bool = False,
 ) -> int:
     """Do a script's work on this rank, with the output of libraries in ``log``, and return the exit code.
 
@@ -223,10 +269,11 @@ def guarded(
         on_interrupt: what rank zero prints after Ctrl-C or SIGTERM.
         keep_log: whether the log stays if a signal ends this process while modules are imported.
         output: folder to which the work writes.
+        carry: whether more work follows, which reports how many warnings were not shown.
     """
     rank = ranks.number()
     says = signals.reports()
-    with screen.quiet(log) as out, contextlib.ExitStack() as stack:
+    with screen.quiet(log, carry) as out, contextlib.ExitStack() as stack:
 
         def at_once(code: int) -> None:
             if says:
@@ -286,8 +333,8 @@ def _run_all(
     if not pending(stages, root):
         run_stages(stages, root, Alone(), on_event)  # all finished: needs no NeMo and no other ranks
         return
-    if ranks.is_first():
-        out.write("loading NeMo\n")
+    if ranks.is_first() and not forks.is_rank():
+        out.write(f"{LOADING}\n")
     if layout.cpu:
         from nemo_modelopt_dropin import cpu_backend
 
@@ -295,6 +342,7 @@ def _run_all(
     rendezvous.keep_on_loopback()
     from nemo_modelopt_cli.compress import training
 
+    gc.freeze()  # what was imported stays: a collection, of which each step makes some, took half a second to visit it
     peers = training.StoreRanks() if ranks.is_rank() else Alone()
     run_stages(stages, root, peers, on_event, redo, out)
     training.release()

@@ -19,6 +19,7 @@ _TOO_LARGE = ("file too large", "os error 27")
 # Failed writes that PyTorch and NeMo report without the reason.
 _UNEXPLAINED = ("pytorchstreamwriter failed", "file write failed", "unexpected pos", "could not be written")
 _NEARLY_FULL = 1 << 20
+_state = {"command": False}
 
 
 def run(main: Callable[[], int]) -> int:
@@ -26,6 +27,7 @@ def run(main: Callable[[], int]) -> int:
 
     Its children end with it, and if the reader of its output has gone (``| head``) it ends without a traceback.
     """
+    _state["command"] = True
     processes.children_end_with_this_process()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, which does not end its ranks if it is killed
         processes.end_with(os.getppid())
@@ -39,6 +41,11 @@ def run(main: Callable[[], int]) -> int:
             raise
         silence(1, 2)
         return CLOSED_SCREEN
+
+
+def is_command() -> bool:
+    """Return whether this process runs a command from its start to its end, and no program that calls our functions."""
+    return _state["command"]
 
 
 def is_closed(descriptor: int) -> bool:

@@ -1,7 +1,7 @@
-"""Start this command once per local rank, as torchrun does, and end all ranks when one fails or the parent ends.
+"""Run this command once per local rank, as torchrun does, and end all ranks when one fails or the parent ends.
 
-torchrun works as well, and is required for several nodes. This launcher saves CPU users the second command, and it
-does not import torch, so that the parent needs a few megabytes only.
+torchrun works as well, and is required for several nodes. This launcher saves CPU users the second command. Ranks are
+started, or forked from a process that has imported NeMo (`forks`). This module does not import torch.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from nemo_modelopt_cli.process import processes, signals
+from nemo_modelopt_cli.process import forks, processes, signals
 from nemo_modelopt_dropin import ranks
 
 # Below the range from which systems give out ports of outgoing connections.
 _PORTS = range(20000, 32000)
 _GRACE_S = 10.0
+
+Child = subprocess.Popen | forks.Forked
 
 
 def run_ranks(count: int, argv: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> int:
@@ -34,18 +36,58 @@ def run_ranks(count: int, argv: Sequence[str] | None = None, environment: Mappin
     """
     command = [sys.executable, *(own_arguments() if argv is None else argv)]
     port = free_port()
-    children: list[subprocess.Popen] = []
+    children: list[Child] = []
+    end = functools.partial(processes.end_with, os.getpid())
     with signals.seen() as arrived:
-        try:
+
+        def outcome() -> int:
             for rank in range(count):
-                variables = {**_environment(rank, count, port), **(environment or {})}
-                end = functools.partial(processes.end_with, os.getpid())
+                variables = {**os.environ, **_variables(rank, count, port), **(environment or {})}
                 children.append(subprocess.Popen(command, env=variables, preexec_fn=end))
             return _wait(children)
-        except (KeyboardInterrupt, signals.Stopped):
-            return signals.CODES[arrived[0]]
-        finally:
-            _end(children)
+
+        return _ended(children, outcome, arrived)
+
+
+def fork_ranks(count: int, environment: Mapping[str, str] | None = None) -> int | None:
+    """Fork ``count`` ranks from this process; return their first exit code that is not zero, or None in a rank.
+
+    Args:
+        count: number of ranks.
+        environment: variables that the ranks get in addition to those of this process.
+    """
+    port, parent = free_port(), os.getpid()
+    children: list[Child] = []
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()  # or each rank would write what is left
+    with signals.blocked() as unblock:
+        for rank in range(count):
+            try:
+                pid = os.fork()
+            except OSError:
+                _end(children)
+                raise
+            if not pid:
+                forks.become_rank(parent, {**_variables(rank, count, port), **(environment or {})})
+                return None
+            children.append(forks.Forked(pid))
+        with signals.seen() as arrived:
+
+            def outcome() -> int:
+                unblock()
+                return _wait(children)
+
+            return _ended(children, outcome, arrived)
+
+
+def _ended(children: list[Child], outcome: Callable[[], int], arrived: list[int]) -> int:
+    """Return the exit code of the ranks, or that of the signal that ends them; none of them runs any more."""
+    try:
+        return outcome()
+    except (KeyboardInterrupt, signals.Stopped):
+        return signals.CODES[arrived[0]]
+    finally:
+        _end(children)
 
 
 def own_arguments() -> list[str]:
@@ -73,9 +115,9 @@ def threads(count: int) -> str:
     return str(max(1, (os.cpu_count() or 1) // count))
 
 
-def _environment(rank: int, count: int, port: int) -> dict[str, str]:
+def _variables(rank: int, count: int, port: int) -> dict[str, str]:
+    """Return the environment variables of a rank, in addition to those of this process."""
     return {
-        **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(count),
@@ -90,7 +132,7 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
     }
 
 
-def _wait(children: list[subprocess.Popen]) -> int:
+def _wait(children: list[Child]) -> int:
     """Wait for all children, or for the first that fails."""
     while True:
         codes = [child.poll() for child in children]
@@ -102,7 +144,7 @@ def _wait(children: list[subprocess.Popen]) -> int:
         time.sleep(0.1)
 
 
-def _end(children: list[subprocess.Popen]) -> None:
+def _end(children: list[Child]) -> None:
     """End the children that still run; more signals do not cut this short, and after the grace time it kills."""
     for number in signals.CODES:
         signal.signal(number, signal.SIG_IGN)

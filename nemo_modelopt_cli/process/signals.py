@@ -60,6 +60,20 @@ def seen(at_once: Callable[[int], None] | None = None) -> Iterator[list[int]]:
             signal.signal(number, previous)
 
 
+@contextlib.contextmanager
+def blocked() -> Iterator[Callable[[], None]]:
+    """Hold both signals back inside the context, and yield a function that lets them through earlier."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, CODES)
+
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    try:
+        yield unblock
+    finally:
+        unblock()
+
+
 def guarded(work: Callable[[], int], message: object) -> int:
     """Do a command's work and return its exit code; a signal outside a rank's own handling prints the message.
 

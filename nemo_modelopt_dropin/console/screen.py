@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 _screen: ContextVar[TextIO | None] = ContextVar("nemo_modelopt_screen", default=None)
+# Warnings that were withheld in an earlier context, which a later one reports.
+_carried = [0]
 _logging_results: ContextVar[bool] = ContextVar("nemo_modelopt_logging_results", default=False)
 # Folders of this distribution, all of whose warnings a user can act on.
 _PACKAGES = Path(__file__).parents[2]
@@ -53,7 +55,7 @@ def results() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet(log: Path | None) -> Iterator[TextIO]:
+def quiet(log: Path | None, carry: bool = False) -> Iterator[TextIO]:
     """Redirect file descriptors 1 and 2 to a log and yield a stream to the original standard error.
 
     Descriptors are redirected instead of ``sys.stdout`` because NeMo, Megatron and their C++ parts write at import,
@@ -61,6 +63,7 @@ def quiet(log: Path | None) -> Iterator[TextIO]:
 
     Args:
         log: The file; None redirects nothing.
+        carry: Whether the next context, of this process or one that it forks, reports the number of withheld warnings.
     """
     if log is None:
         yield sys.stderr
@@ -77,7 +80,7 @@ def quiet(log: Path | None) -> Iterator[TextIO]:
     stream = os.fdopen(os.dup(kept[1]), "w", buffering=1, encoding="utf-8")
     token = _screen.set(stream)
     try:
-        with _relayed(stream):
+        with _relayed(stream, carry):
             yield stream
     finally:
         _screen.reset(token)
@@ -175,12 +178,13 @@ def importing(frame: FrameType | None = None) -> bool:
 
 
 @contextlib.contextmanager
-def _relayed(stream: TextIO) -> Iterator[None]:
+def _relayed(stream: TextIO, carry: bool) -> Iterator[None]:
     """Relay log records to the screen on rank zero."""
     if not ranks.is_first():
         yield
         return
     relay = Relay(stream)
+    relay.withheld, _carried[0] = _carried[0], 0
     # NeMo's logger does not propagate to the root logger.
     loggers = logging.getLogger(), logging.getLogger("nemo_logger")
     for logger in loggers:
@@ -190,5 +194,7 @@ def _relayed(stream: TextIO) -> Iterator[None]:
     finally:
         for logger in loggers:
             logger.removeHandler(relay)
-        if relay.withheld:
+        if carry:
+            _carried[0] = relay.withheld
+        elif relay.withheld:
             stream.write(f"{relay.withheld} warnings of libraries are not shown here; -v shows them\n")
