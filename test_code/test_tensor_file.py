@@ -56,6 +56,17 @@ def test_tensors_and_dtypes_come_back_bit_for_bit(tmp_path):
     assert found[-1] == (torch.float8_e4m3fn, (2, 3), 0.5)
 
 
+def test_files_whose_header_has_the_length_128_are_read(tmp_path):
+    # The length of the header comes first, and 128 is the first byte of a pickle.
+    path, found = tmp_path / "value", set[int]()
+    for count in range(1, 40):
+        value = {"x": [torch.zeros(1)] * count}
+        tensor_file.save(path, value)
+        found.add(path.read_bytes()[0])
+        assert len(tensor_file.load(path)["x"]) == count
+    assert 0x80 in found
+
+
 def test_what_only_a_pickle_could_hold_is_refused(tmp_path):
     with pytest.raises(TypeError, match="a function cannot be stored without a pickle"):
         tensor_file.save(tmp_path / "file", {"hook": lambda: None})

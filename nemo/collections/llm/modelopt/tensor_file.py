@@ -25,6 +25,8 @@ _SLICE, _ELLIPSIS = "__slice__", "__ellipsis__"  # of quantizers in blocks
 _TAGS = (_TUPLE, _ITEMS, _DTYPE, _TENSOR, _SLICE, _ELLIPSIS)
 # How files of torch.save begin, as archives and in the format before those.
 _PICKLES = (b"PK\x03\x04", b"\x80")
+# Bytes before the header of a safetensors file, which is a JSON object.
+_HEADER = 8
 
 
 def save(path: Path, content: Any) -> None:
@@ -62,8 +64,9 @@ def load(path: Path, device: torch.device | str = "cpu") -> Any:
     from safetensors.torch import load_file
 
     with open(path, "rb") as file:
-        head = file.read(4)
-    if head.startswith(_PICKLES):
+        head = file.read(_HEADER + 1)
+    # A safetensors file begins with the length of its header, whose first byte can be that of a pickle.
+    if head.startswith(_PICKLES) and head[_HEADER:] != b"{":
         raise ModelOptConfigError(
             f"{path.name} is a pickle (a file of torch.save), as earlier versions wrote: reading it can run any code, "
             "so it is not read; delete it."
