@@ -14,7 +14,7 @@ from torch.distributed import all_reduce
 
 from .. import _batches
 from ..errors import ModelOptConfigError
-from . import _checks, _groups, _layer_kinds, _norms, _scores, _snapshot, _weights
+from . import _checks, _groups, _layer_kinds, _norms, _output, _scores, _snapshot, _weights
 
 # A layer that changes nothing has a score of zero, which modelopt reads as "not measured".
 _LOWEST_SCORE = 1e-30
@@ -146,7 +146,8 @@ def prune_by_importance(
         else:
             micro_batch = _weights.MicroBatch()
             handles = _weights.weigh(core, hooks, micro_batch)
-            with counted_forwards(core) as count, _batches.shown_batches(config, micro_batch.see):
+            shown = _batches.shown_batches(config, micro_batch.see)
+            with counted_forwards(core) as count, shown, _output.left_out(core):
                 measure(converted)
             for handle in handles:
                 handle.remove()
