@@ -8,6 +8,7 @@ its reason. They do not depend on our subpackage and work with the stock one (``
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -77,6 +78,8 @@ def enable() -> None:
             "cpu_backend.enable() was called on a machine with CUDA; it is for machines without one. "
             "Remove the call (or --cpu), or hide the GPUs with CUDA_VISIBLE_DEVICES=''."
         )
+    # PyTorch reads it at its first allocation. Most of the time of an operation on weights would be page faults.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if finder.is_enabled():
         versions.check()
     # Import these completely before torch is patched: their modules look up torch functions by identity.

@@ -35,6 +35,21 @@ def reports(checkpoint, data, tp, pp, runs) -> list[dict]:
     return found
 
 
+def in_chunks(checkpoint, data, tp, sizes) -> list[dict]:
+    """Return the report of a quantization for each size of the logits that are processed at a time."""
+    from unittest.mock import patch
+
+    from nemo.collections.llm.modelopt.quantization import comparison
+    from test_code.support import ranks
+
+    found = []
+    for size in sizes:
+        ranks.reset()
+        with patch.object(comparison, "_LOGITS_BYTES", size):
+            found.append(report_of(checkpoint, data, tp, layer_errors=False))
+    return found
+
+
 def exported_report(checkpoint, data, out, report_path, fmt="nemo", **settings) -> dict:
     """Quantize, export with a report, and return what the quantizer holds."""
     export = {"path": str(out), "export_format": fmt, "report_path": str(report_path)}
@@ -204,3 +219,41 @@ def test_a_report_that_cannot_be_written_does_not_fail_the_export(tmp_path, capl
     comparison.write({"quantizers": {"weight": 1}}, QuantizationConfig(), tmp_path / "file" / "folder")
     comparison.write({"quantizers": {"weight": 1}}, QuantizationConfig(), tmp_path / "folder")
     assert "weight quantizers" in (tmp_path / "folder" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_comparison_is_the_same_in_chunks_of_any_size(ranks, work, tp):
+    # All logits, those of seven tokens, which does not divide a sequence, and of one token.
+    token = 4 * 256 // tp
+    whole, *parts = ranks(tp).run(
+        in_chunks, str(work / "llama"), str(work / "text.jsonl"), tp, [2**30, 7 * token, token]
+    )[0]
+    figures = [name for name in whole if name.startswith(("loss", "kl", "relative", "evaluation"))]
+    assert len(figures) == 5
+    for part in parts:
+        # fp32 logits, summed in fp64; the products of a chunk may be in another order. The KL is 1e-5.
+        assert {name: part[name] for name in figures} == pytest.approx(
+            {name: whole[name] for name in figures}, rel=1e-4, abs=1e-7
+        )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "calibrating", "layers", "rows"),
+    # The last model is one with an output layer as large as its decoder.
+    [
+        (None, 512, 16, 32),
+        (None, 32, 16, 8),
+        (None, 2, 16, 1),
+        (4096, 32, 16, 32),
+        (1024, 512, 16, 8),
+        (None, 32, 4, 4),
+    ],
+)
+def test_the_comparison_takes_no_longer_than_the_calibration(tokens, calibrating, layers, rows):
+    from types import SimpleNamespace
+
+    from nemo.collections.llm.modelopt.quantization.calibration import steps
+
+    config = SimpleNamespace(comparison_size=32, comparison_tokens=tokens, calibration_seq_len=128)
+    sizes = SimpleNamespace(hidden_size=2048, ffn_hidden_size=8192, num_layers=layers)
+    assert steps._compared_rows(config, SimpleNamespace(config=sizes, vocab_size=128256), calibrating) == rows

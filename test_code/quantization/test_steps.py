@@ -52,7 +52,9 @@ def read_once(checkpoint, data) -> dict:
     counting, stream = Counting(TEXTS), Counting(TEXTS)
     found = {}
     for name, source in {"iterable": counting, "stream": iter(stream), "file": data}.items():
-        quantizer = jobs_state.quantizer_for("unused", calibration_dataset=source, comparison_size=4)
+        quantizer = jobs_state.quantizer_for(
+            "unused", calibration_dataset=source, comparison_size=4, comparison_tokens=4096
+        )
         model = reset_and_restore(checkpoint)
         with (
             patch.object(q, "get_calib_data_iter", side_effect=q.get_calib_data_iter) as read,
@@ -236,7 +238,7 @@ def test_what_is_replaced_takes_effect(ranks, work):
     found = ranks(1).run(wrapped_loop, str(work / "llama"), str(work / "text.jsonl"))[0]
     assert found["ran"] == ["loop"], "the loop of the subclass calibrated, on rows that were read already"
     assert found["report"]["calibration_rows"] == 8 and found["report"]["evaluation_tokens"] > 0
-    assert found["datasets"] == [TEXTS[:8], TEXTS[:8]], "fewer than 16 rows calibrate and compare"
+    assert found["datasets"] == [TEXTS[:1], TEXTS[:8]], "of fewer than 16 rows, all calibrate and some compare"
     assert found["counts"] == {
         "read": 1, "getter": 2, "decoder": 1, "summary": 0, "insert": 1, "clamp": 1, "unwrap": 1,
     }  # fmt: skip

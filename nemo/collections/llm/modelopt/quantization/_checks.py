@@ -69,7 +69,8 @@ def check_quantization(config: Any, kv_formats: dict[str, str]) -> None:
     check_number("calibration_batch_size", config.calibration_batch_size, 1)
     check_number("calibration_seq_len", config.calibration_seq_len, 2)
     check_number("comparison_size", config.comparison_size, 0)
-    check_number("comparison_tokens", config.comparison_tokens, 2)
+    if config.comparison_tokens is not None:
+        check_number("comparison_tokens", config.comparison_tokens, 2)
     if config.sensitivity_scan and not config.comparison_size:
         raise ModelOptConfigError("sensitivity_scan=True compares on held-out rows: comparison_size=0 leaves none.")
     if config.calibration_shuffle_seed is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,11 @@ from .calibration import batching
 
 KINDS = ("weight", "input", "output", "kv_cache")
 _SHOWN_LAYERS = 3
-# The size of the fp32 logits that are processed at a time.
-_LOGITS_BYTES = 64 << 20
+# The size of one model's fp32 logits that are processed at a time. Losses and divergence pass over them some 20 times,
+# so they should fit a cache, and the allocator should reuse their memory.
+_LOGITS_BYTES = 16 << 20
+# What these passes cost for a logit, in products of its matrix multiplication.
+_PASSES = 1000
 _STORED_BYTES = 2
 _PLAIN = (str, int, float, bool, list, type(None))
 
@@ -53,6 +57,20 @@ def is_comparable(model: Any) -> bool:
     return isinstance(model, LanguageModule) and parallel_state.model_parallel_is_initialized()
 
 
+def share_of_calibration(model) -> float:
+    """Return how many tokens can be compared in the time in which one token calibrates; equal on all ranks.
+
+    A compared token passes through the original and the quantized decoder, and twice through the output layer. Three
+    tenths of the time are left for quantizing the weights, which takes as long for any number of tokens.
+    """
+    config, width = model.config, model.config.hidden_size
+    experts = config.moe_router_topk if getattr(config, "num_moe_experts", None) else 0
+    ffn = experts * (config.moe_ffn_hidden_size or config.ffn_hidden_size) if experts else config.ffn_hidden_size
+    decoder = config.num_layers * width * (4 * width + 3 * ffn)
+    output = (width + _PASSES) * model.vocab_size
+    return 0.7 * decoder / (2 * decoder + 2 * output)
+
+
 def hidden_states(model, batches: list[torch.Tensor], title: str) -> list[torch.Tensor]:
     """Return the final hidden states `[s, b, h]` of each micro-batch `[b, s]`; an empty list before the last stage.
 
@@ -74,7 +92,7 @@ def evaluate(
     """Measure the next-token loss, and the distance of the logits from the original model's.
 
     Any parallel layout works: hidden states exist on the last pipeline stage, where the output layer computes this
-    rank's part `[s, b, v]` of the vocabulary, for a few sequences at a time.
+    rank's part `[s, b, v]` of the vocabulary, for a few tokens of both models at a time.
 
     Args:
         model: This rank's Megatron-Core model.
@@ -87,11 +105,13 @@ def evaluate(
     """
     hidden = hidden_states(model, batches, title)
     sums = torch.zeros(7, dtype=torch.float64, device=batches[0].device)
-    for states, expected, tokens in zip(hidden, reference, batches, strict=False):
-        columns = max(1, _LOGITS_BYTES // (4 * tokens.shape[1] * _vocabulary(model)))
-        for start in range(0, tokens.shape[0], columns):
-            part = slice(start, start + columns)
-            sums += _sums(model, states[:, part], expected[:, part].to(states.device), tokens[part])
+    chunks = [(i, *chunk) for i, tokens in enumerate(batches[: len(hidden)]) for chunk in _chunks(model, tokens)]
+    shown = batching.with_progress(chunks, len(chunks), f"{title}: logits") if chunks else iter(())
+    for i, positions, columns in shown:
+        states, expected = (one[i][positions, columns] for one in (hidden, reference))
+        # A position predicts the next token, which may be in the next chunk; the last one of a sequence predicts none.
+        labels = batches[i][columns].t()[positions.start + 1 : positions.stop + 1]
+        sums += _sums(model, states, expected.to(states.device), labels)
     torch.distributed.all_reduce(sums)
     loss, reference_loss, tokens, error, norm, divergence, positions = sums.tolist()
     return Evaluation(
@@ -104,51 +124,67 @@ def evaluate(
     )
 
 
-def _vocabulary(model) -> int:
-    return int(getattr(model.output_layer, "output_size_per_partition", model.vocab_size))
+def _chunks(model, tokens: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+    """Yield positions and sequences of tokens `[b, s]` whose logits are processed at a time."""
+    vocabulary = int(getattr(model.output_layer, "output_size_per_partition", model.vocab_size))
+    count, length = tokens.shape
+    most = max(1, _LOGITS_BYTES // (4 * vocabulary))
+    # With sequence parallelism, ranks hold parts of the positions, and the output layer gathers whole sequences.
+    rows = length if model.config.sequence_parallel else min(length, most)
+    columns = max(1, most // length)
+    for first in range(0, count, columns):
+        for start in range(0, length, rows):
+            yield slice(start, min(start + rows, length)), slice(first, first + columns)
 
 
-def _sums(model, states: torch.Tensor, expected: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the sums [7] from which `Evaluation` is computed, for hidden states `[s, b, h]` and tokens `[b, s]`."""
+def _sums(model, states: torch.Tensor, expected: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the sums [7] from which `Evaluation` is computed.
+
+    Args:
+        model: This rank's Megatron-Core model.
+        states: Its hidden states `[s, b, h]`.
+        expected: Those of the original model.
+        labels: The next token of each position, `[s, b]`, or `[s - 1, b]` at the end of the sequences.
+    """
     # Every tensor-parallel rank computes the whole loss and divergence, so only one of them counts.
     counts = int(parallel_state.get_tensor_model_parallel_rank() == 0)
     sums = torch.zeros(7, dtype=torch.float64, device=states.device)
-    logits = _logits(model, states).float()
-    original = _logits(model, expected, quantized=False).float()
+    logits, original = (one.float() for one in _logits_of_both(model, states, expected))
     divergence = _heldout.divergence(logits, original)
     sums[5] = _heldout.weighted_sum(divergence) * counts
     sums[6] = divergence.numel() * counts
     sums[4] = torch.linalg.vector_norm(original).double().square()
     sums[3] = torch.linalg.vector_norm(logits - original).double().square()
-    losses = _token_losses(logits, tokens)
+    losses = _token_losses(logits, labels)
     sums[0] = _heldout.weighted_sum(losses) * counts
-    sums[1] = _heldout.weighted_sum(_token_losses(original, tokens)) * counts
+    sums[1] = _heldout.weighted_sum(_token_losses(original, labels)) * counts
     sums[2] = losses.numel() * counts
     return sums
 
 
-def _logits(model, hidden: torch.Tensor, quantized: bool = True) -> torch.Tensor:
-    """Apply the output layer to `[s, b, h]`, with or without its quantizers."""
+def _logits_of_both(model, states: torch.Tensor, expected: torch.Tensor) -> Iterable[torch.Tensor]:
+    """Return the logits `[s, b, v]` of hidden states `[s, b, h]` of the quantized and of the original model."""
     weight = None
     if getattr(model, "share_embeddings_and_output_weights", False):
         weight = model.shared_embedding_or_output_weight()
     active = [m for m in model.output_layer.modules() if isinstance(m, TensorQuantizer) and m.is_enabled]
-    if not quantized:
-        for quantizer in active:
-            quantizer.disable()
+    if not active:  # the same layer: its weight, often the largest of the model, is read once
+        axis = 1 if model.config.sequence_parallel else 0
+        return model.output_layer(torch.cat([states, expected], axis), weight=weight)[0].chunk(2, axis)
+    logits = model.output_layer(states, weight=weight)[0]
+    for quantizer in active:
+        quantizer.disable()
     try:
-        return model.output_layer(hidden, weight=weight)[0]
+        return logits, model.output_layer(expected, weight=weight)[0]
     finally:
-        if not quantized:
-            for quantizer in active:
-                quantizer.enable()
+        for quantizer in active:
+            quantizer.enable()
 
 
-def _token_losses(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the cross entropy `[s - 1, b]` of fp32 logits `[s, b, v]`, which are overwritten, for tokens `[b, s]`."""
-    labels = tokens.t()[1:].contiguous()
+def _token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the cross entropy of fp32 logits `[s, b, v]`, which are overwritten, for the labels of the first ones."""
     # Megatron's cross entropy works in place.
-    return tensor_parallel.vocab_parallel_cross_entropy(logits[:-1], labels)
+    return tensor_parallel.vocab_parallel_cross_entropy(logits[: labels.shape[0]].contiguous(), labels.contiguous())
 
 
 def _kind(name: str) -> str | None:

@@ -22,7 +22,8 @@ class QuantizationConfig:
 
     ``packed`` joins rows into full sequences; False keeps each row a sequence of its own and batches rows of equal
     length. Padding never enters the statistics. ``comparison_size`` is the number of held-out rows on which the
-    quantized model is compared with the original, 0 for none; long rows are limited to ``comparison_tokens`` in total.
+    quantized model is compared with the original, 0 for none. ``comparison_tokens`` limits their tokens; None limits
+    them to 4096 and such that the comparison takes no longer than the calibration.
 
     ``algorithm="auto"`` chooses a format for each layer so that the weights take ``auto_quantize_bits`` bits on average
     (layers that are not quantized count 16); ``auto_quantize_checkpoint`` is a file or folder from which an interrupted
@@ -57,7 +58,7 @@ class QuantizationConfig:
     auto_quantize_formats: list[str] = field(default_factory=lambda: ["int4_awq", "fp8"])
     auto_quantize_checkpoint: Optional[str] = None  # noqa: UP045
     calibration_state: Optional[str] = None  # noqa: UP045
-    comparison_tokens: int = 4096
+    comparison_tokens: Optional[int] = None  # noqa: UP045
     layer_errors: bool = True
     sensitivity_scan: bool = False
 

@@ -16,6 +16,7 @@ import torch
 from megatron.core import parallel_state
 
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
+from nemo_modelopt_dropin.console import screen
 
 from .. import _parallel
 from . import quant_cfg_choices as choices
@@ -89,9 +90,10 @@ def recorded(core: torch.nn.Module, enabled: bool = True, calls: int = COMPARED_
 def of_weights(core: torch.nn.Module) -> Sums:
     """Return the sums `[2]` of every weight quantizer, by its name."""
     found = {}
-    for name, quantizer in enabled_quantizers(core):
+    quantizers = [found for found in enabled_quantizers(core) if found[0].endswith(".weight_quantizer")]
+    for name, quantizer in screen.bar(quantizers, desc="Errors of the weights", unit="layer", delay=5.0):
         weight = getattr(core.get_submodule(name.rpartition(".")[0]), "weight", None)
-        if name.endswith(".weight_quantizer") and isinstance(weight, torch.Tensor):
+        if isinstance(weight, torch.Tensor):
             found[name] = _sums(weight, quantizer(weight))
     return found
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from nemo.utils import logging
+from nemo.utils.get_rank import is_global_rank_zero
 
 from ... import _parallel
 from ...errors import ModelOptConfigError
@@ -21,6 +22,9 @@ from .. import quant_cfg_choices as choices
 from .._quant_cfg import AUTO, auto_formats, is_file
 from ..insert import kv_cache, mixed_precision, quantizers, shared_scales
 from . import batching, fingerprint, sources, unused_experts
+
+# Enough for the standard error of a loss to be a few hundredths.
+_COMPARED_TOKENS = 4096
 
 Batches = Callable[[], Iterator[torch.Tensor]]
 
@@ -137,7 +141,7 @@ def read_rows(config: Any, core, forward_loop: Callable | None, get_calib_data_i
         return Rows()
     if not comparison.is_comparable(core):
         return Rows()
-    compared_rows = min(config.comparison_size, max(1, config.comparison_tokens // config.calibration_seq_len))
+    compared_rows = _compared_rows(config, core, config.calibration_dataset_size)
     batches = get_calib_data_iter(
         data=config.calibration_dataset,
         batch_size=config.calibration_batch_size,
@@ -147,12 +151,35 @@ def read_rows(config: Any, core, forward_loop: Callable | None, get_calib_data_i
         seed=config.calibration_shuffle_seed,
     )
     rows = batching.collect(batches, config.calibration_dataset, config.calibration_dataset_size)
+    calibrating = min(len(rows), config.calibration_dataset_size)
+    compared_rows = _compared_rows(config, core, calibrating)
     used, compared, held_out = batching.split_rows(len(rows), config.calibration_dataset_size, compared_rows)
+    if len(rows[compared]) < config.comparison_size and is_global_rank_zero():
+        logging.info(
+            f"The quantized model is compared with the original on {len(rows[compared])} rows of text, not on "
+            f"comparison_size={config.comparison_size}, so that the comparison takes no longer than the calibration. "
+            "To compare on more, set comparison_tokens."
+        )
     return Rows(
         used=sources.ReadRows(rows[used]),
         compared=sources.ReadRows(rows[compared]),
         facts={"algorithm": config.algorithm, "calibration_rows": len(rows[used]), "held_out": held_out},
     )
+
+
+def _compared_rows(config: Any, core, calibrating: int) -> int:
+    """Return the most rows on which the models are compared; by default the comparison takes as long as calibration.
+
+    Args:
+        config: The QuantizationConfig.
+        core: The Megatron-Core model.
+        calibrating: The number of rows that calibrate.
+    """
+    tokens = config.comparison_tokens
+    if tokens is None:
+        share = comparison.share_of_calibration(core)
+        tokens = min(_COMPARED_TOKENS, int(share * calibrating * config.calibration_seq_len))
+    return min(config.comparison_size, max(1, tokens // config.calibration_seq_len))
 
 
 def calibration_batches(config: Any, model, rows: list | None, shard: bool, create_getter: Callable) -> Batches:
