@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import os
@@ -21,6 +22,7 @@ from nemo_modelopt_cli import run_file
 from nemo_modelopt_cli.compress import runner
 from nemo_modelopt_dropin.console import screen
 from test_code.support import command_lines, installed
+from test_code.support.started import Server
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("compress", "demo", "distill", "prune", "ptq")
@@ -369,7 +371,7 @@ def test_exit_codes_and_what_is_seen(ranks, tmp_path):
 
 
 @pytest.mark.cpu
-def test_distill_and_ptq_and_prune_on_cpu(ranks, tmp_path, monkeypatch):
+def test_distill_and_ptq_and_prune_on_cpu(ranks, commands, tmp_path, monkeypatch):
     """The three scripts in a row on a tiny checkpoint: prune, distill into a checkpoint, quantize through NeMo-Run."""
     from test_code.support import jobs_compress
 
@@ -380,7 +382,7 @@ def test_distill_and_ptq_and_prune_on_cpu(ranks, tmp_path, monkeypatch):
     pruned = tmp_path / "pruned"
     prune = [*common, "--restore_path", str(tmp_path / "checkpoint"), "--save_path", str(pruned)]
     prune += ["--target_ffn_hidden_size", "64", "--num_train_samples", "4", "--mbs", "2"]
-    seen = _works("prune", *prune, cwd=tmp_path)
+    seen = _works(None, "prune", *prune, cwd=tmp_path)
     assert "importance: 100%" in seen
     assert "ffn_hidden_size" in seen, "the table of sizes before and after is a result"
     assert f"prune: wrote {pruned}" in seen
@@ -394,7 +396,7 @@ def test_distill_and_ptq_and_prune_on_cpu(ranks, tmp_path, monkeypatch):
     config = {"name": "kd", "log_dir": "log", "model_path": "pruned", "teacher_path": "checkpoint", "max_steps": 2}
     config |= {"gbs": 4, "mbs": 2, "limit_val_batches": 2, "cpu": True, "text": "train.jsonl", "seq_length": 32}
     run_file.write(tmp_path / "kd.yaml", {**config, "lr": "1e-4"})
-    seen = _works("distill", "--config", "kd.yaml", cwd=tmp_path)
+    seen = _works(commands, "distill", "--config", "kd.yaml", cwd=tmp_path)
     assert "distill: 100%" in seen and "loss=" in seen
     assert re.search(r"training loss +\d\.\d{4} \(this run began at \d\.\d{4}\)", seen)
     assert re.search(r"top-1 agreement +0\.\d{4}", seen), "measured in a run shorter than the log interval"
@@ -404,7 +406,7 @@ def test_distill_and_ptq_and_prune_on_cpu(ranks, tmp_path, monkeypatch):
 
     config = {**config, "name": "plain", "model_path": "checkpoint", "teacher_path": None, "max_steps": 1}
     run_file.write(tmp_path / "plain.yaml", config)
-    seen = _works("distill", "--config", "plain.yaml", cwd=tmp_path)
+    seen = _works(commands, "distill", "--config", "plain.yaml", cwd=tmp_path)
     assert "warning: No --teacher_path: this is plain training" in seen and "train: 100%" in seen
 
     quantized = tmp_path / "quantized"
@@ -417,11 +419,16 @@ def test_distill_and_ptq_and_prune_on_cpu(ranks, tmp_path, monkeypatch):
     assert not (tmp_path / "quantized.calibration-state").exists(), "it is kept for a failed export only"
 
 
-def _works(script: str, *arguments: str, cwd: Path) -> str:
-    """Run a script that must succeed and return what is seen on the terminal."""
+def _works(commands: Server | None, script: str, *arguments: str, cwd: Path) -> str:
+    """Run a script that must succeed, in an interpreter of its own without a server; return what is on the terminal."""
     command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    found, addresses = command_lines.watched(command, 300, cwd=cwd, env=environment)
+    if commands is None:
+        found, addresses = command_lines.watched(command, 300, cwd=cwd, env=environment)
+    else:
+        addresses = set()
+        watch = functools.partial(command_lines.listening, found=addresses)
+        found = commands.run(command, environment, cwd, 300, watch)
     assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-4000:]
     assert addresses == {"127.0.0.1"}, "no port is open to other machines"
     return found.stdout + found.stderr

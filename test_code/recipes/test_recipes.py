@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-import subprocess
-import sys
 import textwrap
 
 import fiddle
@@ -135,7 +133,7 @@ def test_the_job_as_a_function_keeps_finished_stages(tmp_path, monkeypatch):
         fiddle.build(recipe)()
 
 
-def test_the_compression_recipe_is_imported_when_it_is_first_used():
+def test_the_compression_recipe_is_imported_when_it_is_first_used(commands, tmp_path):
     """The subpackage must not depend on the commands; every way to import the recipe still works."""
     code = """
         import sys
@@ -157,7 +155,8 @@ def test_the_compression_recipe_is_imported_when_it_is_first_used():
         else:
             raise SystemExit("no error")
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300)
+    (tmp_path / "imports.py").write_text(textwrap.dedent(code))
+    done = commands.run([str(tmp_path / "imports.py")])
     assert done.returncode == 0, done.stderr[-3000:]
 
 

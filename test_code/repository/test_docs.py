@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import runpy
 import shlex
@@ -15,6 +16,7 @@ from markdown_it import MarkdownIt
 
 from nemo_modelopt_cli import main
 from test_code.support import jobs_quant, ranks, tiny
+from test_code.support.started import Server
 
 ROOT = Path(__file__).resolve().parents[2]
 # "console" is a transcript: it needs a cluster, a GPU, a network or the reader's own files.
@@ -45,8 +47,8 @@ def prepare(folder: str) -> None:
 def run_page(blocks: list[tuple[str, str, str]], folder: str) -> list[str]:
     """Run the blocks (language, title, code) in ``folder``; return those that ran.
 
-    Python blocks share one namespace. Our own scripts run in this process where they need one rank, as NeMo is
-    imported here already; any other command goes to bash.
+    Python blocks share one namespace. Our own scripts run in this process, as NeMo is imported here already; any other
+    command is started.
     """
     import json
 
@@ -88,20 +90,39 @@ def _commands(code: str) -> list[str]:
 def _run(command: str) -> None:
     words = shlex.split(command, comments=True)
     path = ROOT / words[1] if len(words) > 1 else ROOT
-    one_rank = not {"--devices", "--config", "compress", "compare", "demo"} & set(words)
-    if words[0] == "nemo-modelopt" and one_rank:
+    if words[0] == "nemo-modelopt":
         _run_here(command, words[1:], lambda: main.run(words[1:]))
         return
-    if words[0] == "python" and path.suffix == ".py" and path.is_file() and one_rank:
+    if words[0] == "python" and path.suffix == ".py" and path.is_file():
         _run_here(command, words[2:], lambda: runpy.run_path(str(path), run_name="__main__") and 0)
         return
-    words = [str(ROOT / word) if (ROOT / word).is_file() and word.endswith(".py") else word for word in words]
-    if words[0] in ("python", "nemo-modelopt"):
-        words[:1] = [sys.executable] if words[0] == "python" else [sys.executable, "-m", "nemo_modelopt_cli"]
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "LOCAL_", "WORLD_", "GROUP_", "MASTER_"))}
     plain.pop("TORCHELASTIC_RUN_ID", None)
     found = subprocess.run(words, env=plain, capture_output=True, text=True, timeout=400)
     assert found.returncode == 0, f"{command}\n{found.stdout[-3000:]}\n{found.stderr[-3000:]}"
+
+
+def _is_alone(block: tuple[str, str, str]) -> bool:
+    """Return whether a block's commands each need a process of their own."""
+    words = {word for command in _commands(block[2]) for word in shlex.split(command, comments=True)}
+    return block[0] == "bash" and bool({"--devices", "--config", "compress", "compare", "demo"} & words)
+
+
+# What pip installs as the command ``nemo-modelopt``.
+_ENTRY = "import sys\nfrom nemo_modelopt_cli.main import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
+
+
+def _run_alone(commands: Server, blocks: list[tuple[str, str, str]], folder: Path) -> list[str]:
+    """Run the commands of blocks as processes of their own; return the blocks' languages."""
+    entry = folder / "nemo-modelopt"
+    entry.write_text(_ENTRY)
+    for command in (command for _, _, code in blocks for command in _commands(code)):
+        words = shlex.split(command, comments=True)
+        assert words[0] in ("python", "nemo-modelopt"), command
+        words[:2] = [str(ROOT / words[1])] if words[0] == "python" else [str(entry), words[1]]
+        found = commands.run(words, cwd=folder, timeout=400)
+        assert found.returncode == 0, f"{command}\n{found.stdout[-3000:]}\n{found.stderr[-3000:]}"
+    return [language for language, _, _ in blocks]
 
 
 def _run_here(command: str, arguments: list[str], run: Callable[[], int]) -> None:
@@ -145,11 +166,19 @@ def prepared(ranks_factory, tmp_path_factory):
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.stem)
-def test_page(page, prepared, ranks, tmp_path):
+def test_page(page, prepared, ranks, commands, tmp_path):
     for item in prepared.iterdir():
         (tmp_path / item.name).symlink_to(item)
     blocks = [block for block in _blocks(page) if block[0] in RUN]
-    assert ranks(1).run(run_page, blocks, str(tmp_path), timeout=500)[0] == [b[0] for b in blocks]
+    parts = [(alone, list(part)) for alone, part in itertools.groupby(blocks, _is_alone)]
+    assert sum("python" in {language for language, _, _ in part} for _, part in parts) <= 1, "a namespace is lost"
+    done = []
+    for alone, part in parts:
+        if alone:
+            done += _run_alone(commands, part, tmp_path)
+        else:
+            done += ranks(1).run(run_page, part, str(tmp_path), timeout=500)[0]
+    assert done == [language for language, _, _ in blocks]
 
 
 @pytest.mark.parametrize("example", sorted(path.name for path in (ROOT / "examples").glob("*.py")))

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -35,29 +36,39 @@ RUNS = {
 }
 
 
-def watched(command: list[str], timeout: float, **options) -> tuple[subprocess.CompletedProcess, set[str]]:
-    """Run a command; return what came of it, and the addresses on which it and its children listened."""
+@contextlib.contextmanager
+def listening(pid: int, found: set[str]) -> Iterator[None]:
+    """Collect the addresses on which a process and its children listen inside the context."""
     import psutil
 
-    found: set[str] = set()
     done = threading.Event()
+    process = psutil.Process(pid)
 
-    def watch(process: psutil.Process) -> None:
-        while not done.wait(0.5):
+    def watch() -> None:
+        while not done.wait(0.2):
             with contextlib.suppress(psutil.Error):
                 for one in (process, *process.children(recursive=True)):
                     listening = (c for c in one.net_connections("tcp") if c.status == psutil.CONN_LISTEN)
                     found.update(c.laddr.ip for c in listening)
 
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+def watched(command: list[str], timeout: float, **options) -> tuple[subprocess.CompletedProcess, set[str]]:
+    """Run a command; return what came of it, and the addresses on which it and its children listened."""
+    found: set[str] = set()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
-        watcher = threading.Thread(target=watch, args=(psutil.Process(process.pid),), daemon=True)
-        watcher.start()
         try:
-            out, err = process.communicate(timeout=timeout)
+            with listening(process.pid, found):
+                out, err = process.communicate(timeout=timeout)
         finally:
             process.kill()
-            done.set()
-            watcher.join()
     return subprocess.CompletedProcess(command, process.returncode, out, err), found
 
 

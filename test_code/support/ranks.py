@@ -1,13 +1,13 @@
 """Run module-level functions on a pool of live ranks, which starts once in a test run.
 
-Importing NeMo takes 15 seconds. Ranks are therefore forked from a server that has most of it loaded (`preload`), and
-they stay alive between tests. A function runs on all ranks at the same time, on the device that `devices` chooses (or
-with what the pool sets up in its place) and with the environment variables that torchrun sets. Ranks on GPUs are
-started without the server, and hold one GPU each. NeMo's strategy (or
-`tiny.init_parallel`) creates the process groups, and `reset` destroys them after the job. The return values are ordered
-by rank. If a rank raises an error, `RankError` shows the traceback and the end of the log of each rank; if a rank
-hangs, its log ends with the stack. After a failure the ranks are killed, because they may be in the middle of a
-collective, and the next job starts new ones.
+Importing NeMo takes 15 seconds. Ranks are therefore forked from a process that has imported it (`templates`), one for
+each set-up, and they stay alive between tests. A function runs on all ranks at the same time, on the device that
+`devices` chooses (or with what the pool sets up in its place) and with the environment variables that torchrun sets.
+Ranks on GPUs are started without a template, and hold one GPU each. NeMo's strategy (or `tiny.init_parallel`) creates
+the process groups, and `reset` destroys them after the job. The return values are ordered by rank. If a rank raises an
+error, `RankError` shows the traceback and the end of the log of each rank; if a rank hangs, its log ends with the
+stack. After a failure the ranks are killed, because they may be in the middle of a collective, and the next job starts
+new ones.
 """
 
 from __future__ import annotations
@@ -23,18 +23,21 @@ import pickle
 import random
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from test_code.support import devices
+from test_code.support.templates import Forked, Template
 
 _START_TIMEOUT = 240.0
 _GRACE = 5.0
 _PORTS = 1000
+_templates: dict[tuple, Template] = {}
 
 
 class RankError(RuntimeError):
@@ -64,7 +67,7 @@ class RankPool:
         self.log_dir = Path(log_dir)
         self.env = dict(env or {})
         self._set_up = set_up or devices.start_rank
-        self._processes: list = []
+        self._processes: list[Forked | _Spawned] = []
         self._pipes: list = []
         self._reserved: socket.socket | None = None
 
@@ -100,8 +103,9 @@ class RankPool:
                 pipe.send_bytes(b"")
         deadline = time.monotonic() + _GRACE
         for process in self._processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-            if process.is_alive():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+            if process.poll() is None:
                 _kill(process)
         self._processes, self._pipes = [], []
         self._free_ports()
@@ -113,24 +117,21 @@ class RankPool:
 
     def _start(self) -> None:
         self.log_dir.mkdir(parents=True, exist_ok=True)
-        context = multiprocessing.get_context(devices.machine().start_method)
-        if context.get_start_method() == "forkserver":
-            context.set_forkserver_preload(["test_code.support.preload"])
         self._free_ports()
         self._reserved = _reserve_ports()
         port = self._reserved.getsockname()[1] + 1
         for rank in range(self.world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve,
-                args=(rank, self.world_size, port, theirs, str(self._log(rank)), self.env, self._set_up),
-                daemon=False,
-            )
-            process.start()
+            ours, theirs = multiprocessing.Pipe()
+            self._processes.append(self._started((rank, self.world_size, port, str(self._log(rank))), theirs))
             theirs.close()
-            self._processes.append(process)
             self._pipes.append(ours)
         self._collect("start of the ranks", _START_TIMEOUT)
+
+    def _started(self, place: tuple[int, int, int, str], pipe: Connection) -> Forked | _Spawned:
+        """Start the rank of a place: rank, number of ranks, port and log."""
+        if devices.machine().start_method == "forkserver":
+            return _template(self.env, self._set_up).fork(_serve_forked, place, pipe.fileno())
+        return _Spawned(*place, pipe, self.env, self._set_up)
 
     def _collect(self, what: str, timeout: float) -> list:
         values: dict[int, object] = {}
@@ -158,7 +159,7 @@ class RankPool:
     def _failure(self, what, values, failures, timeout) -> str:
         silent = [r for r in range(self.world_size) if r not in values and r not in failures]
         for rank in silent:
-            if self._processes[rank].is_alive():
+            if self._processes[rank].poll() is None:
                 os.kill(self._processes[rank].pid, signal.SIGUSR1)
         time.sleep(0.5)
         lines = [f"{what} failed on {self.world_size} ranks"]
@@ -179,11 +180,38 @@ class RankPool:
         return self.log_dir / f"world{self.world_size}-rank{rank}.log"
 
 
-def _kill(process) -> None:
+class _Spawned:
+    """A rank that was not forked, with the part of ``subprocess.Popen`` that a pool uses."""
+
+    def __init__(self, *arguments) -> None:
+        self._process = multiprocessing.get_context("spawn").Process(target=_serve, args=arguments)
+        self._process.start()
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None while the process runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for the end; raise as ``Popen.wait`` does."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0)
+
+
+def _template(env: dict[str, str], set_up: Callable[[int], None]) -> Template:
+    """Return the process that ranks of this set-up are forked from."""
+    key = (*sorted(env.items()), set_up)
+    if key not in _templates:
+        _templates[key] = Template(_prepare, env, set_up)
+    return _templates[key]
+
+
+def _kill(process: Forked | _Spawned) -> None:
     """Kill a rank and its child processes; saving a checkpoint leaves one behind."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.join()
+    process.wait()
 
 
 def _reserve_ports() -> socket.socket:
@@ -225,10 +253,21 @@ def _is_free(port: int) -> bool:
     return True
 
 
+def _serve_forked(rank: int, world_size: int, port: int, log: str, handle: int) -> None:
+    """Run as one rank that was forked from a template."""
+    _serve(rank, world_size, port, log, Connection(handle))
+
+
 def _serve(
-    rank: int, world_size: int, port: int, pipe, log: str, env: dict[str, str], set_up: Callable[[int], None]
+    rank: int,
+    world_size: int,
+    port: int,
+    log: str,
+    pipe: Connection,
+    env: dict[str, str] | None = None,
+    set_up: Callable[[int], None] | None = None,
 ) -> None:
-    """Run as one rank: set it up, then execute jobs until an empty one arrives."""
+    """Run as one rank: set it up if no template has done so, then execute jobs until an empty one arrives."""
     os.setpgid(0, 0)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -245,11 +284,10 @@ def _serve(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         TORCHELASTIC_RUN_ID="pool",
-        OMP_NUM_THREADS="1",
-        **env,
     )
     try:
-        _start_as_rank(set_up, rank)
+        if set_up is not None:
+            _prepare(env or {}, set_up, rank)
         answer: tuple = (True, None)
     except BaseException:
         answer = (False, traceback.format_exc())
@@ -264,8 +302,11 @@ def _serve(
         pipe.send_bytes(_execute(job))
 
 
-def _start_as_rank(set_up: Callable[[int], None], rank: int) -> None:
+def _prepare(env: dict[str, str], set_up: Callable[[int], None], rank: int = 0) -> None:
+    """Import and set up what a rank needs, in the rank or in the template of several."""
     import warnings
+
+    os.environ.update(env, OMP_NUM_THREADS="1")
 
     import torch
 

@@ -9,33 +9,28 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import multiprocessing
+import gc
 import os
 import runpy
-import select
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
-from multiprocessing import reduction
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-_START_TIMEOUT = 240.0
+from test_code.support import templates
 
 
-class Started:
+class Started(templates.Forked):
     """A running command, with the attributes of ``subprocess.Popen`` that the tests use."""
 
-    def __init__(self, server: Server, pid: int, stderr: IO[str] | None) -> None:
-        self.pid = pid
-        self.stderr = stderr
-        self.returncode: int | None = None
-        self._server = server
-        self._descriptor = os.pidfd_open(pid)
+    def __init__(self, template: templates.Template, pid: int) -> None:
+        super().__init__(template, pid)
+        self.stderr: IO[str] | None = None
 
     def __enter__(self) -> Started:
         return self
@@ -46,26 +41,6 @@ class Started:
         self.wait()
         if self.stderr is not None:
             self.stderr.close()
-
-    def poll(self) -> int | None:
-        """Return the exit code, or None while the command runs."""
-        return self._wait(0.0)
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Wait for the end and return the exit code; raise as ``Popen.wait`` does."""
-        code = self._wait(timeout)
-        if code is None:
-            assert timeout is not None
-            raise subprocess.TimeoutExpired(str(self.pid), timeout)
-        return code
-
-    def _wait(self, timeout: float | None) -> int | None:
-        if self.returncode is None:
-            if not select.select([self._descriptor], [], [], timeout)[0]:
-                return None
-            os.close(self._descriptor)
-            self.returncode = self._server.code_of(self.pid)
-        return self.returncode
 
     def send_signal(self, number: int) -> None:
         """Send a signal to the command's first process."""
@@ -81,12 +56,11 @@ class Started:
         return processes_of(self.pid)
 
 
-class Server:
+class Server(templates.Template):
     """The process that has imported NeMo; started when it is first used."""
 
     def __init__(self) -> None:
-        self._pipe = None
-        self._process = None
+        super().__init__(_import_nemo)
 
     def start(
         self,
@@ -119,49 +93,32 @@ class Server:
         env: Mapping[str, str] | None = None,
         cwd: str | os.PathLike[str] | None = None,
         timeout: float = 600.0,
+        during: Callable[[int], contextlib.AbstractContextManager] | None = None,
     ) -> subprocess.CompletedProcess:
-        """Run a script to its end and return its exit code and what it printed, as ``subprocess.run`` would."""
+        """Run a script to its end and return its exit code and what it printed, as ``subprocess.run`` would.
+
+        Args:
+            command: as for `start`, as the next two.
+            env: all variables of its environment.
+            cwd: its working directory.
+            timeout: seconds that it may take.
+            during: returns a context for the time in which the command runs, from the number of its process.
+        """
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
-            with err.open("a") as end, self._start(command, env, cwd, str(out), end) as started:
+            watch = during or contextlib.nullcontext
+            with err.open("a") as end, self._start(command, env, cwd, str(out), end) as started, watch(started.pid):
                 started.wait(timeout)
             code = started.returncode
             return subprocess.CompletedProcess(list(command), code, _text(out), _text(err))
-
-    def code_of(self, pid: int) -> int:
-        """Return the exit code of a process that has ended, negative for a signal."""
-        return self._ask(("ended", pid))
-
-    def close(self) -> None:
-        """End the server."""
-        if self._process is not None:
-            self._pipe.close()
-            self._process.join(10)
-            self._process.kill()
-            self._process = self._pipe = None
 
     def _start(self, command, env, cwd, out: str, err: IO[str]) -> Started:
         words = [str(word) for word in command]
         if words[0] == sys.executable:
             del words[0]
         assert not words[0].startswith("-"), "start an interpreter for -c and -m"
-        request = ("start", words, dict(os.environ if env is None else env), str(cwd or os.getcwd()), out)
-        pid = self._ask(request, err.fileno())
-        return Started(self, pid, None)
-
-    def _ask(self, request: tuple, descriptor: int | None = None):
-        if self._process is None:
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["test_code.support.preload"])
-            self._pipe, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs,), daemon=False)
-            self._process.start()
-            theirs.close()
-        self._pipe.send(request)
-        if descriptor is not None:
-            reduction.send_handle(self._pipe, descriptor, self._process.pid)
-        assert self._pipe.poll(_START_TIMEOUT), "the server of commands does not answer"
-        return self._pipe.recv()
+        args = words, dict(os.environ if env is None else env), str(cwd or os.getcwd()), out
+        return self.fork(_become, args, err.fileno(), Started)
 
 
 def processes_of(session: int) -> list[str]:
@@ -180,25 +137,10 @@ def _text(path: Path) -> str:
     return path.read_text(errors="replace") if path.exists() else ""
 
 
-def _serve(pipe) -> None:
-    """Run as the server, until the test process closes the pipe."""
+def _import_nemo() -> None:
     import nemo.collections.llm.modelopt  # noqa: F401
 
-    while True:
-        try:
-            request = pipe.recv()
-        except EOFError:
-            return
-        if request[0] == "ended":
-            pipe.send(os.waitstatus_to_exitcode(os.waitpid(request[1], 0)[1]))
-            continue
-        descriptor = reduction.recv_handle(pipe)
-        pid = os.fork()
-        if not pid:
-            pipe.close()
-            _become(*request[1:], descriptor)
-        os.close(descriptor)
-        pipe.send(pid)
+    gc.freeze()
 
 
 def _become(words: list[str], env: dict[str, str], cwd: str, out: str, err: int) -> None:
