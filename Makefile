@@ -60,7 +60,8 @@ docs: $(DOCS_VENV)/.ready
 # A folder of its own, on the path of these tests only: other tests run as on a machine without Transformer Engine. They
 # need neither a test process that imports NeMo nor the suite's fixtures, hence --confcutdir. TESTS chooses tests: TESTS="-k prune".
 TE ?= build/te_on_cpu
-TE_PYTEST = TEST_DEVICE=cpu PYTHONPATH=$(abspath $(TE)):$(abspath test_code/te_on_cpu/startup) $(BIN)/python -m pytest \
+TE_ENV = TEST_DEVICE=cpu PYTHONPATH=$(abspath $(TE)):$(abspath test_code/te_on_cpu/startup)
+TE_PYTEST = $(TE_ENV) $(BIN)/python -m pytest \
   --confcutdir=test_code/te_on_cpu test_code/te_on_cpu
 $(TE)/.ready: test_code/te_on_cpu/requirements.txt | $(READY)
 	rm -rf $(TE)
@@ -107,8 +108,9 @@ $(SERVING)/.ready: test_code/serving/requirements.txt
 test-serving: $(READY) $(SERVING)/.ready
 	SERVING_PYTHON=$(SERVING)/bin/python $(BIN)/python -m pytest test_code/serving -m serving $(TESTS)
 
+# SUITE runs other tests of the suite on Transformer Engine's layers, as on GPUs: SUITE=test_code/test_pruner.py
 test-te: $(READY) $(TE)/.ready
-	$(TE_PYTEST) -m te $(TESTS)
+	$(if $(SUITE),TEST_SPEC=te $(TE_ENV) $(BIN)/python -m pytest $(SUITE),$(TE_PYTEST) -m te $(TESTS))
 
 test-eval: $(READY) $(EVAL)/.ready
 	$(EVAL_PYTEST) $(TESTS)

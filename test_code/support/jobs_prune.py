@@ -30,6 +30,8 @@ def build(tp: int = 1, pp: int = 1, data=None, batches: int = 4, stages=None, **
     """
     from test_code.support import tiny
 
+    # Pruning needs norms of their own. Checkpoints are restored in such layers; this model is not restored.
+    overrides.setdefault("transformer_layer_spec", devices.layer_spec(devices.LOCAL))
     model = tiny.model(**overrides)
     module = tiny.data(**(data or {}))
     run = tiny.trainer(tp=tp, pp=pp, max_steps=1, limit_val_batches=batches, strategy_kwargs=stages)

@@ -18,6 +18,8 @@ How it starts:
   with a GPU.
 - The tests are marked ``te`` and deselected otherwise. `test_*.py` compare numbers with the local layer spec, from the
   same weights, which a checkpoint carries from one spec to the other.
+- With the same path and ``TEST_SPEC=te``, other tests of the suite build their models from TE's layers, as on GPUs:
+  ``make test-te SUITE=test_code/test_pruner.py``.
 - ``make test`` runs those that are marked ``main`` as well: about a third, of each of training, saving, quantization,
   export, pruning and distillation.
 
