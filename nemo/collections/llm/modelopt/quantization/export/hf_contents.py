@@ -15,6 +15,8 @@ from types import ModuleType
 
 import torch
 
+from nemo_modelopt_dropin.console import screen
+
 from ... import _parallel
 from ..._staging import ExportError, fail_together
 from . import hf_files, hf_stored, parts
@@ -86,7 +88,8 @@ def of_model(core: torch.nn.Module, layout: ModuleType = modelopt) -> dict[str, 
     """
     layers = {id(m): layer for m in core.modules() if hasattr(m, "weight_quantizer") and (layer := layers_.read(m))}
     found: dict[str, Contents] = defaultdict(Contents)
-    for name, own in parts.Directory(core, layers).counted():
+    counted = list(parts.Directory(core, layers).counted())
+    for name, own in screen.bar(counted, desc="Check of the codes in memory", unit="tensor", delay=5.0):
         number, layer = _layer_number(name), own.layer
         if layer is None or number is None:
             continue
@@ -108,7 +111,9 @@ def of_files(folder: Path) -> dict[str, Contents]:
     if formats.layout is None or formats.obstacle():
         return found
     names = hf_files.stored_shapes(folder)
-    for name, layer in hf_stored.layers(formats, names, hf_files.read_tensors(folder)):
+    stored = hf_stored.layers(formats, names, hf_files.read_tensors(folder))
+    total = len(hf_stored.quantized_names(names))
+    for name, layer in screen.bar(stored, total=total, desc="Check of the codes in the files", delay=5.0):
         number = _layer_number(f"{name}.")
         if number is not None and layer.codes is not None:
             found[number].add_codes(layer.codes)

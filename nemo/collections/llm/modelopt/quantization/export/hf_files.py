@@ -9,10 +9,14 @@ from typing import Any
 
 import torch
 
+from nemo_modelopt_dropin.console import screen
+
 from ..._staging import ExportError
 from . import hf_kv_cache, hf_stored
 from .layouts import modelopt
 
+# Values that are converted to fp32 at a time.
+_VALUES = 2**22
 SCALES = (
     "weight_scale",
     "weight_scale_2",
@@ -37,7 +41,8 @@ def verify(folder: Path) -> None:
     has_rows = formats.layout is not None and formats.layout.NAME == modelopt.NAME
     if formats.layout is not None and not has_rows:
         tensors = _unpacked(tensors, formats)
-    problems = [problem for name, value in tensors.items() if (problem := _value_problem(name, value))]
+    values = screen.bar(tensors.items(), desc="Check of the values", unit="tensor", delay=5.0)
+    problems = [problem for name, value in values if (problem := _value_problem(name, value))]
     expected = expected_shapes(folder)
     for name, shape in expected.items():
         if name not in tensors:
@@ -64,7 +69,8 @@ def _unpacked(tensors: dict[str, torch.Tensor], formats: hf_stored.Formats) -> d
                 found.pop(f"{name}.{leaf}", None)
             codes = formats.layer(name, parts).codes
             assert codes is not None
-            found[f"{name}.weight"] = codes.view(torch.int8)
+            # Dtype and shape are checked; the codes of all layers would be a fifth of the weights in memory.
+            found[f"{name}.weight"] = codes.view(torch.int8).to("meta")
     return found
 
 
@@ -109,10 +115,13 @@ def _value_problem(name: str, tensor: torch.Tensor) -> str | None:
     """Return what is wrong with a tensor's values, or None; FP8 codes are checked too, as they can be NaN."""
     if not tensor.is_floating_point():
         return None
-    value = tensor.float()
-    if not bool(torch.isfinite(value).all()):
-        return f"{name} is not finite"
-    return f"{name} is not positive" if is_scale(name) and not bool((value > 0).all()) else None
+    for part in tensor.flatten().split(_VALUES):
+        value = part.float()
+        if not bool(torch.isfinite(value).all()):
+            return f"{name} is not finite"
+        if is_scale(name) and not bool((value > 0).all()):
+            return f"{name} is not positive"
+    return None
 
 
 def _files(folder: Path) -> list[str]:

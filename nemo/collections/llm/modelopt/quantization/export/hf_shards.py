@@ -6,6 +6,7 @@ rank that holds its first parameter: pipeline stages write at the same time.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator
@@ -19,14 +20,12 @@ from nemo.utils.get_rank import is_global_rank_zero
 from nemo_modelopt_dropin.console import screen
 
 from ... import _parallel, _staging
-from . import parts
+from . import parts, safetensors_stream
 from .hf_names import Names, Rule
 from .layouts.layer import Layer
 
 # Tensors that transformers keeps in fp32.
 _FP32 = (".e_score_correction_bias",)
-# Scales of whole layers, which several tensors may share, are smaller than this; copying them costs nothing.
-_SMALL = 2**20
 Formats = dict[str, tuple[str, dict[str, Any]]]
 
 
@@ -123,24 +122,39 @@ class Writer:
         self._write_index(folder, len(shards))
 
     def _write_shard(self, shard: Shard, path: Path, extra: dict[int, dict[str, torch.Tensor]], bar: Any) -> None:
-        tensors: dict[str, torch.Tensor] = {}
-        for rule in shard.rules:
-            found = [self._directory.send(name, shard.rank) for name in rule.sources]
-            bar.update()
-            if self._rank != shard.rank or self._error is not None:
-                continue
-            with _Kept(self):
-                tensors |= self._stored(rule, found)
-                if rule.layer is not None and _is_attention(rule):
-                    tensors |= extra.get(rule.layer, {})
-        if self._rank == shard.rank and self._error is None:
-            with _Kept(self):
-                _save(tensors, path)
-                self._files |= dict.fromkeys(tensors, path.name)
-                self._bytes += sum(value.numel() * value.element_size() for value in tensors.values())
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_Kept(self))
+            own = self._rank == shard.rank
+            file = stack.enter_context(self._opened(shard, path, extra)) if own and self._error is None else None
+            for rule in shard.rules:
+                found = [self._directory.send(name, shard.rank) for name in rule.sources]
+                bar.update()
+                if file is None or self._error is not None:
+                    continue
+                with _Kept(self):
+                    self._add(file, rule, found, extra)
+                del found
+            if file is not None and self._error is None:
+                self._files |= dict.fromkeys(file.names, path.name)
+                self._bytes += file.bytes
 
-    def _stored(self, rule: Rule, found: list[Any]) -> dict[str, torch.Tensor]:
-        """Return the tensors of a rule as they are stored.
+    def _opened(self, shard: Shard, path: Path, extra: dict[int, dict[str, torch.Tensor]]) -> safetensors_stream.Writer:
+        modules = [name.removesuffix(".weight") for rule in shard.rules for name in rule.targets]
+        names = [f"{module}.{leaf}" for module in modules for leaf in ("weight", *self._layout.LEAVES)]
+        return safetensors_stream.Writer(path, names + [name for tensors in extra.values() for name in tensors])
+
+    def _add(
+        self, file: safetensors_stream.Writer, rule: Rule, found: list[Any], extra: dict[int, dict[str, torch.Tensor]]
+    ) -> None:
+        """Write the tensors of a rule into a file."""
+        for name, value in self._stored(rule, found):
+            file.add(name, value)
+        if rule.layer is not None and _is_attention(rule):
+            for name, value in extra.get(rule.layer, {}).items():
+                file.add(name, value)
+
+    def _stored(self, rule: Rule, found: list[Any]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Return the tensors of a rule as they are stored, one after the other.
 
         Args:
             rule: The rule.
@@ -149,14 +163,13 @@ class Writer:
         entries = [self._directory.entries[name] for name in rule.sources]
         values = [parts.joined(entry, one) for entry, one in zip(entries, found, strict=True)]
         if not any(isinstance(value, Layer) for value in values):
-            return dict(self._plain(rule, values))
-        return dict(self._quantized(rule, values[0], entries[0].shape))
+            return self._plain(rule, values)
+        return self._quantized(rule, values[0], entries[0].shape)
 
     def _plain(self, rule: Rule, values: list[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, value in zip(rule.targets, rule.apply(values), strict=True):
             dtype = self._dtype if value.is_floating_point() and not name.endswith(_FP32) else value.dtype
-            # A copy, because a file cannot hold two tensors that share memory.
-            yield name, value.to(device="cpu", dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+            yield name, value.to(device="cpu", dtype=dtype).contiguous()
 
     def _quantized(self, rule: Rule, layer: Layer, shape: tuple[int, ...]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, index in zip(rule.targets, self._names.rows(rule, shape), strict=True):
@@ -165,7 +178,7 @@ class Writer:
             rows = layer if all_rows else layer.rows(index)
             self.formats[module] = rows.format
             for leaf, value in self._layout.tensors(rows, self._dtype).items():
-                yield f"{module}.{leaf}", _own_memory(value)
+                yield f"{module}.{leaf}", value.cpu().contiguous()
 
     def _write_index(self, folder: Path, count: int) -> None:
         found = _parallel.gather_objects((self._files, self._bytes))
@@ -197,23 +210,3 @@ class _Kept:
 
 def _is_attention(rule: Rule) -> bool:
     return rule.sources[0].endswith(".self_attention.linear_proj.weight")
-
-
-def _own_memory(value: torch.Tensor) -> torch.Tensor:
-    """Return a tensor in host memory that shares it with no other: a file cannot hold the same memory twice.
-
-    Parts of a layer share the scales of the whole layer. Large tensors are copied only if they are parts of others.
-    """
-    value = value.cpu().contiguous()
-    size = value.numel() * value.element_size()
-    return value if size > _SMALL and value.untyped_storage().nbytes() == size else value.clone()
-
-
-def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a file with the permissions of the user's umask; safetensors creates files with mode 0600."""
-    from safetensors.torch import save_file
-
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(tensors, str(path), metadata={"format": "pt"})
-    path.chmod(mode)

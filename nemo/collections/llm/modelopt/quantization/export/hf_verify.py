@@ -24,7 +24,7 @@ from nemo_modelopt_dropin.console import screen
 from ... import _parallel
 from ..._staging import ExportError
 from ..calibration import batching
-from . import hf_contents, hf_files, hf_kv_cache, hf_stored, input_scales, tensor_parallel
+from . import hf_contents, hf_files, hf_kv_cache, hf_stored, hf_streamed, input_scales, tensor_parallel
 from .layouts import inputs
 from .layouts.layer import INT4, Layer
 
@@ -41,9 +41,13 @@ _BYTES_PER_SECOND = 1e9
 _SECONDS_PER_BILLION = 8.0
 # Seconds from which on the duration is reported beforehand.
 _WORTH_TELLING = 20.0
+# The default implementation of attention ignores Gemma's capped scores.
+_SETTINGS = {"torch_dtype": torch.float32, "attn_implementation": "eager"}
 # With rounded inputs the difference is at most this multiple of the change that rounding causes. If every rounding
 # were independent, it would be the square root of two.
 _FLIPS = 2.0
+# Values that are compared at a time: copies of an embedding would be a fifth of a small model.
+_VALUES = 2**22
 
 
 class Logits(NamedTuple):
@@ -71,31 +75,79 @@ def load(folder: Path) -> torch.nn.Module:
 
     formats = hf_stored.formats(folder)
     tensors = dict(hf_files.read_tensors(folder))
-    # The default implementation of attention ignores Gemma's capped scores.
-    settings = {"torch_dtype": torch.float32, "attn_implementation": "eager"}
     # All weights are replaced; drawing random ones first would take longer than the comparison.
     with no_init_weights():
-        model = AutoModelForCausalLM.from_config(hf_files.plain_config(folder), **settings).eval()
-    weights, quantized = {}, {}
-    for name in hf_stored.quantized_names(tensors):
-        parts = {leaf: value for leaf in formats.leaves() if (value := tensors.get(f"{name}.{leaf}")) is not None}
-        weights[f"{name}.weight"] = formats.decode(name, parts)
-        # The codes are not needed any more.
-        quantized[name] = replace(formats.layer(name, parts), codes=None)
-    for name, value in tensors.items():
-        if not hf_files.is_scale(name) and hf_stored.split(name)[0] not in quantized or name.endswith(".bias"):
-            weights[name] = value.float()
+        model = AutoModelForCausalLM.from_config(hf_files.plain_config(folder), **_SETTINGS).eval()
+    quantized = hf_stored.quantized_names(tensors)
+    names = {f"{name}.weight" for name in quantized} | {name for name in tensors if _is_plain(name, quantized)}
+    found = ((name, _dequantized(name, tensors, quantized, formats)) for name in names)
+    weights = {name: value.float() for name, value in found if value is not None}
     # Assigned, not copied: one fp32 model is in memory, and not two.
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
-    for name, layer in quantized.items():
-        _quantize_like(model.get_submodule(name), layer)
+    for name in quantized:
+        module = model.get_submodule(name)
+        second = _quantize_like(module, _layer(name, tensors, formats))
+        if second is not None:
+            torch.nn.utils.parametrize.register_parametrization(module, "weight", second)
     hf_kv_cache.attach(model, tensors, hf_files.kv_cache_of(folder))
     return model
 
 
-def _quantize_like(module: torch.nn.Module, layer: Layer) -> None:
-    """Make a layer scale and quantize its input, and round INT4 weights to FP8, as what is stored for it implies."""
+def streamed(folder: Path) -> tuple[torch.nn.Module, list[torch.nn.Module]]:
+    """Return the model of `load` without its weights, and its parts, each of which reads its own while it runs."""
+    formats = hf_stored.formats(folder)
+    tensors = dict(hf_files.read_tensors(folder))  # mapped, not read
+    model = hf_streamed.without_weights(hf_files.plain_config(folder), **_SETTINGS)
+    quantized = hf_stored.quantized_names(tensors)
+    buffers = {name for name, _ in model.named_buffers() if name in tensors}
+    model.load_state_dict({name: tensors[name].float() for name in buffers}, strict=False)
+    rounding = {}
+    for name in quantized:
+        module = model.get_submodule(name)
+        second = _quantize_like(module, _layer(name, tensors, formats))
+        if second is not None:
+            module.weight_rounding = rounding[f"{name}.weight"] = second
+
+    def source(name: str) -> torch.Tensor | None:
+        value = _dequantized(name, tensors, quantized, formats)
+        return rounding[name](value) if name in rounding and value is not None else value
+
+    parts = hf_streamed.read_when_run(model, source)
+    hf_kv_cache.attach(model, tensors, hf_files.kv_cache_of(folder))
+    return model, parts
+
+
+def _is_plain(name: str, quantized: set[str]) -> bool:
+    """Return whether a tensor is a parameter or buffer of the model as it is stored."""
+    return not hf_files.is_scale(name) and hf_stored.split(name)[0] not in quantized or name.endswith(".bias")
+
+
+def _dequantized(
+    name: str, tensors: dict[str, torch.Tensor], quantized: set[str], formats: hf_stored.Formats
+) -> torch.Tensor | None:
+    """Return a parameter of the model in fp32, or as it is stored if it is not quantized; None if there is none."""
+    module, leaf = hf_stored.split(name)
+    if module in quantized and leaf == "weight":
+        return formats.decode(module, _parts_of(module, tensors, formats))
+    return tensors[name] if name in tensors and _is_plain(name, quantized) else None
+
+
+def _parts_of(name: str, tensors: dict[str, torch.Tensor], formats: hf_stored.Formats) -> dict[str, torch.Tensor]:
+    return {leaf: value for leaf in formats.leaves() if (value := tensors.get(f"{name}.{leaf}")) is not None}
+
+
+def _layer(name: str, tensors: dict[str, torch.Tensor], formats: hf_stored.Formats) -> Layer:
+    """Return a quantized layer without its codes."""
+    return replace(formats.layer(name, _parts_of(name, tensors, formats)), codes=None)
+
+
+def _quantize_like(module: torch.nn.Module, layer: Layer) -> TensorQuantizer | None:
+    """Make a layer scale and quantize its input as what is stored for it implies.
+
+    Returns:
+        The quantizer that rounds INT4 weights to FP8, or None.
+    """
     if layer.pre_quant_scale is not None:
         pre = layer.pre_quant_scale.float()
         module.register_forward_pre_hook(lambda _, args: (args[0] * pre,))
@@ -104,8 +156,8 @@ def _quantize_like(module: torch.nn.Module, layer: Layer) -> None:
         module.input_quantizer = quantizer
         module.register_forward_pre_hook(lambda module, args: (module.input_quantizer(args[0]),))
     if layer.algorithm in INT4 and layer.scale_2 is not None:
-        second = inputs.static_quantizer("FP8", layer.scale_2)
-        torch.nn.utils.parametrize.register_parametrization(module, "weight", second)
+        return inputs.static_quantizer("FP8", layer.scale_2)
+    return None
 
 
 def tokens(vocabulary: int) -> torch.Tensor:
@@ -121,9 +173,11 @@ def stored_logits(folder: Path, vocabulary: int) -> Logits:
         folder: The checkpoint.
         vocabulary: Entries without padding.
     """
-    model = load(folder)
+    model, parts = streamed(folder)
     ids = tokens(vocabulary)
-    with torch.no_grad():
+    with torch.no_grad(), screen.bar(total=2 * len(parts), desc="Logits of the files", delay=5.0) as bar:
+        for part in parts:
+            part.register_forward_hook(lambda *_: bar.update() and None)
         rounded = model(ids).logits.float()
         with switched_off(model, lambda name, quantizer: True):
             return Logits(model(ids).logits.float(), rounded)
@@ -217,6 +271,8 @@ def rounded(core: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
             if value is None:
                 if parameter.dtype == dtype or (name == "weight" and getattr(quantizer, "is_enabled", False)):
                     continue
+                if _is_exact(parameter.data, dtype):
+                    continue
                 value = parameter.data.to(dtype)
             kept.append((parameter, parameter.data))
             parameter.data = value.to(parameter.dtype)
@@ -226,6 +282,11 @@ def rounded(core: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for parameter, data in kept:
             parameter.data = data
+
+
+def _is_exact(values: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Return whether values, such as weights that come from a checkpoint in 16 bits, are numbers of a dtype."""
+    return all(torch.equal(part, part.to(dtype).to(part.dtype)) for part in values.flatten().split(_VALUES))
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------------
