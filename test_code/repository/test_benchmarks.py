@@ -135,3 +135,25 @@ def test_losses_of_other_projects_need_no_more_than_their_file(monkeypatch, tmp_
     student, teacher = (torch.randn(5, 20, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
     assert jsd["TRL at beta 0.5"](student, teacher) == 0.5 * torch.nn.functional.mse_loss(student, teacher)
     torch.testing.assert_close(_kd_peers.naive(student, teacher), kl_divergence(student, teacher).mean())
+
+
+def test_real_size_benchmark(monkeypatch, tmp_path):
+    """Each step runs in a process of its own, and its results are added to those of others."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import real_size
+
+    real_size.prepare(tmp_path, real_size.QUICK)
+    parameters = json.loads((tmp_path / "sizes.json").read_text())["parameters"]
+    for step in ("import", "fp8"):
+        found = real_size.row(step, real_size.run(step, tmp_path, 1), tmp_path, parameters, 1)
+        real_size.add(tmp_path / "results", f"quick {step}", {"step": step, **found}, 1)
+    rows = json.loads((tmp_path / "results" / "real_size.json").read_text())["rows"]
+    assert list(rows) == ["quick import", "quick fp8"]
+    phases = rows["quick fp8"]["phases"]
+    assert {"load", "calibrate", "compare", "write weights", "check files", "check logits"} <= phases.keys()
+    assert sum(phase["seconds"] for phase in phases.values()) == pytest.approx(rows["quick fp8"]["seconds"])
+    # FP8 weights and an embedding in 16 bits.
+    assert parameters < 1e6 * rows["quick fp8"]["exported MB"] < 2 * parameters + 2**17
+    table = (tmp_path / "results" / "real_size.md").read_text()
+    assert "| import |" in table and "fp8: comparison / calibration" in table and "target 1.25" in table
+    assert (tmp_path / "results" / "real_size.png").read_bytes().startswith(b"\x89PNG")
