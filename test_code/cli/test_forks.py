@@ -19,6 +19,8 @@ from nemo_modelopt_dropin import ranks
 from nemo_modelopt_dropin.console import screen
 from test_code.support import started
 
+pytestmark = pytest.mark.cpu
+
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 # A command on two ranks; ``work(rank)`` is defined between the two parts.

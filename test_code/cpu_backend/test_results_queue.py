@@ -10,6 +10,8 @@ import pytest
 from nemo_modelopt_dropin.cpu_backend import results_queue
 from test_code.support import jobs_quant
 
+pytestmark = pytest.mark.cpu
+
 
 def test_values_come_out_in_the_order_in_which_they_were_put():
     one = results_queue.ResultsQueue()

@@ -8,7 +8,7 @@ from pathlib import Path
 from nemo_modelopt_cli.compress import plan, stages
 from nemo_modelopt_cli.compress.fit_settings import Fit
 from nemo_modelopt_cli.compress.settings import Job, Layout, Pruning, Quantization, Training
-from test_code.support import ranks
+from test_code.support import devices, ranks
 
 
 def job(folder: str, fit: dict, quantization: dict | None = None, pruning: dict | None = None) -> Job:
@@ -20,7 +20,7 @@ def job(folder: str, fit: dict, quantization: dict | None = None, pruning: dict 
         str(here / "train.jsonl"),
         str(here / "heldout.jsonl"),
         seq_length=32,
-        layout=Layout(cpu=True),
+        layout=Layout(cpu=not devices.machine().on_gpus),
         pruning=Pruning(num_samples=8, micro_batch_size=4, heldout_batches=2, **(pruning or {})),
         distillation=Training(steps=2, global_batch_size=4, micro_batch_size=4, warmup_steps=1),
         quantization=Quantization(formats=("hf",), awq_block_size=32, **calibration, **(quantization or {})),
