@@ -31,6 +31,7 @@ def source(ranks_factory, tmp_path_factory):
 
 @pytest.mark.parametrize(("algorithm", "layout"), CASES)
 def test_an_export_equals_the_model_in_memory(ranks, source, tmp_path, algorithm, layout):
+    installed.need_preset(algorithm)
     checkpoint, data = source
     quant = {**QUANT, "calibration_dataset": data, "enable_kv_cache": False}
     export = {"hf_layout": layout, "verify": "full"}

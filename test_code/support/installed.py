@@ -27,6 +27,8 @@ OWN_WRITER_RUNS = (
 )
 # It takes a model in NeMo's wrapper, which later ones refuse.
 WRAPPED_PRUNE = not KV_CACHE
+# Its FP8 quantizer divides by an amax of zero: a tensor of zeros becomes NaN in memory, before any export.
+fp8_zeros = pytest.mark.xfail(not KV_CACHE, reason="modelopt 0.37 makes NaN of zeros in FP8", strict=True)
 # Stock reads modelopt's presets as dictionaries; they are lists from 0.44. It also imports all of the pruning by name.
 STOCK_QUANTIZES = Version(metadata.version("nvidia-modelopt")) < Version("0.44")
 stock_quantizes = pytest.mark.xfail(
@@ -43,6 +45,17 @@ def need_pruning() -> None:
     """Skip a test whose fixture prunes if the installed modelopt cannot."""
     if problem := versions.pruning_problem():
         pytest.skip(problem)
+
+
+def need_preset(algorithm: str) -> None:
+    """Skip a test whose algorithm needs a preset that the installed modelopt lacks; it raises an error there."""
+    import modelopt.torch.quantization as mtq
+
+    from nemo_modelopt_dropin.preflight import algorithms
+
+    preset = algorithms.TABLE[algorithm].preset
+    if preset is not None and not hasattr(mtq, preset):
+        pytest.skip(f"this modelopt has no {preset}")
 
 
 def is_stock(path: str | Path) -> bool:
