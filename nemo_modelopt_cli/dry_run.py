@@ -58,7 +58,7 @@ def memory(found: Memory | None) -> tuple[str, str]:
     """Return the row of the memory of one rank."""
     if found is None:
         return "memory", "unknown"
-    parts = ", ".join(f"{name} {megabytes(amount)}" for name, amount in found.parts.items())
+    parts = ", ".join(f"{name} {megabytes(amount)}" for name, amount in found.parts.items() if amount)
     return "memory", f"about {megabytes(found.total)} a rank, libraries not counted: {parts}"
 
 
@@ -98,9 +98,7 @@ def quantization(given: argparse.Namespace) -> Rows:
         *(hf_layout(given.algorithm, given.hf_layout) if given.export_format == "hf" else []),
         *data,
         layout(given.devices, given.num_nodes, given.cpu, tp=tp, pp=pp),
-        memory(
-            model_sizes.forward_memory(shape, given.batch_size, given.seq_len, tp, pp, width, True) if shape else None
-        ),
+        memory(model_sizes.forward_memory(shape, given.batch_size, given.seq_len, tp, pp, width) if shape else None),
         ("writes", f"{given.export_path}: {files}, {run_file.NAME}"),
         *beside,
     ]
@@ -154,6 +152,8 @@ def pruning(given: argparse.Namespace, targets: Iterable[str]) -> Rows:
         if limited and given.text:
             rows.append(("", f"candidates are compared on {given.heldout_text or 'the same: no --heldout_text'}"))
     tokens = given.seq_length or 1
+    # Candidates are compared with the original model on pieces of at most 1024 positions.
+    logits = 2 * min(1024, given.mbs * tokens) if limited else 0
     requested = {name: getattr(given, name) for name in prune_layout.NAMES}
     ranks = given.devices * given.num_nodes
     shared = prune_layout.used(given.restore_path, ranks, requested, by_importance=not given.drop_layers)
@@ -162,7 +162,7 @@ def pruning(given: argparse.Namespace, targets: Iterable[str]) -> Rows:
     if tp != given.tp_size:
         rows.append(("", prune_layout.note(given.tp_size, shared)))
     rows += [
-        memory(model_sizes.forward_memory(shape, given.mbs, tokens, tp, pp, width) if shape else None),
+        memory(model_sizes.forward_memory(shape, given.mbs, tokens, tp, pp, width, logits) if shape else None),
         ("writes", f"{given.save_path}: {_NEMO}, {run_file.NAME}{written}"),
     ]
     if given.scores_path and not given.drop_layers:

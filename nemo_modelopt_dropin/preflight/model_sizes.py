@@ -300,8 +300,10 @@ class Memory:
         return sum(self.parts.values())
 
 
-def forward_memory(shape: Shape, batch: int, seq: int, tp: int, pp: int, width: int, compared: bool = False) -> Memory:
-    """Estimate the memory of forward passes without gradients on one rank.
+def forward_memory(shape: Shape, batch: int, seq: int, tp: int, pp: int, width: int, logits: int = 0) -> Memory:
+    """Estimate the memory of forward passes without gradients on one rank, which stop before the output layer.
+
+    The comparison after quantization computes logits in pieces of 16 MiB, which are not counted.
 
     Args:
         shape: The model.
@@ -310,7 +312,7 @@ def forward_memory(shape: Shape, batch: int, seq: int, tp: int, pp: int, width: 
         tp: Tensor-parallel ranks.
         pp: Pipeline stages.
         width: Bytes of a weight or activation.
-        compared: Whether the logits of the original model are in memory too, as in the comparison after quantization.
+        logits: Positions whose fp32 logits are in memory at a time, of all models together.
     """
     attention = shape.num_attention_heads * shape.kv_channels + 2 * shape.num_query_groups * shape.kv_channels
     units = 4 * shape.hidden_size + (attention + 3 * shape.ffn_hidden_size) / tp
@@ -318,7 +320,7 @@ def forward_memory(shape: Shape, batch: int, seq: int, tp: int, pp: int, width: 
         {
             "weights": width * shape.parameters / (tp * pp),
             "activations": batch * seq * units * width,
-            "logits": 4.0 * batch * seq * shape.vocab_size / tp * (2 if compared else 1),
+            "logits": 4.0 * logits * shape.vocab_size / tp,
         }
     )
 

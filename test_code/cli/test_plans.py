@@ -107,7 +107,7 @@ def test_memory_is_shared_by_the_ranks(tmp_path):
     assert four["optimizer"] == one["optimizer"] / 8
     # fp32: its weights are what Adam steps on, so there is no second copy
     assert model_sizes.training_memory(shape, None, 2, 8, 1, 1, 1, 4).parts["optimizer"] == 8 * shape.parameters
-    forward = model_sizes.forward_memory(shape, 2, 8, 2, 1, 2)
+    forward = model_sizes.forward_memory(shape, 2, 8, 2, 1, 2, logits=2 * 8)
     assert forward.parts["logits"] == 4 * 2 * 8 * 128 / 2
     assert forward.total == sum(forward.parts.values())
 

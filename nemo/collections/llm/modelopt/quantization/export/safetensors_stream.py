@@ -1,9 +1,10 @@
 """Write a safetensors file one tensor at a time: what is written need not be in memory together.
 
 The file starts with the length of its header, 8 bytes, and the header, a JSON object with dtype, shape and place of
-each tensor; spaces may follow the object. Its length is therefore reserved, and it is written last. Readers view the
-bytes of a tensor in its dtype, so its place must be a multiple of the size of an element: tensors whose size is no
-multiple of 8 bytes, which are small in practice, are written last, larger elements first.
+each tensor; spaces may follow the object. Its length is therefore reserved, and it is written last; in a small file the
+tensors are then moved to its end. Readers view the bytes of a tensor in its dtype, so its place must be a multiple of
+the size of an element: tensors whose size is no multiple of 8 bytes, which are small in practice, are written last,
+larger elements first.
 
 Source: https://huggingface.co/docs/safetensors (format).
 """
@@ -29,6 +30,9 @@ if hasattr(torch, "float8_e8m0fnu"):
 # Bytes of a header for each tensor in addition to its name: dtype, shape and two places.
 _ENTRY = 160
 _ALIGNMENT = 8
+# An unused part of the header stays in a file of which it is less than one part in as many.
+_SLACK = 1000
+_CHUNK = 1 << 24
 
 
 class Writer:
@@ -54,7 +58,7 @@ class Writer:
         self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
 
     def __enter__(self) -> Writer:
-        self._file: BinaryIO = self._path.open("wb")
+        self._file: BinaryIO = self._path.open("w+b")
         self._file.seek(8 + self._room)
         return self
 
@@ -86,5 +90,18 @@ class Writer:
         header = json.dumps(self._header, separators=(",", ":")).encode()
         if len(header) > self._room:
             raise ValueError(f"{self._path.name}: the header takes {len(header)} bytes, {self._room} are reserved")
+        needed = -(-len(header) // _ALIGNMENT) * _ALIGNMENT
+        if (self._room - needed) * _SLACK > self.bytes:
+            self._move_tensors(8 + self._room, 8 + needed)
+            self._room = needed
         self._file.seek(0)
         self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
+
+    def _move_tensors(self, start: int, to: int) -> None:
+        """Move the tensors towards the begin of the file, over the part of the header that is not needed."""
+        for offset in range(0, self.bytes, _CHUNK):
+            self._file.seek(start + offset)
+            part = self._file.read(min(_CHUNK, self.bytes - offset))
+            self._file.seek(to + offset)
+            self._file.write(part)
+        self._file.truncate(to + self.bytes)
