@@ -6,6 +6,17 @@ import os
 
 # Set for the ranks that a command starts itself, to their number; the parent then prints what concerns the whole job.
 STARTED_BY_US = "NEMO_MODELOPT_LOCAL_RANKS"
+_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+_PREFIXES = ("TORCHELASTIC_", "SLURM_")
 
 
 def number() -> int:
@@ -31,3 +42,8 @@ def is_started_by_us() -> bool:
 def leads() -> bool:
     """Return whether this process reports for the job: rank zero, unless the command that started the ranks does."""
     return is_first() and not is_started_by_us()
+
+
+def is_launchers(variable: str) -> bool:
+    """Return whether a launcher sets this environment variable for a rank; a process with it takes itself for one."""
+    return variable in _VARIABLES or variable.startswith(_PREFIXES)

@@ -33,16 +33,6 @@ from nemo_modelopt_dropin.console import screen
 # Address of the store of this job's ranks, and how often they met: variables, as NeMo's trainers use variables, too.
 _STORE, _MEETINGS = "NEMO_MODELOPT_STORE", "NEMO_MODELOPT_MEETINGS"
 _PATIENCE = datetime.timedelta(hours=1)
-_RANK_VARIABLES = (
-    "RANK",
-    "LOCAL_RANK",
-    "GROUP_RANK",
-    "ROLE_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
 
 
 class StoreRanks:
@@ -128,7 +118,7 @@ def _meet_elsewhere() -> None:
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """Hide the other ranks from NeMo, for parts of it that build a one-device trainer themselves."""
-    names = [name for name in os.environ if name in _RANK_VARIABLES or name.startswith(("TORCHELASTIC_", "SLURM_"))]
+    names = [name for name in os.environ if ranks.is_launchers(name)]
     kept = {name: os.environ.pop(name) for name in names}
     try:
         yield

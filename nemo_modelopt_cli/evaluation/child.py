@@ -19,18 +19,6 @@ from nemo_modelopt_cli.process import launch, processes
 from nemo_modelopt_dropin import ranks
 
 SCRIPT = Path(__file__).with_name("harness.py")
-# What a launcher sets for a rank; lm-eval would take itself for one.
-_OF_RANKS = (
-    "RANK",
-    "LOCAL_RANK",
-    "GROUP_RANK",
-    "ROLE_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
-_PREFIXES = ("TORCHELASTIC_", "SLURM_", ranks.STARTED_BY_US)
 # A bar of tqdm: its title, then percent, bar, done/all.
 _BAR = re.compile(rb"(?:^|\r)([^\r\n:]*): *\d+%\|[^|]*\| *(\d+)/(\d+)")
 _LAST_LINES = 20
@@ -97,7 +85,12 @@ def environment(current: Mapping[str, str]) -> dict[str, str]:
     Args:
         current: variables of this process.
     """
-    found = {name: value for name, value in current.items() if name not in _OF_RANKS and not name.startswith(_PREFIXES)}
+    # With them, lm-eval would take itself for a rank.
+    found = {
+        name: value
+        for name, value in current.items()
+        if not ranks.is_launchers(name) and not name.startswith(ranks.STARTED_BY_US)
+    }
     count = current.get(ranks.STARTED_BY_US)
     if count and current.get("OMP_NUM_THREADS") == launch.threads(int(count)):
         del found["OMP_NUM_THREADS"]  # a share of the cores; the other ranks wait
