@@ -32,6 +32,7 @@ PATCHES: tuple[Callable[[], None], ...] = (
     torch_patches.patch_cuda_memory,
     torch_patches.patch_devices,
     torch_patches.patch_random_state,
+    torch_patches.patch_compilation,
     torch_patches.patch_gloo_scalars,
     torch_patches.patch_gloo_devices,
     megatron_patches.patch_transformer_config,

@@ -91,13 +91,13 @@ def render_template(template: str, charts: Mapping[str, Mapping[str, Any]], data
         charts=charts,
         data=_embedded(data),
         specs=_embedded({name: chart["spec"] for name, chart in charts.items()}),
-        vega=_library(),
+        vega=library(),
         **values,
     )
 
 
 @functools.cache
-def _library() -> str:
+def library() -> str:
     """Return the library that draws the figures; putting it together takes one or two seconds for each page."""
     from vl_convert import javascript_bundle
 

@@ -187,6 +187,26 @@ def test_devices_are_read_as_the_cpu(cpu_backend):
     assert torch.nn.Linear(2, 2).cuda().weight.device.type == "cpu"
 
 
+def fuse_without_a_compiler() -> tuple[int, torch.Tensor, int]:
+    """Return how many functions Megatron's fused SwiGLU compiled, its value, and how many are compiled in the end."""
+    from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    value = bias_swiglu_impl(torch.linspace(-2, 2, 32).reshape(4, 1, 8), None)
+    compiled = counters["stats"]["unique_graphs"]
+    with torch.compiler.set_stance("default"):
+        torch.compile(lambda x: x * 2 + 1, backend="eager")(torch.ones(3))
+    return compiled, value, counters["stats"]["unique_graphs"]
+
+
+def test_fused_functions_run_uncompiled_and_callers_can_compile_theirs(ranks):
+    [(compiled, value, own)] = ranks(1).run(fuse_without_a_compiler)
+    gate, up = torch.linspace(-2, 2, 32).reshape(4, 1, 8).chunk(2, -1)
+    assert (compiled, own) == (0, 1)
+    torch.testing.assert_close(value, torch.nn.functional.silu(gate) * up)
+
+
 def test_tensor_types_go_round(cpu_backend):
     assert torch.ones(1).type() == "torch.cuda.FloatTensor"
     assert torch.ones(1).half().type(torch.ones(1).type()).dtype == torch.float32

@@ -216,8 +216,9 @@ def test_reruns_and_compiled_callers_get_the_same_bits(direction, topk, backend)
     results = []
     for function in (step, step if backend is None else torch.compile(step, backend=backend)):
         leaf = logits(6, 2, 50).requires_grad_()
-        value = function(leaf, logits(6, 2, 50, seed=1))
-        value.backward()
+        with torch.compiler.set_stance("default"):  # the CPU backend compiles nothing
+            value = function(leaf, logits(6, 2, 50, seed=1))
+            value.backward()
         results.append((value.detach(), leaf.grad))
     torch._dynamo.reset()
     assert all(map(torch.equal, *results))

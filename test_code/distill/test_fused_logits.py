@@ -305,8 +305,9 @@ def test_a_compiled_caller_gets_the_same_bits(backend, with_lm):
     results = []
     for function in (step, torch.compile(step, backend=backend)):
         leaves = [x.clone().requires_grad_() for x in tensors[:2]]
-        value = function(*leaves)
-        value.backward()
+        with torch.compiler.set_stance("default"):  # the CPU backend compiles nothing
+            value = function(*leaves)
+            value.backward()
         results.append((value.detach(), *(x.grad for x in leaves)))
     torch._dynamo.reset()
     assert all(map(torch.equal, *results))
