@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-from test_code.support import tiny
+from test_code.support import installed, tiny
 
 # Only every 50th row of the output layer's gradient is compared: sending all of them would take too long.
 _EVERY = 50
@@ -113,7 +113,7 @@ def steps(case: dict[str, Any], settings: dict[str, Any], repeats: int, alone: b
         start = time.process_time()
         step()
         found["seconds"].append(time.process_time() - start)
-    found["package"] = "stock" if "site-packages" in str(modelopt.__file__) else "ours"
+    found["package"] = "stock" if installed.is_stock(str(modelopt.__file__)) else "ours"
     return found
 
 

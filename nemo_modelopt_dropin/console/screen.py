@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -33,6 +34,7 @@ _OURS = tuple(
 )
 # Libraries whose warnings a user can act on; the warnings of all others stay in the log and are counted.
 _HEEDED = ("/modelopt/", "megatron/core/dist_checkpointing", "pytorch/callbacks/model_checkpoint")
+_NEMO_LOGGING = "/nemo_logging.py"
 # Warnings without use: modelopt blocks a feature that is off, and telemetry that nobody enabled ends when interrupted.
 _UNHEEDED = (
     "DEPRECATED",
@@ -152,8 +154,7 @@ class Relay(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write the record's text, each text once."""
         text = record.getMessage().strip()
-        # NeMo logs Python warnings from its own file; their first line starts with the file that issued the warning.
-        origin = text.partition(":")[0] if record.pathname.endswith("nemo_logging.py") else record.pathname
+        origin = _origin(record, text)
         if record.levelno < logging.WARNING:
             shown = _logging_results.get()
         else:
@@ -165,6 +166,21 @@ class Relay(logging.Handler):
             self._shown.add(text)
             level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
             self.stream.write(f"{level}{text}\n")
+
+
+def _origin(record: logging.LogRecord, text: str) -> str:
+    """Return the file that a record comes from.
+
+    NeMo logs Python warnings from its own file; their first line starts with the file that issued the warning. Before
+    2.7, it names its own file for all other records as well: the caller is then found on the stack.
+    """
+    if not record.pathname.endswith(_NEMO_LOGGING):
+        return record.pathname
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.endswith((__file__, logging.__file__, _NEMO_LOGGING)):
+        frame = frame.f_back
+    caller = frame.f_code.co_filename if frame else warnings.__file__
+    return text.partition(":")[0] if caller == warnings.__file__ else caller
 
 
 def importing(frame: FrameType | None = None) -> bool:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,14 @@ def _as_from(file: str, level: int, text: str) -> None:
     logger.handle(logger.makeRecord(logger.name, level, file, 1, text, (), None, func="f"))
 
 
+def _as_before_2_7(file: str, text: str) -> None:
+    """Log through NeMo's logger, which names its own file for every record, from a line of ``file``."""
+    logger, nemo = logging.getLogger("nemo_logger"), "/x/nemo/utils/nemo_logging.py"
+    record = logger.makeRecord(logger.name, logging.WARNING, nemo, 1, text, (), None, func="f")
+    log = eval(compile("lambda: handle()", nemo, "eval"), {"handle": functools.partial(logger.handle, record)})
+    eval(compile("log()", file, "eval"), {"log": log})
+
+
 def _done(out) -> None:
     ours, theirs = "/x/nemo/collections/llm/modelopt/a.py", "/x/site-packages/megatron/core/b.py"
     for _ in range(2):  # each text is shown once
@@ -81,7 +90,9 @@ def _done(out) -> None:
     _as_from(theirs, logging.WARNING, "noise of a library")
     _as_from(theirs, logging.ERROR, "theirs matters")
     logging.getLogger("another.package").warning("noise of a library with another logger")
-    _as_from("/x/nemo/utils/nemo_logging.py", logging.WARNING, "/x/modelopt/q.py:3: UserWarning: python's matters")
+    _as_before_2_7(str(package / "console.py"), "ours matters on NeMo 2.6")
+    _as_before_2_7("/x/site-packages/megatron/core/b.py", "noise of a library with NeMo 2.6")
+    _as_before_2_7(warnings.__file__, "/x/modelopt/q.py:3: UserWarning: python's matters")
     _import_noise()
     os.write(2, b"noise on a descriptor\n")
     for _ in screen.bar(range(2), desc="a bar", mininterval=100):
@@ -353,7 +364,8 @@ def test_exit_codes_and_what_is_seen(ranks, tmp_path):
     assert found["interrupt"][1] == ["stopped"]
     shown = "\n".join(found["done"][1])
     for part in (
-        "warning: ours matters",
+        "warning: ours matters\n",
+        "warning: ours matters on NeMo 2.6",
         "error: theirs matters",
         *(f"a result from {name}" for name in ("/x/nemo/collections", "/x/renamed.py", "/x/site-packages/megatron")),
         *(f"warning: a warning from {name}" for name in ("renamed", "room/_report", "pruner")),
@@ -362,8 +374,8 @@ def test_exit_codes_and_what_is_seen(ranks, tmp_path):
     ):
         assert shown.count(part) == 1, f"{part!r} in\n{shown}"
     assert "noise" not in shown
-    # Three of libraries, and one of ours that came up in an import.
-    assert found["done"][1][-1] == "4 warnings of libraries are not shown here; -v shows them"
+    # Four of libraries, and one of ours that came up in an import.
+    assert found["done"][1][-1] == "5 warnings of libraries are not shown here; -v shows them"
     log = (tmp_path / "done").read_text()
     for part in ("noise of a library", "noise on a descriptor", "ours matters"):
         assert part in log

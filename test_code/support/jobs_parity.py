@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import torch
 
-from test_code.support import devices, jobs_distill, ranks, tiny
+from test_code.support import devices, installed, jobs_distill, ranks, tiny
 
 
 @contextlib.contextmanager
@@ -169,7 +169,7 @@ def pruned(path: str, request: dict, **sizes):
         # Stock counts tokens that the loss mask leaves out; ours does not.
         model, data, run = jobs_prune.build(data={"masked": False}, **sizes)
         config = PruningConfig(**request)
-        who = "stock" if "site-packages" in pruner.__file__ else "ours"
+        who = "stock" if installed.is_stock(pruner.__file__) else "ours"
         if who == "stock" and not config.drop_layers:
             prune_as_stock(pruner, model, config, data, run)
         else:
