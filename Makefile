@@ -77,9 +77,16 @@ $(EVAL)/.ready: test_code/evaluation/requirements.txt constraints.txt | $(READY)
 	  -r test_code/evaluation/requirements.txt
 	@touch $@
 
-test: lint types docs $(TE)/.ready $(EVAL)/.ready
+# What uses one core each: two of them side by side, the output of each in one piece.
+.PHONY: checks test-te-main test-eval-main
+checks: lint types docs test-te-main test-eval-main
+test-te-main: $(TE)/.ready
 	$(TE_PYTEST) -m 'te and main'
+test-eval-main: $(EVAL)/.ready
 	$(EVAL_PYTEST)/test_lm_eval.py --confcutdir=test_code/evaluation
+
+test: $(READY)
+	$(MAKE) --no-print-directory --output-sync=target -j $(JOBS) checks
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # PYTEST chooses the interpreter, for a container that has NeMo: PYTEST="python -m pytest".
