@@ -7,7 +7,7 @@
 # make test-te   Transformer Engine's own layers on this machine's CPU; builds build/te_on_cpu (1 MB) when it is missing
 # make test-eval   lm-eval scores what is exported; builds build/eval (95 MB) when it is missing
 # make docs   the documentation as a site, build/site/index.html
-# make test-compat   the tests on the other supported versions; ROW=nemo-2.6.2 TESTS="test_code/test_pruner.py" for a part
+# make test-compat   the tests on the other supported versions; ROW=nemo-2.6.2 TESTS="test_code/test_pruner.py" for a part, WHOLE=1 for all
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -123,7 +123,7 @@ test-eval: $(READY) $(EVAL)/.ready
 	$(EVAL_PYTEST) $(TESTS)
 
 test-compat: $(READY)
-	$(BIN)/python scripts/test_compat.py $(if $(ROW),--row $(ROW)) $(if $(TESTS),-- $(TESTS))
+	$(BIN)/python scripts/test_compat.py $(if $(ROW),--row $(ROW)) $(if $(WHOLE),--whole) $(if $(TESTS),-- $(TESTS))
 
 bench: $(READY)
 	@for script in $(filter-out benchmarks/_%.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done

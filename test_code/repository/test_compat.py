@@ -42,6 +42,14 @@ def test_rows_by_name(compat):
         compat.chosen_rows("nemo-9")
 
 
+def test_what_a_row_runs(compat):
+    words = compat.suite(whole=False)
+    ignored = [word.removeprefix("--ignore=") for word in words if word.startswith("--ignore=")]
+    assert ignored == [f"test_code/{name}" for name in compat.LEFT_OUT]
+    assert all((ROOT / name).exists() for name in ignored)
+    assert compat.suite(whole=True) == [word for word in words if not word.startswith("--ignore=")]
+
+
 def test_a_folder_is_reused_until_its_pins_change(compat, tmp_path):
     assert not compat.is_installed(tmp_path, ["a==1", "b==2"])
     (tmp_path / compat.MARKER).write_text(compat.recorded(["b==2", "a==1"]))
