@@ -248,7 +248,7 @@ def test_pool_shows_the_traceback_of_the_rank_that_failed_and_recovers(tmp_path)
 
 @pytest.mark.parametrize(
     ("port", "count", "expected"),
-    [(2001, 1, 2002), (2998, 1, 2999), (2999, 1, 2001), (2999, 600, 2600), (3500, 500, 3001)],
+    [(2001, 1, 2002), (2248, 1, 2249), (2249, 1, 2001), (2249, 200, 2200), (2375, 125, 2251)],
 )
 def test_a_pool_that_runs_out_of_ports_starts_again_with_its_own(port, count, expected):
     from test_code.support import ranks

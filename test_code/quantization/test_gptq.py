@@ -27,8 +27,8 @@ def source(ranks_factory, tmp_path_factory):
     return checkpoint, jobs_quant.corpus(folder / "text.jsonl"), str(folder / "rounding.json")
 
 
-def compare(checkpoint: str, data: str, names: list[str]) -> list[dict]:
-    """Quantize with each algorithm; return its report and the sum of all weights afterwards."""
+def compare(checkpoint: str, data: str, names: list[str], tp: int = 1, pp: int = 1) -> list[dict]:
+    """Quantize with each algorithm on all ranks; return its report and the sum of all weights afterwards."""
     from nemo.collections.llm.modelopt import (
         ExportConfig,
         QuantizationConfig,
@@ -41,7 +41,12 @@ def compare(checkpoint: str, data: str, names: list[str]) -> list[dict]:
     for number, name in enumerate(names):
         if number:
             ranks.reset()
-        model, _ = setup_trainer_and_restore_model_with_modelopt_spec(checkpoint, devices=int(os.environ["WORLD_SIZE"]))
+        model, _ = setup_trainer_and_restore_model_with_modelopt_spec(
+            checkpoint,
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            devices=int(os.environ["WORLD_SIZE"]),
+        )
         config = QuantizationConfig(
             algorithm=name,
             awq_block_size=16,
@@ -68,6 +73,31 @@ def test_data_parallel_ranks_hold_the_same_weights(ranks, source):
     checkpoint, data, _ = source
     first, second = ranks(2).run(compare, checkpoint, data, ["gptq"])
     assert first[0]["weights"] == second[0]["weights"]
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=["TP=2", "PP=2"])
+def test_parallel_ranks_are_as_near_to_the_original(ranks, source, layout):
+    checkpoint, data, rounding = source
+    plain, alone = ranks(1).run(compare, checkpoint, data, [rounding, "gptq"])[0]
+    results = ranks(2).run(compare, checkpoint, data, ["gptq"], **layout)
+    kl = results[0][0]["kl"]
+    if "pp" in layout:  # each layer sees the inputs that it sees on one rank
+        assert kl == pytest.approx(alone["kl"], rel=1e-3)
+    else:  # rows of the projections are split: each rank makes up for its own columns only
+        assert kl < 0.8 * plain["kl"]
+
+
+@pytest.mark.parametrize("unused", [None, 3])
+def test_experts_are_written_as_they_are_in_memory(ranks, tmp_path, unused):
+    """An expert that gets no token has nothing to make up for: it is rounded."""
+    ranks(1).run(jobs_scales.make_moe, str(tmp_path / "moe"))
+    jobs_quant.corpus(tmp_path / "text.jsonl")
+    more = {"calibration_dataset": str(tmp_path / "text.jsonl"), "calibration_dataset_size": 16, "awq_block_size": 16}
+    export = str(tmp_path / "moe"), str(tmp_path / "hf"), "gptq", more, unused
+    memory = ranks(1).run(jobs_scales.export_both, *export)[0]
+    experts = [name for name in memory if ".experts." in name and name.endswith("weight_quantizer._amax")]
+    assert len(experts) == 2 * 2 * 4
+    assert all(memory[name].isfinite().all() and memory[name].min() > 0 for name in experts)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3-tied"])

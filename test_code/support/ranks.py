@@ -36,7 +36,7 @@ from test_code.support.templates import Forked, Template
 
 _START_TIMEOUT = 240.0
 _GRACE = 5.0
-_PORTS = 1000
+_PORTS = 250
 _templates: dict[tuple, Template] = {}
 
 
