@@ -281,3 +281,22 @@ def test_stock_reads_what_we_write_and_we_read_what_stock_writes(ranks, stock_ra
     read = ranks(1).run(jobs.load_with_restore, str(tmp_path / "from-stock"))[0][0]
     assert set(read) == set(written) and len(written) == 32
     assert all(torch.equal(read[name], amax) for name, amax in written.items())
+
+
+def restoring_peak(path: str) -> tuple[int, int]:
+    """Save a model of 8 MB and restore it; return the bytes of its weights, and the most bytes allocated at a time."""
+    from nemo.collections.llm.modelopt import setup_trainer_and_restore_model_with_modelopt_spec as restore
+    from test_code.support import ranks, tiny
+
+    tiny.fit(tiny.model(num_layers=12, hidden_size=128, ffn_hidden_size=384), save_to=path, max_steps=1)
+    ranks.reset()
+    found: list = []
+    peak = tiny.peak_bytes(lambda: found.append(restore(path, precision="32")))
+    return sum(p.numel() * p.element_size() for p in found[0][0].parameters()), peak
+
+
+def test_restoring_takes_little_more_than_the_weights(ranks, tmp_path):
+    weights, peak = ranks(1).run(restoring_peak, str(tmp_path / "model"))[0]
+    assert weights > 8_000_000
+    # In addition to the model, one tensor at a time is read. Gated MLPs are half of the model.
+    assert weights < peak < 1.1 * weights

@@ -37,6 +37,7 @@ PATCHES: tuple[Callable[[], None], ...] = (
     torch_patches.patch_gloo_devices,
     megatron_patches.patch_transformer_config,
     megatron_patches.patch_parallel_seed,
+    megatron_patches.patch_weight_initialization,
     megatron_patches.patch_distributed_adam,
     megatron_patches.patch_torch_norms,
     megatron_patches.patch_moe_router,

@@ -17,6 +17,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject,
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from nemo.lightning.io.pl import ckpt_to_weights_subdir
 
+from ._in_place import merge_in_place
+
 _MODULE = "module."
 _EXTRA_STATE = "_extra_state"
 # Of norms, and of the projections of multi-latent attention that every rank holds whole.
@@ -55,7 +57,7 @@ def saved_prefix(keys: list[str]) -> str:
 
 
 def adapt_next_load(strategy: Any) -> None:
-    """Let a strategy's next load ask for weights under the keys that the checkpoint has, and for no others.
+    """Let a strategy's next load ask for weights under the keys that the checkpoint has, and read them in place.
 
     NeMo itself asks for ``module.`` alone, and so cannot load what its own ``trainer.save_checkpoint`` writes after
     ``fit``. It also asks for every ``_extra_state`` of Transformer Engine, see `drop_missing_extra_state`.
@@ -77,6 +79,7 @@ def adapt_next_load(strategy: Any) -> None:
                 if isinstance(value, ShardedBase):
                     value.key = prefix + strip_module_prefix(value.key)
         dropped = drop_missing_extra_state(request, keys)
+        merge_in_place(request)
         loaded = load(path, sharded_state_dict, *args, **kwargs)
         if dropped and isinstance(loaded, dict) and "state_dict" in loaded:
             _put_back(loaded["state_dict"], dropped)

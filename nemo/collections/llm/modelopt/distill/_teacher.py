@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.validation import StrictHandling, parse_strict_flag
 from nemo.lightning import get_vocab_size
 from nemo.lightning.io.pl import ckpt_to_weights_subdir
@@ -167,29 +165,6 @@ def has_modelopt_state(ckpt_path: Any) -> bool:
     if not isinstance(ckpt_path, (str, os.PathLike)):
         return False
     return (ckpt_to_weights_subdir(ckpt_path, is_saving=False) / "modelopt_state").exists()
-
-
-def merge_in_place(sharded: Any) -> None:
-    """Read weights that are stored in parts (gated MLPs) into the model's own memory.
-
-    The parts are views of the model's weights, so after reading the model already holds the numbers. Megatron's own
-    merge would allocate a new tensor for each such weight, half of a Llama.
-    """
-    if not isinstance(sharded, dict):
-        return
-    for value in sharded.values():
-        if isinstance(value, ShardedTensorFactory):
-            value.merge_fn = partial(_whole, value.data, value.merge_fn)
-
-
-@torch.no_grad()
-def _whole(weight: torch.Tensor, merge: Callable[[Any], Any], parts: Any) -> Any:
-    """Return the weight if its parts are views of it, otherwise a merge of the parts."""
-    storage = weight.untyped_storage().data_ptr()
-    views = isinstance(parts, (list, tuple)) and all(
-        isinstance(part, torch.Tensor) and part.untyped_storage().data_ptr() == storage for part in parts
-    )
-    return weight if views and sum(part.numel() for part in parts) == weight.numel() else merge(parts)
 
 
 def load_weights(model: Any, state_dict: dict[str, Any], strict: bool | None) -> None:

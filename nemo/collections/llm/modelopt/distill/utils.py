@@ -30,6 +30,7 @@ from nemo import lightning as nl
 from nemo.collections import llm
 from nemo_modelopt_dropin.preflight.loss_file import LAYER_INDEX
 
+from .._in_place import merge_in_place
 from .._saved_keys import drop_missing_extra_state, saved_keys, saved_prefix, strip_module_prefix
 from ..errors import ModelOptConfigError
 from ..model_utils import restore_modelopt_state
@@ -54,7 +55,7 @@ from ._peft import stay_as_loaded
 from ._pipeline_losses import message, set_input_tensor, set_student_input_tensor_shape
 from ._router_bias import keep_from_update
 from ._state import DistillationState, state_of
-from ._teacher import has_modelopt_state, is_strict, load_weights, merge_in_place
+from ._teacher import has_modelopt_state, is_strict, load_weights
 from .loss import HiddenStateCosineLoss, LogitsAndIntermediatesLossBalancer, LogitsKLLoss, ProjectionLayer
 from .recorded.teacher import is_recorded
 
