@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 
 from test_code.commands import jobs, lines, observe, recording
+from test_code.support import installed
 from test_code.support.ranks import RankPool
 
 pytestmark = pytest.mark.cpu
@@ -27,6 +28,8 @@ def _cases(by_script):
 ACCEPTED = _cases({script: lines.accepted(script) for script in lines.SCRIPTS})
 PLANNED = _cases({script: lines.accepted(script) for script in lines.SCRIPTS if script != "demo"})
 WRONG = _cases(lines.WRONG)
+# Scripts whose plans need a modelopt that prunes.
+PRUNING = ("prune", "compress")
 
 
 @pytest.fixture
@@ -57,6 +60,8 @@ def test_settings(script, line, here):
 
 @pytest.mark.parametrize(("script", "line"), PLANNED)
 def test_plan(script, line, here):
+    if script in PRUNING:
+        installed.need_pruning()
     assert observe.plan(script, line, here) == RECORDED["plans"][script][line]
 
 
@@ -106,6 +111,8 @@ def compare(found, recorded):
 @pytest.mark.parametrize("name", lines.RUNS)
 def test_files_of_a_run(name, work, rank):
     script, _, line = lines.RUNS[name].partition(" ")
+    if script in PRUNING:
+        installed.need_pruning()
     before = observe.files(work)
     assert rank.run(jobs.run, script, line, str(work), timeout=300) == [0]
     compare(observe.results(work, before), RECORDED["runs"][name])

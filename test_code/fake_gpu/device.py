@@ -101,6 +101,7 @@ def _patch_cuda() -> None:
     cuda.device_count = lambda: DEVICES
     cuda.get_rng_state = lambda *args, **kwargs: torch.zeros(16, dtype=torch.uint8)
     cuda.set_rng_state = cuda.manual_seed = cuda.manual_seed_all = lambda *args, **kwargs: None
+    cuda.mem_get_info = lambda *args, **kwargs: (64 << 30, 80 << 30)
     cuda.get_device_capability = lambda *args, **kwargs: (9, 0)
     mcore_random._get_cuda_rng_state, mcore_random._set_cuda_rng_state = cuda.get_rng_state, cuda.set_rng_state
 

@@ -49,7 +49,8 @@ def quantize(algorithm: str, tp: int, pp: int = 1, stage: int = 0, **options: An
         config = QuantizationConfig(algorithm=algorithm, layer_errors=True, **options)
         quant_cfg = presets[algorithm]
         if config.enable_kv_cache:
-            quant_cfg["quant_cfg"].update(mtq.FP8_KV_CFG["quant_cfg"])
+            entries, more = quant_cfg["quant_cfg"], mtq.FP8_KV_CFG["quant_cfg"]  # lists from modelopt 0.44
+            quant_cfg["quant_cfg"] = {**entries, **more} if isinstance(more, dict) else [*entries, *more]
         plan = steps.make_plan(config, "gpt", quant_cfg, presets)
 
         def loop(model: Any) -> None:

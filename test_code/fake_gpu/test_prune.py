@@ -9,6 +9,7 @@ from test_code.support import installed
 
 pytestmark = [
     pytest.mark.cpu,
+    installed.prunes,
     pytest.mark.skipif(not installed.KV_CACHE, reason="modelopt 0.37 prunes in other steps"),
 ]
 

@@ -21,12 +21,12 @@ READS = {
     "model_parallel_sum",  # numbers of quantizers
     "table",
 }
-# AWQ's search runs eleven scales for each layer.
+# AWQ's search runs eleven scales for each layer. GPTQ looks for columns of zeros, which takes numbers: a fake GPU has none.
 _SEARCHES = ("int4_awq", "w4a8_awq", "nvfp4_awq")
 _ALGORITHMS = [
     pytest.param(name, marks=pytest.mark.slow) if name in _SEARCHES else name
     for name in algorithms.TABLE
-    if algorithms.version_problem(name) is None
+    if algorithms.version_problem(name) is None and name != "gptq"
 ]
 LAYERS = 2 * 4  # 4 linear layers in each of 2
 

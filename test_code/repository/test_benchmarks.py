@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from test_code.support import installed
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -53,6 +55,7 @@ def test_benchmarks_need_live_ranks_and_small_models_of_the_tests_and_nothing_el
     assert importers == [Path(__file__)]
 
 
+@installed.stock_quantizes
 def test_ptq_benchmark(ptq, ranks, stock_ranks, tmp_path):
     pools = {"stock": stock_ranks(1), "ours": ranks(1), "ours x 2": ranks(2)}
     result = ptq.measure(pools, tmp_path, ptq.QUICK, 1, "fp8")
