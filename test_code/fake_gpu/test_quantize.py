@@ -21,8 +21,9 @@ READS = {
     "model_parallel_sum",  # numbers of quantizers
     "table",
 }
-# AWQ's search runs eleven scales for each layer. GPTQ looks for columns of zeros, which takes numbers: a fake GPU has none.
+# AWQ's search runs eleven scales for each layer.
 _SEARCHES = ("int4_awq", "w4a8_awq", "nvfp4_awq")
+# GPTQ looks for columns of zeros, which takes numbers: tensors of a fake GPU have none.
 _ALGORITHMS = [
     pytest.param(name, marks=pytest.mark.slow) if name in _SEARCHES else name
     for name in algorithms.TABLE

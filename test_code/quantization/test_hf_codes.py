@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from test_code.support import installed, jobs_hf
+from test_code.support import allocations, installed, jobs_hf
 
 E4M3 = (4, 3)
 
@@ -102,6 +102,23 @@ def test_codes_are_those_of_the_quantizer_bit_for_bit(algorithm, seed, kind, exp
     torch.testing.assert_close(from_file, in_memory, rtol=1e-6, atol=0)
     # For a weight in bf16, the quantizer computes in fp32 and rounds the result.
     assert weight.dtype != torch.bfloat16 or torch.equal(first(weight.detach()).detach(), in_memory.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [(9000, 1024), (1, 3_000_001)], ids=["rows", "a long row"])
+def test_a_large_weight_is_encoded_in_parts(shape, dtype):
+    from nemo.collections.llm.modelopt.quantization.export.layouts import layer as layers
+
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    module = layer("FP8", weight)
+    found = layers.read(module)
+    whole = layers.nearest_codes("FP8", module.weight_quantizer(weight.float()) / found.scale)
+    with torch.inference_mode(), allocations.Allocated() as allocated:
+        codes = layers.codes_of(module, found)
+    assert torch.equal(codes.view(torch.uint8), whole.view(torch.uint8))
+    if shape[0] > 1:
+        # The codes, and parts in fp32: what the quantizer computes on the way, and its result.
+        assert allocated.peak < codes.nbytes + 4 * 4 * layers._PART < 4 * weight.numel()
 
 
 @pytest.mark.parametrize(("value", "amax"), [(0.076171875, 0.40625), (-0.076171875, 0.40625)])

@@ -9,6 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from test_code.support import allocations
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.float8_e4m3fn, torch.bool)
 
 
@@ -40,6 +42,23 @@ def test_tensors_of_all_dtypes_and_odd_sizes_are_read(writer, tmp_path):
                            value.view(torch.uint8) if value.dim() else value.float()), name  # fmt: skip
     with safe_open(tmp_path / "a.safetensors", "pt") as opened:
         assert opened.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["contiguous", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tensor_is_converted_in_pieces(writer, tmp_path, dtype, transposed):
+    value = torch.randn(10_240, 1000)
+    value = value.T if transposed else value
+    expected = value.to(dtype)
+    with writer(tmp_path / "a.safetensors", ["a", "odd"]) as file, allocations.Allocated() as allocated:
+        file.add("a", value, dtype)
+        file.add("odd", value[0, :3], dtype)
+    assert file.bytes == (value.numel() + 3) * dtype.itemsize
+    found = load_file(tmp_path / "a.safetensors")
+    assert found["a"].dtype == dtype
+    assert torch.equal(found["a"], expected) and torch.equal(found["odd"], expected[0, :3])
+    if not transposed:  # safetensors files have rows, so these are copied
+        assert allocated.peak < value.nbytes / 4
 
 
 def test_a_file_has_the_permissions_of_the_umask(writer, tmp_path):

@@ -27,6 +27,8 @@ from .layouts.layer import Layer
 # Tensors that transformers keeps in fp32.
 _FP32 = (".e_score_correction_bias",)
 Formats = dict[str, tuple[str, dict[str, Any]]]
+# Name, values and the dtype in which they are written.
+Stored = tuple[str, torch.Tensor, torch.dtype]
 
 
 @dataclass
@@ -147,14 +149,14 @@ class Writer:
         self, file: safetensors_stream.Writer, rule: Rule, found: list[Any], extra: dict[int, dict[str, torch.Tensor]]
     ) -> None:
         """Write the tensors of a rule into a file."""
-        for name, value in self._stored(rule, found):
-            file.add(name, value)
+        for name, value, dtype in self._stored(rule, found):
+            file.add(name, value, dtype)
         if rule.layer is not None and _is_attention(rule):
             for name, value in extra.get(rule.layer, {}).items():
                 file.add(name, value)
 
-    def _stored(self, rule: Rule, found: list[Any]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Return the tensors of a rule as they are stored, one after the other.
+    def _stored(self, rule: Rule, found: list[Any]) -> Iterator[Stored]:
+        """Return the tensors of a rule with the dtypes in which they are stored, one after the other.
 
         Args:
             rule: The rule.
@@ -166,19 +168,19 @@ class Writer:
             return self._plain(rule, values)
         return self._quantized(rule, values[0], entries[0].shape)
 
-    def _plain(self, rule: Rule, values: list[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _plain(self, rule: Rule, values: list[torch.Tensor]) -> Iterator[Stored]:
         for name, value in zip(rule.targets, rule.apply(values), strict=True):
             dtype = self._dtype if value.is_floating_point() and not name.endswith(_FP32) else value.dtype
-            yield name, value.to(device="cpu", dtype=dtype).contiguous()
+            yield name, value, dtype
 
-    def _quantized(self, rule: Rule, layer: Layer, shape: tuple[int, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _quantized(self, rule: Rule, layer: Layer, shape: tuple[int, ...]) -> Iterator[Stored]:
         for name, index in zip(rule.targets, self._names.rows(rule, shape), strict=True):
             module = name.removesuffix(".weight")
             all_rows = len(index) == shape[0] and torch.equal(index, torch.arange(shape[0]))
             rows = layer if all_rows else layer.rows(index)
             self.formats[module] = rows.format
             for leaf, value in self._layout.tensors(rows, self._dtype).items():
-                yield f"{module}.{leaf}", value.cpu().contiguous()
+                yield f"{module}.{leaf}", value, value.dtype
 
     def _write_index(self, folder: Path, count: int) -> None:
         found = _parallel.gather_objects((self._files, self._bytes))

@@ -66,25 +66,36 @@ class Writer:
         with self._file:
             if error is None:
                 for name, value in sorted(self._odd.items(), key=lambda item: -item[1].element_size()):
-                    self._write(name, value)
+                    self._write(name, value, value.dtype)
                 self._finish()
 
-    def add(self, name: str, value: Tensor) -> None:
-        """Write a contiguous tensor in host memory; one of an odd size is kept until the end."""
-        size = value.numel() * value.element_size()
+    def add(self, name: str, value: Tensor, dtype: torch.dtype | None = None) -> None:
+        """Write a tensor; one of an odd size is kept until the end.
+
+        Args:
+            name: Its name.
+            value: The tensor, which is converted and copied to host memory in pieces.
+            dtype: The dtype to write, by default the tensor's own.
+        """
+        dtype = value.dtype if dtype is None else dtype
+        size = value.numel() * dtype.itemsize
         self.names.append(name)
         self.bytes += size
         if size % _ALIGNMENT:
             # A copy: it may be a part of something large.
-            self._odd[name] = value.clone()
+            self._odd[name] = value.to(device="cpu", dtype=dtype, copy=True)
         else:
-            self._write(name, value)
+            self._write(name, value, dtype)
 
-    def _write(self, name: str, value: Tensor) -> None:
+    def _write(self, name: str, value: Tensor, dtype: torch.dtype) -> None:
         start = self._file.tell() - 8 - self._room
-        self._file.write(memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        if not value.is_contiguous():
+            value = value.to(dtype).contiguous()
+        for part in value.reshape(-1).split(_CHUNK // value.element_size()):
+            part = part.to(device="cpu", dtype=dtype)
+            self._file.write(memoryview(part.view(torch.uint8).numpy()))
         place = [start, self._file.tell() - 8 - self._room]
-        self._header[name] = {"dtype": _DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": place}
+        self._header[name] = {"dtype": _DTYPES[dtype], "shape": list(value.shape), "data_offsets": place}
 
     def _finish(self) -> None:
         header = json.dumps(self._header, separators=(",", ":")).encode()

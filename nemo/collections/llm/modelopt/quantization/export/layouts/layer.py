@@ -33,6 +33,8 @@ _E2M1, _E4M3, _E8M0 = (2, 1), (4, 3), (8, 0)
 _E4M3_MAX = 448.0
 # modelopt's quantizers treat an amax up to this value as zero.
 _ZERO_AMAX = 2.0**-24
+# Weights that are encoded at a time.
+_PART = 1 << 20
 # Readers divide by scales, and a GPU flushes smaller numbers to zero.
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
@@ -321,6 +323,8 @@ def codes_of(module: torch.nn.Module, layer: Layer) -> torch.Tensor:
     """
     weight: Any = module.weight.detach()
     step = _enabled_steps(module)[0]
+    if layer.algorithm == "FP8":
+        return _fp8_codes(weight, step, layer.scale)
     on_grid = step(weight.float()) if weight.is_cuda or layer.algorithm not in FP4 | {"MXFP8"} else None
     if layer.algorithm in FP4:
         assert layer.scale_2 is not None
@@ -330,6 +334,15 @@ def codes_of(module: torch.nn.Module, layer: Layer) -> torch.Tensor:
         return blocks.mxfp8_codes(weight if on_grid is None else on_grid, layer.scale)
     assert on_grid is not None
     return nearest_codes(layer.algorithm, on_grid / per_element(layer.scale.to(on_grid.device), on_grid.shape))
+
+
+def _fp8_codes(weight: torch.Tensor, quantizer: Any, scale: torch.Tensor) -> torch.Tensor:
+    """Return the codes of a weight with one scale, a part at a time: the numbers in between stay in the caches."""
+    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+    rows = max(1, _PART * weight.shape[0] // weight.numel())
+    for part, target in zip(weight.split(rows), codes.split(rows), strict=True):
+        target.copy_(nearest_codes("FP8", quantizer(part.float()) / scale.to(weight.device)))
+    return codes
 
 
 def values_of(layer: Layer, codes: torch.Tensor | None = None) -> torch.Tensor:
