@@ -26,12 +26,12 @@ export TOKENIZERS_PARALLELISM ?= false
 
 setup: $(READY)
 
-# Rebuilt when the pins change.
+# Rebuilt when the pins change. Modules are compiled when they are first imported: few of those that are installed are.
 $(READY): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
 	  || { echo "Python 3.10, 3.11 or 3.12 is needed; this is $$($(PYTHON) --version). Try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/pip check
 	@touch $(READY)
 
@@ -49,7 +49,7 @@ types: $(READY)
 
 $(DOCS_VENV)/.ready: constraints.txt docs/requirements.txt
 	$(PYTHON) -m venv --clear $(DOCS_VENV)
-	$(DOCS_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -r docs/requirements.txt
+	$(DOCS_VENV)/bin/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -r docs/requirements.txt
 	@touch $@
 
 docs: $(DOCS_VENV)/.ready
@@ -65,7 +65,7 @@ TE_PYTEST = $(TE_ENV) $(BIN)/python -m pytest \
   --confcutdir=test_code/te_on_cpu test_code/te_on_cpu
 $(TE)/.ready: test_code/te_on_cpu/requirements.txt | $(READY)
 	rm -rf $(TE)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(TE) -r test_code/te_on_cpu/requirements.txt
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --no-deps --target $(TE) -r test_code/te_on_cpu/requirements.txt
 	@touch $@
 
 # A folder of its own, on the path of lm-eval's process only. The first part needs no process that imports NeMo.
@@ -73,7 +73,7 @@ EVAL ?= build/eval
 EVAL_PYTEST = EVAL_PATH=$(abspath $(EVAL)) $(BIN)/python -m pytest -m evaluation test_code/evaluation
 $(EVAL)/.ready: test_code/evaluation/requirements.txt constraints.txt | $(READY)
 	rm -rf $(EVAL)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(EVAL) -c constraints.txt \
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --no-deps --target $(EVAL) -c constraints.txt \
 	  -r test_code/evaluation/requirements.txt
 	@touch $@
 
@@ -106,7 +106,7 @@ test-families: $(READY)
 SERVING ?= build/serving
 $(SERVING)/.ready: test_code/serving/requirements.txt
 	$(PYTHON) -m venv --clear $(SERVING)
-	$(SERVING)/bin/pip install --quiet --disable-pip-version-check -r test_code/serving/requirements.txt
+	$(SERVING)/bin/pip install --quiet --no-compile --disable-pip-version-check -r test_code/serving/requirements.txt
 # For images and sound, which are not served here. Wheels for CUDA fail to load with a PyTorch for CPUs, and transformers
 # imports what is installed.
 	$(SERVING)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
