@@ -10,7 +10,7 @@ import pytest
 from nemo_modelopt_cli.compress import command, fit_plan, settings
 from nemo_modelopt_dropin.fit import files, formats, grid
 from nemo_modelopt_dropin.preflight import model_sizes
-from test_code.support import hf_folders, jobs_compress, jobs_fit
+from test_code.support import hf_folders, installed, jobs_compress, jobs_fit
 
 FORMATS = ("no_quant", "fp8", "int4_awq")
 BUDGET = {"disk": "0.62x", "formats": FORMATS, "candidates": 3, "context": 64}
@@ -158,3 +158,24 @@ def test_a_plan_without_such_a_point_raises_an_error(found, teacher):
     fit = jobs_fit.job(str(teacher), {**BUDGET, "point": 99}).fit
     with pytest.raises(settings.SettingsError, match="fit-point 99: the search found the points 1 to"):
         fit_plan.point_of(fit_plan.read(output), fit)
+
+
+@installed.prunes
+@pytest.mark.skipif(not installed.EXPERTS_PRUNE, reason="modelopt 0.37 prunes no experts")
+def test_a_mixture_of_experts_keeps_the_budget(ranks, tmp_path):
+    ranks(1).run(jobs_fit.make_moe_teacher, str(tmp_path))
+    output = tmp_path / "out"
+    fit = {"disk": "0.5x", "formats": ("no_quant", "fp8"), "candidates": 2, "context": 64}
+    results = ranks(1).run(jobs_fit.run, str(tmp_path), str(output), fit, timeout=500)[0]
+    plan = results["search"]["plan"]
+    point = plan["points"][plan["chosen"] - 1]
+    folder = output / "export" / "hf"
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    assert size <= plan["budgets"]["disk"] and point["in_budget"]
+    assert {point["sizes"]["experts"] for point in plan["points"]} >= {2, 4}, "fewer experts are among the choices"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_experts"] == point["sizes"]["experts"] >= config["num_experts_per_tok"] == 2
+    shape = grid.with_sizes(model_sizes.read(tmp_path / "checkpoint"), point["sizes"])
+    one = formats.Format(point["attention"], point["mlp"], point["fp8_cache"], 32)
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    assert files.weight_bytes(shape, one) + files.header_bytes(shape, one) == pytest.approx(weights, rel=0.02)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from nemo_modelopt_cli.compress import plan, stages
 from nemo_modelopt_cli.compress.fit_settings import Fit
 from nemo_modelopt_cli.compress.settings import Job, Layout, Pruning, Quantization, Training
-from test_code.support import devices, ranks
+from test_code.support import devices, jobs_compress, jobs_scales, ranks
 
 
 def job(folder: str, fit: dict, quantization: dict | None = None, pruning: dict | None = None) -> Job:
@@ -26,6 +27,13 @@ def job(folder: str, fit: dict, quantization: dict | None = None, pruning: dict 
         quantization=Quantization(formats=("hf",), awq_block_size=32, **calibration, **(quantization or {})),
         fit=Fit(**fit),
     )
+
+
+def make_moe_teacher(folder: str) -> None:
+    """Write a tiny Qwen3 with four experts in each layer, and the texts of `jobs_compress.make_teacher`."""
+    jobs_compress.make_teacher(folder)
+    shutil.rmtree(Path(folder, "checkpoint"))
+    jobs_scales.make_moe(str(Path(folder, "checkpoint")))
 
 
 def run(folder: str, output: str, fit: dict, quantization: dict | None = None, **more) -> dict[str, dict]:
