@@ -1,9 +1,9 @@
 """Benchmark every step on models of real shape: time and peak memory, and their growth with the model.
 
 The models have the layers and the vocabulary of Llama-3.2-1B with random bf16 weights. Each step runs in a process of
-its own on one CPU rank: import, quantization with export and verification, pruning of layers and of width, and two
-steps of distillation. CPU ranks hold weights in fp32, so memory is compared with four bytes for each weight. What
-imported modules take is not included.
+its own on one CPU rank: import (also that of NeMo alone), quantization with export and verification, pruning of layers
+and of width, and two steps of distillation. CPU ranks hold weights in fp32, so memory is compared with four bytes for
+each weight. What modules take that are imported before the step is not included.
 
     python benchmarks/real_size.py                         # the smallest model
     python benchmarks/real_size.py --size 1.2 --step fp8   # one step; results are added to those in the file
@@ -41,9 +41,15 @@ QUICK = {
     "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 16, "num_key_value_heads": 2,
     "num_attention_heads": 4, "vocab_size": 512,
 }  # fmt: skip
-# Upper bounds: peak memory / fp32 weights, comparison / calibration, check of the logits / calibration. A lower bound:
-# megabytes of weights in 16 bits that the export processes in a second on a core.
-TARGETS = {"memory": {"fp8": 1.25, "int4_awq": 1.25, "drop_layers": 1.4, "width": 1.4}, "ratio": 1.0, "export": 150.0}
+# Upper bounds: peak memory / fp32 weights, comparison / calibration, check of the logits / calibration, import / that
+# of stock NeMo without the patches of its importers. A lower bound:
+# megabytes of weights in 16 bits that the export processes in a second of CPU time.
+TARGETS = {
+    "memory": {"fp8": 1.25, "int4_awq": 1.25, "drop_layers": 1.4, "width": 1.4},
+    "ratio": 1.0,
+    "export": 150.0,
+    "import": 1.5,
+}
 _WRITING = ("write weights",)
 
 
@@ -89,6 +95,8 @@ def run(step: str, folder: Path, threads: int, env: dict[str, str] | None = None
     result = folder / f"{step}.json"
     result.unlink(missing_ok=True)
     more = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **(env or {})}
+    if step == "import_stock":
+        more["NEMO_MODELOPT"] = "stock"
     with (folder / f"{step}.log").open("w") as log:
         subprocess.run(
             [sys.executable, "-m", "benchmarks._real_size_rank", step, str(folder), str(result)],
@@ -97,7 +105,7 @@ def run(step: str, folder: Path, threads: int, env: dict[str, str] | None = None
     return json.loads(result.read_text())
 
 
-def row(step: str, found: dict[str, Any], folder: Path, parameters: int, threads: int) -> dict[str, Any]:
+def row(step: str, found: dict[str, Any], folder: Path, parameters: int) -> dict[str, Any]:
     """Return the figures of a step, with the ratios that the targets bound."""
     phases = found["phases"]
     weights = 4 * parameters
@@ -119,10 +127,12 @@ def row(step: str, found: dict[str, Any], folder: Path, parameters: int, threads
     if "calibrate" in phases:
         calibration = phases["calibrate"]["seconds"]
         written = sum(file.stat().st_size for file in (folder / step).glob("*.safetensors"))
-        writing = sum(phases[name]["seconds"] for name in _WRITING)
+        # Of CPU time: seconds on the clock depend on what else the machine does.
+        seconds, cpu = (sum(phases[name][key] for name in _WRITING) for key in ("seconds", "cpu"))
         result["comparison / calibration"] = phases.get("compare", {"seconds": 0.0})["seconds"] / calibration
         result["logits check / calibration"] = phases["check logits"]["seconds"] / calibration
-        result["export MB/s a core"] = 2 * parameters / 1e6 / writing / threads
+        result["export MB/s a core"] = 2 * parameters / 1e6 / cpu
+        result["export MB/s on the clock"] = 2 * parameters / 1e6 / seconds
         result["exported MB"] = written / 1e6
     return result
 
@@ -133,8 +143,9 @@ def verdicts(step: str, found: dict[str, Any]) -> list[str]:
     limit = TARGETS["memory"].get(step)  # type: ignore[attr-defined]
     bounds = [("peak / fp32 weights", limit, False)] if limit else []
     if "comparison / calibration" in found:
-        bounds += [("comparison / calibration", TARGETS["ratio"], False)]
-        bounds += [("logits check / calibration", TARGETS["ratio"], False)]
+        if found.get("rows", ROWS) >= ROWS:  # a shorter calibration says nothing about the ratios
+            bounds += [("comparison / calibration", TARGETS["ratio"], False)]
+            bounds += [("logits check / calibration", TARGETS["ratio"], False)]
         bounds += [("export MB/s a core", TARGETS["export"], True)]
     for name, bound, lower in bounds:
         met = found[name] >= bound if lower else found[name] <= bound
@@ -155,20 +166,30 @@ def growth(rows: dict[str, dict[str, Any]], step: str) -> dict[str, float]:
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """Return the figures as Markdown."""
     lines = [
-        "| billions | step | seconds | peak GB | / fp32 weights | peak in | longest phases |",
-        "|---|---|---|---|---|---|---|",
+        "| billions | step | rows | seconds | peak GB | / fp32 weights | peak in | longest phases |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for found in sorted(rows.values(), key=lambda one: (list(STEPS).index(one["step"]), one["parameters"])):
         phases = list(found["phases"].items())[:4]
         longest = ", ".join(f"{name} {phase['seconds']:.0f} s" for name, phase in phases)
         lines.append(
-            f"| {found['parameters'] / 1e9:.2f} | {found['step']} | {found['seconds']:.0f} | {found['peak GB']:.2f} | "
-            f"{found['peak / fp32 weights']:.2f} | {found['peak in']} | {longest} |"
+            f"| {found['parameters'] / 1e9:.2f} | {found['step']} | {found.get('rows', ROWS)} | "
+            f"{found['seconds']:.0f} | {found['peak GB']:.2f} | {found['peak / fp32 weights']:.2f} | "
+            f"{found['peak in']} | {longest} |"
         )
     lines.append("")
     for found in sorted(rows.values(), key=lambda one: (list(STEPS).index(one["step"]), one["parameters"])):
         for line in verdicts(found["step"], found):
             lines.append(f"- {found['parameters'] / 1e9:.2f} B, {found['step']}: {line}")
+    for name, found in rows.items():
+        stock = rows.get(f"{name.removesuffix(' import')} import_stock")
+        if name.endswith(" import") and stock:
+            ratio = found["seconds"] / stock["seconds"]
+            limit = TARGETS["import"]
+            met = "met" if ratio <= limit else "MISSED"
+            lines.append(
+                f"- {found['parameters'] / 1e9:.2f} B: import / NeMo's own {ratio:.2f} (target {limit}: {met})"
+            )
     for step in STEPS:
         exponents = growth(rows, step)
         if exponents:
@@ -224,6 +245,7 @@ def main() -> int:
     parser.add_argument("--size", choices=SIZES, default="0.25", help="billions of parameters")
     parser.add_argument("--step", choices=STEPS, action="append", help="only this step; can be repeated")
     parser.add_argument("--folder", type=Path, help="folder for models and logs, which are kept; temporary by default")
+    parser.add_argument("--rows", type=int, default=ROWS, help="rows of text that are calibrated on")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
@@ -234,8 +256,9 @@ def main() -> int:
             prepare(folder, SIZES[args.size])
         parameters = json.loads((folder / "sizes.json").read_text())["parameters"]
         for step in args.step or STEPS:
-            found = row(step, run(step, folder, args.threads), folder, parameters, args.threads)
-            print(add(args.output, f"{args.size} {step}", {"step": step, **found}, args.threads))
+            found = row(step, run(step, folder, args.threads, {"REAL_SIZE_ROWS": str(args.rows)}), folder, parameters)
+            found = {"step": step, "rows": args.rows, **found}
+            print(add(args.output, f"{args.size} {step}", found, args.threads))
     return 0
 
 

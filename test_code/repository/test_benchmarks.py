@@ -148,7 +148,7 @@ def test_real_size_benchmark(monkeypatch, tmp_path):
     real_size.prepare(tmp_path, real_size.QUICK)
     parameters = json.loads((tmp_path / "sizes.json").read_text())["parameters"]
     for step in ("import", "fp8"):
-        found = real_size.row(step, real_size.run(step, tmp_path, 1), tmp_path, parameters, 1)
+        found = real_size.row(step, real_size.run(step, tmp_path, 1), tmp_path, parameters)
         real_size.add(tmp_path / "results", f"quick {step}", {"step": step, **found}, 1)
     rows = json.loads((tmp_path / "results" / "real_size.json").read_text())["rows"]
     assert list(rows) == ["quick import", "quick fp8"]
