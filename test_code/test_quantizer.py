@@ -233,6 +233,7 @@ def test_bad_export_settings_are_refused_at_construction(quantization, gpu, sett
         )
 
 
+@installed.formats_at_construction
 def test_a_layout_that_cannot_hold_the_algorithm_is_refused_at_construction(quantization, gpu):
     message = "algorithm='w4a8_awq' cannot be exported with hf_layout='compressed-tensors': .* cannot hold W4A8_AWQ"
     with pytest.raises(AssertionError, match=message):

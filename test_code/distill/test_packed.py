@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from test_code.support import chats, jobs_distill, jobs_packed
+from test_code.support import chats, installed, jobs_distill, jobs_packed
 
 # fp32 sums over other numbers of rows and columns, through 4 layers.
 ROUNDING = 2e-5
@@ -38,8 +38,11 @@ def settings(folder, name):
     "overrides",
     [
         {},
-        {"window_size": (2, 0)},
-        {"position_embedding_type": "learned_absolute", "softmax_type": "off-by-one"},
+        pytest.param({"window_size": (2, 0)}, marks=installed.local_windows),
+        pytest.param(
+            {"position_embedding_type": "learned_absolute", "softmax_type": "off-by-one"},
+            marks=installed.local_windows,
+        ),
     ],
 )
 def test_packed_sequences_do_not_attend_to_each_other(ranks, overrides):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from types import SimpleNamespace
 from unittest.mock import MagicMock, Mock, patch
 
@@ -22,6 +23,12 @@ from nemo.collections.llm.modelopt.model_utils import (
 )
 
 MODULE = "nemo.collections.llm.modelopt.model_utils"
+
+# NeMo moved it in 2.6.
+_PLACES = "common.tokenizers.tokenizer_utils", "nlp.modules.common.tokenizer_utils"
+TOKENIZER_UTILS = next(
+    name for name in (f"nemo.collections.{one}" for one in _PLACES) if importlib.util.find_spec(name)
+)
 
 
 def gpt_config(**given):
@@ -179,7 +186,7 @@ class TestTrainerSetup:
         assert getattr(self.model.config, name) == 5
 
     def test_a_tokenizer_of_ones_own(self):
-        with patch("nemo.collections.common.tokenizers.tokenizer_utils.get_tokenizer") as get:
+        with patch(f"{TOKENIZER_UTILS}.get_tokenizer") as get:
             setup_trainer_and_restore_model_with_modelopt_spec("/fake/model", tokenizer_path="/fake/tokenizer")
         get.assert_called_once_with("/fake/tokenizer")
         assert self.restore.call_args.args[3] is get.return_value

@@ -175,6 +175,8 @@ def distill(
         trainer=tiny.trainer(max_steps=2, callbacks=[recorder, logits], plugins=plugin),
         distillation_config_path=str(path),
         log=nl.NeMoLogger(log_dir=str(folder / "logs"), use_datetime_version=False, ckpt=None),
+        # NeMo 2.5 does not load the student by itself.
+        resume=nl.AutoResume(restore_config=nl.RestoreConfig(path=str(student))),
         optim=tiny.optim(),
     )
     found = [difference(ours, theirs) for ours, theirs in zip(logits.found, expected, strict=True)]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from test_code.families import exports, jobs, models, steps
-from test_code.support import jobs_quant
+from test_code.support import installed, jobs_quant
 from test_code.support.hf_folders import tensors_of
 
 # On a GPU, NeMo's own importers run, which the CPU backend corrects (docs/families.md).
@@ -150,6 +150,7 @@ def imported(name: str) -> Any:
 @pytest.mark.parametrize(("name", "algorithms"), [one for name in models.FAMILIES for one in imported(name)])
 def test_an_imported_model_is_exported_as_it_was(ranks, tmp_path, name, algorithms):
     """The export also compares codes, scales and logits with the model in memory."""
+    installed.need_family(name, unusual(name))
     (found,) = ranks(1).run(import_and_export, name, str(tmp_path), algorithms)
     assert found.get("traceback") is None
     assert found["difference"] < steps.SAME

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from test_code.families import jobs, models
+from test_code.support import installed
 
 # On a GPU, NeMo's own importers run, which the CPU backend corrects (docs/families.md).
 pytestmark = pytest.mark.cpu
@@ -27,6 +28,7 @@ GROUPS = {"topk_method": "group_limited_greedy", "n_routed_experts": 8}
     ],
 )
 def test_entries_that_nemo_ignores_are_read(ranks, tmp_path, name, entries):
+    installed.need_family(name, entries)
     (found,) = ranks(1).run(jobs.import_and_compare, name, str(tmp_path), entries)
     assert found.get("traceback") is None
     assert found["difference"] < TOLERANCE
@@ -38,6 +40,7 @@ def test_imports_at_the_same_time_keep_their_tokenizers(ranks, tmp_path):
 
 @pytest.mark.parametrize("name", ["mistral-window", "gemma-2"])
 def test_windows_are_exported_as_they_were(ranks, tmp_path, name):
+    installed.need_family(name)
     assert ranks(1).run(jobs.exported_window, name, str(tmp_path)) == [models.WINDOW]
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from nemo_modelopt_dropin.preflight import families
 from test_code.families import jobs, matrix, models, steps
+from test_code.support import installed
 
 # On a GPU, NeMo's own importers run, which the CPU backend corrects (docs/families.md).
 pytestmark = pytest.mark.cpu
@@ -29,6 +30,7 @@ OWN = {
 
 @pytest.mark.parametrize("name", OWN)
 def test_steps_of_its_own(ranks, tmp_path, name):
+    installed.need_family(name)
     (found,) = ranks(1).run(steps.take, name, str(tmp_path), OWN[name])
     assert {step: steps.outcome(name, step, result) for step, result in found.items()} == dict.fromkeys(OWN[name]), (
         found
@@ -80,6 +82,7 @@ def test_rows_of_some_families_replace_only_theirs():
 
 @pytest.mark.parametrize("name", [name for name, family in families.FAMILIES.items() if family.limit])
 def test_what_cannot_be_pruned_is_said_before_the_weights_are_read(ranks, tmp_path, name):
+    installed.need_family(name)
     limit = families.FAMILIES[name].limit
     requests = [{f"target_{size}": 2} for size in limit.targets if size != "num_query_groups"]
     for message in ranks(1).run(jobs.refused_requests, name, str(tmp_path), [*requests, {"target_params": "60%"}])[0]:

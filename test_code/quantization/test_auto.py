@@ -210,6 +210,7 @@ def test_a_mixed_model_goes_to_hugging_face(ranks, work, formats):
     assert json.loads((out / "config.json").read_text())["quantization_config"]["ignore"] == excluded
 
 
+@installed.formats_at_construction
 @needs_search
 def test_formats_that_one_hugging_face_checkpoint_cannot_describe_are_refused_before_the_search(cpu_backend):
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError

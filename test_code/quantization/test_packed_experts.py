@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from test_code.support import jobs_quant
+from test_code.support import installed, jobs_quant
 
 
 def error(folder: str, algorithm: str) -> tuple[str, str, bool]:
@@ -18,6 +18,7 @@ def error(folder: str, algorithm: str) -> tuple[str, str, bool]:
 
 @pytest.mark.parametrize("algorithm", ["fp8", "int8"])
 def test_experts_in_one_tensor_are_refused_before_the_calibration(ranks, tmp_path, algorithm):
+    installed.need_family("gpt-oss")
     ((name, text, left),) = ranks(1).run(error, str(tmp_path), algorithm)
     assert name == "ModelOptConfigError" and not left
     assert "experts" in text and "cannot be stored quantized" in text and 'export_format="nemo"' in text, text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -25,7 +26,17 @@ OWN_WRITER_RUNS = (
     Version(metadata.version("nvidia-modelopt")) < Version("0.46")
     or Path(str(metadata.distribution("megatron-core").locate_file("megatron/core/models/hybrid"))).exists()
 )
-# It takes a model in NeMo's wrapper, which later ones refuse.
+# Sliding windows and other kinds of softmax are in Megatron's own attention from 0.15, before in Transformer Engine only.
+LOCAL_WINDOWS = Version(metadata.version("megatron-core")) >= Version("0.15")
+local_windows = pytest.mark.skipif(
+    not LOCAL_WINDOWS, reason="megatron-core 0.14 has windows in Transformer Engine only"
+)
+_WINDOWED = ("mistral-window", "gemma-2", "gemma-3", "phi-3", "starcoder-2", "gpt-oss")
+formats_at_construction = pytest.mark.skipif(
+    Version(metadata.version("nemo-toolkit")) < Version("2.6"),
+    reason="NeMo 2.5 takes models of transformers too, whose formats are known only in `quantize`",
+)
+# modelopt 0.37 takes a model in NeMo's wrapper, which later ones refuse.
 WRAPPED_PRUNE = not KV_CACHE
 # Its FP8 quantizer divides by an amax of zero: a tensor of zeros becomes NaN in memory, before any export.
 fp8_zeros = pytest.mark.xfail(not KV_CACHE, reason="modelopt 0.37 makes NaN of zeros in FP8", strict=True)
@@ -56,6 +67,18 @@ def need_preset(algorithm: str) -> None:
     preset = algorithms.TABLE[algorithm].preset
     if preset is not None and not hasattr(mtq, preset):
         pytest.skip(f"this modelopt has no {preset}")
+
+
+def need_family(name: str, entries: Iterable[str] = ()) -> None:
+    """Skip a test of a family, with these entries of its configuration, that the installed NeMo cannot build here."""
+    from nemo.collections import llm
+    from test_code.families import models
+
+    missing = [one for one in models.FAMILIES[name].nemo if not hasattr(llm, one)]
+    if missing:
+        pytest.skip(f"this NeMo has no {missing[0]}")
+    if not LOCAL_WINDOWS and (name in _WINDOWED or "sliding_window" in entries):
+        pytest.skip("megatron-core 0.14 has sliding windows in Transformer Engine only")
 
 
 def is_stock(path: str | Path) -> bool:
