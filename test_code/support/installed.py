@@ -26,7 +26,7 @@ OWN_WRITER_RUNS = (
     Version(metadata.version("nvidia-modelopt")) < Version("0.46")
     or Path(str(metadata.distribution("megatron-core").locate_file("megatron/core/models/hybrid"))).exists()
 )
-# Sliding windows and other kinds of softmax are in Megatron's own attention from 0.15, before in Transformer Engine only.
+# Megatron has sliding windows and other kinds of softmax in its own attention from 0.15, before in that of TE only.
 LOCAL_WINDOWS = Version(metadata.version("megatron-core")) >= Version("0.15")
 local_windows = pytest.mark.skipif(
     not LOCAL_WINDOWS, reason="megatron-core 0.14 has windows in Transformer Engine only"

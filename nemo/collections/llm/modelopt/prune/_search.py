@@ -14,7 +14,7 @@ from torch.distributed import all_reduce
 
 from .. import _batches
 from ..errors import ModelOptConfigError
-from . import _checks, _groups, _layer_kinds, _norms, _output, _scores, _snapshot, _weights
+from . import _checks, _groups, _layer_kinds, _norms, _output, _scores, _snapshot, _uncut, _weights
 
 # A layer that changes nothing has a score of zero, which modelopt reads as "not measured".
 _LOWEST_SCORE = 1e-30
@@ -137,7 +137,7 @@ def prune_by_importance(
     if scores_path is not None:
         identity = _scores.fingerprint(core, dict(data or {}))
         known = _scores.prepare(scores_path, identity, _device(core))
-    hooks, measured = forward_hooks(core), False
+    hooks, measured, uncut = forward_hooks(core), False, _uncut.Uncut(core, export_config)
 
     def forward_loop(converted: nn.Module) -> None:
         nonlocal measured
@@ -153,6 +153,7 @@ def prune_by_importance(
                 handle.remove()
             finish_scores(core, count[0])
         measured = True
+        uncut.set_aside()
 
     try:
         with own_hparams():
@@ -167,6 +168,8 @@ def prune_by_importance(
                 "modelopt failed while it converted the model, which is no longer usable: restore it again."
             ) from error
         raise
+    finally:
+        uncut.put_back()
     forget_conversion(core)
     if scores_path is not None and known is None:
         _scores.record(scores_path, identity, {name: result[1][name] for name in _MEASURED})
