@@ -168,3 +168,21 @@ def test_losses_are_token_means_over_context_parallel_ranks(ranks, per_token):
 def test_the_settings_are_read_once(ranks, teacher_path, settings):
     path = settings("logit_kl_temperature: 2.0\nskip_lm_loss: false\n")
     assert ranks(1).run(settings_of_training, teacher_path, path)[0] == (1, True, 2.0, False)
+
+
+@pytest.mark.parametrize(
+    ("path", "restore", "warns"),
+    [(None, None, True), ("a checkpoint of this run", None, False), (None, "the student", False)],
+)
+def test_a_student_that_nothing_loads_is_mentioned(path, restore, warns):
+    from types import SimpleNamespace
+    from unittest.mock import patch
+
+    from nemo.collections.llm.modelopt.distill import model as module
+
+    trainer = SimpleNamespace(ckpt_path=path, strategy=SimpleNamespace(restore_config=restore))
+    student = module.DistillationGPTModel.__new__(module.DistillationGPTModel)
+    with patch.object(module.DistillationGPTModel, "trainer", trainer), patch.object(module, "logging") as log:
+        student.on_fit_start()
+    assert log.warning.called is warns
+    assert not warns or "RestoreConfig(path=" in log.warning.call_args.args[0]

@@ -319,6 +319,15 @@ class DistillationGPTModel(llm.GPTModel):
     def _metrics(self) -> Metrics:
         return Metrics(self._settings.intermediate_layer_pairs)
 
+    def on_fit_start(self) -> None:
+        """Warn if no checkpoint is loaded into the student: ``llm.distill`` of nemo-toolkit 2.5 does not load it."""
+        super().on_fit_start()
+        if not self.trainer.ckpt_path and getattr(self.trainer.strategy, "restore_config", None) is None:
+            logging.warning(
+                "Distillation: no checkpoint is loaded into the student. Its weights are random unless this program "
+                "set them. With nemo-toolkit 2.5, pass resume=AutoResume(restore_config=RestoreConfig(path=...))."
+            )
+
     def on_validation_start(self) -> None:
         """Enable all metrics during validation."""
         super().on_validation_start()
