@@ -352,6 +352,7 @@ def test_smoothquant_alpha_changes_the_result(ranks, work):
     assert not torch.allclose(outcomes[0][name], outcomes[1][name])
 
 
+@installed.since_0_43
 def test_a_quantized_model_is_quantized_anew_from_its_own_weights(ranks, work):
     paths = (str(work / "llama"), str(work / "text.jsonl"))
     direct, anew = (

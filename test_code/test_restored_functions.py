@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nemo_modelopt_dropin import versions
-from test_code.support import jobs_distill, jobs_quant
+from test_code.support import installed, jobs_distill, jobs_quant
 
 ERRORS = {"error": RuntimeError, "interruption": KeyboardInterrupt}
 
@@ -143,7 +143,15 @@ def teacher(ranks_factory, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("error", ["error", "interruption"])
-@pytest.mark.parametrize("kind", ["fp8", "int4_awq", "quantized", "prune", "distill"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(pytest.param(name, marks=installed.since_0_43) for name in ("fp8", "int4_awq")),
+        "quantized",
+        "prune",
+        "distill",
+    ],
+)
 def test_other_models_train_as_before_after_a_failure(ranks, teacher, kind, error):
     given = {}
     if kind == "distill":

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_modelopt_dropin.cpu_backend import block_formats
-from test_code.support import jobs_quant, jobs_scales
+from test_code.support import installed, jobs_quant, jobs_scales
 
 pytestmark = pytest.mark.cpu
 
@@ -154,6 +154,7 @@ def test_modelopts_function_runs_on_the_cpu_with_its_gradient(cpu_backend, kind,
     assert torch.equal(values.grad, torch.where(values.abs() <= 1.0, upstream, 0.0) if clipped else upstream)
 
 
+@installed.since_0_43
 def test_formats_that_are_not_simulated_go_to_modelopt(cpu_backend):
     from modelopt.torch.quantization import tensor_quant
 

@@ -31,6 +31,8 @@ OWN = {
 @pytest.mark.parametrize("name", OWN)
 def test_steps_of_its_own(ranks, tmp_path, name):
     installed.need_family(name)
+    if not installed.EXPERTS_PRUNE and name in ("mixtral", "deepseek-3", "gpt-oss"):
+        pytest.skip("modelopt 0.37 prunes neither experts nor positions of this kind")
     (found,) = ranks(1).run(steps.take, name, str(tmp_path), OWN[name])
     assert {step: steps.outcome(name, step, result) for step, result in found.items()} == dict.fromkeys(OWN[name]), (
         found

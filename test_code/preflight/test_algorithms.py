@@ -11,6 +11,7 @@ import pytest
 
 from nemo_modelopt_dropin.errors import ModelOptConfigError
 from nemo_modelopt_dropin.preflight import algorithms
+from test_code.support import installed
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -52,6 +53,7 @@ def test_one_entry_is_enough_for_the_commands_and_checks():
     subprocess.run([sys.executable, "-c", _WITH_ONE_MORE], check=True, timeout=120)
 
 
+@installed.since_0_43
 def test_one_entry_is_enough_for_presets(monkeypatch, cpu_backend):
     from nemo.collections.llm.modelopt.quantization import quant_cfg_choices
 

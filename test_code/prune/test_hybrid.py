@@ -244,6 +244,7 @@ class TestPatterns:
 
 
 @installed.prunes
+@installed.since_0_43
 class TestHybrids:
     def test_dropped_layers_leave_the_pattern(self, ranks):
         out = ranks(1).run(prune, {"drop_layers": [2, 3]}, "*--*", 4)[0]

@@ -87,7 +87,7 @@ def test_kv_cache_option(algorithm, decoder_type, enable, expected):
     from nemo.collections.llm.modelopt.errors import ModelOptConfigError
 
     if algorithm.endswith("_CFG") and not hasattr(mtq, algorithm):
-        with pytest.raises(ModelOptConfigError, match=f"Unsupported quantization format: algorithm='{algorithm}'"):
+        with pytest.raises(ModelOptConfigError, match=f"Unsupported quantization format: .*algorithm='{algorithm}'"):
             quant_cfg(algorithm, decoder_type)
         return
     assert has_kv(quant_cfg(algorithm, decoder_type, enable_kv_cache=enable)) is expected

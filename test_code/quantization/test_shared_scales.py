@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 
-from test_code.support import jobs_quant, jobs_scales, tolerances
+from test_code.support import installed, jobs_quant, jobs_scales, tolerances
 
 # SmoothQuant needs quantized inputs; all have scales for the inputs of every layer.
 ALGORITHMS = ("int4_awq", "int8_sq", "nvfp4_awq")
@@ -280,6 +280,7 @@ def test_tensor_ranks_move_the_same_scales(ranks, source, algorithm):
         assert error(now["logits"], whole["logits"]) < 0.5 * changed
 
 
+@installed.since_0_43
 def test_the_kv_cache_is_calibrated_on_the_new_values(ranks, source):
     quant = {"enable_kv_cache": True, "comparison_size": 0}
     found = ranks(1).run(both, source["llama"], source["data"], "int4_awq", spread=1.0, **quant)[0]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from test_code.support import jobs_quant
+from test_code.support import installed, jobs_quant
 from test_code.support import jobs_scales as jobs
 
 UNUSED = 3
@@ -22,7 +22,9 @@ def calibrated(ranks, tmp_path, algorithm: str) -> dict[str, torch.Tensor]:
     return ranks(1).run(jobs.export_both, str(tmp_path / "moe"), target, algorithm, more, UNUSED)[0]
 
 
-@pytest.mark.parametrize("algorithm", ["fp8", "int8", "int4_awq", "w4a8_awq"])
+@pytest.mark.parametrize(
+    "algorithm", ["fp8", "int8", *(pytest.param(one, marks=installed.since_0_43) for one in ("int4_awq", "w4a8_awq"))]
+)
 def test_an_unused_expert_gets_the_range_of_the_others(ranks, tmp_path, algorithm):
     ranks(1).run(jobs.make_moe, str(tmp_path / "moe"))
     jobs_quant.corpus(tmp_path / "text.jsonl")

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from test_code.serving import client
-from test_code.support import jobs_serving
+from test_code.support import installed, jobs_serving
 
 # Columns of the table: the divergence and its bound, what quantization changes, and the divergence of wrong folders.
 FIGURES = ("served", "bound", "quantization", "doubled scale", "input scale", "swapped")
@@ -45,6 +45,7 @@ def exported(ranks_factory, made):
     def make(family: str, algorithm: str, layout: str, **settings) -> tuple:
         key = (family, algorithm, layout, json.dumps(settings))
         if key not in done:
+            installed.need_preset(algorithm)
             folder, checkpoint, _ = made(family)
             target = folder / f"{algorithm}-{layout}-{len(done)}"
             export = {"hf_layout": layout} | settings.pop("export", {})

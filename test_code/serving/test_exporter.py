@@ -12,7 +12,7 @@ import pytest
 
 from nemo_modelopt_dropin.preflight import algorithms, readers
 from test_code.serving import cells
-from test_code.support import jobs_serving
+from test_code.support import installed, jobs_serving
 from test_code.support.hf_folders import tensors_of
 
 FAMILIES = ("llama", "qwen2-tied", "mixtral")
@@ -67,6 +67,7 @@ PAIRS = [
 ]
 
 
+@installed.since_0_43
 @pytest.mark.parametrize(("family", "algorithm"), PAIRS)
 def test_files_are_those_of_modelopts_exporter(ranks, made, exported, tmp_path, family, algorithm):
     folder, _, _ = made(family)

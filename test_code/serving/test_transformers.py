@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from test_code.serving import cells, client
-from test_code.support import jobs_serving
+from test_code.support import installed, jobs_serving
 
 FAMILIES = ("llama", "qwen2-tied", "mixtral")
 # It also rounds the inputs of FP8 by block. They have as many bits as the weights, whose rounding changes as much.
@@ -22,6 +22,7 @@ PAIRS = [
 ]
 
 
+@installed.since_0_43
 def test_transformers_reads_the_scales_of_the_kv_cache(ranks, exported):
     folder, memory = exported("llama", "fp8", cells.COMPRESSED, quant={"enable_kv_cache": True})
     (found,) = ranks(1).run(jobs_serving.transformers_logits, str(folder))

@@ -15,6 +15,7 @@ from nemo_modelopt_dropin import versions
 NEMO = Path(str(metadata.distribution("nemo-toolkit").locate_file("")))
 # modelopt 0.37 loses KV-cache quantizers of Megatron's own attention: there the option raises an error.
 KV_CACHE = Version(metadata.version("nvidia-modelopt")) >= Version("0.43")
+since_0_43 = pytest.mark.skipif(not KV_CACHE, reason="modelopt 0.37 lacks what this test compares with or needs")
 # It also prunes no model with learned positions.
 LEARNED_POSITIONS_PRUNE = KV_CACHE
 # Nor experts, and no hidden size of a model with experts.

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from test_code.quantization.layouts import modules
+from test_code.support import installed
 
 STATIC = ["FP8", "W8A8_SQ_PER_CHANNEL"]
+PER_TOKEN = pytest.param("FP8_PER_CHANNEL_PER_TOKEN", marks=installed.fp8_zeros)
 
 
 @pytest.mark.parametrize("name", ["modelopt", "compressed-tensors"])
-@pytest.mark.parametrize(
-    "algorithm", [*STATIC, "FP8_PER_CHANNEL_PER_TOKEN", "W8A8_PER_CHANNEL_PER_TOKEN", "NVFP4", "MXFP8"]
-)
+@pytest.mark.parametrize("algorithm", [*STATIC, PER_TOKEN, "W8A8_PER_CHANNEL_PER_TOKEN", "NVFP4", "MXFP8"])
 def test_inputs_are_rounded_as_in_memory(algorithm, name, cpu_backend):
     from nemo.collections.llm.modelopt.quantization.export.layouts import LAYOUTS, inputs, layer
 

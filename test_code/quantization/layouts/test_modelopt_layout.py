@@ -11,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from test_code.quantization.layouts import modules
+from test_code.support import installed
 
+BLOCKS = ("NVFP4", "W4A16_NVFP4", "MXFP8")
+MXFP8 = pytest.param("MXFP8", marks=installed.since_0_43)
 ALGORITHMS = [name for name in modules.SETTINGS if name not in ("FP8_WO", "W8A8_PER_CHANNEL_PER_TOKEN")]
 cases = settings(max_examples=30, deadline=None)
 seeds, kinds = st.integers(0, 2**31), st.sampled_from(["bf16 numbers", "bf16", "fp32"])
@@ -54,7 +57,7 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         assert torch.equal(bits(found[name]), bits(value)), name
 
 
-@pytest.mark.parametrize("algorithm", ["NVFP4", "W4A16_NVFP4", "MXFP8"])
+@pytest.mark.parametrize("algorithm", ["NVFP4", "W4A16_NVFP4", MXFP8])
 @cases
 @given(seed=seeds, kind=kinds, exponent=st.integers(-60, 60))
 def test_blocks_are_packed_as_by_modelopt_bit_for_bit(algorithm, seed, kind, exponent):
@@ -64,7 +67,7 @@ def test_blocks_are_packed_as_by_modelopt_bit_for_bit(algorithm, seed, kind, exp
     assert_equal(stored(module), stored_by_modelopt(module, weight.dtype))
 
 
-@pytest.mark.parametrize("algorithm", ["NVFP4", "MXFP8"])
+@pytest.mark.parametrize("algorithm", ["NVFP4", MXFP8])
 def test_ties_are_packed_as_by_modelopt_bit_for_bit(algorithm):
     values = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, 0.0, -0.0, 1e-9, -1e-9, 4.0, -0.25, 0.2, 1.0])
     weight = torch.stack((torch.cat((values, -values)), torch.cat((values.flip(0), values * 3))))
@@ -72,7 +75,7 @@ def test_ties_are_packed_as_by_modelopt_bit_for_bit(algorithm):
     assert_equal(stored(module), stored_by_modelopt(module))
 
 
-@pytest.mark.parametrize("algorithm", ["NVFP4", "MXFP8"])
+@pytest.mark.parametrize("algorithm", ["NVFP4", MXFP8])
 def test_blocks_of_zeros_are_packed_as_by_modelopt(algorithm):
     weight = modules.weights(algorithm, 0)
     weight[2, :32] = 0.0
@@ -122,7 +125,9 @@ def test_names_shapes_dtypes_and_scales_are_those_of_modelopt(algorithm, seed, k
     assert int(steps.abs().max()) <= 1 and float(differ.float().mean()) <= 0.15
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    "algorithm", [pytest.param(name, marks=installed.since_0_43) if name in BLOCKS else name for name in ALGORITHMS]
+)
 @cases
 @given(seed=seeds, kind=kinds, exponent=st.integers(-16, 12))
 def test_stored_tensors_are_decoded_to_the_weight_in_memory(algorithm, seed, kind, exponent):
@@ -273,6 +278,7 @@ FACTS = {"NVFP4": {"group_size": 16}, "W4A16_NVFP4": {"group_size": 16}, "MXFP8"
 FACTS["W4A16_AWQ"] = {"group_size": 32, "has_zero_point": False, "pre_quant_scale": True}
 
 
+@installed.since_0_43
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_one_format_is_described_as_by_modelopt(algorithm):
     from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
@@ -294,6 +300,7 @@ def test_one_format_is_described_as_by_modelopt(algorithm):
         assert section == convert_hf_quant_config_format(content)
 
 
+@installed.since_0_43
 def test_several_formats_are_described_as_by_modelopt():
     from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 
