@@ -10,6 +10,7 @@ from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
 
 from modelopt.torch.quantization.nn import TensorQuantizer
+from nemo_modelopt_dropin import versions
 from nemo_modelopt_dropin.console import screen
 
 from ... import _parallel
@@ -22,6 +23,8 @@ from . import gated_amax, kv_cache, patterns
 # The largest values of the formats whose input amax has a lower bound.
 _MAXBOUND = {"fp8": 448, "int8_sq": 127}
 _MIN_AMAX_SHARE = 0.01
+# The modelopt that is known to quantize a quantized model.
+_QUANTIZES_ANEW = "0.43"
 
 
 def drop_quantizers(core: torch.nn.Module, algorithm: Any) -> None:
@@ -34,7 +37,8 @@ def drop_quantizers(core: torch.nn.Module, algorithm: Any) -> None:
         algorithm: The next algorithm, for the message.
 
     Raises:
-        ModelOptConfigError: If AWQ or SmoothQuant scaled the weights, which are no longer the original ones.
+        ModelOptConfigError: If AWQ or SmoothQuant scaled the weights, which are no longer the original ones, or the
+            installed modelopt takes no quantized model.
     """
     present = sum(comparison.count_quantizers(core).values())
     if not present:
@@ -45,6 +49,12 @@ def drop_quantizers(core: torch.nn.Module, algorithm: Any) -> None:
         raise ModelOptConfigError(
             "This model is quantized already, by an algorithm that scaled its weights (AWQ or SmoothQuant): quantizing "
             f"it again with {algorithm} would start from those. Quantize the original checkpoint."
+        )
+    installed = versions.installed_version("nvidia-modelopt") or _QUANTIZES_ANEW
+    if versions.base(installed) < versions.base(_QUANTIZES_ANEW):
+        raise ModelOptConfigError(
+            f"This model is quantized already, and nvidia-modelopt {installed} cannot quantize it again. Quantize the "
+            f"original checkpoint, or install nvidia-modelopt {_QUANTIZES_ANEW}."
         )
     for quantizer in quantizers:
         quantizer.reset_amax()
