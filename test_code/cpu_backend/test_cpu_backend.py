@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -243,6 +244,26 @@ def test_pool_shows_the_traceback_of_the_rank_that_failed_and_recovers(tmp_path)
     assert pool.run(rank_and_sum, 1) == [(0, 3), (1, 3)]
     with pytest.raises(RankError, match=r"(?s)rank 0: finished.*rank 1: no answer \(limit 2 s\).*in hang_on"):
         pool.run(hang_on, 1, timeout=2)
+    pool.close()
+
+
+def port_of_a_group() -> int:
+    from test_code.support import tiny
+
+    tiny.init_parallel()
+    return int(os.environ["MASTER_PORT"])
+
+
+def test_a_port_that_somebody_listens_on_is_passed_over(tmp_path):
+    from test_code.support.ranks import later_port
+
+    pool = RankPool(2, tmp_path)
+    first = pool.run(port_of_a_group)[0]
+    with socket.socket() as left_behind:
+        left_behind.bind(("", later_port(first, 2)))
+        left_behind.listen()
+        ports = [pool.run(port_of_a_group) for _ in range(2)]
+    assert ports == [[later_port(first, 1)] * 2, [later_port(first, 3)] * 2]
     pool.close()
 
 

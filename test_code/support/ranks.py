@@ -404,9 +404,19 @@ def reset() -> None:
     # Megatron keeps a loss for each layer of the first mixture of experts, and adds those of others to them.
     moe_utils.get_moe_layer_wise_logging_tracker().clear()
     gc.collect()
+    # The next group uses another port, because the old store may not have released its own yet.
+    port = later_port(int(os.environ["MASTER_PORT"]))
     if dist.is_initialized():
+        # Before the barrier: afterwards the first rank may listen on the next port already.
+        while _is_listening(port):
+            port = later_port(port)
         dist.barrier()
         dist.destroy_process_group()
     devices.release()
-    # The next group uses another port, because the old store may not have released its own yet.
-    os.environ["MASTER_PORT"] = str(later_port(int(os.environ["MASTER_PORT"])))
+    os.environ["MASTER_PORT"] = str(port)
+
+
+def _is_listening(port: int) -> bool:
+    """Return whether a store that a test left behind, a ring of ports ago, still listens on a port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
