@@ -44,7 +44,7 @@ def _imports(path: Path) -> set[str]:
 
 
 def test_benchmarks_need_live_ranks_and_small_models_of_the_tests_and_nothing_else():
-    allowed = ("test_code.support.ranks.RankPool", "test_code.support.tiny")
+    allowed = ("test_code.support.ranks.RankPool", "test_code.support.tiny", "test_code.support.installed")
     for path in (ROOT / "benchmarks").glob("*.py"):
         assert {name for name in _imports(path) if name.startswith("test_code")} <= set(allowed), path.name
     importers = [

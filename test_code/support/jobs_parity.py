@@ -23,7 +23,7 @@ def first(size: int):
     if rank >= size:
         yield False
         return
-    with ranks.world(rank, size, 500):
+    with ranks.world(rank, size, 125):
         yield True
 
 
