@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -249,31 +248,31 @@ def test_pool_shows_the_traceback_of_the_rank_that_failed_and_recovers(tmp_path)
     pool.close()
 
 
-def port_of_a_group() -> int:
-    from test_code.support import tiny
+def sums_of_many_worlds(count: int) -> list[float]:
+    """Return what ``all_reduce`` gives in worlds of both ranks, of one rank and of both again, ``count`` times."""
+    from test_code.support import jobs_distill, tiny
+    from test_code.support import ranks as pool
 
-    tiny.init_parallel()
-    return int(os.environ["MASTER_PORT"])
+    def total() -> float:
+        tiny.init_parallel()
+        number = torch.full((1,), float(os.environ["RANK"]) + 1)
+        torch.distributed.all_reduce(number)
+        return number.item()
+
+    found = []
+    for _ in range(count):
+        found.append(total())
+        pool.reset()
+        with jobs_distill.alone():
+            # Rank 1 makes more groups of its own than rank 0 does.
+            for _ in range(1 + int(os.environ["TEST_POOL_WORLD"][-1])):
+                found.append(total())
+                pool.reset()
+    return found
 
 
-def test_a_port_that_somebody_listens_on_is_passed_over(tmp_path):
-    from test_code.support.ranks import later_port
-
+def test_ranks_meet_in_worlds_of_their_own_as_often_as_they_like(tmp_path):
+    """Also where the ranks do not make equally many groups of their own."""
     pool = RankPool(2, tmp_path)
-    first = pool.run(port_of_a_group)[0]
-    with socket.socket() as left_behind:
-        left_behind.bind(("", later_port(first, 2)))
-        left_behind.listen()
-        ports = [pool.run(port_of_a_group) for _ in range(2)]
-    assert ports == [[later_port(first, 1)] * 2, [later_port(first, 3)] * 2]
+    assert pool.run(sums_of_many_worlds, 10) == [[3.0, 1.0] * 10, [3.0, 1.0, 1.0] * 10]
     pool.close()
-
-
-@pytest.mark.parametrize(
-    ("port", "count", "expected"),
-    [(2001, 1, 2002), (2248, 1, 2249), (2249, 1, 2001), (2249, 200, 2200), (2375, 125, 2251)],
-)
-def test_a_pool_that_runs_out_of_ports_starts_again_with_its_own(port, count, expected):
-    from test_code.support import ranks
-
-    assert ranks.later_port(port, count) == expected

@@ -23,7 +23,7 @@ def first(size: int):
     if rank >= size:
         yield False
         return
-    with ranks.world(rank, size, 125):
+    with ranks.world(rank, size, f"first{size}"):
         yield True
 
 

@@ -12,6 +12,7 @@ new ones.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import faulthandler
 import gc
@@ -20,9 +21,7 @@ import io
 import multiprocessing
 import os
 import pickle
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -30,13 +29,19 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from test_code.support import devices
 from test_code.support.templates import Forked, Template
 
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
 _START_TIMEOUT = 240.0
 _GRACE = 5.0
-_PORTS = 250
+# Where the ranks of a pool meet, and the name of the world that this rank is in.
+_STORE, _WORLD = "TEST_POOL_STORE", "TEST_POOL_WORLD"
+_meetings: collections.Counter[str] = collections.Counter()
 _templates: dict[tuple, Template] = {}
 
 
@@ -69,7 +74,7 @@ class RankPool:
         self._set_up = set_up or devices.start_rank
         self._processes: list[Forked | _Spawned] = []
         self._pipes: list = []
-        self._reserved: socket.socket | None = None
+        self._store: TCPStore | None = None
 
     def run(self, function, *args, timeout: float = 180.0, **kwargs) -> list:
         """Run a module-level function on every rank and return the results, ordered by rank.
@@ -107,19 +112,15 @@ class RankPool:
                 process.wait(max(0.0, deadline - time.monotonic()))
             if process.poll() is None:
                 _kill(process)
-        self._processes, self._pipes = [], []
-        self._free_ports()
-
-    def _free_ports(self) -> None:
-        if self._reserved is not None:
-            self._reserved.close()
-            self._reserved = None
+        self._processes, self._pipes, self._store = [], [], None
 
     def _start(self) -> None:
+        from torch.distributed import TCPStore
+
         self.log_dir.mkdir(parents=True, exist_ok=True)
-        self._free_ports()
-        self._reserved = _reserve_ports()
-        port = self._reserved.getsockname()[1] + 1
+        # The system chooses the port, so that no pool can meet another's ranks.
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        port = self._store.port
         for rank in range(self.world_size):
             ours, theirs = multiprocessing.Pipe()
             self._processes.append(self._started((rank, self.world_size, port, str(self._log(rank))), theirs))
@@ -128,7 +129,7 @@ class RankPool:
         self._collect("start of the ranks", _START_TIMEOUT)
 
     def _started(self, place: tuple[int, int, int, str], pipe: Connection) -> Forked | _Spawned:
-        """Start the rank of a place: rank, number of ranks, port and log."""
+        """Start the rank of a place: rank, number of ranks, port of the store and log."""
         if devices.machine().start_method == "forkserver":
             return _template(self.env, self._set_up).fork(_serve_forked, place, pipe.fileno())
         return _Spawned(*place, pipe, self.env, self._set_up)
@@ -214,45 +215,6 @@ def _kill(process: Forked | _Spawned) -> None:
     process.wait()
 
 
-def _reserve_ports() -> socket.socket:
-    """Return a socket that is bound to the first port of a free block; every `reset` uses the next port.
-
-    The blocks are below the ports of `launch.free_port`. While the socket is open, no other pool uses the block, in
-    this test process or in another. A pool that ran into another pool's ports would connect to the other's store and
-    wait for ranks that no longer exist.
-    """
-    blocks = list(range(2_000, 20_000, _PORTS))
-    random.SystemRandom().shuffle(blocks)
-    for port in blocks:
-        probe = socket.socket()
-        try:
-            probe.bind(("127.0.0.1", port))
-            if all(map(_is_free, range(port + 1, port + _PORTS))):
-                return probe
-        except OSError:
-            pass
-        probe.close()
-    raise RankError(f"no free block of {_PORTS} ports below 20000")
-
-
-def later_port(port: int, count: int = 1) -> int:
-    """Return the port that comes ``count`` after one: the block of a pool is a ring, so none is of another pool."""
-    first = port - port % _PORTS + 1
-    return first + (port - first + count) % (_PORTS - 1)
-
-
-def _is_free(port: int) -> bool:
-    """Return whether no process, for example a service of the machine, listens on a port."""
-    with socket.socket() as probe:
-        # Connections that an earlier store left behind do not count.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-    return True
-
-
 def _serve_forked(rank: int, world_size: int, port: int, log: str, handle: int) -> None:
     """Run as one rank that was forked from a template."""
     _serve(rank, world_size, port, log, Connection(handle))
@@ -284,6 +246,7 @@ def _serve(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         TORCHELASTIC_RUN_ID="pool",
+        **{_STORE: str(port), _WORLD: "pool"},
     )
     try:
         if set_up is not None:
@@ -313,6 +276,7 @@ def _prepare(env: dict[str, str], set_up: Callable[[int], None], rank: int = 0) 
     torch.set_num_threads(1)
     set_up(rank)
     warnings.filterwarnings("error", module=r"nemo\.collections\.llm\.modelopt")
+    _rendezvous()._rendezvous_handlers["env"] = _meet_in_store
     import nemo.collections.llm  # noqa: F401
     from test_code.support import other_sums
 
@@ -356,17 +320,39 @@ def _pickled(value) -> bytes:
     return stream.getvalue()
 
 
+def _meet_in_store(url: str, **options):
+    """Let ranks of a pool meet in its store, and other processes at ``MASTER_PORT``, for ``env://``.
+
+    PyTorch's first rank would listen on ``MASTER_PORT`` for each process group. A suite makes thousands of groups, in
+    several pools: it would run out of ports, or meet an older store. Here each group has its own name in one store.
+    """
+    from torch.distributed import PrefixStore, TCPStore
+
+    if _STORE not in os.environ or "RANK" not in os.environ:
+        yield from _rendezvous()._env_rendezvous_handler(url, **options)
+        return
+    name = os.environ[_WORLD]
+    _meetings[name] += 1
+    store = TCPStore("127.0.0.1", int(os.environ[_STORE]), is_master=False, timeout=options["timeout"])
+    yield PrefixStore(f"{name}/{_meetings[name]}", store), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def _rendezvous():
+    # By name: the package has a function of the module's name.
+    return importlib.import_module("torch.distributed.rendezvous")
+
+
 @contextlib.contextmanager
-def world(rank: int, size: int, port_offset: int):
+def world(rank: int, size: int, name: str):
     """Make this rank part of a smaller world inside the context: several ranks of the pool, or this rank alone.
 
     Args:
         rank: rank in that world.
         size: number of ranks in that world.
-        port_offset: offset from the pool's port; worlds that exist at the same time need different offsets.
+        name: name of the world; its ranks enter worlds of this name equally often.
     """
     changed = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    changed["MASTER_PORT"] = later_port(int(os.environ["MASTER_PORT"]), port_offset)
+    changed[_WORLD] = f"{os.environ[_WORLD]}/{name}"
     kept = {name: os.environ[name] for name in changed}
     os.environ.update({name: str(value) for name, value in changed.items()})
     try:
@@ -404,19 +390,7 @@ def reset() -> None:
     # Megatron keeps a loss for each layer of the first mixture of experts, and adds those of others to them.
     moe_utils.get_moe_layer_wise_logging_tracker().clear()
     gc.collect()
-    # The next group uses another port, because the old store may not have released its own yet.
-    port = later_port(int(os.environ["MASTER_PORT"]))
     if dist.is_initialized():
-        # Before the barrier: afterwards the first rank may listen on the next port already.
-        while _is_listening(port):
-            port = later_port(port)
         dist.barrier()
         dist.destroy_process_group()
     devices.release()
-    os.environ["MASTER_PORT"] = str(port)
-
-
-def _is_listening(port: int) -> bool:
-    """Return whether a store that a test left behind, a ring of ports ago, still listens on a port."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
