@@ -21,6 +21,8 @@ PAGES := README.md CONTRIBUTING.md CHANGELOG.md docs
 PROSE := $(PAGES) $(SOURCES)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# `setup` leaves it to the first import to compile a module; each later one would compile it again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test test-gpu test-slow test-families test-serving test-te test-eval test-compat lint types docs bench clean
 
