@@ -12,6 +12,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
+# Looked up once: every operation is compared with them.
+_TO, _TYPE = torch.Tensor.to, torch.Tensor.type
 
 
 class _Stream:
@@ -133,24 +135,27 @@ class _CudaMeansCpu(TorchFunctionMode):
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        # Every operation and every attribute of a tensor comes here: almost all end with the next two lines.
+        if not kwargs and func is not _TO and func is not _TYPE:
+            return func(*args)
         kwargs = kwargs or {}
         if _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": _CPU}
         if kwargs.get("pin_memory"):
             kwargs = {**kwargs, "pin_memory": False}
-        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+        if func is _TO and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], _CPU, *args[2:])
-        if func is torch.Tensor.type:
+        if func is _TYPE:
             return self._tensor_type(*args, **kwargs)
         return func(*args, **kwargs)
 
     @staticmethod
     def _tensor_type(tensor, dtype=None, **kwargs):
         if dtype is None:
-            return torch.Tensor.type(tensor).replace("torch.", "torch.cuda.", 1)
+            return _TYPE(tensor).replace("torch.", "torch.cuda.", 1)
         if isinstance(dtype, str):
             dtype = dtype.replace("torch.cuda.", "torch.", 1)
-        return torch.Tensor.type(tensor, dtype, **kwargs)
+        return _TYPE(tensor, dtype, **kwargs)
 
 
 def patch_devices() -> None:
