@@ -122,9 +122,11 @@ def _drop_fork_warning(record: logging.LogRecord) -> bool:
 
 
 def _is_cuda(device) -> bool:
-    if isinstance(device, bool):
-        return False
-    return isinstance(device, int) or (isinstance(device, str | torch.device) and str(device).startswith("cuda"))
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, int) and not isinstance(device, bool)
 
 
 class _CudaMeansCpu(TorchFunctionMode):

@@ -41,14 +41,21 @@ def described(folder) -> dict[str, tuple]:
 
 
 def section(folder) -> dict:
-    """Return ``quantization_config``."""
-    return json.loads((folder / "config.json").read_text())["quantization_config"]
+    """Return ``quantization_config``, with linear layers only among those in 16 bits."""
+    content = json.loads((folder / "config.json").read_text())["quantization_config"]
+    return {**content, "ignore": linear(content["ignore"])}
 
 
 def separate(folder) -> dict:
-    """Return the content of ``hf_quant_config.json``, without entries that are None."""
+    """Return the content of ``hf_quant_config.json``, without entries that are None; as `section` does."""
     content = json.loads((folder / "hf_quant_config.json").read_text())["quantization"]
+    content = {**content, "exclude_modules": linear(content["exclude_modules"])}
     return {key: value for key, value in content.items() if value is not None}
+
+
+def linear(names: list[str]) -> list[str]:
+    """Return names without the embedding, which modelopt lists from 0.45, since it could quantize it there."""
+    return [name for name in names if name != "model.embed_tokens"]
 
 
 def excused(table, algorithm, *keys) -> bool:
