@@ -81,20 +81,27 @@ def pair(*args, **kwargs) -> tuple[dict, dict]:
 # --- tests ---
 
 
-@pytest.mark.parametrize("algorithm", ["int4_awq", "w4a8_awq"])
-@pytest.mark.parametrize("family", ["dense", "experts"])
-@pytest.mark.parametrize(
-    ("world", "layout", "settings"),
-    [
-        (1, {}, {}),
-        (1, {}, {"calibration_seq_len": 8, "calibration_dataset_size": 4}),
-        (1, {}, {"packed": False}),
-        (2, {"tp": 2}, {}),
-        (2, {"pp": 2}, {"enable_kv_cache": installed.KV_CACHE}),
-        (2, {}, {}),
-    ],
-    ids=["many tokens", "few tokens", "rows of unequal length", "TP", "PP with KV cache", "DP"],
-)
+CASES = {
+    "many tokens": (1, {}, {}),
+    "few tokens": (1, {}, {"calibration_seq_len": 8, "calibration_dataset_size": 4}),
+    "rows of unequal length": (1, {}, {"packed": False}),
+    "TP": (2, {"tp": 2}, {}),
+    "PP with KV cache": (2, {"pp": 2}, {"enable_kv_cache": installed.KV_CACHE}),
+    "DP": (2, {}, {}),
+}
+KINDS = [("dense", "int4_awq"), ("experts", "w4a8_awq"), ("dense", "w4a8_awq"), ("experts", "int4_awq")]
+
+
+def combinations() -> list:
+    """Return each case with each family and algorithm: any two of the three are together in a test that is not slow."""
+    return [
+        pytest.param(*CASES[case], *kind, id=f"{case}-{'-'.join(kind)}", marks=[pytest.mark.slow] * (n // 2 != i % 2))
+        for i, case in enumerate(CASES)
+        for n, kind in enumerate(KINDS)
+    ]
+
+
+@pytest.mark.parametrize(("world", "layout", "settings", "family", "algorithm"), combinations())
 def test_the_scales_are_modelopts(ranks, work, algorithm, family, world, layout, settings):
     arguments = (str(work / family), str(work / "text.jsonl"), algorithm)
     for ours, theirs in ranks(world).run(pair, *arguments, **layout, **settings):
