@@ -59,15 +59,20 @@ def need_pruning() -> None:
         pytest.skip(problem)
 
 
-def need_preset(algorithm: str) -> None:
-    """Skip a test whose algorithm needs a preset that the installed modelopt lacks; it raises an error there."""
+def has_preset(algorithm: str) -> bool:
+    """Return whether the installed modelopt has the preset of an algorithm, if it needs one."""
     import modelopt.torch.quantization as mtq
 
     from nemo_modelopt_dropin.preflight import algorithms
 
     preset = algorithms.TABLE[algorithm].preset
-    if preset is not None and not hasattr(mtq, preset):
-        pytest.skip(f"this modelopt has no {preset}")
+    return preset is None or hasattr(mtq, preset)
+
+
+def need_preset(algorithm: str) -> None:
+    """Skip a test whose algorithm needs a preset that the installed modelopt lacks; it raises an error there."""
+    if not has_preset(algorithm):
+        pytest.skip(f"this modelopt has no preset for {algorithm}")
 
 
 def need_family(name: str, entries: Iterable[str] = ()) -> None:
