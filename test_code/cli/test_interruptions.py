@@ -212,7 +212,22 @@ def test_a_disk_that_fills_up_in_the_middle(commands, teacher, uninterrupted, sm
 
 
 def _wait_for_file(process: started.Started, folder: Path, files: str) -> None:
-    _wait_for(lambda: any(folder.glob(files)) or process.poll() is not None, 600, f"{folder}/{files}")
+    _wait_for(lambda: started.has_file(folder, files) or process.poll() is not None, 600, f"{folder}/{files}")
+
+
+def test_a_folder_is_renamed_between_its_listing_and_the_look_into_it(tmp_path, monkeypatch):
+    scandir = os.scandir
+
+    def rename_first(folder):
+        if str(folder).endswith(".part"):
+            os.rename(folder, tmp_path / "checkpoint")
+        return scandir(folder)
+
+    (tmp_path / ".part").mkdir()
+    (tmp_path / ".part" / "0.distcp").touch()
+    monkeypatch.setattr(os, "scandir", rename_first)
+    assert not started.has_file(tmp_path, "**/*.distcp")
+    assert started.has_file(tmp_path, "**/*.distcp")
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from nemo_modelopt_cli.compress.settings import Layout
 from nemo_modelopt_dropin import files, versions
 from nemo_modelopt_dropin.preflight import output_checks
 from nemo_modelopt_dropin.report import charts as report_charts
-from test_code.support import command_lines, devices, installed, jobs_compress, tolerances
+from test_code.support import command_lines, devices, installed, jobs_compress, started, tolerances
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -233,7 +233,7 @@ def test_the_whole_job_killed_while_distilling(commands, teacher, tmp_path):
     command = _command(teacher, tmp_path)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with commands.start(command, environment, stderr=subprocess.DEVNULL) as process:
-        _wait_for(lambda: list((tmp_path / "distill" / "steps").glob("step-*[0-9]")) or process.poll(), 300)
+        _wait_for(lambda: started.has_file(tmp_path / "distill" / "steps", "step-*[0-9]") or process.poll(), 300)
         process.kill()
     pruned = stages.read_record(tmp_path / "prune")
     assert pruned is not None, (tmp_path / "log" / "rank0.txt").read_text()[-3000:]

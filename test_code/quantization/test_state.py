@@ -249,8 +249,14 @@ def _small_files(limit: int):
 def _kill_once_written(staging: Path) -> None:
     """Kill this process and its children as soon as the export has written a part of a file."""
 
+    def written() -> bool:
+        try:
+            return any(p.is_file() and p.stat().st_size > 0 for p in staging.rglob("*"))
+        except FileNotFoundError:  # renamed between the listing and the look at it
+            return False
+
     def watch():
-        while not any(p.is_file() and p.stat().st_size > 0 for p in staging.rglob("*")):
+        while not written():
             time.sleep(0.001)
         os.killpg(0, signal.SIGKILL)
 

@@ -133,6 +133,17 @@ def processes_of(session: int) -> list[str]:
     return found
 
 
+def has_file(folder: Path, pattern: str) -> bool:
+    """Return whether a folder that another process works in has files of this pattern, as for ``Path.glob``.
+
+    The other process renames folders: one that ``glob`` has listed may be gone when it looks into it.
+    """
+    try:
+        return any(folder.glob(pattern))
+    except FileNotFoundError:
+        return False
+
+
 def _text(path: Path) -> str:
     return path.read_text(errors="replace") if path.exists() else ""
 
