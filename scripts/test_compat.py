@@ -210,9 +210,9 @@ def imported_versions(row: str, folder: Path, env: Mapping[str, str]) -> dict[st
 
 
 def suite(whole: bool) -> list[str]:
-    """Return pytest's arguments for a row: three processes, without `LEFT_OUT` unless all is wanted."""
+    """Return pytest's arguments for a row: two processes, without `LEFT_OUT` unless all is wanted."""
     left_out = [] if whole else [f"--ignore=test_code/{name}" for name in LEFT_OUT]
-    return ["-n", "3", "--dist", "loadfile", "--no-loadscope-reorder", *left_out]
+    return ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", *left_out]
 
 
 def run_row(row: str, arguments: Sequence[str]) -> Result:
