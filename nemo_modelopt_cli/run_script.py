@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import os
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from typing import TextIO
 
 from nemo_modelopt_cli import run_file
 from nemo_modelopt_cli.parser import saved_settings
-from nemo_modelopt_cli.process import entry, forks, rendezvous, signals
+from nemo_modelopt_cli.process import entry, forks, imports, rendezvous, signals
 from nemo_modelopt_dropin import files, locks, ranks
 from nemo_modelopt_dropin.errors import InUseError, ModelOptConfigError
 
@@ -136,12 +135,13 @@ def _as_rank(
     def on_this_rank(out: TextIO) -> None:
         if rank == 0 and not forks.is_rank():
             out.write(f"{script.name}: {runner.LOADING}\n")
-        if given.cpu:
-            start_on_cpu()
-        else:
-            runner.require_gpu()
+        with imports.uncollected():
+            if given.cpu:
+                start_on_cpu()
+            else:
+                runner.require_gpu()
+            import nemo.collections.llm.modelopt  # noqa: F401
         rendezvous.keep_on_loopback()
-        gc.freeze()  # what was imported stays: a collection took half a second to visit it
         if rank == 0 and script.keeps_progress:
             save(script, settings)
         found = work(given)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_modelopt_cli.process import imports
 from test_code.support import devices
 
 # GPUs are hidden before anything uses them.
@@ -22,7 +23,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Importing NeMo raises dozens of deprecation warnings in third parties. They are let pass here, once; from then on a
 # warning is an error unless pyproject.toml names it, and one of ours is an error even here.
-with warnings.catch_warnings():
+with warnings.catch_warnings(), imports.uncollected():
     warnings.simplefilter("ignore")
     warnings.filterwarnings("error", module=r"nemo\.collections\.llm\.modelopt")
     import nemo.collections.llm  # noqa: F401

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import os
 import sys
@@ -27,7 +26,7 @@ from nemo_modelopt_cli.compress.stages import (
     read_record,
     run_stages,
 )
-from nemo_modelopt_cli.process import entry, forks, launch, rendezvous, signals
+from nemo_modelopt_cli.process import entry, forks, imports, launch, rendezvous, signals
 from nemo_modelopt_dropin import files, locks, ranks
 from nemo_modelopt_dropin.console import screen
 from nemo_modelopt_dropin.errors import InUseError, ModelOptConfigError
@@ -335,14 +334,13 @@ def _run_all(
         return
     if ranks.is_first() and not forks.is_rank():
         out.write(f"{LOADING}\n")
-    if layout.cpu:
-        from nemo_modelopt_dropin import cpu_backend
+    with imports.uncollected():
+        if layout.cpu:
+            from nemo_modelopt_dropin import cpu_backend
 
-        cpu_backend.enable()
+            cpu_backend.enable()
+        from nemo_modelopt_cli.compress import training
     rendezvous.keep_on_loopback()
-    from nemo_modelopt_cli.compress import training
-
-    gc.freeze()  # what was imported stays: a collection, of which each step makes some, took half a second to visit it
     peers = training.StoreRanks() if ranks.is_rank() else Alone()
     run_stages(stages, root, peers, on_event, redo, out)
     training.release()

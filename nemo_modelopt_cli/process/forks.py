@@ -6,7 +6,6 @@ ranks share.
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import subprocess
@@ -16,7 +15,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from nemo_modelopt_cli.process import entry, processes
+from nemo_modelopt_cli.process import entry, imports, processes
 
 # A thread of pyarrow's allocator, which prepares for forks by itself.
 _HARMLESS_THREADS = {"jemalloc_bg_thd"}
@@ -100,17 +99,16 @@ def load() -> None:
     before = os.environ.get(_threads)
     os.environ[_threads] = "1"  # NumPy and PyTorch start none; each rank sets its number
     try:
-        from nemo_modelopt_dropin import cpu_backend
+        with imports.uncollected():
+            from nemo_modelopt_dropin import cpu_backend
 
-        cpu_backend.enable()
-        import nemo.collections.llm.modelopt  # noqa: F401
+            cpu_backend.enable()
+            import nemo.collections.llm.modelopt  # noqa: F401
     finally:
         if before is None:
             del os.environ[_threads]
         else:
             os.environ[_threads] = before
-    # Collections need not visit what was imported, which would also copy the pages that it is on in every rank.
-    gc.freeze()
     _state["loaded"] = True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_modelopt_cli.process import forks
+from nemo_modelopt_cli.process import forks, imports
 from nemo_modelopt_dropin import ranks
 from nemo_modelopt_dropin.console import screen
 from test_code.support import started
@@ -23,6 +24,27 @@ pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_imports_are_not_collected_and_stay(collects):
+    was, frozen, done = gc.isenabled(), gc.get_freeze_count(), []
+    gc.callbacks.append(note := lambda phase, info: done.append(phase))
+    try:
+        (gc.enable if collects else gc.disable)()
+        with pytest.raises(ImportError, match="none"), imports.uncollected():
+            done.clear()
+            kept = [[] for _ in range(100_000)]
+            during = list(done)
+            raise ImportError("none")
+        assert not during
+        assert gc.isenabled() is collects
+        assert gc.get_freeze_count() >= frozen + len(kept)
+    finally:
+        gc.callbacks.remove(note)
+        (gc.enable if was else gc.disable)()
+
+
 # A command on two ranks; ``work(rank)`` is defined between the two parts.
 _BEGIN = """
     import json, os, signal, sys, threading, time

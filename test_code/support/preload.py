@@ -9,9 +9,10 @@ import subprocess
 import sys
 import warnings
 
+from nemo_modelopt_cli.process import imports
 from nemo_modelopt_dropin.report import page
 
-with warnings.catch_warnings():
+with warnings.catch_warnings(), imports.uncollected():
     warnings.simplefilter("ignore")
     import datasets  # noqa: F401
     import lightning.pytorch  # noqa: F401

@@ -31,6 +31,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_modelopt_cli.process import imports
 from test_code.support import devices
 from test_code.support.templates import Forked, Template
 
@@ -274,16 +275,14 @@ def _prepare(env: dict[str, str], set_up: Callable[[int], None], rank: int = 0) 
     import torch
 
     torch.set_num_threads(1)
-    set_up(rank)
-    warnings.filterwarnings("error", module=r"nemo\.collections\.llm\.modelopt")
-    _rendezvous()._rendezvous_handlers["env"] = _meet_in_store
-    import nemo.collections.llm  # noqa: F401
+    with imports.uncollected():
+        set_up(rank)
+        warnings.filterwarnings("error", module=r"nemo\.collections\.llm\.modelopt")
+        _rendezvous()._rendezvous_handlers["env"] = _meet_in_store
+        import nemo.collections.llm  # noqa: F401
     from test_code.support import other_sums
 
     other_sums.enable_if_asked()
-    # Imported objects stay alive. Without freezing them, each garbage collection would visit all of them (0.5 s).
-    gc.collect()
-    gc.freeze()
 
 
 def _execute(job: bytes) -> bytes:

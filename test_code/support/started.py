@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import gc
 import os
 import runpy
 import signal
@@ -22,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from nemo_modelopt_cli.process import imports
 from test_code.support import templates
 
 
@@ -149,9 +149,8 @@ def _text(path: Path) -> str:
 
 
 def _import_nemo() -> None:
-    import nemo.collections.llm.modelopt  # noqa: F401
-
-    gc.freeze()
+    with imports.uncollected():
+        import nemo.collections.llm.modelopt  # noqa: F401
 
 
 def _become(words: list[str], env: dict[str, str], cwd: str, out: str, err: int) -> None:
