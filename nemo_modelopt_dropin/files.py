@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_modelopt_dropin import locks
+from nemo_modelopt_dropin import locks, ranks
 from nemo_modelopt_dropin.errors import ModelOptConfigError
 
 MARKER = ".nemo-modelopt.json"
@@ -248,11 +248,16 @@ def _delete(path: Path) -> None:
 # --- write next to the target, then rename ----------------------------------------------------------------------------
 
 
+def beside_path(path: Path) -> Path:
+    """Return the path that `replacing` yields; ranks on several hosts may have the same process number."""
+    return path.with_name(f".{path.name}.{ranks.number()}{os.getpid():07d}.part")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a path to write a file to; it replaces the file at ``path`` if the context ends without an error."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside = beside_path(path)
     beside.unlink(missing_ok=True)  # do not write through an existing link
     try:
         yield beside

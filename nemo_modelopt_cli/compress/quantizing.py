@@ -8,14 +8,14 @@ from typing import Any
 from nemo.collections.llm.modelopt import QuantizationConfig
 from nemo.collections.llm.modelopt.quantization import mixture
 from nemo_modelopt_cli.compress.settings import Quantization
-from nemo_modelopt_dropin import ranks
 from nemo_modelopt_dropin.preflight.algorithms import NO_QUANT
-
-_MIXTURE = "quant_cfg.json"
 
 
 def config_of(settings: Quantization, text: str, folder: Path, **more: Any) -> QuantizationConfig:
     """Return the settings of a quantization; a mixture of two algorithms is written as a quant_cfg into a folder.
+
+    Each rank writes the file before it reads it, so that none waits for another. The file is named after what it holds:
+    ranks that are not at the same place read the same.
 
     Args:
         settings: The job's settings.
@@ -25,11 +25,10 @@ def config_of(settings: Quantization, text: str, folder: Path, **more: Any) -> Q
     """
     algorithm: str | None = None if is_plain(settings) else settings.algorithm
     if settings.weights.is_mixed:
-        path = folder / _MIXTURE
-        if ranks.number() == 0:
-            weights = settings.weights
-            mixture.write(path, weights.attention, weights.mlp, settings.awq_block_size, weights.fp8_cache)
-        algorithm = str(path)
+        weights = settings.weights
+        cache = "-fp8_cache" if weights.fp8_cache else ""
+        path = folder / f"quant_cfg-{weights.attention}-{weights.mlp}-{settings.awq_block_size}{cache}.json"
+        algorithm = str(mixture.write(path, weights.attention, weights.mlp, settings.awq_block_size, weights.fp8_cache))
     return QuantizationConfig(
         algorithm=algorithm,
         awq_block_size=settings.awq_block_size,

@@ -193,7 +193,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 def test_a_planted_link_is_not_written_through(tmp_path):
     (tmp_path / "thesis").write_text("years")
-    (tmp_path / f".report.json.{os.getpid()}.part").symlink_to("thesis")
+    files.beside_path(tmp_path / "report.json").symlink_to("thesis")
     files.write_text(tmp_path / "report.json", "new")
     assert (tmp_path / "thesis").read_text() == "years"
     assert (tmp_path / "report.json").read_text() == "new"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from nemo_modelopt_cli.compress import command, fit_plan, settings
+from nemo_modelopt_cli.compress import command, fit_plan, fit_search, quantizing, settings
 from nemo_modelopt_dropin.fit import files, formats, grid
 from nemo_modelopt_dropin.preflight import model_sizes
 from test_code.support import hf_folders, installed, jobs_compress, jobs_fit
@@ -64,6 +66,28 @@ def test_importance_is_measured_once(found):
     assert not (output / "prune" / "scores").exists()
 
 
+@pytest.mark.cpu
+@installed.prunes
+def test_two_ranks_measure_what_one_does(commands, teacher, found, tmp_path):
+    output = tmp_path / "two"
+    flags = f"""--cpu --devices 2 --teacher {teacher}/checkpoint --train-text {teacher}/train.jsonl
+        --heldout-text {teacher}/heldout.jsonl --output {output} --fit-disk {BUDGET["disk"]}
+        --fit-formats {" ".join(FORMATS)} --fit-candidates {BUDGET["candidates"]} --context {BUDGET["context"]}
+        --seq-length 32 --prune-samples 8 --prune-batch-size 4 --heldout-batches 2 --distill-steps 2
+        --distill-warmup-steps 1 --distill-global-batch-size 8 --distill-micro-batch-size 4 --calibration-size 8
+        --calibration-batch-size 4 --calibration-seq-len 32 --awq-block-size 32"""
+    script = Path(__file__).resolve().parents[2] / "scripts" / "compress.py"
+    done = commands.run([sys.executable, str(script), *flags.split()], timeout=400)
+    assert done.returncode == 0, done.stderr
+    one, two = (
+        json.loads((folder / "search" / fit_search.MEASURED).read_text())["losses"] for folder in (found[0], output)
+    )
+    assert [*two] == [*one]
+    for name, loss in one.items():
+        # Two ranks add up in another order than one.
+        assert two[name] == pytest.approx(loss, abs=1e-5), name
+
+
 def test_the_page_and_the_terminal_show_every_point(found, teacher):
     output, _ = found
     plan = fit_plan.read(output)
@@ -93,6 +117,22 @@ def test_another_budget_uses_what_was_measured(ranks, teacher, found):
     tensors = hf_folders.tensors_of(output / "export" / "hf")
     assert {str(tensor.dtype) for tensor in tensors.values()} == {"torch.bfloat16"}
     assert plain["export"]["hf"]["heldout_loss"] == pytest.approx(plain["teacher"]["heldout_loss"], abs=0.02)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_each_rank_reads_its_own_mixture(tmp_path, monkeypatch, rank):
+    monkeypatch.setenv("RANK", rank)
+    paths = []
+    for attention, algorithm, cache in (
+        ("no_quant", "fp8", False),
+        ("fp8", "no_quant", False),
+        ("no_quant", "fp8", True),
+    ):
+        wanted = settings.Quantization(algorithm=algorithm, attention_algorithm=attention, enable_kv_cache=cache)
+        paths.append(quantizing.config_of(wanted, "texts.jsonl", tmp_path).algorithm)
+    assert len({*paths}) == 3
+    assert len({Path(path).read_text() for path in paths}) == 3
+    assert len([*tmp_path.iterdir()]) == 3
 
 
 def test_attention_and_mlp_can_have_different_formats(ranks, teacher, tmp_path):
