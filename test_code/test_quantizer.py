@@ -341,6 +341,16 @@ def test_every_algorithm_runs_on_two_tensor_ranks(ranks, work, algorithm, settin
     assert report["quantizers"]["kv_cache"] == (0 if "int8" in algorithm.lower() or not installed.KV_CACHE else 8)
 
 
+@pytest.mark.skipif(not installed.KV_CACHE, reason="modelopt 0.37 cannot keep these quantizers")
+@pytest.mark.parametrize("enable", [True, None])
+def test_the_cache_is_quantized_though_one_stage_has_no_attention(ranks, work, enable):
+    paths = (str(work / "llama"), str(work / "text.jsonl"))
+    settings = {"enable_kv_cache": enable, "comparison_size": 0, "first_stage_without_layers": True}
+    results = ranks(2).run(jobs.quantize_loaded, *paths, pp=2, **settings)
+    for one in results:
+        assert one["report"]["quantizers"]["kv_cache"] == 4  # keys and values of the last stage's two layers
+
+
 def test_smoothquant_alpha_changes_the_result(ranks, work):
     outcomes = [
         ranks(1).run(

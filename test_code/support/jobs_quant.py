@@ -101,13 +101,23 @@ def restored_amax(checkpoint, tp: int = 1, pp: int = 1) -> dict[str, torch.Tenso
 
 
 def quantize_loaded(
-    checkpoint, data, tp: int = 1, pp: int = 1, algorithm="fp8", before=None, export_format="nemo", **quant
+    checkpoint,
+    data,
+    tp: int = 1,
+    pp: int = 1,
+    algorithm="fp8",
+    before=None,
+    export_format="nemo",
+    first_stage_without_layers: bool = False,
+    **quant,
 ) -> dict:
     """Restore a checkpoint on all ranks (what TP and PP leave over is data parallel) and quantize it.
 
     With ``before``, an algorithm, it is quantized with that one first, and a refusal is returned.
     """
     import os
+
+    from megatron.core import parallel_state
 
     from nemo.collections.llm.modelopt import (
         ExportConfig,
@@ -130,6 +140,10 @@ def quantize_loaded(
         pipeline_model_parallel_size=pp,
         devices=int(os.environ["WORLD_SIZE"]),
     )
+    if first_stage_without_layers and parallel_state.is_pipeline_first_stage():
+        from test_code.support import tiny
+
+        tiny.core(model).decoder.layers = torch.nn.ModuleList()
     if before is not None:
         quantizer_of(before).quantize(model)
     try:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, TensorQuantizer
 from modelopt.torch.utils.distributed import ParallelState
 
+from ... import _parallel
 from ...errors import ModelOptConfigError
 from .. import quant_cfg_choices as choices
 
@@ -127,14 +128,16 @@ def attention_support(wanted: bool = True) -> Iterator[None]:
 
 
 def can_quantize(model: torch.nn.Module) -> bool:
-    """Return whether any attention of the model can have KV-cache quantizers; call it within `attention_support`."""
-    if isinstance(model, PreTrainedModel):
-        # modelopt converts the attention of transformers models itself.
-        return True
-    return any(
+    """Return whether any attention of the model can have KV-cache quantizers; call it within `attention_support`.
+
+    All ranks must call it: a pipeline stage may have no attention, of a hybrid model or because its layers were pruned.
+    """
+    # modelopt converts the attention of transformers models itself.
+    found = isinstance(model, PreTrainedModel) or any(
         name.endswith("core_attention") and type(module) in QuantModuleRegistry
         for name, module in model.named_modules()
     )
+    return _parallel.any_rank([found])[0]
 
 
 def settle(model: torch.nn.Module, quant_cfg: dict, enable: bool | None) -> None:
@@ -150,7 +153,8 @@ def settle(model: torch.nn.Module, quant_cfg: dict, enable: bool | None) -> None
     """
     wanted = choices.has_kv_cache(quant_cfg)
     if wanted and not can_quantize(model):
-        attention = {type(m).__name__ for name, m in model.named_modules() if name.endswith("core_attention")}
+        own = {type(m).__name__ for name, m in model.named_modules() if name.endswith("core_attention")}
+        attention = set().union(*_parallel.gather_objects(own))
         message = f"modelopt cannot insert KV-cache quantizers into this model's attention {sorted(attention)}"
         if not is_supported():
             message = (
