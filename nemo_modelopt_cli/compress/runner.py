@@ -341,6 +341,8 @@ def _run_all(
             cpu_backend.enable()
         from nemo_modelopt_cli.compress import training
     rendezvous.keep_on_loopback()
-    peers = training.StoreRanks() if ranks.is_rank() else Alone()
-    run_stages(stages, root, peers, on_event, redo, out)
+    peers = training.StoreRanks() if ranks.is_rank() else None
+    run_stages(stages, root, peers or Alone(), on_event, redo, out)
     training.release()
+    if peers is not None:
+        peers.leave()

@@ -66,6 +66,12 @@ class StoreRanks:
             time.sleep(0.01)
         return found
 
+    def leave(self) -> None:
+        """Say that this rank no longer needs the store; rank zero, whose process may host it, waits for all ranks."""
+        self.store.add("left", 1)
+        while self.rank == 0 and self.store.add("left", 0) < int(os.environ["WORLD_SIZE"]):
+            time.sleep(0.01)
+
 
 def release() -> None:
     """Remove the state that NeMo leaves in this process, so that the next step may use another layout.

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -375,3 +376,37 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_rank_zero_stays_until_no_rank_needs_the_store(monkeypatch):
+    from torch.distributed import TCPStore
+
+    from nemo_modelopt_cli.compress import training
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    hosted = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    stores = hosted, TCPStore("127.0.0.1", hosted.port, wait_for_workers=False)
+
+    def peers(rank):
+        found = object.__new__(training.StoreRanks)  # which would look for the store of a launcher
+        found.rank, found.count, found.store = rank, 0, stores[rank]
+        return found
+
+    order = []
+
+    def second_rank():
+        two = peers(1)
+        order.append(two.broadcast(None))
+        time.sleep(0.3)  # the next rank to be scheduled may be the first one
+        stores[1].set("port", "23")
+        order.append("second")
+        two.leave()
+
+    thread = threading.Thread(target=second_rank)
+    thread.start()
+    one = peers(0)
+    assert one.broadcast({"done": True}) == {"done": True}
+    one.leave()
+    order.append("first")
+    thread.join()
+    assert order == [{"done": True}, "second", "first"]
