@@ -88,7 +88,7 @@ def mean_loss(core: torch.nn.Module, ids: np.ndarray, seq_length: int, batch_siz
 def _sums(core: torch.nn.Module, batches: list) -> tuple[float, float]:
     """Return the sum of the losses and the number of tokens of the batches, over all ranks."""
     outputs = _heldout.run_forward(core, batches, _forward_step, lambda batch: tuple(batch["tokens"].shape))
-    total = torch.zeros(2, dtype=torch.float64, device=next(core.parameters()).device)
+    total = torch.zeros(2, dtype=torch.float64, device=_parallel.device_of(core))
     if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
         total += torch.stack([out["sums"] for out in outputs]).sum(0)
     torch.distributed.all_reduce(total)
@@ -121,7 +121,7 @@ def _batches(windows: Windows, batch_size: int) -> list[dict[str, torch.Tensor]]
 
 def _forward_step(batches, core):
     """Run one batch; on the last pipeline stage Megatron then asks for the loss, of which we keep sum and count."""
-    device = next(core.parameters()).device
+    device = _parallel.device_of(core)
     batch = {name: value.to(device) for name, value in next(batches).items()}
     output = core(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
 

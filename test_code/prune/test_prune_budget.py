@@ -338,6 +338,17 @@ class TestSearch:
                 )
             assert all(torch.equal(value, searched["weights"][name]) for name, value in rank["weights"].items())
 
+    def test_a_stage_that_loses_all_its_layers(self, ranks, tmp_path):
+        request = {"target_params": "60%", "target_num_layers": 2, "max_candidates": 2, "heldout_batches": 1}
+        one = ranks(1).run(budget_on_ranks, request, batches=4)[0]
+        request["report_path"] = str(tmp_path / "report")
+        for rank in ranks(4).run(budget_on_ranks, request, batches=4, pp=4):
+            assert rank["sizes"] == one["sizes"]
+            for mine, other in zip(rank["report"]["candidates"], one["report"]["candidates"], strict=True):
+                assert mine["loss"] == pytest.approx(other["loss"], rel=tolerances.of("loss"))
+            assert rank["report"]["cost"] == one["report"]["cost"]
+            assert all(torch.equal(value, one["weights"][name]) for name, value in rank["weights"].items())
+
     def test_sizes_given_too_stay_fixed(self, ranks):
         request = {"target_params": 100_000, "target_num_layers": 3, "max_candidates": 2, "heldout_batches": 1}
         report = ranks(1).run(budget_on_ranks, request)[0]["report"]

@@ -137,3 +137,11 @@ def own_parameters(core: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parame
 def device() -> str:
     """Return the device on which collectives of the default group take tensors."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_of(core: torch.nn.Module) -> torch.device:
+    """Return the device of a rank's part of a model, `device` if that part has no parameters.
+
+    A pipeline stage between the first and the last has none once all its layers are pruned.
+    """
+    return next((parameter.device for parameter in core.parameters()), torch.device(device()))

@@ -27,7 +27,7 @@ def describe(core: nn.Module, parameters: int) -> dict[str, Any]:
         parameters: how many it has over all ranks.
     """
     config: Any = core.config
-    size = next(core.parameters()).element_size()
+    size = next((p.element_size() for p in core.parameters()), config.params_dtype.itemsize)
     found: dict[str, Any] = {"weight_bytes": parameters * size}
     try:
         terms = _count.model_terms(core)
@@ -74,7 +74,7 @@ def forward_seconds(core: nn.Module, batches: list[Mapping[str, Any]]) -> float:
         times.append(time.perf_counter() - started)
     for module, training in modes:
         module.training = training
-    best = torch.tensor([min(times[1:])], dtype=torch.float64, device=next(core.parameters()).device)
+    best = torch.tensor([min(times[1:])], dtype=torch.float64, device=_parallel.device_of(core))
     torch.distributed.all_reduce(best, op=torch.distributed.ReduceOp.MAX)
     return float(best)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .. import _batches, _heldout
+from .. import _batches, _heldout, _parallel
 from ..errors import ModelOptConfigError
 
 # Rows of logits at a time: two matrices [rows, vocabulary] are held.
@@ -169,7 +169,7 @@ def _logits(hidden: Tensor, output: tuple[Tensor, Tensor | None]) -> Tensor:
 
 def _means(core: nn.Module, sums: list[Tensor]) -> tuple[float, float]:
     """Return loss and KL a token over all ranks; the host waits for the device here, not for each micro-batch."""
-    total = torch.zeros(3, dtype=torch.float64, device=next(core.parameters()).device)
+    total = torch.zeros(3, dtype=torch.float64, device=_parallel.device_of(core))
     for part in sums:
         total += part
     torch.distributed.all_reduce(total)

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from torch import nn
 from torch.distributed import all_reduce
 
-from .. import _batches
+from .. import _batches, _parallel
 from ..errors import ModelOptConfigError
 from . import _checks, _groups, _layer_kinds, _norms, _output, _scores, _snapshot, _uncut, _weights
 
@@ -136,7 +136,7 @@ def prune_by_importance(
     identity: dict[str, Any] = {}
     if scores_path is not None:
         identity = _scores.fingerprint(core, dict(data or {}))
-        known = _scores.prepare(scores_path, identity, _device(core))
+        known = _scores.prepare(scores_path, identity, _parallel.device_of(core))
     hooks, measured, uncut = forward_hooks(core), False, _uncut.Uncut(core, export_config)
 
     def forward_loop(converted: nn.Module) -> None:
@@ -269,7 +269,8 @@ def finish_scores(core: nn.Module, forwards: int) -> None:
     layers = [module for module in core.modules() if isinstance(getattr(module, "_scores", None), _SCORES)]
     scores: list[float] = []
     if layers:
-        sums = [torch.as_tensor(layer._scores, dtype=torch.float64, device=_device(core)) for layer in layers]
+        device = _parallel.device_of(core)
+        sums = [torch.as_tensor(layer._scores, dtype=torch.float64, device=device) for layer in layers]
         scores = _over_data(torch.stack(sums)).tolist()
     # All are on the host after two reads, however many layers there are.
     if not all(map(math.isfinite, scores)) or (finite and not bool(torch.stack(finite).all())):
@@ -279,10 +280,6 @@ def finish_scores(core: nn.Module, forwards: int) -> None:
         )
     for layer, score in zip(layers, scores, strict=True):
         layer._scores = max(score, _LOWEST_SCORE)
-
-
-def _device(core: nn.Module) -> torch.device:
-    return next(core.parameters()).device
 
 
 def _over_data(sums: torch.Tensor) -> torch.Tensor:

@@ -124,7 +124,7 @@ def table(core: torch.nn.Module, activations: Sums) -> list[dict[str, Any]]:
     """
     sums = {**of_weights(core), **activations}
     names = sorted(name for name, _ in enabled_quantizers(core))
-    device = next(core.parameters()).device
+    device = _parallel.device_of(core)
     nothing = torch.zeros(2, dtype=torch.float64, device=device)
     stacked = torch.stack([sums.get(name, nothing).to(device) for name in names] or [nothing])
     if parallel_state.model_parallel_is_initialized():

@@ -269,7 +269,7 @@ def restore(core: torch.nn.Module, content: dict[str, Any]) -> None:
             mode.restore(core, typed, {})
             manager.add_mode(mode, typed, {})
     _shape_sequences(core, content["quantizers"])
-    device = next(core.parameters()).device
+    device = _parallel.device_of(core)
     present = dict(_quantizers(core))
     if set(present) != set(content["quantizers"]):
         odd = sorted(set(present) ^ set(content["quantizers"]))

@@ -201,7 +201,7 @@ def quantized_logits(core, vocabulary: int) -> Logits:
 
 def _logits(core, vocabulary: int) -> torch.Tensor:
     outputs: list[torch.Tensor] = []
-    device = next(core.parameters()).device
+    device = _parallel.device_of(core)
     was_training = core.training
     core.eval()
     batching.run_forward(core, [tokens(vocabulary).to(device)], outputs.append, "Logits of the export")

@@ -15,7 +15,7 @@ from modelopt.torch.quantization import algorithms
 from modelopt.torch.quantization.mode import QuantizeModeRegistry
 from modelopt.torch.quantization.nn import QuantModuleRegistry, TensorQuantizer
 
-from ..._parallel import gather_objects, global_name
+from ..._parallel import device_of, gather_objects, global_name
 from ...errors import ModelOptConfigError
 from .. import quant_cfg_choices as choices
 from .. import quant_cfg_entries
@@ -178,7 +178,7 @@ def check_reachable(
     for name, module in linear_layers(core).items():
         total += module.weight.numel()
         taken += module.weight.numel() * (16 if name in excluded else lowest)
-    sums = torch.tensor([taken, total], dtype=torch.float64, device=next(core.parameters()).device)
+    sums = torch.tensor([taken, total], dtype=torch.float64, device=device_of(core))
     torch.distributed.all_reduce(sums, group=parallel_state.get_model_parallel_group())
     least = float(sums[0] / sums[1])
     if bits < least:
