@@ -17,7 +17,7 @@ from ... import _parallel
 from ...errors import ModelOptConfigError
 from .. import _transformers_models, comparison
 from .. import quant_cfg_choices as choices
-from ..calibration import awq_search
+from ..calibration import awq_search, gptq
 from . import gated_amax, kv_cache, patterns
 
 # The largest values of the formats whose input amax has a lower bound.
@@ -99,7 +99,7 @@ def insert(
         if loop and choices.is_awq(quant_cfg):
             loop = awq_search.one_batch_a_layer(loop)
         loop = loop and patterns.checked_loop(loop, quant_cfg, from_file)
-        with patterns.checked_here():
+        with patterns.checked_here(), gptq.empty_inputs_left_out():
             quantized = mtq.quantize(core, quant_cfg, loop)
     if forward_loop is None:
         patterns.check(core, quant_cfg, from_file)
