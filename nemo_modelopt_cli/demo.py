@@ -2,8 +2,8 @@
 
 The recipe: vocabulary 1024; sequences of 128 tokens, 16 per step; fp32 on two data-parallel CPU ranks with one thread
 each (on two cores faster than one process with two threads, and less sensitive to other load). The teacher has 2.8 M
-parameters and trains 400 steps at a peak learning rate of 3e-3, about six passes over the text; the student keeps 46%
-of its body and distills 200 steps at 2e-3. Run the command again after an interruption to resume.
+parameters and trains 240 steps at a peak learning rate of 3e-3, about three and a half passes over the text; the
+student keeps 46% of its body and distills 120 steps at 2e-3. Run the command again after an interruption to resume.
 """
 
 from __future__ import annotations
@@ -45,26 +45,26 @@ PRUNING = Pruning(
     micro_batch_size=8,
 )
 PRETRAINING = Training(
-    steps=400,
+    steps=240,
     global_batch_size=16,
     micro_batch_size=8,
     lr=3e-3,
     min_lr=1e-4,
-    warmup_steps=40,
-    evaluate_every=100,
-    save_every=100,
+    warmup_steps=24,
+    evaluate_every=60,
+    save_every=60,
 )
 # The pruned student starts near a good place: a lower peak rate than from random weights, and no more than half the
 # teacher's steps. The from-scratch baseline uses the same settings.
 DISTILLATION = Training(
-    steps=200,
+    steps=120,
     global_batch_size=16,
     micro_batch_size=8,
     lr=2e-3,
     min_lr=1e-4,
-    warmup_steps=20,
-    evaluate_every=50,
-    save_every=50,
+    warmup_steps=12,
+    evaluate_every=30,
+    save_every=30,
 )
 
 
