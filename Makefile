@@ -61,9 +61,10 @@ docs: $(DOCS_VENV)/.ready
 
 # A folder of its own, on the path of these tests only: other tests run as on a machine without Transformer Engine. They
 # need neither a test process that imports NeMo nor the suite's fixtures, hence --confcutdir. TESTS chooses tests: TESTS="-k prune".
+# ROW chooses other versions, as for test-compat: ROW=modelopt-0.44.0
 TE ?= build/te_on_cpu
 TE_ENV = TEST_DEVICE=cpu PYTHONPATH=$(abspath $(TE)):$(abspath test_code/te_on_cpu/startup)
-TE_PYTEST = $(TE_ENV) $(BIN)/python -m pytest \
+TE_PYTEST = $(TE_ENV) $(BIN)/python $(if $(ROW),scripts/test_compat.py --row $(ROW) --,-m pytest) \
   --confcutdir=test_code/te_on_cpu test_code/te_on_cpu
 $(TE)/.ready: test_code/te_on_cpu/requirements.txt | $(READY)
 	rm -rf $(TE)

@@ -61,7 +61,7 @@ def resolve(argv: list[str] | None = None, prog: str | None = None) -> argparse.
     derive_stages(arguments, arguments.restore_path, arguments.pp_size)
     derive(arguments, "report_path", f"{(arguments.save_path or '').rstrip('/')}.report")
     given = [name for name in (*TARGETS, *BUDGETS) if getattr(arguments, name) is not None]
-    unsupported = versions.pruning_problem()
+    unsupported = versions.pruning_problem(by_importance=not arguments.drop_layers)
     problems = [unsupported] if unsupported else []
     problems += no_checkpoints({"--restore_path": arguments.restore_path})
     problems += output_problems(arguments)

@@ -15,8 +15,8 @@ SUPPORTED = {
     "megatron-core": ("0.14", "0.16", "NeMo passes an optimizer the no_weight_decay_cond that 0.16 removed"),
     "nvidia-modelopt": ("0.37", "0.48", "later versions have not been tested"),
 }
-# From these versions of modelopt, its pruning imports Transformer Engine, and a module that the first megatron-core
-# after the supported ones has.
+# From these versions of modelopt, its pruning imports Transformer Engine, in whose fused layers only it measures
+# importance, and a module that the first megatron-core after the supported ones has.
 _PRUNING_NEEDS_ENGINE = "0.44"
 _PRUNING_NEEDS_MEGATRON = "0.46"
 
@@ -57,12 +57,15 @@ def check(installed: dict[str, str | None] | None = None) -> None:
         )
 
 
-def pruning_problem(modelopt: str | None = None, has_engine: bool | None = None) -> str | None:
+def pruning_problem(
+    modelopt: str | None = None, has_engine: bool | None = None, by_importance: bool = True
+) -> str | None:
     """Return why the installed nvidia-modelopt cannot prune Megatron's models, and which one can; None if it can.
 
     Args:
         modelopt: Its version; read from the environment by default.
         has_engine: Whether Transformer Engine is installed; looked up by default.
+        by_importance: Whether importance is measured; False: given layers are dropped.
     """
     from packaging.version import Version
 
@@ -73,12 +76,17 @@ def pruning_problem(modelopt: str | None = None, has_engine: bool | None = None)
         has_engine = importlib.util.find_spec("transformer_engine") is not None
     if base(found) >= Version(_PRUNING_NEEDS_MEGATRON):
         reason = "imports a module of Megatron (megatron.core.ssm.gated_delta_net) that megatron-core before 0.16 lacks"
-    elif has_engine:
-        return None
-    else:
+    elif not has_engine:
         reason = "imports Transformer Engine, which is not installed"
-    others = "0.43, or 0.44 or 0.45" if has_engine else "0.43, or 0.44 or 0.45 with Transformer Engine"
-    return f"the pruning of nvidia-modelopt {found} {reason}. Install nvidia-modelopt {others}."
+    elif by_importance:
+        reason = (
+            "measures importance in Transformer Engine's fused layers only, and NeMo restores a checkpoint into layers "
+            "in which norm and linear are separate"
+        )
+    else:
+        return None
+    others = "" if by_importance else ", or 0.44 or 0.45" + ("" if has_engine else " with Transformer Engine")
+    return f"the pruning of nvidia-modelopt {found} {reason}. Install nvidia-modelopt 0.43{others}."
 
 
 def _conflicts(installed: dict[str, str | None]) -> list[str]:

@@ -163,7 +163,8 @@ class Pruning:
         """
         given = [name for name in TARGETS if getattr(self, name) is not None]
         numbers = ("num_samples", "micro_batch_size", "max_candidates", "heldout_batches")
-        found = [f"pruning: {reason}" for reason in (versions.pruning_problem(),) if reason]
+        unsupported = versions.pruning_problem(by_importance=not self.drop_layers)
+        found = [f"pruning: {unsupported}"] if unsupported else []
         found += positive(self, (*given, *numbers), "pruning")
         given += ["target_params"] if self.target_params is not None else []
         found += budget.problem("pruning: target_params", self.target_params)

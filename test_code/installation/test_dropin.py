@@ -245,25 +245,26 @@ def test_unsupported_versions_are_named(change, message):
         versions.check({**GOOD, **change})
 
 
-@pytest.mark.parametrize("modelopt, engine", [("0.37.0", False), ("0.43.0", False), ("0.44.0", True), ("0.45.1", True)])
-def test_versions_that_prune(modelopt, engine):
-    assert versions.pruning_problem(modelopt, engine) is None
+@pytest.mark.parametrize(
+    "modelopt, engine, by_importance",
+    [("0.37.0", False, True), ("0.43.0", False, True), ("0.44.0", True, False), ("0.45.1", True, False)],
+)
+def test_versions_that_prune(modelopt, engine, by_importance):
+    assert versions.pruning_problem(modelopt, engine, by_importance) is None
 
 
 @pytest.mark.parametrize(
-    "modelopt, engine, message",
+    "modelopt, engine, by_importance, message",
     [
-        (
-            "0.44.0",
-            False,
-            r"nvidia-modelopt 0\.44\.0 imports Transformer Engine, which is not installed.*0\.43, or 0\.44",
-        ),
-        ("0.46.0", True, r"nvidia-modelopt 0\.46\.0 .*megatron-core before 0\.16 lacks.*0\.43, or 0\.44 or 0\.45\.$"),
-        ("0.47.0", False, r"nvidia-modelopt 0\.47\.0 .*0\.43, or 0\.44 or 0\.45 with Transformer Engine\.$"),
+        ("0.44.0", False, True, r"0\.44\.0 imports Transformer Engine, which is not installed.*modelopt 0\.43\.$"),
+        ("0.44.0", False, False, r"which is not installed.*0\.43, or 0\.44 or 0\.45 with Transformer Engine\.$"),
+        ("0.45.0", True, True, r"0\.45\.0 measures importance in .*fused layers only.*nvidia-modelopt 0\.43\.$"),
+        ("0.46.0", True, True, r"nvidia-modelopt 0\.46\.0 .*megatron-core before 0\.16 lacks.*modelopt 0\.43\.$"),
+        ("0.46.0", True, False, r"megatron-core before 0\.16 lacks.*0\.43, or 0\.44 or 0\.45\.$"),
     ],
 )
-def test_versions_that_do_not_prune_name_one_that_does(modelopt, engine, message):
-    assert re.search(message, versions.pruning_problem(modelopt, engine))
+def test_versions_that_do_not_prune_name_one_that_does(modelopt, engine, by_importance, message):
+    assert re.search(message, versions.pruning_problem(modelopt, engine, by_importance))
 
 
 def pretend(folder, name, version):

@@ -47,6 +47,8 @@ stock_quantizes = pytest.mark.xfail(
     not STOCK_QUANTIZES, reason="stock cannot quantize with this modelopt, whose presets are lists", strict=True
 )
 prunes = pytest.mark.skipif(bool(versions.pruning_problem()), reason=versions.pruning_problem() or "")
+_DROPS_PROBLEM = versions.pruning_problem(by_importance=False)
+drops = pytest.mark.skipif(bool(_DROPS_PROBLEM), reason=_DROPS_PROBLEM or "")
 stock_prunes = pytest.mark.xfail(
     bool(versions.pruning_problem()), reason="stock cannot prune with this modelopt", strict=True
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from test_code.support import tolerances
+from test_code.support import installed, tolerances
 from test_code.te_on_cpu import jobs
 
 pytestmark = pytest.mark.te
@@ -21,6 +21,7 @@ SETTINGS = """--seq-length 32 --target-ffn-hidden-size 64 --target-num-layers 3 
   --calibration-size 4 --calibration-batch-size 2 --calibration-seq-len 32 --formats nemo hf --no-scratch --cpu"""
 
 
+@installed.prunes
 def test_the_report_equals_that_of_local_layers(ranks, llama, tmp_path):
     """In a process of its own, each step loads what the one before wrote, and the files are compared with the model."""
     ranks(1).run(jobs.write_texts, str(tmp_path))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from test_code.families import jobs as families
-from test_code.support import tolerances
+from test_code.support import installed, tolerances
 from test_code.te_on_cpu import jobs
 
 pytestmark = pytest.mark.te
@@ -49,6 +49,7 @@ def test_experts_on_two_ranks_train_as_on_one(ranks, family):
     assert ranks(2).run(families.compare_layout, str(folder / "nemo"), str(folder), ep=2)[0] < TOLERANCE
 
 
+@installed.drops
 def test_a_pruned_model_trains_in_its_own_layers(ranks, family):
     """Layers with experts or latent attention save more without extra state in Model Optimizer's spec."""
     name, folder, _ = family

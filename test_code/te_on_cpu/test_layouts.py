@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from test_code.support import jobs_prune, jobs_quant, tolerances
+from test_code.support import installed, jobs_prune, jobs_quant, tolerances
 from test_code.te_on_cpu import jobs
 
 pytestmark = pytest.mark.te
@@ -42,6 +42,7 @@ def test_scales_equal_those_of_one_rank(ranks, llama, texts, tmp_path, layout):
         assert ((restored[name] - amax).abs() <= AMAX * amax.abs()).all(), name
 
 
+@installed.prunes
 def test_a_model_pruned_on_two_stages_loads_with_tensor_parallelism(ranks, llama, tmp_path):
     target = str(tmp_path / "pruned")
     ranks(2).run(

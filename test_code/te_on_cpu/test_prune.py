@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from test_code.support import jobs_prune, jobs_quant, tolerances
+from nemo_modelopt_dropin import versions
+from test_code.support import installed, jobs_prune, jobs_quant, tolerances
+from test_code.support.ranks import RankError
 from test_code.te_on_cpu import jobs
 
 pytestmark = pytest.mark.te
@@ -19,7 +21,10 @@ REQUESTS = {
 }
 
 
-@pytest.mark.parametrize("request_name", REQUESTS)
+@pytest.mark.parametrize(
+    "request_name",
+    [pytest.param(name, marks=installed.drops if name == "layers" else installed.prunes) for name in REQUESTS],
+)
 def test_pruned_checkpoints_equal_those_of_local_layers(ranks, llama, tmp_path, request_name):
     """The checkpoint loads into the layers that its context names and trains as one of local layers."""
     losses = {}
@@ -30,6 +35,7 @@ def test_pruned_checkpoints_equal_those_of_local_layers(ranks, llama, tmp_path, 
     assert losses["te"] == pytest.approx(losses["local"], rel=LOSS)
 
 
+@installed.drops
 def test_other_checkpoints_without_extra_state_of_norms_load(ranks, llama, tmp_path):
     """Stock's pruning, and earlier versions of this package, write none."""
     losses = ranks(1).run(jobs.prune_without_extra_state, llama[0]["te"], str(tmp_path / "pruned"))[0]
@@ -37,6 +43,7 @@ def test_other_checkpoints_without_extra_state_of_norms_load(ranks, llama, tmp_p
 
 
 @pytest.mark.main
+@installed.drops
 def test_a_pruned_checkpoint_has_all_keys_of_its_model(ranks, llama, tmp_path):
     """Without any tolerance when loading: NeMo without this package reads it, too."""
     target = str(tmp_path / "pruned")
@@ -44,7 +51,17 @@ def test_a_pruned_checkpoint_has_all_keys_of_its_model(ranks, llama, tmp_path):
     assert ranks(1).run(jobs.keys_that_are_missing, target)[0] == []
 
 
+@pytest.mark.skipif(versions.pruning_problem() is None, reason="this modelopt prunes by importance")
+@pytest.mark.parametrize("request_name", ["width", "depth"])
+def test_importance_that_cannot_be_measured_raises_an_error_first(ranks, llama, tmp_path, request_name):
+    """From modelopt 0.44, conversion fails half-way in the layers that NeMo restores, and leaves no usable model."""
+    with pytest.raises(RankError, match=r"the pruning of.*Install nvidia-modelopt 0\.43\. The model is as it was"):
+        ranks(1).run(jobs_prune.prune_checkpoint, llama[0]["te"], str(tmp_path / "x"), REQUESTS[request_name])
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.main
+@installed.prunes
 def test_what_follows_pruning_equals_local_layers(ranks, llama, texts, tmp_path):
     """Distil from the original, resume, and quantize: as in ``compress``, each step loads what the one before wrote."""
     found = {}

@@ -28,7 +28,7 @@ def check_checkpoint(pruning_config: Any, checkpoint: str, tp_size: int = 1) -> 
 
     from . import pruner
 
-    _checks.check_installed(pruner.mtp.plugins)
+    _checks.check_installed(pruner.mtp.plugins, by_importance=not pruning_config.drop_layers)
     config = nl.io.load_context(ckpt_to_context_subdir(checkpoint), subpath="model.config")
     if pruning_config.drop_layers:
         _checks.check_drop_layers(pruning_config.drop_layers, config.num_layers)

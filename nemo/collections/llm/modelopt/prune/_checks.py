@@ -18,17 +18,20 @@ from . import _layer_kinds
 MOE_SIZES = ("num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
 
 
-def check_installed(plugins: Any) -> None:
+def check_installed(plugins: Any, by_importance: bool) -> None:
     """Raise an error if the installed modelopt cannot prune Megatron's models.
 
     Args:
         plugins: ``modelopt.torch.prune.plugins``: its functions for Megatron are there only if their imports work.
+        by_importance: whether importance is measured; False: given layers are dropped.
 
     Raises:
         ModelOptConfigError: with what is missing, and the modelopt that prunes.
     """
+    reason = versions.pruning_problem(by_importance=by_importance)
     if not hasattr(plugins, "drop_mcore_language_model_layers"):
-        reason = versions.pruning_problem() or "modelopt's pruning plugin for Megatron cannot be imported."
+        reason = reason or "modelopt's pruning plugin for Megatron cannot be imported."
+    if reason:
         raise ModelOptConfigError(f"This model cannot be pruned here: {reason} The model is as it was.")
 
 

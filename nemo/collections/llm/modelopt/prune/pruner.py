@@ -171,9 +171,9 @@ def prune_language_model(
     """
     if not _real.holds_core(model) and not _real.is_nemo_model(model):
         return _prune_stand_in(model, pruning_config, data_module, trainer)
-    _checks.check_installed(mtp.plugins)
     pruning_config = _complete(pruning_config)
     drop_layers, targets = pruning_config.drop_layers, _requested(pruning_config)
+    _checks.check_installed(mtp.plugins, by_importance=not drop_layers)
     budget = _budget_of(pruning_config)
     if not drop_layers:
         _require({**targets, **({"params": budget} if budget else {})}, data_module, trainer)

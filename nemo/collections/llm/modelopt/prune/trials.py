@@ -65,7 +65,7 @@ def measured(model: Any, data_module: Any, trainer: Any, scores_path: str | None
     Raises:
         ModelOptConfigError: if the model cannot be pruned by importance, or the scores are of another model.
     """
-    _checks.check_installed(mtp.plugins)
+    _checks.check_installed(mtp.plugins, by_importance=True)
     core: Any = _state.find_core(model)
     _hybrid.check_packages(core)
     _search.check(core, {}, data_module, trainer, may_be_empty=True)
