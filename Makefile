@@ -6,6 +6,7 @@
 # make test-serving   vLLM on this machine's CPU serves what is exported; builds build/serving (3.4 GB) when it is missing
 # make test-te   Transformer Engine's own layers on this machine's CPU; builds build/te_on_cpu (1 MB) when it is missing
 # make test-eval   lm-eval scores what is exported; builds build/eval (95 MB) when it is missing
+# make test-across   each supported modelopt reads the checkpoints of the others; TESTS="-k experts" for a part
 # make docs   the documentation as a site, build/site/index.html
 # make test-compat   the tests on the other supported versions; ROW=nemo-2.6.2 TESTS="test_code/test_pruner.py" for a part, WHOLE=1 for all
 PYTHON ?= python3
@@ -24,7 +25,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # `setup` leaves it to the first import to compile a module; each later one would compile it again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-gpu test-slow test-families test-serving test-te test-eval test-compat lint types docs bench clean
+.PHONY: setup demo test test-gpu test-slow test-families test-serving test-te test-eval test-across test-compat lint types docs bench clean
 
 setup: $(READY)
 
@@ -124,6 +125,10 @@ test-te: $(READY) $(TE)/.ready
 
 test-eval: $(READY) $(EVAL)/.ready
 	$(EVAL_PYTEST) $(TESTS)
+
+# They start processes of their own, on the versions that test-compat installs; the test process imports no NeMo.
+test-across: $(READY)
+	$(BIN)/python -m pytest -m across --confcutdir=test_code/across_versions test_code/across_versions $(TESTS)
 
 test-compat: $(READY)
 	$(BIN)/python scripts/test_compat.py $(if $(ROW),--row $(ROW)) $(if $(WHOLE),--whole) $(if $(TESTS),-- $(TESTS))

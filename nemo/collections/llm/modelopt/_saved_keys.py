@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import collections
 import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.core import check_is_distributed_checkpoint
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from nemo.lightning.io.pl import ckpt_to_weights_subdir
+from torch import nn
 
 from ._in_place import merge_in_place
 
 _MODULE = "module."
 _EXTRA_STATE = "_extra_state"
+_SHARDED = "sharded_state_dict"
+_SEPARATE = "singleton_local_shards"
+_ORIGINAL = "_replaces"
 # Of norms, and of the projections of multi-latent attention that every rank holds whole.
 _WITHOUT_EXTRA_STATE = ("norm.weight", "down_proj.weight")
 
@@ -36,7 +42,11 @@ def saved_keys(ckpt_path: Any) -> list[str]:
     """Return the keys of the tensors and objects in a distributed checkpoint; empty if there is no such checkpoint."""
     if not isinstance(ckpt_path, (str, os.PathLike)):
         return []
-    folder = ckpt_to_weights_subdir(ckpt_path, is_saving=False)
+    return keys_in(ckpt_to_weights_subdir(ckpt_path, is_saving=False))
+
+
+def keys_in(folder: Path) -> list[str]:
+    """Return the keys in a folder of weights; empty if it is not a distributed checkpoint."""
     if not folder.is_dir() or not check_is_distributed_checkpoint(str(folder)):
         return []
     return list(load_sharded_metadata(str(folder)))
@@ -56,7 +66,7 @@ def saved_prefix(keys: list[str]) -> str:
     return _MODULE * depths.most_common(1)[0][0] if depths else _MODULE
 
 
-def adapt_next_load(strategy: Any) -> None:
+def adapt_next_load(strategy: Any, core: Any = None) -> None:
     """Let a strategy's next load ask for weights under the keys that the checkpoint has, and read them in place.
 
     NeMo itself asks for ``module.`` alone, and so cannot load what its own ``trainer.save_checkpoint`` writes after
@@ -64,6 +74,7 @@ def adapt_next_load(strategy: Any) -> None:
 
     Args:
         strategy: the ``MegatronStrategy`` that is about to load.
+        core: the model, if `ask_as_saved` may have changed what it asks for: that ends with the load.
     """
     checkpoint_io = strategy.checkpoint_io
     vars(checkpoint_io).pop("load_checkpoint", None)  # if no load followed an earlier call
@@ -71,6 +82,8 @@ def adapt_next_load(strategy: Any) -> None:
 
     def load_once(path, sharded_state_dict=None, *args, **kwargs):
         vars(checkpoint_io).pop("load_checkpoint", None)
+        if core is not None:
+            ask_as_installed(core)
         keys = saved_keys(path)
         request = (sharded_state_dict or {}).get("state_dict", {})
         prefix = saved_prefix(keys)
@@ -147,3 +160,52 @@ def complete_extra_state(weights: Any) -> Any:
         empty = torch.empty(0, dtype=torch.uint8)
         weights[other] = ShardedObject(key, empty, tuple(shape), tuple(offset), replica_id=value.replica_id)
     return weights
+
+
+class _Unchanged(dict):
+    """Settings of sharded keys in which modelopt's layers cannot change whether they are separate."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name != _SEPARATE:
+            super().__setitem__(name, value)
+
+
+def ask_as_saved(core: nn.Module, saved: list[str]) -> None:
+    """Let a model ask for its weights without separate keys, if that is how a checkpoint has them.
+
+    It lasts until `adapt_next_load` has loaded the weights.
+
+    Args:
+        core: The converted Megatron-Core model.
+        saved: The keys of the checkpoint.
+    """
+    known = {strip_module_prefix(key) for key in saved}
+    sharded = getattr(core, _SHARDED, None)
+    if sharded is None or not known:
+        return
+
+    def in_one(*args: Any, metadata: Any = None, **kwargs: Any) -> Any:
+        return sharded(*args, metadata=_Unchanged({**(metadata or {}), _SEPARATE: False}), **kwargs)
+
+    if _share_missing(in_one, known) < _share_missing(sharded, known):
+        setattr(in_one, _ORIGINAL, vars(core).get(_SHARDED))
+        setattr(core, _SHARDED, in_one)
+
+
+def _share_missing(sharded: Callable[[], Any], known: set[str]) -> float:
+    """Return the share of the tensors that a model asks for and a checkpoint lacks."""
+    asked = sharded()
+    apply_factories(asked)
+    keys = {value.key for value in nested_values(asked) if isinstance(value, ShardedTensor)}
+    return len(keys - known) / max(len(keys), 1)
+
+
+def ask_as_installed(core: nn.Module) -> None:
+    """Let a model ask for, and save, weights under the keys of the installed version again."""
+    now = vars(core).get(_SHARDED)
+    if not hasattr(now, _ORIGINAL):
+        return
+    delattr(core, _SHARDED)
+    # A distillation model has one of its own, which leaves the teacher out.
+    if (original := getattr(now, _ORIGINAL)) is not None:
+        setattr(core, _SHARDED, original)

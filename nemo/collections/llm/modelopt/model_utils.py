@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, Optional, Union  # noqa: F401
 
 import lightning.pytorch as L
@@ -321,19 +322,20 @@ def restore_modelopt_state(
 
     core_model = unwrap_model(model)
     if isinstance(model, MegatronParallel):
-        _saved_keys.adapt_next_load(model.trainer.strategy)
+        _saved_keys.adapt_next_load(model.trainer.strategy, core_model)
     if mto.ModeloptStateManager.is_converted(core_model):
         logging.info("Model Optimizer state already restored from checkpoint. Skipping.")
         return None
 
-    from nemo.collections.llm.modelopt.quantization.insert import gated_amax, kv_cache, row_blocks
+    from nemo.collections.llm.modelopt.quantization.insert import gated_amax, kv_cache, other_versions, row_blocks
 
     weights = ckpt_to_weights_subdir(path, is_saving=False)
     _functions.always_put_back()
     _make_finite(core_model)
     # The teacher of a distillation model stays in full precision: only the student is converted.
     support = kv_cache.support_for(weights) if _real.holds_core(core_model) else nullcontext()
-    with _hidden_teacher(core_model), _output_layer.restored_unquantized(), support:
+    other_version = other_versions.restored(Path(weights))
+    with _hidden_teacher(core_model), _output_layer.restored_unquantized(), support, other_version:
         mto.plugins.restore_sharded_modelopt_state([core_model], weights, prefix="module.")
     row_blocks.check_restorable(core_model, weights)
     gated_amax.mend(core_model)

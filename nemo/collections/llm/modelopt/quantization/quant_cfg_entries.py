@@ -208,6 +208,12 @@ def native(quant_cfg: Mapping[str, Any], where: str) -> QuantCfg:
     return found
 
 
+def listed(quant_cfg: Mapping[str, Any], wanted: Callable[[Entry], bool]) -> QuantCfg:
+    """Return a copy of a quant_cfg of any form as a list of the wanted entries, without fields that are not set."""
+    found = entries(copy.deepcopy(dict(quant_cfg)))
+    return {**quant_cfg, "quant_cfg": [_as_entry(entry) for entry in found if wanted(entry)]}
+
+
 def leave_as_before(quant_cfg: QuantCfg) -> None:
     """Keep layers that only later versions of modelopt quantize out of a quant_cfg that does not name them, in place.
 

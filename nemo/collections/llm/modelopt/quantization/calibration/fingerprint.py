@@ -19,6 +19,8 @@ from . import sources
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 20
 _VALUE_WIDTH = 80
+# Named first among differences: others follow from it.
+_VERSION = "nvidia-modelopt"
 
 
 def settings_of(config: Any, quant_cfg: dict[str, Any], formats: dict[str, Any], own_loop: bool) -> dict[str, Any]:
@@ -72,7 +74,7 @@ def _content(source: Any) -> Any:
 def layout() -> dict[str, Any]:
     """Return the versions and parallel sizes that a state depends on; data-parallel ranks share a state."""
     return {
-        "nvidia-modelopt": modelopt.__version__,
+        _VERSION: modelopt.__version__,
         "tensor parallel size": size("tensor"),
         "pipeline parallel size": size("pipeline"),
         "expert parallel size": size("expert"),
@@ -117,7 +119,7 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     absent = "absent"
     return [
         f"{name} was {_clipped(first.get(name, absent))}, now {_clipped(second.get(name, absent))}"
-        for name in dict.fromkeys([*first, *second])
+        for name in sorted(dict.fromkeys([*first, *second]), key=lambda name: name != _VERSION)
         if first.get(name, absent) != second.get(name, absent)
     ]
 

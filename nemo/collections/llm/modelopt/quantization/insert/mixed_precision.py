@@ -236,7 +236,7 @@ def _identity(core: torch.nn.Module, formats: dict[str, dict[str, Any]]) -> dict
     return {
         **({"experts": "one format for each layer"} if has_experts else {}),
         # Later searches count the bits of scales, and check more before they continue.
-        **({"modelopt": modelopt.__version__} if hasattr(algorithms.QuantRecipe, "checkpoint_signature") else {}),
+        "modelopt": modelopt.__version__,
         "formats": repr(formats),
         "ranks": (
             torch.distributed.get_world_size(),

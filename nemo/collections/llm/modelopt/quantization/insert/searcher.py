@@ -32,6 +32,8 @@ _Base: Any = getattr(algorithms, "AutoQuantizeGradientSearcher", object)
 _EXPERTS = r"^(.*\.experts)\.local_experts\.\d+\.linear_fc[12]$"
 # How modelopt 0.46 and later name what they compare with the search that they continue.
 _SIGNATURE = "_signature"
+# From 0.47, modelopt stores more of a search, and checks it before it continues.
+_SIGNS = hasattr(getattr(algorithms, "QuantRecipe", None), "checkpoint_signature")
 # Hooks of data-parallel training that Megatron's schedule would call around a backward pass.
 _TRAINING_HOOKS = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func", "param_sync_func", "grad_scale_func")
 
@@ -203,7 +205,13 @@ def _read_state(path: str | None, identity: dict[str, Any]) -> tuple[dict[str, A
     except (ModelOptConfigError, OSError, TypeError, KeyError) as error:
         return {}, f"{path}: {error} Delete it to search again, or use another path."
     stored = stored or {}
+    if not _SIGNS:  # earlier searches on these versions of modelopt have stored none
+        stored = {"modelopt": identity.get("modelopt"), **stored}
     changed = [name for name in {**identity, **stored} if stored.get(name) != identity.get(name)]
+    if "modelopt" in changed:
+        writer = stored.get("modelopt", "before 0.47")
+        versions = f"nvidia-modelopt {writer}, and {identity['modelopt']} is installed"
+        return {}, f"{path} belongs to a search with {versions}; delete it or use another path."
     if changed:
         return {}, f"{path} belongs to a search with other {', '.join(changed)}; delete it or use another path."
     return state, None
