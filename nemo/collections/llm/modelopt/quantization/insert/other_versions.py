@@ -147,7 +147,7 @@ def _fits(known: Any, config: dict[str, Any]) -> bool:
     try:
         known(**config)
     except ValueError as error:
-        problems = getattr(error, "errors", list)()
+        problems: list[Any] = getattr(error, "errors", list)()
         return not any(set(config) & set(problem["loc"][:1]) for problem in problems)
     return True
 
