@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
 import io
 import pickle
 import types
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ import modelopt.torch.opt as opt
 from modelopt.torch.opt.mode import _ModeRegistryCls
 from modelopt.torch.quantization import config as definitions
 from modelopt.torch.quantization.nn import QuantModuleRegistry
+from nemo_modelopt_dropin import versions
 
 from ... import _functions, _saved_keys
 from ...errors import ModelOptConfigError
@@ -56,7 +55,7 @@ _WITHOUT_EFFECT = {"effective_bits"}
 
 def installed() -> str:
     """Return the version of the installed modelopt."""
-    return metadata.version("nvidia-modelopt")
+    return str(versions.installed_version("nvidia-modelopt"))
 
 
 @contextlib.contextmanager
@@ -190,10 +189,11 @@ def _read_states(model: nn.Module) -> None:
 
 def _set_state(module: nn.Module, state: Any) -> None:
     """Set the state of a layer's quantizers, from bytes of any version."""
-    own = importlib.import_module("modelopt.torch.opt.plugins.megatron")
+    from modelopt.torch.opt.plugins import megatron
+
     if isinstance(state, torch.Tensor) and state.numel():
         state = recoded(state)
-    own._modelopt_set_extra_state(module, state)
+    megatron._modelopt_set_extra_state(module, state)
 
 
 def recoded(state: torch.Tensor) -> torch.Tensor:
