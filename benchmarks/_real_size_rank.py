@@ -200,7 +200,7 @@ def _as_stock() -> None:
 
     left_out = {
         "patch_converters", "patch_tokenizer_files", "patch_extended_modules", "patch_gemma_layers", "patch_importers",
-        "patch_exporters", "patch_weight_initialization", "patch_checkpoint_results",
+        "patch_exporters", "patch_weight_initialization", "patch_checkpoint_results", "patch_checkpoint_reading",
     }  # fmt: skip
     cpu_backend.PATCHES = tuple(patch for patch in cpu_backend.PATCHES if patch.__name__ not in left_out)
 

@@ -35,6 +35,7 @@ PATCHES: tuple[Callable[[], None], ...] = (
     torch_patches.patch_compilation,
     torch_patches.patch_gloo_scalars,
     torch_patches.patch_gloo_devices,
+    torch_patches.patch_checkpoint_reading,
     megatron_patches.patch_transformer_config,
     megatron_patches.patch_parallel_seed,
     megatron_patches.patch_weight_initialization,

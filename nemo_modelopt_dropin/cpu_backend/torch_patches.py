@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from nemo_modelopt_dropin.cpu_backend import pieces
+
 _CPU = torch.device("cpu")
 # Looked up once: every operation is compared with them.
 _TO, _TYPE = torch.Tensor.to, torch.Tensor.type
@@ -221,3 +223,14 @@ def patch_gloo_devices() -> None:
             super().__init__(store, rank, size, options)
 
     distributed_c10d.ProcessGroupGloo = SharingGloo
+
+
+def patch_checkpoint_reading() -> None:
+    """Read large tensors of checkpoints in pieces; see `pieces`.
+
+    PyTorch reads a tensor as it is stored and copies it then: half of the fp32 weights once more for an embedding in
+    bf16 that is half of the model.
+    """
+    from torch.distributed.checkpoint import FileSystemReader
+
+    FileSystemReader.read_data = pieces.reading(FileSystemReader.read_data)
