@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from test_code.support import installed, jobs_quant, jobs_scales, jobs_state
+from test_code.support import installed, jobs_quant, jobs_scales, jobs_state, tiny
 
 BLOCK = {"awq_block_size": 16, "calibration_batch_size": 2}
 
@@ -129,3 +129,37 @@ def test_mixed_precision_searches_once_for_each_layer_too(ranks, work):
     torch.testing.assert_close(ours["scales"], theirs["scales"], rtol=1e-6, atol=0)
     # The scores of the formats still need each weight in every micro-batch.
     assert ours["quantizations"] < 0.6 * theirs["quantizations"]
+
+
+def moments(width: int, rows: int) -> torch.Tensor:
+    values = torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
+    return values.t() @ values / rows
+
+
+@pytest.mark.parametrize(("width", "rows", "tolerance"), [(48, 400, 1e-5), (48, 5, 2e-4), (1, 1, 1e-5)])
+def test_the_factor_has_the_second_moments(width, rows, tolerance):
+    """Those of fewer inputs than features are singular; what is then added to the diagonal is far below the errors."""
+    from nemo.collections.llm.modelopt.quantization.calibration import awq_search
+
+    expected = moments(width, rows)
+    factor = awq_search._factor(expected.clone())
+    assert factor.dtype == torch.float32 and torch.equal(factor, factor.triu())
+    assert torch.dist(factor.t() @ factor, expected) <= tolerance * expected.norm()
+
+
+def test_the_diagonal_grows_until_the_moments_have_a_factor():
+    from nemo.collections.llm.modelopt.quantization.calibration import awq_search
+
+    indefinite = torch.diag(torch.tensor([1.0, 1.0, 1.0, -1e-3]))
+    factor = awq_search._factor(indefinite.clone())
+    # 1e-3 of the mean is too little, 1e-2 is enough: the last of the steps 1e-6, 1e-5, ...
+    added = 1e-2 * indefinite.diagonal().mean()
+    assert torch.allclose(factor.t() @ factor, indefinite + torch.eye(4) * added, atol=1e-6)
+
+
+def test_the_factor_takes_one_copy_in_double_precision():
+    from nemo.collections.llm.modelopt.quantization.calibration import awq_search
+
+    given = moments(1024, 2000)
+    # The rest are the diagonal and LAPACK's work space.
+    assert tiny.peak_bytes(lambda: awq_search._factor(given)) < 1.05 * 2 * given.nbytes

@@ -80,7 +80,7 @@ class Inputs:
             if len(sizes) > 1:  # each micro-batch counts the same
                 rows = [one.float() * (max(sizes) / one.shape[0]) ** 0.5 for one in rows]
             return torch.cat(rows).to(like.dtype)
-        moments, self._moments = self._moments / self.count, None
+        moments, self._moments = self._moments.div_(self.count), None
         factor = _factor(moments)
         if self.group is not None:
             own = self.width // torch.distributed.get_world_size(self.group)
@@ -96,17 +96,18 @@ class Inputs:
 
 
 def _factor(moments: Tensor) -> Tensor:
-    """Return the fp32 upper factor `R` [in, in] of second moments `R^T R` [in, in]."""
-    # fp64: rounding in fp32 would need a diagonal that changes the errors.
-    moments = moments.double()
-    mean, share = moments.diagonal().mean().clone(), _JITTER
-    moments.diagonal().add_(share * mean)
-    factor, failed = torch.linalg.cholesky_ex(moments, upper=True)
-    while failed.item() and share < _MAX_JITTER:
-        moments.diagonal().add_(9 * share * mean)
+    """Return the fp32 upper factor `R` [in, in] of second moments `R^T R` [in, in], which it overwrites."""
+    mean, share = moments.diagonal().double().mean(), _JITTER
+    # fp64: rounding in fp32 would need a diagonal that changes the errors. Factored in place: of a wide layer, each
+    # copy in fp64 takes as much memory as the layer's inputs.
+    factor = torch.empty_like(moments, dtype=torch.float64).t()  # the order of LAPACK, which needs no further copy
+    failed = torch.zeros((), dtype=torch.int32, device=moments.device)
+    while True:
+        factor.copy_(moments).diagonal().add_(share * mean)
+        torch.linalg.cholesky_ex(factor, upper=True, out=(factor, failed))
+        if not failed.item() or share >= _MAX_JITTER:
+            return moments.copy_(factor)
         share *= 10
-        factor, failed = torch.linalg.cholesky_ex(moments, upper=True)
-    return factor.float()
 
 
 def one_batch_a_layer(forward_loop: Callable) -> Callable:
@@ -264,7 +265,8 @@ def _search(layers: list[torch.nn.Module], calls: list[list[Call]]) -> None:
                 output = layer(*args, **kwargs)
                 hidden[number] = output[0] if isinstance(output, tuple) else output
                 calls[index][number] = ((), {})
-        for module, store in collected.items():
+        # The widest first: its second moments take the most memory.
+        for module, store in sorted(collected.items(), key=lambda item: -item[1].width):
             if store.count:
                 batch = store.batch(module.weight)
                 args, kwargs = store.rest
