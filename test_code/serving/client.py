@@ -16,6 +16,8 @@ from test_code.support import jobs_serving
 ROOT = Path(__file__).parents[2]
 # Built by `make test-serving`; the variable is for an environment elsewhere.
 PYTHON = Path(os.environ.get("SERVING_PYTHON") or ROOT / "build" / "serving" / "bin" / "python")
+# Sequences that the engine serves at a time.
+TOGETHER = 4
 RESULTS = ROOT / "build" / "serving" / "results.json"
 
 
@@ -32,8 +34,13 @@ class Engine:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True
             )
 
-    def serve(self, folder: Path, new_tokens: int = 4) -> dict:
+    def serve(self, folder: Path, new_tokens: int = 4, memory: bool = False) -> dict:
         """Return the engine's answer for a folder; `logprobs` is `[p, s - 1, v]`.
+
+        Args:
+            folder: The folder.
+            new_tokens: Tokens that are generated after each prompt.
+            memory: Whether the answer has the memory as well.
 
         Raises:
             ServingError: If vLLM raised an error.
@@ -43,6 +50,8 @@ class Engine:
             "tokens": jobs_serving.prompts().tolist(),
             "logprobs": str(self.logprobs),
             "new_tokens": new_tokens,
+            "memory": memory,
+            "together": TOGETHER,
         }
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()

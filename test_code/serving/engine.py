@@ -1,10 +1,12 @@
 """Serve folders with vLLM on the CPU, one after the other, in a process of its own. It imports nothing of this project.
 
-Each line of the standard input is a request, a JSON object: `folder`, `tokens` (a list of prompts, each a list of token
-ids), `logprobs` (the file to write) and `new_tokens`. Each answer is one line of the standard output: `error`, or the
-`tokens` that were generated, the `kernels` that computed, the bits of the KV `cache`, and vLLM's `version`. The file
-holds the log probabilities of the whole vocabulary at each position of each prompt, `[p, s - 1, v]` in fp32: entry i
-belongs to token i + 1. Everything that vLLM prints goes to the standard error.
+Each line of the standard input is a request, a JSON object: `folder`, `tokens` (a list of prompts, each a list of
+token ids), `logprobs` (the file to write), `new_tokens`, `together` (sequences at a time), and `memory` (whether it is
+measured). Each answer is one line of the standard output: `error`, or the `tokens` that were generated, the `kernels`
+that computed, the bits of the KV `cache`, vLLM's `version`, and the `memory` in bytes: see `measured`; `positions` are
+the tokens that the cache holds. The file holds the log probabilities of the whole vocabulary at each position of each
+prompt, `[p, s - 1, v]` in fp32: entry i belongs to token i + 1. Everything that vLLM prints goes to the standard
+error.
 """
 
 from __future__ import annotations
@@ -38,23 +40,25 @@ def serve(request: dict) -> dict:
     Returns:
         The answer.
     """
+    import measured
     import torch
     import vllm
     from references import cache_of, kernels_of
     from vllm import LLM, SamplingParams
 
-    model = LLM(
-        model=request["folder"],
-        enforce_eager=True,
-        max_model_len=128,
-        max_logprobs=-1,
-        max_num_seqs=4,
-        skip_tokenizer_init=True,
-        disable_log_stats=True,
-        # A cache of 1 GiB, the least that vLLM takes on a CPU, would be filled with zeros for each folder.
-        num_gpu_blocks_override=16,
-        enable_prefix_caching=False,
-    )
+    with measured.loading() as parameters:
+        model = LLM(
+            model=request["folder"],
+            enforce_eager=True,
+            max_model_len=128,
+            max_logprobs=-1,
+            max_num_seqs=request["together"],
+            skip_tokenizer_init=True,
+            disable_log_stats=True,
+            # A cache of 1 GiB, the least that vLLM takes on a CPU, would be filled with zeros for each folder.
+            num_gpu_blocks_override=16,
+            enable_prefix_caching=False,
+        )
     prompts = [{"prompt_token_ids": tokens} for tokens in request["tokens"]]
     settings = SamplingParams(
         max_tokens=request["new_tokens"], temperature=0, prompt_logprobs=-1, ignore_eos=True, detokenize=False
@@ -73,8 +77,29 @@ def serve(request: dict) -> dict:
         "cache": cache,
         "version": vllm.__version__,
     }
+    if request["memory"]:
+        answer["memory"] = {"parameters": parameters[-1], **memory_of(model, prompts)}
     del model
     return answer
+
+
+def memory_of(model, prompts: list) -> dict:
+    """Return the bytes that a model keeps, and the most that a forward pass of prompts adds.
+
+    Args:
+        model: vLLM's ``LLM``.
+        prompts: The prompts.
+    """
+    import measured
+    from vllm import SamplingParams
+
+    settings = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False)
+    cache = model.llm_engine.vllm_config.cache_config
+    (found,) = model.apply_model(measured.kept)
+    return found | {
+        "peak": measured.peak(model, prompts, settings),
+        "positions": cache.num_gpu_blocks * cache.block_size,
+    }
 
 
 def main() -> None:
