@@ -60,13 +60,13 @@ def exported_report(checkpoint, data, out, report_path, fmt="nemo", **settings) 
     return quantizer.report
 
 
-def by_hand(checkpoint, data, layer: str) -> dict[str, float]:
+def by_hand(checkpoint, data, layer: str, **settings) -> dict[str, float]:
     """Return errors of one layer and KL(original || quantized), computed from whole tensors and logits."""
     from nemo.collections.llm.modelopt.quantization import quantizer as q
     from nemo.collections.llm.modelopt.quantization.calibration import steps
     from test_code.support import tiny
 
-    quantizer = jobs_state.quantizer_for(data, layer_errors=False)
+    quantizer = jobs_state.quantizer_for(data, **{"layer_errors": False, **settings})
     original, _ = jobs_state.restored(checkpoint)
     rows = steps.read_rows(quantizer.quantization_config, tiny.core(original), None, q.get_calib_data_iter)
     batches = steps.comparison_batches(quantizer.quantization_config, original, rows, q.create_data_iterator_getter)
@@ -90,9 +90,11 @@ def by_hand(checkpoint, data, layer: str) -> dict[str, float]:
     for kind, values in pairs.items():
         signal = sum(float((x**2).sum()) for x, _ in values)
         noise = sum(float(((x - q) ** 2).sum()) for x, q in values)
-        ratio[f"{kind}_sqnr_db"] = 10 * float(torch.tensor(signal / noise, dtype=torch.float64).log10())
+        if noise:
+            ratio[f"{kind}_sqnr_db"] = 10 * float(torch.tensor(signal / noise, dtype=torch.float64).log10())
     kl = float((before.exp() * (before - after)).sum(-1).mean())
-    return {**ratio, "kl_to_original": kl, "batches": len(batches)}
+    own = quantizer.report["kl_to_original"]
+    return {**ratio, "kl_to_original": kl, "batches": len(batches), "own kl_to_original": own}
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +150,17 @@ def test_the_figures_are_those_of_the_definitions(ranks, work, one_rank):
         assert row[key] == pytest.approx(expected[key], abs=0.02)
     # Differences of logits of about 1 in fp32 carry 1e-7, the divergence is 1e-4 or more.
     assert one_rank[0]["kl_to_original"] == pytest.approx(expected["kl_to_original"], rel=1e-2)
+
+
+def test_a_quantized_output_layer_is_compared_with_the_original_one(ranks, work, tmp_path):
+    number = {"num_bits": 4, "axis": 0, "enable": True}
+    entries = {"default": {"enable": False}, "*output_layer.weight_quantizer": number}
+    file = tmp_path / "output_layer.json"
+    file.write_text(json.dumps({"quant_cfg": entries, "algorithm": "max"}))
+    found = ranks(1).run(by_hand, *paths(work), "output_layer", algorithm=str(file))[0]
+    # Nothing else is quantized: both models have the same hidden states.
+    assert found["own kl_to_original"] > 1e-6
+    assert found["own kl_to_original"] == pytest.approx(found["kl_to_original"], rel=1e-2)
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (1, 1)], ids=["tp2", "pp2", "dp2"])
