@@ -42,8 +42,7 @@ def _copied(reader: Any, item: Any, planner: Any) -> bool:
         if start is None or not stored.dim() or not stored.is_contiguous():
             return False
         target = planner.resolve_tensor(item).detach()
-        if target.size() != torch.Size(item.lengths):
-            raise AssertionError(f"{item.storage_index}: {tuple(item.lengths)} is read into {tuple(target.size())}.")
+        assert target.size() == torch.Size(item.lengths), (item.storage_index, item.lengths, target.size())
         _copy(stream, info.offset + start, stored, item, target)
     planner.commit_tensor(item, target)
     return True

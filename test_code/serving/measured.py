@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from references import caches_of
 
 _COUNTER = Path(__file__).parents[1] / "support" / "allocations.py"
 
@@ -46,8 +47,7 @@ def kept(model: torch.nn.Module) -> dict[str, int]:
     Args:
         model: A model of vLLM's.
     """
-    caches = [one.kv_cache for one in model.modules() if isinstance(getattr(one, "kv_cache", None), torch.Tensor)]
-    return {"buffers": nbytes(model.buffers()), "cache": nbytes(caches)}
+    return {"buffers": nbytes(model.buffers()), "cache": nbytes(caches_of(model))}
 
 
 def peak(model: Any, prompts: list, settings: Any) -> int:

@@ -334,9 +334,12 @@ def kernels_of(model: torch.nn.Module) -> list[str]:
     return sorted(found)
 
 
+def caches_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Return the KV caches of the layers of a model of vLLM's."""
+    found = (getattr(module, "kv_cache", None) for module in model.modules())
+    return [cache for cache in found if isinstance(cache, torch.Tensor)]
+
+
 def cache_of(model: torch.nn.Module) -> int:
     """Return the bits of a number in the KV cache of a model of vLLM's."""
-    caches = [
-        module.kv_cache for module in model.modules() if isinstance(getattr(module, "kv_cache", None), torch.Tensor)
-    ]
-    return 8 * max(cache.element_size() for cache in caches)
+    return 8 * max(cache.element_size() for cache in caches_of(model))
